@@ -1,0 +1,432 @@
+"""Every layout against FSDP on the same four ranks: tokens per second, peak memory, bytes moved, encoder balance.
+
+    python benchmarks/layouts.py --output results.md            # gloo on this machine's CPU; NCCL where it has 4 GPUs
+    python benchmarks/layouts.py --small --only fsdp4 context4  # a look
+
+A step is one pack per model-parallel group, forward, backward, clipping and AdamW, in float32; a layout with context
+degree c works on packs c times as long, made of samples equally long, so that every layout does the same work on the
+same number of tokens. Each layout is a job of its own, so that its peak memory is its own.
+
+Bytes are what the collectives of one step make a rank send, mean over ranks, counted from the payloads of every c10d
+call that the step dispatches. They are compared with the volumes of `theory`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from layout_model import Size, make_config, make_pack
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from omniloom.checkpoint.hf import local_region
+from omniloom.config import MemoryConfig, ParallelConfig
+from omniloom.models.omni import OmniModel
+from omniloom.models.qwen3_omni.config import Qwen3OmniConfig
+from omniloom.models.qwen3_omni.model import build
+from omniloom.models.qwen3_omni.sharding import sharding
+from omniloom.parallel.apply import apply_parallelism, materialize
+from omniloom.parallel.device import peak_memory_bytes, synchronize
+from omniloom.parallel.encoder_pool import EncoderPool
+from omniloom.parallel.gradients import clip_gradients
+from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed, resolve_degrees
+from omniloom.parallel.segments import ATTENTION_SCALE
+from omniloom.parallel.step import Objective, encode_share, forward_backward
+
+WORLD = 4
+MIB = 2**20
+FLOAT_BYTES = 4
+
+LAYOUTS: dict[str, dict] = {
+    "fsdp4": {},
+    "hsdp2x2": {"replicate": 2},
+    "fsdp2_context2": {"context": 2},
+    "context4": {"context": 4},
+    "fsdp2_expert2": {"expert": 2},
+    "expert4": {"expert": 4},
+    "context2_expert2": {"context": 2, "expert": 2},
+    "context4_expert4": {"context": 4, "expert": 4},
+    "hsdp2_expert2": {"replicate": 2, "expert": 2},
+    "hsdp2_context2": {"replicate": 2, "context": 2},
+}
+POOLS: dict[str, tuple[dict, bool]] = {  # layout, with a pool
+    "fsdp4, no pool": ({}, False),
+    "fsdp4, encoder_pool data": ({"encoder_pool": "data"}, True),
+    "context4, encoder_pool group": ({"context": 4}, True),
+}
+
+
+# ---------------------------------------------------------------------------------------- bytes
+
+
+class SentBytes(TorchDispatchMode):
+    """Counts what this rank sends, by axis, from the arguments of every c10d call. The calls go through unchanged.
+
+    An all-gather of shards s over n ranks sends (n - 1) s, a reduce-scatter of f sends (n - 1) / n f, an all-reduce
+    twice that: what a ring sends, and the least that bandwidth-optimal algorithms can. An all-to-all sends all rows
+    but those that stay.
+    """
+
+    def __init__(self, axes: dict[str, str]) -> None:
+        super().__init__()
+        self.axes = axes  # group name -> axis, for groups of one purpose
+        self.sent: dict[str, float] = defaultdict(float)
+        self.num_calls: dict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self._count(func._schema.name.removeprefix("c10d::"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: tuple) -> None:
+        if name == "barrier":
+            return
+        if name == "allreduce_":
+            tensors, box = args[0], args[1]
+        elif name == "allgather_":
+            tensors, box = args[1], args[2]
+        else:
+            tensors, box = [args[1]], args[2]
+        group = dist.ProcessGroup.unbox(box)
+        n, payload = group.size(), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        axis = self.axes.get(group.group_name, "all ranks")
+        if name == "_allgather_base_":
+            axis, sent = "shard", (n - 1) * payload
+        elif name == "allgather_":
+            axis, sent = "host plans", (n - 1) * payload
+        elif name == "_reduce_scatter_base_":
+            axis, sent = "shard", (n - 1) / n * payload
+        elif name == "allreduce_":
+            sent = 2 * (n - 1) / n * payload
+        elif name == "alltoall_base_":
+            splits, rows = args[4], args[1].shape[0]
+            stays = splits[group.rank()] / rows if splits and rows else 1 / n
+            sent = payload * (1 - stays)
+        else:
+            raise AssertionError(f"no formula for the collective {name}; add one to SentBytes")
+        self.sent[axis] += sent
+        self.num_calls[axis] += 1
+
+
+def theory(config: Qwen3OmniConfig, degrees: Degrees, sizes: tuple[int, int], num_tokens: int) -> dict[str, float]:
+    """Bytes that a rank has to send per step of one pack of text, float32, by axis. `num_tokens` are the rank's own.
+
+    Sources: shard, 3 (n - 1) / n x parameters (two all-gathers, one reduce-scatter), ZeRO, arXiv 1910.02054 section 7;
+    replicate, an all-reduce of the shard's gradients, arXiv 2304.11277; context, an all-to-all of q, k, v and the
+    output per layer and direction, DeepSpeed Ulysses, arXiv 2309.14509, with key-value heads as often as they are
+    repeated; expert, each row to each of its experts and back, per direction, where a share of (n - 1) / n leaves
+    (which is the mean over ranks whatever the router prefers), GShard, arXiv 2006.16668.
+    """
+    dense, experts = sizes
+    text = config.text
+    inner = degrees.shard * degrees.context
+    away = {
+        n: (n - 1) / n for n in (inner, inner // degrees.expert, degrees.replicate, degrees.context, degrees.expert)
+    }
+    kv_heads = math.lcm(text.num_key_value_heads, degrees.context)
+    heads = 2 * text.num_attention_heads + 2 * kv_heads
+    layers, k = text.num_hidden_layers, text.num_experts_per_tok
+    volumes = {
+        "shard": 3 * (away[inner] * dense + away[inner // degrees.expert] * experts / degrees.expert),
+        "replicate": 2 * away[degrees.replicate] * (dense + experts) / inner,
+        "context": 2 * layers * num_tokens * text.head_dim * heads * away[degrees.context],
+        "expert": 4 * layers * num_tokens * k * text.hidden_size * away[degrees.expert],
+    }
+    return {axis: FLOAT_BYTES * volume for axis, volume in volumes.items() if volume}
+
+
+# ---------------------------------------------------------------------------------------- one rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one rank reports of a layout."""
+
+    seconds: list[float]  # per timed step, wall clock
+    peak_bytes: int  # beyond what the process held before it made the model
+    sent: dict[str, float]
+    num_calls: dict[str, int]
+    sizes: tuple[int, int]  # parameters of the whole model: all but the experts', the experts'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """What one rank reports of encoding a batch."""
+
+    segment_cost: int
+    num_clips: int  # decoded here
+    seconds: float
+    wall_seconds: float
+
+
+def place(parallel: dict, layout_port: int, rank: int) -> Layout:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(WORLD),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(layout_port),
+    )
+    ranks = init_distributed(timeout_seconds=300)
+    return build_layout(resolve_degrees(ParallelConfig(**parallel), WORLD, packs_per_step=WORLD), ranks)
+
+
+def make_model(config: Qwen3OmniConfig, layout: Layout, parallel: dict) -> OmniModel:
+    with torch.device("meta"):
+        model = build(config)
+    apply_parallelism(
+        model,
+        layout,
+        sharding(config),
+        parallel=ParallelConfig(**parallel),
+        memory=MemoryConfig(),
+        compute_dtype=torch.float32,
+    )
+    materialize(model, layout)
+    fill(model)
+    return model
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Random shards; replicas get equal values, since name and place of a shard are the seed."""
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        local, region = parameter.to_local(), local_region(parameter)
+        generator = torch.Generator(local.device).manual_seed(zlib.crc32(f"{name} {region}".encode()))
+        if parameter.ndim == 1:
+            local.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        else:
+            # embeddings of size 1, so that tokens, not what attention adds to a whole sample, decide the routing
+            spread = {2: math.prod(parameter.shape[1:]) ** -0.5, 3: 0.03}.get(parameter.ndim, 0.1)
+            local.normal_(0.0, 1.0 if "embed" in name else spread, generator=generator)
+
+
+def measure_layout(rank: int, port: int, size: Size, parallel: dict, num_steps: int, out: str) -> None:
+    layout = place(parallel, port, rank)
+    config = make_config(size)
+    pack = make_pack(config, seed=layout.data_rank, num_tokens=size.tokens_per_rank * layout.degrees.context)
+    before = peak_memory_bytes(layout.device)
+    model = make_model(config, layout, parallel)
+    pool = EncoderPool(layout, sharding(config), "group")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+    objective = Objective(weight_sum=float(WORLD * size.tokens_per_rank), num_packs=layout.data_world)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        forward_backward(model, pack, layout, objective, pool)
+        clip_gradients(model.parameters(), 1.0, layout.device)
+        optimizer.step()
+
+    with SentBytes(axes_of(layout)) as counter:
+        step()
+    seconds = []
+    for _ in range(num_steps):
+        layout.barrier()
+        begin = time.perf_counter()
+        step()
+        synchronize(layout.device)
+        layout.barrier()
+        seconds.append(time.perf_counter() - begin)
+    peak = peak_memory_bytes(layout.device) - before
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    measured = Measured(
+        seconds=seconds,
+        peak_bytes=peak,
+        sent=dict(counter.sent),
+        num_calls=dict(counter.num_calls),
+        sizes=(sum(p.numel() for p in model.parameters()) - experts, experts),
+    )
+    report(layout, measured, out)
+
+
+def axes_of(layout: Layout) -> dict[str, str]:
+    axes = {}
+    if layout.degrees.replicate > 1:
+        axes[layout.fsdp.get_group("replicate").group_name] = "replicate"
+        if layout.expert_fsdp is not None:
+            axes[layout.expert_fsdp.get_group("replicate").group_name] = "replicate"
+    if layout.expert is not None:
+        axes[layout.expert.get_group().group_name] = "expert"
+    if layout.context_group is not None:
+        axes[layout.context_group.group_name] = "context"
+    return axes
+
+
+def measure_encoding(rank: int, port: int, size: Size, parallel: dict, with_pool: bool, out: str) -> None:
+    """The towers' forward pass of a step in which rank 0 has loaded all the video."""
+    layout = place(parallel, port, rank)
+    config = make_config(size)
+    num_tokens = 2 * size.video_rows  # the same in all packs
+    pack = make_pack(
+        config, seed=layout.data_rank, num_tokens=num_tokens, videos=(size.video_grid,) * 2 if rank == 0 else ()
+    )
+    model = make_model(config, layout, parallel)
+    scope = ParallelConfig(**parallel).encoder_pool
+    pool = EncoderPool(layout, sharding(config), scope) if with_pool else None
+    with torch.no_grad():
+        encode_share(model, pack, layout, pool)
+        layout.barrier()
+        begin, own = time.perf_counter(), time.thread_time()
+        share = encode_share(model, pack, layout, pool)
+        synchronize(layout.device)
+        own_seconds, wall = time.thread_time() - own, time.perf_counter() - begin
+    bounds = share.media.vision.segments.cu_seqlens.cpu().numpy().astype(np.int64)
+    lengths = np.diff(np.unique(bounds))[:-1]  # without the null segment
+    encoded = Encoded(
+        segment_cost=int((lengths + lengths * lengths // ATTENTION_SCALE).sum()),
+        num_clips=2 if rank == 0 else 0,
+        # a rank's own work is its thread's, since ranks share cores and wait for each other; a GPU's is the wall's
+        seconds=own_seconds if layout.device.type == "cpu" else wall,
+        wall_seconds=wall,
+    )
+    report(layout, encoded, out)
+
+
+def report(layout: Layout, found: Measured | Encoded, out: str) -> None:
+    everyone = layout.exchange(asdict(found))
+    if layout.is_first:
+        torch.save(everyone, out)
+    layout.barrier()
+    close_distributed()
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def run(body, *arguments) -> list[dict]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.pt"
+        # forked, so that torch is imported once; this process itself must touch neither devices nor threads before
+        multiprocessing.start_processes(body, (port, *arguments, str(out)), nprocs=WORLD, start_method="fork")
+        return torch.load(out, weights_only=False)
+
+
+def layout_tables(size: Size, names: list[str], num_steps: int) -> list[str]:
+    config = make_config(size)
+    speed = [
+        "| layout | tokens/s, slowest step | fastest step | against fsdp4 | peak MiB, largest rank | against fsdp4 |",
+        "|---|---|---|---|---|---|",
+    ]
+    moved = ["| layout | axis | calls | MiB sent per rank | theory | ratio |", "|---|---|---|---|---|---|"]
+    base: tuple[float, float] | None = None
+    for name in names:
+        degrees = resolve_degrees(ParallelConfig(**LAYOUTS[name]), WORLD, packs_per_step=WORLD)
+        found = run(measure_layout, size, LAYOUTS[name], num_steps)
+        # a step lasts as long as its slowest rank
+        seconds = sorted(max(times) for times in zip(*(rank["seconds"] for rank in found), strict=True))
+        num_tokens = WORLD * size.tokens_per_rank
+        rate = num_tokens / seconds[-1]
+        peak = max(rank["peak_bytes"] for rank in found) / MIB
+        base = (num_tokens / seconds[0], peak) if base is None and name == "fsdp4" else base
+        best = num_tokens / seconds[0]
+        against = (f"{best / base[0]:.2f}", f"{peak / base[1]:.2f}") if base else ("", "")
+        speed.append(f"| {name} | {rate:.0f} | {best:.0f} | {against[0]} | {peak:.0f} | {against[1]} |")
+        print(speed[-1], flush=True)
+        expected = theory(config, degrees, found[0]["sizes"], size.tokens_per_rank)
+        for axis in sorted({axis for rank in found for axis in rank["sent"]} | set(expected)):
+            sent = sum(rank["sent"].get(axis, 0.0) for rank in found) / WORLD
+            if not sent and axis not in expected:
+                continue
+            calls = max(rank["num_calls"].get(axis, 0) for rank in found)
+            of_theory = f"{expected[axis] / MIB:.3f} | {sent / expected[axis]:.4f}" if axis in expected else "- | -"
+            moved.append(f"| {name} | {axis} | {calls} | {sent / MIB:.3f} | {of_theory} |")
+            print(moved[-1], flush=True)
+    dense, experts = found[0]["sizes"]
+    head = (
+        f"Model: {(dense + experts) / 1e6:.1f}M parameters, {experts / 1e6:.1f}M of them experts; "
+        f"{size.tokens_per_rank} tokens per rank and step, text only (towers run on their null segment)."
+    )
+    return [head, "", *speed, "", *moved]
+
+
+def pool_table(size: Size) -> list[str]:
+    lines = [
+        "| case | clips decoded, by rank | segment cost, by rank | largest / mean | encoder s, by rank "
+        "| largest / mean | wall s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, (parallel, with_pool) in POOLS.items():
+        found = run(measure_encoding, size, parallel, with_pool)
+        costs, seconds = ([rank[key] for rank in found] for key in ("segment_cost", "seconds"))
+        lines.append(
+            f"| {name} | {listed([rank['num_clips'] for rank in found], '{}')} | {listed(costs, '{}')} "
+            f"| {WORLD * max(costs) / sum(costs):.2f} | {listed(seconds, '{:.2f}')} "
+            f"| {WORLD * max(seconds) / sum(seconds):.2f} | {max(rank['wall_seconds'] for rank in found):.2f} |"
+        )
+        print(lines[-1], flush=True)
+    return lines
+
+
+def listed(values: list, style: str) -> str:
+    return ", ".join(style.format(value) for value in values)
+
+
+def describe_machine() -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    ranks = "gloo, one thread per rank" if device is None else f"{device.type}, one device per rank"
+    return f"{os.cpu_count()}-core {platform.machine()} CPU, {memory:.0f} GiB; {ranks}; torch {torch.__version__}"
+
+
+def describe_commit() -> str:
+    here = Path(__file__).parent
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="markdown file to write")
+    parser.add_argument("--only", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--small", action="store_true", help="a model of a few million parameters")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after the one whose bytes are counted")
+    parser.add_argument("--tokens-per-rank", type=int, help="a multiple of 128")
+    arguments = parser.parse_args()
+    size = Size.small() if arguments.small else Size()
+    if arguments.tokens_per_rank:
+        size = Size(**{**asdict(size), "tokens_per_rank": arguments.tokens_per_rank})
+    pools, layouts = pool_table(size), layout_tables(size, arguments.only, arguments.steps)
+    lines = [
+        "# Layouts against FSDP on the same four ranks",
+        "",
+        f"- {datetime.datetime.now(datetime.UTC).date()}, commit {describe_commit()}",
+        f"- command: `python benchmarks/layouts.py {' '.join(sys.argv[1:])}`",
+        f"- machine: {describe_machine()}; load average while measuring {os.getloadavg()[1]:.0f}",
+        "",
+        *layouts,
+        "",
+        f"Encoders: the towers' forward pass where rank 0 has loaded two videos of "
+        f"{' x '.join(map(str, size.video_grid))} patches and the others none.",
+        "",
+        *pools,
+    ]
+    if arguments.output:
+        arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,460 @@
+"""PEFT adapters on disk: `adapter_config.json` and `adapter_model.safetensors`, written and read.
+
+Owns PEFT's names, layouts and settings. Tensors are written under published names, which PEFT maps onto every class of
+transformers that holds the model. What is adapted and with which rank comes in as `Adapter` records; where a weight of
+ours lies in the published model comes from the key map's recipes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from omniloom.checkpoint.agreement import agree, rank
+from omniloom.checkpoint.hf import local_region
+from omniloom.checkpoint.tensor_files import DTYPES, MAX_LISTED, HFCheckpoint, TensorEntry, read_header, read_json
+from omniloom.keymap import Box, Piece, Recipe, whole
+from omniloom.types import Adapter
+
+CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+NOTE_NAME = "omniloom_adapter.json"  # which model it was trained on, by fingerprint
+# PEFT takes linears of these names, in a model with experts, for parts of the stacked ones
+EXPERT_LEAVES = ("gate", "gate_proj", "up_proj", "down_proj")
+SAMPLED_TENSORS, SAMPLED_BYTES = 64, 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where the addition to one of our weights, or to some of its rows, goes in transformers' model."""
+
+    published: str  # name of the module
+    rows: tuple[int, int] | None  # of our weight; None for stacked experts
+    parameter: str | None = None  # stacked experts: transformers' parameter of the module
+
+    @property
+    def name(self) -> str:
+        """As transformers holds it in memory, less what its classes do not share: PEFT compares ends of names."""
+        module = transformers_name(self.published)
+        return module if self.parameter is None else f"{module}.{self.parameter}"
+
+
+def transformers_name(name: str) -> str:
+    """A published name of module or tensor as transformers 5 has it in memory, without `thinker.`. Idempotent.
+
+    Source: transformers.conversion_mapping, Qwen2_5OmniThinkerForConditionalGeneration; Qwen3-VL is published so.
+    """
+    name = name.removeprefix("thinker.")
+    if name.startswith(("visual.", "audio_tower.")):
+        return f"model.{name}"
+    return re.sub(r"^model\.(?!(language_model|visual|audio_tower)\.)", "model.language_model.", name)
+
+
+def adapter_targets(recipes: Mapping[str, Recipe]) -> dict[str, tuple[Target, ...]]:
+    """The places of all weights of ours that transformers holds as linears or as stacked experts, by our names.
+
+    Matrices that are no linear's (embeddings, routers) are among them; kernels of convolutions are not.
+    """
+    targets = {}
+    for name, recipe in recipes.items():
+        pieces = recipe.pieces
+        if len(recipe.shape) == 3 and any(".experts." in piece.published for piece in pieces):
+            module, _, _ = pieces[0].published.rpartition(".experts.")
+            leaves = {piece.published.removesuffix(".weight").rpartition(".")[2] for piece in pieces}
+            parameter = "gate_up_proj" if leaves == {"gate_proj", "up_proj"} else leaves.pop()
+            targets[name] = (Target(published=f"{module}.experts", rows=None, parameter=parameter),)
+        elif len(recipe.shape) == 2 and all(_is_rows(piece, recipe) for piece in pieces):
+            targets[name] = tuple(
+                Target(published=piece.published.removesuffix(".weight"), rows=piece.box[0]) for piece in pieces
+            )
+    return targets
+
+
+def _is_rows(piece: Piece, recipe: Recipe) -> bool:
+    return piece.layout == "same" and piece.box[1] == (0, recipe.shape[1])
+
+
+# ---------------------------------------------------------------------------------------- PEFT's tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One tensor of the file, and what it is of one of our parameters."""
+
+    key: str
+    parameter: str
+    box: Box | None = None  # region of our parameter; None for all
+    layout: str = "same"  # experts_a and experts_b: PEFT's of stacked experts; else a piece's
+
+    def to_peft(self, tensor: Tensor) -> Tensor:
+        if self.layout == "experts_a":  # [E, r, in] -> [E r, in]
+            return tensor.flatten(0, 1)
+        if self.layout == "experts_b":  # [E, out, r] -> [out, r E]
+            return tensor.permute(1, 2, 0).flatten(1)
+        part = tensor if self.box is None else tensor[tuple(slice(*bounds) for bounds in self.box)]
+        return part.transpose(-1, -2) if self.layout == "transpose" else part
+
+    def from_peft(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """`shape` is that of our parameter, or of `box` of it."""
+        if self.layout == "experts_b":
+            return tensor.reshape(shape[1], shape[2], shape[0]).permute(2, 0, 1)
+        return tensor.transpose(-1, -2) if self.layout == "transpose" else tensor.reshape(tuple(shape))
+
+    def shape_in_file(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self.to_peft(torch.empty(tuple(shape), device="meta")).shape)
+
+
+def _parts(adapters: Collection[Adapter], targets: Mapping[str, tuple[Target, ...]]) -> list[_Part]:
+    """All tensors of an adapter, under published names."""
+    modules = Counter(target.published for adapter in adapters for target in targets[adapter.base])
+    parts = []
+    for adapter in adapters:
+        for target in targets[adapter.base]:
+            stem = f"{PREFIX}{target.published}"
+            if target.parameter is not None:
+                # PEFT wraps the module once per parameter; the first in the module's order is the inner one
+                inner = ".base_layer" if modules[target.published] > 1 and target.parameter == "gate_up_proj" else ""
+                names = (f"{stem}{inner}.lora_A.weight", f"{stem}{inner}.lora_B.weight")
+                parts.append(_Part(key=names[0], parameter=adapter.lora_a, layout="experts_a"))
+                parts.append(_Part(key=names[1], parameter=adapter.lora_b, layout="experts_b"))
+                continue
+            assert target.rows is not None
+            parts.append(_Part(key=f"{stem}.lora_A.weight", parameter=adapter.lora_a))
+            box = (target.rows, (0, adapter.rank))
+            parts.append(_Part(key=f"{stem}.lora_B.weight", parameter=adapter.lora_b, box=box))
+            if adapter.magnitude is not None:
+                key = f"{stem}.lora_magnitude_vector"
+                parts.append(_Part(key=key, parameter=adapter.magnitude, box=(target.rows,)))
+    return parts
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def write_adapter(
+    directory: str | Path,
+    source: HFCheckpoint,
+    config_json: Mapping[str, Any],
+    recipes: Mapping[str, Recipe],
+    adapters: Collection[Adapter],
+    gather: Callable[[str], Tensor],
+    *,
+    trained: Collection[str] = (),
+    overwrite: bool = False,
+    group: ProcessGroup | None = None,
+) -> Path:
+    """Write adapters, and weights of ours in `trained` that train beside them, as PEFT loads them. Returns the folder.
+
+    Called by all ranks of `group` alike: `gather(name)` may be a collective and gives the full tensor on rank 0.
+    Weights in `trained` are saved as PEFT's `modules_to_save`, which fit the class in config.json's `architectures`.
+
+    Raises: ValueError on every rank if the directory holds something else (unless `overwrite`) or cannot be written.
+    """
+    directory = Path(directory)
+    targets = adapter_targets(recipes)
+    first = rank(group) == 0
+    agree(_refusal(directory) if first and not overwrite else None, group)
+    tensors: dict[str, Tensor] = {}
+    parts = _parts(adapters, targets)
+    for name in dict.fromkeys(part.parameter for part in parts):
+        full = gather(name)
+        if first:
+            own = [part for part in parts if part.parameter == name]
+            tensors |= {part.key: part.to_peft(full).clone(memory_format=torch.contiguous_format) for part in own}
+    modules_to_save: set[str] = set()
+    for name in trained:
+        full = gather(name)
+        if first:
+            saved = _whole_tensors(recipes[name], full, source)
+            modules_to_save |= {transformers_name(key.rpartition(".")[0].removeprefix(PREFIX)) for key in saved}
+            tensors |= saved
+    fault = None
+    if first:
+        config = _peft_config(source, config_json, adapters, targets, sorted(modules_to_save))
+        fault = _write(directory, config, tensors, fingerprint(source))
+    agree(fault, group)
+    return directory
+
+
+def _refusal(directory: Path) -> str | None:
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG_NAME).is_file():
+        return f"{directory} is not empty and no adapter; choose another directory or empty it"
+    return f"{directory} is a file; write the adapter into a directory" if directory.is_file() else None
+
+
+def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor], base: str) -> str | None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / f".{TENSORS_NAME}.partial"
+        safetensors.torch.save_file(tensors, partial, metadata={"format": "pt"})
+        partial.rename(directory / TENSORS_NAME)
+        for name, content in ((NOTE_NAME, {"base": base}), (CONFIG_NAME, config)):
+            partial = directory / f".{name}.partial"
+            partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            partial.rename(directory / name)
+    except OSError as error:
+        return f"could not write the adapter {directory}: {error.strerror or error}"
+    except safetensors.SafetensorError as error:  # a full disk comes as one
+        return f"could not write the adapter {directory}: {error}"
+    return None
+
+
+def _whole_tensors(recipe: Recipe, full: Tensor, source: HFCheckpoint) -> dict[str, Tensor]:
+    """A trained weight under transformers' names, in the published dtype; stacked experts stay stacked."""
+    dtype = DTYPES[source.entries[recipe.pieces[0].published].dtype]
+    root = "thinker." if recipe.pieces[0].published.startswith("thinker.") else ""
+    names = [transformers_name(piece.published) for piece in recipe.pieces]
+    target = adapter_targets({recipe.ours: recipe}).get(recipe.ours, ())
+    if target and target[0].parameter is not None:
+        names = [target[0].name]
+    shapes = {transformers_name(piece.published): piece.shape for piece in recipe.pieces}
+    parts = _whole_parts({recipe.ours: recipe}, names)
+    return {
+        f"{PREFIX}{root}{name}": part.to_peft(full).to(dtype).reshape(shapes.get(name, recipe.shape)).clone(
+            memory_format=torch.contiguous_format
+        )
+        for name, part in parts.items()
+    }  # fmt: skip
+
+
+def _peft_config(
+    source: HFCheckpoint,
+    config_json: Mapping[str, Any],
+    adapters: Collection[Adapter],
+    targets: Mapping[str, tuple[Target, ...]],
+    modules_to_save: list[str],
+) -> dict[str, Any]:
+    """The file's content. Where adapters differ, the most frequent rank and alpha are the default, others patterns."""
+    has_experts = any(target.parameter for places in targets.values() for target in places)
+    one_rule = len({adapter.rslora for adapter in adapters}) == 1
+    rslora = one_rule and next(iter(adapters)).rslora
+    # without rslora for all, alpha is given so that alpha / rank is the scaling
+    alphas = {a.base: a.alpha if one_rule else a.scaling * a.rank for a in adapters}
+    rank_default = Counter(adapter.rank for adapter in adapters).most_common(1)[0][0]
+    alpha_default = Counter(alphas.values()).most_common(1)[0][0]
+    modules, parameters, ranks, alpha_patterns = [], [], {}, {}
+    for adapter in adapters:
+        for target in targets[adapter.base]:
+            name = target.name
+            if target.parameter is None and has_experts and name.rpartition(".")[2] in EXPERT_LEAVES:
+                name = f"{name}.weight"
+                parameters.append(name)
+            else:
+                (modules if target.parameter is None else parameters).append(name)
+            if adapter.rank != rank_default:
+                ranks[re.escape(name)] = adapter.rank
+            if alphas[adapter.base] != alpha_default:
+                alpha_patterns[re.escape(name)] = alphas[adapter.base]
+    model_type = config_json.get("model_type", "")
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": {
+            "base_model_class": (config_json.get("architectures") or [None])[0],
+            "parent_library": f"transformers.models.{model_type}.modeling_{model_type}",
+        },
+        "base_model_name_or_path": str(source.directory),
+        "inference_mode": True,
+        "r": rank_default,
+        "lora_alpha": alpha_default,
+        # PEFT has no dropout on parameters and refuses to load an adapter that asks for it
+        "lora_dropout": 0.0 if parameters else max(adapter.dropout for adapter in adapters),
+        "use_rslora": rslora,
+        "use_dora": any(adapter.magnitude is not None for adapter in adapters),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted(modules),
+        "target_parameters": sorted(parameters) or None,
+        "rank_pattern": ranks,
+        "alpha_pattern": alpha_patterns,
+        "modules_to_save": modules_to_save or None,
+    }
+
+
+def fingerprint(source: HFCheckpoint) -> str:
+    """Of a model's headers and a sample of its values: equal for copies, different for models trained apart."""
+    digest = hashlib.blake2b(digest_size=16)
+    entries = sorted(source.entries.values(), key=lambda entry: entry.name)
+    for entry in entries:
+        digest.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
+    for entry in entries[:: max(1, len(entries) // SAMPLED_TENSORS)]:
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.start + max(0, entry.num_bytes - SAMPLED_BYTES) // 2)
+            digest.update(stream.read(min(SAMPLED_BYTES, entry.num_bytes)))
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredAdapter:
+    """An adapter directory whose settings and headers have been read; tensors by the name that all spellings share."""
+
+    directory: Path
+    config: dict[str, Any]
+    entries: dict[str, TensorEntry]
+    base: str | None  # fingerprint of the model it was trained on, where we wrote it
+
+    def read(self, name: str) -> Tensor:
+        with safetensors.safe_open(self.entries[name].file, framework="pt") as file:
+            return file.get_tensor(self.entries[name].name)
+
+    def scaling(self, target: str, rank: int) -> float:
+        """What PEFT multiplies the addition to a module of this name with."""
+        alpha = self.config.get("lora_alpha", 8)
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", target):
+                alpha = value
+                break
+        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    @cached_property
+    def needs(self) -> str:
+        """The policy settings that fit it, for messages."""
+        words = [f"rank: {self.config.get('r')}", f"alpha: {self.config.get('lora_alpha')}"]
+        words += [f"{ours}: true" for theirs, ours in (("use_rslora", "rslora"), ("use_dora", "dora"))
+                  if self.config.get(theirs)]  # fmt: skip
+        modules = {name.split(".lora_")[0] for name in self.entries if ".lora_" in name}
+        leaves = {"gate_up_proj" if name.endswith("base_layer") else name.rpartition(".")[2] for name in modules}
+        return ", ".join(words) + f" on {', '.join(sorted(leaves))}"
+
+
+def open_adapter(directory: str | Path) -> StoredAdapter:
+    """Read an adapter's settings and headers. Raises: ValueError for what is no LoRA adapter of PEFT."""
+    directory = Path(directory)
+    if not (directory / CONFIG_NAME).is_file():
+        raise ValueError(f"model.adapter: {directory} has no {CONFIG_NAME}; expected a directory written by peft")
+    config = read_json(directory / CONFIG_NAME)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"model.adapter: {directory} is a {kind} adapter; only LORA can go on here")
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        raise ValueError(f"model.adapter: {directory} trains biases too; only adapters with bias: none can go on here")
+    entries, _ = read_header(directory / TENSORS_NAME)
+    note = directory / NOTE_NAME
+    return StoredAdapter(
+        directory=directory,
+        config=config,
+        entries={_canonical(name): entry for name, entry in entries.items()},
+        base=read_json(note).get("base") if note.is_file() else None,
+    )
+
+
+def check_base(stored: StoredAdapter, source: HFCheckpoint) -> None:
+    """Raises: ValueError if the adapter says that it was trained on another model than `source`."""
+    if stored.base is not None:
+        if stored.base != fingerprint(source):
+            raise ValueError(f"model.adapter: {stored.directory} was trained on another model than {source.directory}")
+        return
+    told = stored.config.get("base_model_name_or_path")
+    if told and Path(told).name != source.directory.resolve().name:
+        raise ValueError(
+            f"model.adapter: {stored.directory} was trained on {told}, model.path is {source.directory}; if they are "
+            f"the same model, correct base_model_name_or_path in its {CONFIG_NAME}"
+        )
+
+
+@torch.no_grad()
+def load_adapter(
+    stored: StoredAdapter,
+    parameters: Mapping[str, Tensor],
+    recipes: Mapping[str, Recipe],
+    adapters: Collection[Adapter],
+) -> None:
+    """Fill adapters, and weights that were trained beside them, from a PEFT adapter; plain or DTensor, no collectives.
+
+    Raises: ValueError unless the adapter has exactly the tensors, shapes and scalings of `adapters`.
+    """
+    recipes = {name: recipe for name, recipe in recipes.items() if name in parameters}
+    targets = adapter_targets(recipes)
+    parts = {_canonical(part.key): part for part in _parts(adapters, targets)}
+    parts |= _whole_parts(recipes, [name for name in stored.entries if ".lora_" not in name])
+    _check_fit(stored, parts, parameters, targets, adapters)
+    for name, part in parts.items():
+        parameter = parameters[part.parameter]
+        box = whole(tuple(parameter.shape)) if part.box is None else part.box
+        fill(parameter, part.from_peft(stored.read(name), [stop - start for start, stop in box]), box)
+
+
+def fill(parameter: Tensor, values: Tensor, box: Box | None = None) -> None:
+    """Copy values of a parameter (None: all of it, else of `box`) into it, plain or DTensor; each rank its slice."""
+    region = local_region(parameter)
+    if region is None:
+        return
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    box = whole(tuple(parameter.shape)) if box is None else box
+    common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, region, strict=True)]
+    if all(low < high for low, high in common):
+        here = tuple(slice(low - a, high - a) for (low, high), (a, _) in zip(common, region, strict=True))
+        there = tuple(slice(low - a, high - a) for (low, high), (a, _) in zip(common, box, strict=True))
+        local[here].copy_(values[there])
+
+
+@torch.no_grad()
+def fill_magnitudes(parameters: Mapping[str, Tensor], adapters: Collection[Adapter]) -> None:
+    """Row norms of the base weights, with which DoRA starts. Collective where parameters are sharded."""
+    for adapter in adapters:
+        if adapter.magnitude is not None:
+            norms = torch.linalg.vector_norm(parameters[adapter.base].detach().float(), dim=-1)
+            fill(parameters[adapter.magnitude], norms.full_tensor() if isinstance(norms, DTensor) else norms)
+
+
+def _canonical(key: str) -> str:
+    return transformers_name(key.removeprefix(PREFIX))
+
+
+def _whole_parts(recipes: Mapping[str, Recipe], names: Sequence[str]) -> dict[str, _Part]:
+    """Of an adapter's `modules_to_save`, which of our weights they are. Names that are nobody's are left out."""
+    found = {}
+    for ours, recipe in recipes.items():
+        for piece in recipe.pieces:
+            found[transformers_name(piece.published)] = _Part(
+                key=piece.published, parameter=ours, box=piece.box, layout=piece.layout
+            )
+    for ours, places in adapter_targets(recipes).items():
+        if places[0].parameter is not None:
+            found[places[0].name] = _Part(key=places[0].name, parameter=ours)
+    return {name: found[name] for name in names if name in found}
+
+
+def _check_fit(
+    stored: StoredAdapter,
+    parts: Mapping[str, _Part],
+    parameters: Mapping[str, Tensor],
+    targets: Mapping[str, tuple[Target, ...]],
+    adapters: Collection[Adapter],
+) -> None:
+    faults = [f"it has {name}, which the policy does not adapt" for name in stored.entries if name not in parts]
+    faults += [f"it lacks {name}, which the policy adapts" for name in parts if name not in stored.entries]
+    for name, part in parts.items():
+        if name in stored.entries:
+            shape = part.shape_in_file(parameters[part.parameter].shape)
+            flat = part.layout == "flatten" and prod(shape) == prod(stored.entries[name].shape)
+            if stored.entries[name].shape != shape and not flat:
+                faults.append(f"{name} is {list(stored.entries[name].shape)}, here {list(shape)}")
+    for adapter in adapters:
+        for target in targets[adapter.base]:
+            scaling = stored.scaling(target.name, adapter.rank)
+            if abs(scaling - adapter.scaling) > 1e-6 * scaling:
+                faults.append(f"{target.name} is scaled by {scaling:g}, here by {adapter.scaling:g}")
+    if faults:
+        more = f"\n  and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
+        raise ValueError(
+            f"model.adapter: {stored.directory} does not fit the model and its policy; it needs lora with "
+            f"{stored.needs}:\n  " + "\n  ".join(faults[:MAX_LISTED]) + more
+        )

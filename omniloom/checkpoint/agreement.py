@@ -1,0 +1,62 @@
+"""What ranks tell each other around files: who writes, and whether everybody came through.
+
+A rank that raised alone would leave the others waiting in the next collective; `agree` makes one rank's fault the
+fault of all. Works without a process group, too.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+Group = dist.ProcessGroup | None  # None: all ranks, or no group at all
+
+
+def in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_rank(group) if in_group() else 0
+
+
+def num_ranks(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_world_size(group) if in_group() else 1
+
+
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, on every rank. Collective over `group` (None: all ranks); any picklable value."""
+    if not in_group():
+        return [value]
+    values: list = [None] * num_ranks(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def agree(fault: str | None, group: dist.ProcessGroup | None = None) -> None:
+    """Collective over `group`. Raises: ValueError on every rank if any rank reports a fault, the first one's words."""
+    faults = [(number, told) for number, told in enumerate(gather(fault, group)) if told is not None]
+    if faults:
+        number, told = faults[0]
+        raise ValueError(told if num_ranks(group) == 1 or number == 0 else f"{told} (rank {number})")
+
+
+def gather_to_first(value: T, group: dist.ProcessGroup | None = None) -> list[T] | None:
+    """Every rank's value on the group's rank 0, None elsewhere. Collective over `group`."""
+    if not in_group():
+        return [value]
+    values: list | None = [None] * num_ranks(group) if rank(group) == 0 else None
+    dist.gather_object(value, values, group=group, group_dst=0)
+    return values
+
+
+def scatter_from_first(values: list[T] | None, group: dist.ProcessGroup | None = None) -> T:
+    """Rank 0's `values`, one to each rank in order. Collective over `group`."""
+    if not in_group():
+        assert values is not None
+        return values[0]
+    received: list = [None]
+    dist.scatter_object_list(received, values, group=group, group_src=0)
+    return received[0]

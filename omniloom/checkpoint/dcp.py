@@ -1,0 +1,367 @@
+"""Saves and restores the whole state of a run: tensors by torch DCP, everything else as JSON.
+
+Owns when a checkpoint counts: files first, on all ranks, then checksums, then the marker, then the rename to its final
+name, then `latest`, then the removal of old ones. State is a flat mapping from names to tensors, keyed by parameter
+names, so that it does not depend on the layout. Assumes one file system shared by all ranks. `stored` reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, Metadata, SavePlan
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
+from torch.distributed.tensor import DTensor
+
+from omniloom.checkpoint.agreement import agree, gather_to_first, in_group, num_ranks, rank, scatter_from_first
+from omniloom.checkpoint.stored import (
+    EXTRAS_NAME,
+    MARKER_NAME,
+    METADATA_NAME,
+    StoredCheckpoint,
+    checksum,
+    find_latest,
+    load_tensors,
+    open_stored,
+    read_marker,
+    read_stored_tensor,
+    seal,
+    step_name,
+)
+
+__all__ = [
+    "Saver",
+    "StoredCheckpoint",
+    "find_latest",
+    "load_model_state",
+    "load_optimizer_state",
+    "load_rng_state",
+    "load_tensors",
+    "model_state",
+    "open_stored",
+    "optimizer_state",
+    "read_stored_tensor",
+    "rng_state",
+    "stored_names",
+]
+
+LATEST_NAME = "latest"
+MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."  # prefixes of names in a checkpoint
+
+
+# ---------------------------------------------------------------------------------------- saving
+
+
+class Saver:
+    """Writes the checkpoints of one run. Every rank makes one (a collective: it needs a gloo group of its own).
+
+    With `asynchronous`, `save` only copies the rank's tensors to host memory (kept between saves) and returns; a thread
+    writes them. An error of that thread is raised by the next `save` or by `finish`.
+    """
+
+    def __init__(self, run_dir: str | Path, *, keep: int = 2, asynchronous: bool = False) -> None:
+        self.root = Path(run_dir) / "checkpoints"
+        self.keep = keep
+        self.group = dist.new_group(backend="gloo") if in_group() else None
+        self._staged: dict[str, Tensor] | None = {} if asynchronous else None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") if asynchronous else None
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, state: Mapping[str, Tensor], extras: Mapping[str, Any]) -> None:
+        """Save `state` (plain tensors or DTensors; the same plain name must hold the same values on every rank).
+
+        `extras` is JSON-able and the same on all ranks; rank 0's is written. Collective over all ranks.
+
+        Raises: ValueError on every rank if any rank could not write; the attempt is removed, earlier ones stay.
+        """
+        self.finish()
+        text = json.dumps(extras)  # now, so that a later change of a list does not reach the thread
+        planner = _Planner(_local_tensors(state, self._staged))
+        planner.set_up_planner(dict(state), is_coordinator=rank(self.group) == 0)
+        plan = planner.create_local_plan()
+        if self._thread is None:
+            self._write(step, planner, plan, text)
+        else:
+            self._pending = self._thread.submit(self._write, step, planner, plan, text)
+
+    def finish(self) -> None:
+        """Wait for a save under way. Raises: its ValueError."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Finish, and end the thread."""
+        self.finish()
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _write(self, step: int, planner: _Planner, plan: SavePlan, extras: str) -> None:
+        partial = self.root / f"{step_name(step)}.partial"
+        first = rank(self.group) == 0
+        try:
+            agree(_attempt(step, lambda: self._prepare(partial)) if first else None, self.group)
+            writer = _Writer(partial, sync_files=True)
+            writer.set_up_storage_writer(first, rank=rank(self.group))
+            plan, metadata = self._plan_together(planner, writer, plan)
+            files: dict[str, dict[str, Any]] = {}
+            results: list[Any] = []
+
+            def write() -> None:
+                results.extend(writer.write_data(plan, planner).wait())
+                mine = partial.glob(f"__{rank(self.group)}_*")
+                files.update({path.name: _describe(path) for path in mine})
+
+            agree(_attempt(step, write), self.group)
+            gathered = gather_to_first((files, results), self.group)
+            fault = None
+            if gathered is not None:
+                assert metadata is not None
+                fault = _attempt(step, lambda: self._commit(partial, step, writer, metadata, gathered, extras))
+            agree(fault, self.group)
+        except ValueError:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _plan_together(self, planner: _Planner, writer: _Writer, plan: SavePlan) -> tuple[SavePlan, Metadata | None]:
+        """Rank 0 decides who writes what is held by several, and describes the whole. Collective."""
+        plans, metadata = gather_to_first(writer.prepare_local_plan(plan), self.group), None
+        if plans is not None:
+            plans, metadata = planner.create_global_plan(plans)
+            plans = writer.prepare_global_plan(plans)
+        return planner.finish_plan(scatter_from_first(plans, self.group)), metadata
+
+    def _prepare(self, partial: Path) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def _commit(
+        self,
+        partial: Path,
+        step: int,
+        writer: _Writer,
+        metadata: Metadata,
+        gathered: list[tuple[dict[str, dict[str, Any]], list[Any]]],
+        extras: str,
+    ) -> None:
+        writer.finish(metadata, [results for _, results in gathered])
+        _write_text(partial / EXTRAS_NAME, extras)
+        files = {name: item for part, _ in gathered for name, item in part.items()}
+        files |= {name: _describe(partial / name) for name in (METADATA_NAME, EXTRAS_NAME)}
+        sequence = 1 + max((number for number, _ in self._committed()), default=0)
+        marker = {"step": step, "sequence": sequence, "num_ranks": num_ranks(self.group), "files": files}
+        _sync(partial)
+        _write_text(partial / MARKER_NAME, json.dumps(seal(marker), indent=1))
+        _sync(partial)
+        final = self.root / step_name(step)
+        replaced = self.root / f"{step_name(step)}.replaced"
+        if final.exists():  # the run went back and comes by again
+            final.rename(replaced)
+        partial.rename(final)
+        _write_text(self.root / LATEST_NAME, final.name + "\n")
+        _sync(self.root)
+        self._remove_old()
+
+    def _committed(self) -> list[tuple[int, Path]]:
+        found = []
+        for directory in self.root.glob("step_*"):
+            try:
+                found.append((read_marker(directory)["sequence"], directory))
+            except ValueError:
+                continue
+        return sorted(found)
+
+    def _remove_old(self) -> None:
+        whole = [directory for _, directory in self._committed() if not directory.suffix]  # not .replaced
+        kept = set(whole[-self.keep :])
+        for directory in self.root.glob("step_*"):
+            if directory not in kept:
+                (directory / MARKER_NAME).unlink(
+                    missing_ok=True
+                )  # first, so that a kill leaves no half one that counts
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+class _Planner(DefaultSavePlanner):
+    """DCP's planner over tensors whose local parts have been taken aside."""
+
+    def __init__(self, local: Mapping[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=False)
+        self._local = local
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._local[index.fqn]
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)  # DCP's own notes the absolute path, as a pickled class
+
+
+def _local_tensors(state: Mapping[str, Tensor], staged: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """This rank's part of each tensor: itself, or its copy in `staged` (host memory, reused if it fits)."""
+    local = {}
+    for name, tensor in state.items():
+        with torch.no_grad():
+            local[name] = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    if staged is None:
+        return local
+    on_device = False
+    for name in [name for name in staged if name not in local]:
+        del staged[name]
+    for name, tensor in local.items():
+        held = staged.get(name)
+        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            held = staged[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=not tensor.is_cpu)
+        held.copy_(tensor, non_blocking=True)
+        on_device = on_device or not tensor.is_cpu
+    if on_device:
+        torch.accelerator.synchronize()  # the optimizer will change these tensors next
+    return dict(staged)
+
+
+def _attempt(step: int, work: Any) -> str | None:
+    """Do the work; a disk's fault comes back in words, for `agree`. torch's zip writer turns it into a RuntimeError."""
+    try:
+        work()
+    except OSError as error:
+        return f"could not save step {step}: {error.strerror or error}; earlier checkpoints are intact"
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        return f"could not save step {step} (is the disk full?): {reason}; earlier checkpoints are intact"
+    return None
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "crc32": checksum(path)}
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Replace a small file atomically."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.rename(path)
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------- what a state is made of
+
+
+def model_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by their own names, as a checkpoint names them."""
+    return {MODEL + name: tensor for name, tensor in tensors.items()}
+
+
+def optimizer_state(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`optimizer.<parameter>.<key>` for every tensor (exp_avg, exp_avg_sq, step) that the optimizer has by now."""
+    state = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            assert isinstance(value, Tensor), f"{name}: optimizer state {key} is a {type(value).__name__}, not a tensor"
+            state[f"{OPTIMIZER}{name}.{key}"] = value
+    return state
+
+
+def rng_state() -> dict[str, Tensor]:
+    """This rank's torch generators: CPU, and the current accelerator's."""
+    state = {f"{RNG}{rank()}.cpu": torch.get_rng_state()}
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        assert kind is not None
+        state[f"{RNG}{rank()}.{kind.type}"] = torch.get_device_module(kind).get_rng_state()
+    return state
+
+
+def stored_names(stored: StoredCheckpoint, known: Collection[str]) -> list[str]:
+    """The parameters and buffers that a checkpoint holds, by their own names.
+
+    Raises: ValueError if it holds one that is not among `known`: going on without it would lose what it learnt.
+    """
+    names = [name.removeprefix(MODEL) for name in stored.shapes if name.startswith(MODEL)]
+    if foreign := [name for name in names if name not in known]:
+        more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
+        raise ValueError(
+            f"{stored.directory} is a checkpoint of another model or policy: it holds {', '.join(foreign[:8])}{more}, "
+            "which this run has not; go on with the config it was made with, or set checkpoint.resume=none"
+        )
+    return names
+
+
+def load_model_state(stored: StoredCheckpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Fill parameters and buffers in place. Raises: ValueError listing what is missing or of another shape."""
+    load_tensors(stored, model_state(tensors))
+
+
+def load_optimizer_state(
+    stored: StoredCheckpoint, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Give `optimizer` the stored state of its parameters, in their present sharding.
+
+    Raises: ValueError if the checkpoint has no state for a parameter that the optimizer holds.
+    """
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = {id(parameter): number for number, parameter in enumerate(order)}
+    stored_keys: dict[str, list[str]] = {}
+    for full in stored.shapes:
+        if full.startswith(OPTIMIZER):
+            name, key = full.removeprefix(OPTIMIZER).rsplit(".", 1)
+            stored_keys.setdefault(name, []).append(key)
+    wanted = {name: parameter for name, parameter in parameters.items() if id(parameter) in held}
+    absent = [name for name in wanted if name not in stored_keys]
+    if absent:
+        raise ValueError(
+            f"{stored.directory} has no optimizer state for {', '.join(absent[:8])}"
+            f"{f' and {len(absent) - 8} more' if len(absent) > 8 else ''}; was it saved with another policy, or with "
+            "checkpoint.save_optimizer=false? checkpoint.load_optimizer=false starts with fresh moments"
+        )
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, parameter in wanted.items():
+        for key in stored_keys[name]:
+            full = f"{OPTIMIZER}{name}.{key}"
+            like_parameter = key != "step" and stored.shapes[full] == tuple(parameter.shape)
+            dtype = stored.dtype(full)
+            state.setdefault(held[id(parameter)], {})[key] = (
+                torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+                if like_parameter
+                else torch.zeros(stored.shapes[full], dtype=dtype)
+            )
+    names = {number: name for name, parameter in wanted.items() if (number := held[id(parameter)]) in state}
+    load_tensors(
+        stored,
+        {f"{OPTIMIZER}{names[number]}.{key}": value for number, item in state.items() for key, value in item.items()},
+    )
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # it places `step` as the optimizer needs it
+
+
+def load_rng_state(stored: StoredCheckpoint) -> bool:
+    """Restore this rank's generators. False, and nothing changed, if the checkpoint was written by fewer ranks."""
+    state = {name: tensor.clone() for name, tensor in rng_state().items()}
+    if not state.keys() <= stored.shapes.keys():
+        return False
+    load_tensors(stored, state)
+    for name, value in state.items():
+        if name.endswith(".cpu"):
+            torch.set_rng_state(value)
+        else:
+            torch.get_device_module(name.rsplit(".", 1)[1]).set_rng_state(value)
+    return True

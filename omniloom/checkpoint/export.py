@@ -1,0 +1,288 @@
+"""Writes a published directory: trained tensors in the source's names, dtypes and files, everything else as it was.
+
+Owns the outgoing half of the Hugging Face format. The bytes depend on the source and the trained tensors alone, never
+on the number of ranks: full tensors are gathered one at a time in key-map order on all ranks, and rank 0 writes them
+where the source's layout has them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from omniloom.checkpoint.agreement import agree, rank
+from omniloom.checkpoint.tensor_files import DTYPES, INDEX_NAME, HFCheckpoint, TensorEntry
+from omniloom.keymap import KeyMap, Recipe
+
+MARKER_NAME = "omniloom_export.json"
+# not .pt: Qwen2.5-Omni cannot be loaded without the voices in its spk_dict.pt
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+COPY_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    directory: Path
+    num_trained: int  # published tensors written from the run
+    num_carried: int  # copied bit for bit
+    num_dropped: int
+    num_bytes: int
+
+
+def export(
+    out_dir: str | Path,
+    source: HFCheckpoint,
+    key_map: KeyMap,
+    names: Collection[str],
+    gather: Callable[[str], Tensor | None],
+    *,
+    config: dict[str, Any] | None = None,
+    dropped: Collection[str] = (),
+    overwrite: bool = False,
+    group: ProcessGroup | None = None,
+) -> ExportReport:
+    """Write `names` of ours, taken from `gather`, and all else of `source` into `out_dir`, atomically.
+
+    Called by all ranks of `group` alike. `gather(name)` is called once per name on every rank in the same order and
+    returns the full tensor, any float dtype, on rank 0 (its result elsewhere is ignored): so it may be a collective.
+    Tensors of ours in `dropped` (layers cut from the model) are left out; `config` then replaces config.json.
+
+    Raises: ValueError on every rank if `out_dir` holds something that is no earlier export (unless `overwrite`), for
+        tensors that do not fit the source, and when the disk is full; what was there before is then untouched.
+    """
+    out_dir = Path(out_dir)
+    recipes = key_map.recipes(source.shapes)
+    plan = _plan(source, recipes, key_map, names, dropped)
+    order = [name for name in recipes if name in plan.places]
+    writer = _Writer(out_dir, source, plan) if rank(group) == 0 else None
+    fault = _attempt(lambda: writer.begin(config, overwrite), out_dir) if writer else None
+    if writer is not None and fault is not None:
+        writer.discard()
+    agree(fault, group)
+    for name in order:
+        tensor = gather(name)
+        if writer is not None and fault is None:  # after a fault, keep the other ranks' collectives company
+            fault = _attempt(lambda tensor=tensor, name=name: writer.write(name, tensor, recipes[name]), out_dir)
+        del tensor
+    if writer is not None:
+        fault = fault or _attempt(writer.commit, out_dir)
+        if fault is not None:
+            writer.discard()
+    agree(fault, group)
+    return ExportReport(
+        directory=out_dir,
+        num_trained=sum(len(places) for places in plan.places.values()),
+        num_carried=len(plan.carried),
+        num_dropped=len(source.entries) - len(plan.entries),
+        num_bytes=sum(entry.num_bytes for entry in plan.entries.values()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    entries: dict[str, TensorEntry]  # the source's, of all tensors that will be written
+    places: dict[str, tuple[str, ...]]  # tensor of ours: published tensors that it fills
+    carried: tuple[str, ...]
+
+
+def _plan(
+    source: HFCheckpoint, recipes: dict[str, Recipe], key_map: KeyMap, names: Collection[str], dropped: Collection[str]
+) -> _Plan:
+    unknown = [name for name in (*names, *dropped) if name not in recipes]
+    if unknown:
+        raise ValueError(
+            f"{source.directory} has no tensors for {', '.join(unknown[:8])}; is it the model trained here?"
+        )
+    second = key_map.second_names(source.shapes)
+    filled: dict[str, list[str]] = {}
+    owner: dict[str, str] = {}  # a tied name of ours has the same pieces: write them once
+    for name in names:
+        for piece in recipes[name].pieces:
+            if owner.setdefault(piece.published, name) == name:
+                filled.setdefault(name, []).append(piece.published)
+    for published, same_as in second.items():
+        if same_as in filled:
+            filled[same_as].append(published)
+    gone = {piece.published for name in dropped for piece in recipes[name].pieces}
+    entries = {name: entry for name, entry in source.entries.items() if name not in gone}
+    written = {published for places in filled.values() for published in places}
+    assert not written & gone, "a tensor is both exported and dropped"
+    return _Plan(
+        entries=entries,
+        places={name: tuple(places) for name, places in filled.items()},
+        carried=tuple(name for name in entries if name not in written),
+    )
+
+
+class _Writer:
+    """The one rank's work on disk: a folder beside the target, renamed into place at the end."""
+
+    def __init__(self, out_dir: Path, source: HFCheckpoint, plan: _Plan) -> None:
+        self.out_dir = out_dir
+        self.source = source
+        self.plan = plan
+        self.partial = out_dir.parent / f".{out_dir.name}.partial"
+        self.previous = out_dir.parent / f".{out_dir.name}.previous"
+        self.offsets: dict[str, tuple[Path, int]] = {}
+
+    def begin(self, config: dict[str, Any] | None, overwrite: bool) -> None:
+        """Check the target, copy all that was not trained, leave room for the rest."""
+        if self.previous.is_dir() and not self.out_dir.exists():
+            self.previous.rename(self.out_dir)  # a kill between the two renames of an earlier export
+        self._check_target(overwrite)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        needed = sum(entry.num_bytes for entry in self.plan.entries.values())
+        free = shutil.disk_usage(self.partial).free
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"the export takes {needed} bytes, the disk has {free} free")
+        self._copy_other_files(config)
+        for file in self.source.metadata:
+            self._lay_out_file(file)
+        for name in self.plan.carried:
+            self._carry(self.source.entries[name])
+
+    def write(self, name: str, tensor: Tensor | None, recipe: Recipe) -> None:
+        """Put one full tensor of ours into its published places."""
+        assert tensor is not None, f"gather gave rank 0 nothing for {name}"
+        if tuple(tensor.shape) != recipe.shape:
+            raise ValueError(f"{name}: expected {list(recipe.shape)} as in the source, got {list(tensor.shape)}")
+        pieces = {piece.published: piece for piece in recipe.pieces}
+        for published in self.plan.places[name]:
+            entry = self.source.entries[published]
+            part = tensor
+            if published not in pieces and tuple(tensor.shape) != entry.shape:
+                raise ValueError(
+                    f"{published}: expected {list(tensor.shape)} as its twin {name}, got {list(entry.shape)}"
+                )
+            if (piece := pieces.get(published)) is not None:
+                part = tensor[tuple(slice(start, stop) for start, stop in piece.box)]
+                part = part[0] if piece.stacked else part
+                part = part.transpose(-1, -2) if piece.layout == "transpose" else part
+            self._put(published, part.to(DTYPES[entry.dtype]).reshape(entry.shape).contiguous())
+
+    def commit(self) -> None:
+        for file in sorted(self.partial.rglob("*")):
+            if file.is_file():
+                _sync(file)
+        _sync(self.partial)
+        if self.out_dir.exists():
+            shutil.rmtree(self.previous, ignore_errors=True)
+            self.out_dir.rename(self.previous)
+        self.partial.rename(self.out_dir)
+        _sync(self.out_dir.parent)
+        shutil.rmtree(self.previous, ignore_errors=True)
+
+    def discard(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _check_target(self, overwrite: bool) -> None:
+        if self.out_dir.resolve() == self.source.directory.resolve():
+            raise ValueError(f"{self.out_dir} is the source of this model; export into another directory")
+        if self.out_dir.exists() and not self.out_dir.is_dir():
+            raise ValueError(f"{self.out_dir} is a file; export into a directory")
+        held = self.out_dir.is_dir() and any(self.out_dir.iterdir())
+        if held and not overwrite and not (self.out_dir / MARKER_NAME).is_file():
+            raise ValueError(f"{self.out_dir} is not empty and no earlier export; choose another directory or empty it")
+
+    def _copy_other_files(self, config: dict[str, Any] | None) -> None:
+        for path, relative in _other_files(self.source.directory):
+            target = self.partial / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        if config is not None:
+            _write_json(self.partial / "config.json", config)
+        if self.source.index is not None:
+            weight_map = {name: entry.file.name for name, entry in self.plan.entries.items()}
+            metadata = dict(self.source.index.get("metadata") or {})
+            metadata["total_size"] = sum(entry.num_bytes for entry in self.plan.entries.values())
+            if "total_parameters" in metadata and len(self.plan.entries) < len(self.source.entries):
+                del metadata["total_parameters"]
+            index = {**self.source.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+            _write_json(self.partial / INDEX_NAME, index)
+        note = {"source": self.source.directory.name, "trained_tensors": sum(map(len, self.plan.places.values()))}
+        _write_json(self.partial / MARKER_NAME, note)
+
+    def _lay_out_file(self, file: Path) -> None:
+        entries = [entry for entry in self.plan.entries.values() if entry.file == file]
+        if not entries:
+            return
+        header: dict[str, Any] = {"__metadata__": self.source.metadata[file]} if self.source.metadata[file] else {}
+        place = 0
+        for entry in entries:
+            stop = place + entry.num_bytes
+            header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [place, stop]}
+            place = stop
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+        target = self.partial / file.name
+        for entry in entries:
+            start, _ = header[entry.name]["data_offsets"]
+            self.offsets[entry.name] = (target, 8 + len(text) + start)
+        with target.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.flush()
+            if place:
+                os.posix_fallocate(stream.fileno(), 8 + len(text), place)  # a full disk shows now, not in an hour
+
+    def _carry(self, entry: TensorEntry) -> None:
+        target, start = self.offsets[entry.name]
+        with entry.file.open("rb") as source, target.open("r+b") as stream:
+            source.seek(entry.start)
+            stream.seek(start)
+            left = entry.num_bytes
+            while left:
+                block = source.read(min(left, COPY_BYTES))
+                if not block:
+                    raise ValueError(f"{entry.file} became shorter while it was copied")
+                stream.write(block)
+                left -= len(block)
+
+    def _put(self, published: str, tensor: Tensor) -> None:
+        target, start = self.offsets[published]
+        if tensor.numel():
+            with target.open("r+b") as stream:
+                stream.seek(start)
+                stream.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+def _other_files(directory: Path) -> Iterable[tuple[Path, Path]]:
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json") or path.name == MARKER_NAME
+        if path.is_file() and not hidden and not weights:
+            yield path, relative
+
+
+def _attempt(work: Callable[[], None], out_dir: Path) -> str | None:
+    """Do the work; on a fault of disk or data say it in words, for `agree`."""
+    try:
+        work()
+    except OSError as error:
+        return f"could not write the export {out_dir}: {error.strerror or error}; nothing there was changed"
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

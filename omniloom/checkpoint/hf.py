@@ -1,0 +1,182 @@
+"""Loads a model from a published directory, each rank reading only the slices that it holds.
+
+Owns the way from published tensors through a `KeyMap` into a module's parameters. Knows neither families nor meshes: a
+DTensor says itself which slice is local. Errors come from headers, before any tensor is read. No collectives.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from omniloom.checkpoint.tensor_files import MAX_LISTED, HFCheckpoint, open_checkpoint
+from omniloom.keymap import Box, KeyMap, Read, Recipe, Tied, whole
+
+__all__ = ["HFCheckpoint", "LoadReport", "check_names", "load_model", "local_region", "open_checkpoint", "read_tensor"]
+
+CHUNK_BYTES = 64 << 20  # of a parameter, read at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    num_tensors: int
+    num_bytes: int  # of the parameters filled on this rank
+    seconds: float
+    unread: tuple[str, ...]  # tensors of ours that the checkpoint has and this rank does not hold
+
+
+def load_model(
+    model: nn.Module,
+    checkpoint: HFCheckpoint,
+    key_map: KeyMap,
+    *,
+    device: torch.device | str = "cpu",
+    fresh: Collection[str] = (),
+    unbuilt: Collection[str] = (),
+) -> LoadReport:
+    """Fill all parameters and persistent buffers of `model`, plain or DTensor, in their own dtype.
+
+    A model on the meta device is first materialised on `device`; what no checkpoint holds (non-persistent buffers,
+    `fresh` parameters) is then uninitialised and the caller's to fill. `fresh` names parameters that the checkpoint
+    does not have (adapters), `unbuilt` names tensors that it may have and this module does not (other stages, unused
+    towers, cut layers).
+
+    Raises: ValueError listing all tensors that are missing, extra or of another shape, before anything is read.
+    """
+    begin = time.perf_counter()
+    recipes = key_map.recipes(checkpoint.shapes)
+    tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in fresh}
+    check_names({name: tuple(tensor.shape) for name, tensor in tensors.items()}, recipes, key_map, unbuilt=unbuilt)
+    if any(tensor.is_meta for tensor in tensors.values()):
+        materialise(model, device)
+        tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in fresh}
+    num_bytes = 0
+    for name, tensor in tensors.items():
+        num_bytes += _load_tensor(tensor, recipes[name], checkpoint)
+    return LoadReport(
+        num_tensors=len(tensors),
+        num_bytes=num_bytes,
+        seconds=time.perf_counter() - begin,
+        unread=tuple(name for name in recipes if name not in tensors),
+    )
+
+
+def check_names(
+    shapes: Mapping[str, tuple[int, ...]],
+    recipes: Mapping[str, Recipe],
+    key_map: KeyMap,
+    *,
+    unbuilt: Collection[str] = (),
+) -> None:
+    """Compare the (global) shapes a model wants with what a checkpoint gives. Raises: ValueError listing all faults."""
+    faults = []
+    for name, shape in shapes.items():
+        if name not in recipes:
+            published = key_map.published_names(name)
+            faults.append(f"missing {', '.join(published) if published else 'a rule'} for {name} {list(shape)}")
+        elif recipes[name].shape != tuple(shape):
+            names = ", ".join(dict.fromkeys(piece.published for piece in recipes[name].pieces[:2]))
+            more = ", ..." if len(recipes[name].pieces) > 2 else ""
+            faults.append(
+                f"{name}: expected {list(shape)} by config.json, got {list(recipes[name].shape)} from {names}{more}"
+            )
+    second = {rule.ours for rule in key_map.rules if isinstance(rule, Tied)}
+    for name, recipe in recipes.items():
+        if name not in shapes and name not in unbuilt and name not in second:
+            faults.append(f"extra {recipe.pieces[0].published}: by config.json the model has no {name}")
+    if faults:
+        more = f"\n  and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
+        raise ValueError("checkpoint and model do not fit:\n  " + "\n  ".join(faults[:MAX_LISTED]) + more)
+
+
+def materialise(model: nn.Module, device: torch.device | str) -> None:
+    """Give a module on the meta device uninitialised memory on `device`; tied parameters stay tied."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append((module, name))
+    model.to_empty(device=device)
+    for (first, first_name), *others in owners.values():
+        for module, name in others:
+            setattr(module, name, getattr(first, first_name))
+
+
+def local_region(tensor: Tensor) -> Box | None:
+    """The region of the global tensor that this rank holds; None for a rank outside of the tensor's mesh.
+
+    Raises: ValueError where it is no single box (unevenly divided by two mesh axes along one dim).
+    """
+    if not isinstance(tensor, DTensor):
+        return whole(tuple(tensor.shape))
+    mesh, placements = tensor.device_mesh, tensor.placements
+    for dim in range(tensor.ndim):
+        cuts = [mesh.size(axis) for axis, placement in enumerate(placements) if getattr(placement, "dim", None) == dim]
+        plain = all(type(placement) is Shard for placement in placements if getattr(placement, "dim", None) == dim)
+        if not plain and tensor.shape[dim] % prod(cuts):
+            raise ValueError(
+                f"dim {dim} of a parameter {list(tensor.shape)} does not divide by the {prod(cuts)} ranks over which "
+                f"{placements} cuts it; choose degrees whose product divides {tensor.shape[dim]}"
+            )
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    if len(offsets) != tensor.ndim:
+        return None
+    return tuple((offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+
+
+def read_tensor(recipe: Recipe, checkpoint: HFCheckpoint, out: Tensor, region: Box | None = None) -> None:
+    """Copy `region` (None: all) of one of our tensors into `out`, which has the region's shape and any dtype."""
+    region = whole(recipe.shape) if region is None else region
+    for item in recipe.reads(region):
+        part = _lay_out(checkpoint.read(item.published, item.box), item)
+        out[_slices(item.target)].copy_(part)
+
+
+def gather_full(state: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+    """A `gather` for `export`: a name's full tensor on the CPU. A collective over its mesh if it is sharded."""
+
+    def gather(name: str) -> Tensor:
+        tensor = state[name].detach()
+        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+    return gather
+
+
+@torch.no_grad()
+def _load_tensor(tensor: Tensor, recipe: Recipe, checkpoint: HFCheckpoint) -> int:
+    region = local_region(tensor)
+    if region is None:
+        return 0
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    for chunk in _row_chunks(region, local.element_size()):
+        start, stop = (chunk[0][0] - region[0][0], chunk[0][1] - region[0][0]) if chunk else (0, 0)
+        read_tensor(recipe, checkpoint, local[start:stop] if chunk else local, chunk)
+    return local.numel() * local.element_size()
+
+
+def _row_chunks(region: Box, itemsize: int) -> Iterator[Box]:
+    if not region:
+        yield region
+        return
+    row_bytes = itemsize * prod(stop - start for start, stop in region[1:])
+    num_rows = max(1, CHUNK_BYTES // max(row_bytes, 1))
+    for start in range(*region[0], num_rows):
+        yield ((start, min(start + num_rows, region[0][1])), *region[1:])
+
+
+def _lay_out(tensor: Tensor, item: Read) -> Tensor:
+    if item.layout == "transpose":
+        return tensor.transpose(-1, -2)
+    if item.layout == "flatten":
+        return tensor.flatten(1)[_slices(item.crop)]
+    return tensor
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in box)

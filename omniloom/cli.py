@@ -1,0 +1,181 @@
+"""The verbs of the command line. Each parses, calls one function and prints; nothing is decided here."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+BAD_INPUT = 2
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="dotted overrides, e.g. train.steps=100", metavar="[A.B=C]...")
+]
+Nproc = Annotated[int | None, typer.Option("--nproc", help="local ranks to start; under torchrun leave it out")]
+
+
+@app.command()
+def train(
+    words: Annotated[
+        list[str] | None, typer.Argument(help="a YAML file, then dotted overrides", metavar="[CONFIG] [A.B=C]...")
+    ] = None,
+    nproc: Nproc = None,
+) -> None:
+    """Train a model: omniloom train CONFIG a.b=c ..., or just model.path=DIR data.train=FILE."""
+    from omniloom.config import config_from_words
+    from omniloom.tools.launch import launch_or_join
+
+    config = config_from_words(words or [])  # a wrong word ends here, before torch is imported and ranks are started
+
+    def run_here() -> int:
+        from omniloom.train import run
+
+        return run(config)
+
+    raise typer.Exit(launch_or_join(run_here, ["train", *(words or [])], nproc))
+
+
+@app.command()
+def demo(directory: Annotated[Path, typer.Argument()] = Path("runs/demo")) -> None:
+    """Build a tiny model and a small media data set, train, evaluate, export, draw a report."""
+    from omniloom.tools.demo import run_demo
+
+    run_demo(directory)
+
+
+@app.command()
+def tiny(
+    family: str, directory: Path, size: Annotated[str, typer.Option(help="tiny or 20m")] = "tiny", seed: int = 0
+) -> None:
+    """Write a tiny random checkpoint in the published layout."""
+    from omniloom.tools.tiny import make_tiny
+
+    make_tiny(family, directory, size=size, seed=seed)
+    print(f"wrote {family} ({size}) to {directory}")
+
+
+@app.command()
+def score(model: Path, data: Path, overrides: Overrides = None) -> None:
+    """Print the loss of every sample as JSON lines: {"id", "num_loss_tokens", "loss"}."""
+    from omniloom.tools.score import score_file
+
+    score_file(model, data, overrides or [])
+
+
+@app.command()
+def export(
+    source: Path,
+    directory: Path,
+    adapter: Annotated[bool, typer.Option(help="LoRA adapters alone, as PEFT loads them; else merged")] = False,
+    overwrite: bool = False,
+) -> None:
+    """Write a Hugging Face directory from a run or one of its checkpoints."""
+    from omniloom.tools.export import export_checkpoint
+
+    export_checkpoint(source, directory, adapter=adapter, overwrite=overwrite)
+    print(f"wrote {directory}")
+
+
+@app.command()
+def report(run: Path) -> None:
+    """Draw report.html for a run, finished or going."""
+    from omniloom.tools.report import write_report
+
+    print(f"wrote {write_report(run)}")
+
+
+@app.command()
+def generate(
+    model: Path,
+    prompt: Annotated[str | None, typer.Argument()] = None,
+    image: Annotated[list[Path] | None, typer.Option()] = None,
+    audio: Annotated[list[Path] | None, typer.Option()] = None,
+    video: Annotated[list[Path] | None, typer.Option()] = None,
+    data: Annotated[Path | None, typer.Option(help="JSONL of rows to answer, instead of one prompt")] = None,
+    max_new_tokens: int = 256,
+) -> None:
+    """Answer a prompt about media, or every row of a file, with transformers' generate fed by our processor."""
+    from omniloom.tools.generate import print_answers
+
+    media = {"image": image or [], "audio": audio or [], "video": video or []}
+    print_answers(model, prompt, media, data=data, max_new_tokens=max_new_tokens)
+
+
+@app.command()
+def convert(
+    kind: Annotated[str, typer.Argument(help="format of the source: llava, sharegpt, ...")],
+    source: Path,
+    target: Path,
+    media_dir: Annotated[
+        Path | None, typer.Option(help="where relative media paths start; default: by the source")
+    ] = None,
+) -> None:
+    """Write rows of another format in the messages form; training reads every format as it is."""
+    from omniloom.tools.convert import convert_file
+
+    num_written, problems = convert_file(kind, source, target, media_dir=media_dir)
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    print(f"wrote {num_written} rows to {target}, left out {len(problems)}")
+
+
+@app.command()
+def check(words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None) -> None:
+    """Check a config, its checkpoint and its data without training."""
+    from omniloom.tools.inspect import check_config
+
+    check_config(words or [])
+
+
+@app.command()
+def preview(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None, rows: int = 3
+) -> None:
+    """Show how rows are rendered, tokenised and labelled."""
+    from omniloom.tools.inspect import preview_rows
+
+    preview_rows(words or [], rows)
+
+
+@app.command()
+def plan(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None, steps: int = 10
+) -> None:
+    """Show the first steps' packs: tokens, fill, media, cost."""
+    from omniloom.tools.inspect import show_plan
+
+    show_plan(words or [], steps)
+
+
+def main() -> None:
+    """Console entry. What a user can act on is one message, and exit code 2 for bad input or the one of its RunError;
+    everything else is a fault of ours and keeps its traceback. --debug anywhere shows it always.
+    """
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = len(arguments) != len(sys.argv) - 1
+    try:
+        app(args=arguments)  # usage errors and Ctrl-C end here, by the library's own messages and codes
+    except (ValueError, OSError) as error:
+        _end(error, BAD_INPUT, debug)
+    except RuntimeError as error:
+        from omniloom.types import RunError  # costs an import of torch, which whoever raised it has done
+
+        if not isinstance(error, RunError):
+            raise
+        _end(error, error.exit_code, debug)
+
+
+def _end(error: Exception, code: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

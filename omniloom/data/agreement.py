@@ -1,0 +1,138 @@
+"""What ranks tell each other about data: failures, stops, and the weight sums that were really loaded.
+
+Owns the meaning of those messages; the all-gather itself (`exchange`) is handed in, one per thread that uses it, so
+that the order of calls is the same on all ranks. Knows no process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from omniloom.data.collate import blank_samples, sample_weight_sums, weight_sum
+from omniloom.data.rows import count_samples
+from omniloom.types import BadSample, LoadedPack, PackPlan, PackStats, RunError, StepPlan
+
+Exchange = Callable[[Any], list[Any]]  # all-gather of one picklable object per rank, in rank order
+
+STOPPED = "stopped"  # the failure of a rank that only wants to end
+
+
+class RanksStopped(RunError):
+    """A rank could not go on, or wanted to end, and told the others. `wanted` where nothing was wrong."""
+
+    def __init__(self, message: str, *, wanted: bool) -> None:
+        super().__init__(message)
+        self.wanted = wanted
+
+
+def gather(exchange: Exchange, value: Any, *, failure: str | None = None) -> list[Any]:
+    """All ranks' values, in rank order, or the same exception on all ranks if one of them failed.
+
+    Raises: RanksStopped.
+    """
+    gathered = exchange((failure, value))
+    failures = [(rank, text) for rank, (text, _) in enumerate(gathered) if text is not None]
+    for rank, text in failures:
+        if text != STOPPED:
+            raise RanksStopped(f"rank {rank}: {text}" if len(gathered) > 1 else text, wanted=False)
+    if failures:
+        raise RanksStopped(f"rank {failures[0][0]} ended the run", wanted=True)
+    return [value for _, value in gathered]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepAgreement:
+    """What one step really holds, the same on every rank."""
+
+    weight_sum: float  # the denominator of the step's loss
+    num_nonempty_packs: int  # packs with at least one sample that could be loaded
+    bad: tuple[BadSample, ...]  # samples of this step that could not
+    stats: PackStats  # sums over the step's packs
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackReport:
+    """What one rank found in one pack."""
+
+    index: int
+    weight_sums: tuple[float, ...]  # per sample
+    bad: tuple[tuple[int, BadSample], ...]  # by the sample's position in the pack
+    load_seconds: float
+
+
+def agree(
+    step: StepPlan, packs: Sequence[LoadedPack], exchange: Exchange, *, pack_means: bool = False
+) -> tuple[StepAgreement, tuple[LoadedPack, ...]]:
+    """Exchange what was loaded; returns the agreement and this rank's packs with every agreed failure blanked.
+
+    Where several ranks load the same pack (context and tensor groups, each decoding its share of the clips) a sample
+    that failed on one of them becomes padding on all, and the pack counts once. With `pack_means` (train.loss=batch)
+    the others of its pack are weighted up, so that the pack stays a mean over its labels. Raises: RanksStopped.
+    """
+    return settle(step, packs, gather(exchange, [report_pack(pack) for pack in packs]), pack_means=pack_means)
+
+
+def settle(
+    step: StepPlan,
+    packs: Sequence[LoadedPack],
+    gathered: Sequence[Sequence[PackReport]],
+    *,
+    pack_means: bool = False,
+) -> tuple[StepAgreement, tuple[LoadedPack, ...]]:
+    """The second half of `agree`: the same numbers on every rank from the same reports."""
+    failed: dict[int, dict[int, BadSample]] = {}
+    sums: dict[int, tuple[float, ...]] = {}
+    load_seconds = 0.0
+    for report in (report for reports in gathered for report in reports):
+        failed.setdefault(report.index, {}).update(report.bad)
+        known = sums.setdefault(report.index, report.weight_sums)
+        sums[report.index] = tuple(map(max, known, report.weight_sums))  # a failure reports 0, the others what it is
+        load_seconds += report.load_seconds
+    missing = [pack.index for pack in step.packs if pack.index not in sums]
+    assert not missing, f"no rank loaded packs {missing} of step {step.step}"
+    good = {
+        pack.index: [position for position in range(len(pack.samples)) if position not in failed[pack.index]]
+        for pack in step.packs
+    }
+    scales = {pack.index: _rescale(pack, good[pack.index]) if pack_means else 1.0 for pack in step.packs}
+    samples = [pack.samples[position] for pack in step.packs for position in good[pack.index]]
+    agreement = StepAgreement(
+        weight_sum=sum(
+            (scales[pack.index] * sums[pack.index][position] for pack in step.packs for position in good[pack.index]),
+            start=0.0,
+        ),
+        num_nonempty_packs=sum(bool(positions) for positions in good.values()),
+        bad=tuple(failed[pack.index][position] for pack in step.packs for position in sorted(failed[pack.index])),
+        stats=count_samples(samples, load_seconds=load_seconds),
+    )
+    return agreement, tuple(_blank(pack, failed[pack.index], scales.get(pack.index, 1.0)) for pack in packs)
+
+
+def report_pack(pack: LoadedPack) -> PackReport:
+    starts = pack.batch.segments.cu_seqlens[: len(pack.batch.sample_ids)].tolist()
+    positions = [position for position, start in enumerate(starts) if bool(pack.batch.is_padding[start])]
+    return PackReport(
+        index=pack.index,
+        weight_sums=sample_weight_sums(pack.batch),
+        bad=tuple(zip(positions, pack.bad, strict=True)),  # both in the order of the pack
+        load_seconds=pack.stats.load_seconds,
+    )
+
+
+def _rescale(pack: PackPlan, good: list[int]) -> float:
+    """What the planned 1 / (labels of the pack) must be multiplied by where samples failed after planning."""
+    planned = sum(sample.extent.num_loss_tokens for sample in pack.samples)
+    left = sum(pack.samples[position].extent.num_loss_tokens for position in good)
+    return planned / left if left else 1.0
+
+
+def _blank(pack: LoadedPack, failed: dict[int, BadSample], scale: float) -> LoadedPack:
+    if len(failed) == len(pack.bad) and scale == 1.0:
+        return pack
+    batch = blank_samples(pack.batch, sorted(failed))
+    if scale != 1.0:
+        batch = replace(batch, loss_weights=(batch.loss_weights.double() * scale).float())
+    bad = tuple(failed[position] for position in sorted(failed))
+    return replace(pack, batch=batch, weight_sum=weight_sum(batch), bad=bad)

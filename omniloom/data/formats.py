@@ -1,0 +1,457 @@
+"""One row of a data file becomes one `Conversation`, whichever of the eight known formats it is written in.
+
+Owns the spellings of formats, roles and content. It knows no tokenizer and no template, and opens no media; what a
+row says is kept whole: text beside tool calls, the order of parallel calls, reasoning, weights per turn.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from omniloom.config import DataConfig
+from omniloom.data.row_media import KINDS, MediaKind, MediaRules, RowMedia, join_sound
+from omniloom.data.tool_calls import parse_tool_calls, parse_tools, tool_call_part
+from omniloom.types import Conversation, Part, Role, SampleError, Turn
+
+FORMATS = (
+    "sharegpt",
+    "messages",
+    "openai",
+    "anthropic",
+    "alpaca",
+    "llava",
+    "multimodal_tool",
+    "query_response",
+)
+_TurnKind = Literal["system", "user", "assistant", "tool", "tool_call"]
+_ROLES: dict[str, _TurnKind] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
+    "tool_call": "tool_call",
+    "function_call": "tool_call",
+}
+_MEDIA_BLOCKS: dict[str, MediaKind] = {
+    "image": "image",
+    "image_url": "image",
+    "input_image": "image",
+    "video": "video",
+    "video_url": "video",
+    "audio": "audio",
+    "audio_url": "audio",
+    "input_audio": "audio",
+}
+_DIALOGUE_KEYS = ("messages", "conversations", "conversation")
+_PAIR_KEYS = ("instruction", "input", "output", "query", "response", "history")
+_MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios", "use_audio_in_video")
+_ROW_KEYS = {*_DIALOGUE_KEYS, *_PAIR_KEYS, *_MEDIA_KEYS, "tools", "system", "id", "weight"}
+_THINKING = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldNames:
+    """Names of a row's fields and roles where they differ from the formats' own; the guides' `attr`."""
+
+    messages: str | None = None
+    role_tag: str | None = None
+    content_tag: str | None = None
+    user_tag: str | None = None
+    assistant_tag: str | None = None
+    observation_tag: str | None = None
+    function_tag: str | None = None
+    system_tag: str | None = None
+    system: str | None = None
+    tools: str | None = None
+    images: str | None = None
+    videos: str | None = None
+    audios: str | None = None
+    prompt: str | None = None
+    query: str | None = None
+    response: str | None = None
+    history: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """Everything but the row that `parse_row` depends on."""
+
+    format: str = "auto"
+    names: FieldNames = field(default_factory=FieldNames)
+    media: MediaRules = field(default_factory=MediaRules)
+
+
+def row_options(config: DataConfig) -> RowOptions:
+    """The part of the data config that concerns rows. Raises: ValueError for an unknown format or attr name."""
+    if config.format != "auto" and config.format not in FORMATS:
+        near = difflib.get_close_matches(config.format, FORMATS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected auto or one of {', '.join(FORMATS)}"
+        raise ValueError(f"data.format: unknown format {config.format!r}; {hint}")
+    attr = dict(config.attr)
+    chosen = attr.pop("formatting", None)  # where the guides name the format
+    known = [item.name for item in fields(FieldNames)]
+    for name in attr:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"data.attr.{name}: unknown name; {hint}")
+    return RowOptions(
+        format=chosen if config.format == "auto" and chosen in FORMATS else config.format,
+        names=FieldNames(**attr),
+        media=MediaRules(
+            media_dir=config.media_dir,
+            allow_outside_media_dir=config.allow_outside_media_dir,
+            allow_urls=config.allow_urls,
+            use_audio=config.video.use_audio,
+            frame_list_fps=config.video.fps,
+        ),
+    )
+
+
+# ---------------------------------------------------------------------------------------- detection
+
+
+def detect_format(row: Mapping[str, Any], names: FieldNames | None = None) -> str:
+    """The name of the format that a row is written in, by its keys. Raises: SampleError for none."""
+    names = names or FieldNames()
+    turns = _find(row, names.messages, *_DIALOGUE_KEYS)
+    if turns is not None:
+        return _detect_dialogue(row, turns, names)
+    if _find(row, names.response, "output") is not None and _find(row, names.prompt, "instruction") is not None:
+        return "alpaca"
+    if _find(row, names.query, "query") is not None and _find(row, names.response, "response") is not None:
+        return "query_response"
+    raise SampleError(
+        "row",
+        f"no known format has the keys {', '.join(map(str, row)) or '(none)'}; expected messages, conversations, "
+        "instruction and output, or query and response; data.attr maps other names to these",
+    )
+
+
+def describe_format(row: Mapping[str, Any], options: RowOptions) -> str:
+    """One line for the log: a row's format, the keys it is read from and those that nothing reads.
+
+    Raises: SampleError where no format fits.
+    """
+    found = options.format == "auto"
+    name = detect_format(row, options.names) if found else options.format
+    renamed = {value for item in fields(FieldNames) if (value := getattr(options.names, item.name)) is not None}
+    present = [str(key) for key, value in row.items() if value is not None]
+    read = [key for key in present if key in _ROW_KEYS or key in renamed]
+    ignored = [key for key in present if key not in read]
+    line = f"format {name} ({'detected' if found else 'set by data.format'}), read from {', '.join(read)}"
+    return line + (f"; not read: {', '.join(ignored)}" if ignored else "")
+
+
+def _detect_dialogue(row: Mapping[str, Any], turns: Any, names: FieldNames) -> str:
+    if not isinstance(turns, list | tuple):
+        return "messages"
+    messages = [turn for turn in turns if isinstance(turn, Mapping)]
+    if any("from" in message for message in messages):
+        return "llava" if row.get("image") is not None else "sharegpt"
+    contents = [_find(message, names.content_tag, "content", "value") for message in messages]
+    blocks = [block for content in contents for block in _blocks(content)]
+    if any(_type(block) in ("tool_use", "tool_result", "thinking") for block in blocks) or any(
+        _find(block, "source") is not None for block in blocks
+    ):
+        return "anthropic"
+    openai_keys = ("tool_calls", "function_call", "tool_call_id", "reasoning_content")
+    if blocks or any(_find(message, *openai_keys) is not None for message in messages):
+        return "openai"
+    roles = [_find(message, names.role_tag, "role") for message in messages]
+    return "multimodal_tool" if "tool_call" in roles or "tool_response" in roles else "messages"
+
+
+# ---------------------------------------------------------------------------------------- parsing
+
+
+def parse_row(row: Mapping[str, Any], *, file: str, line: int, options: RowOptions) -> Conversation:
+    """Turn one row into a conversation. Raises: SampleError that names the field and what is wrong with it."""
+    names = options.names
+    name = detect_format(row, names) if options.format == "auto" else options.format
+    messages = _pairs(row, name, names) if name in ("alpaca", "query_response") else _messages(row, name, names)
+    media = RowMedia(
+        {kind: _find(row, getattr(names, f"{kind}s"), f"{kind}s", kind) for kind in KINDS},
+        file=file,
+        rules=options.media,
+        use_audio=row.get("use_audio_in_video"),
+        inline=_kinds_in_content(messages, names),
+    )
+    turns: list[Turn] = []
+    system = _find(row, names.system, "system")
+    if system:
+        turns.append(Turn(role="system", parts=tuple(_content(system, "system", media))))
+    turns += _TurnReader(names, media).read(messages)
+    if system and any(turn.role == "system" for turn in turns[1:2]):
+        raise SampleError("system", "the row has both a system field and a system turn; keep one")
+    media.check_all_taken()
+    if not any(turn.role == "assistant" and turn.parts for turn in turns):
+        raise SampleError("messages", "no assistant answer in the row: there is nothing to train on")
+    source = f"{file}:{line}"
+    return Conversation(
+        id=source if row.get("id") is None else str(row["id"]),
+        source=source,
+        turns=tuple(turns),
+        tools=parse_tools(_find(row, names.tools, "tools")),
+        weight=1.0 if row.get("weight") is None else _weight_number(row["weight"], "weight"),
+    )
+
+
+def _messages(row: Mapping[str, Any], name: str, names: FieldNames) -> list[Mapping[str, Any]]:
+    turns = _find(row, names.messages, *_DIALOGUE_KEYS)
+    key = names.messages or ("conversations" if name in ("sharegpt", "llava") else "messages")
+    if turns is None:
+        raise SampleError(key, f"the {name} format needs it, the row has only {', '.join(map(str, row)) or 'nothing'}")
+    if not isinstance(turns, list | tuple) or not turns:
+        raise SampleError(key, f"expected a list of turns, got {str(turns)[:60]!r}")
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, Mapping):
+            raise SampleError(f"{key}[{index}]", f"expected an object with a role and content, got {str(turn)[:60]!r}")
+    return list(turns)
+
+
+def _pairs(row: Mapping[str, Any], name: str, names: FieldNames) -> list[Mapping[str, Any]]:
+    """The instruction and query/response formats written as messages, history first."""
+    if name == "alpaca":
+        prompt, answer = _words(row, names.prompt or "instruction"), _words(row, names.response or "output")
+        extra = _find(row, names.query, "input")
+    else:
+        prompt, answer = _words(row, names.query or "query"), _words(row, names.response or "response")
+        extra = None
+    if extra is not None and not isinstance(extra, str):
+        raise SampleError("input", f"expected text, got {type(extra).__name__}: {str(extra)[:60]!r}")
+    if extra:
+        prompt = f"{prompt}\n{extra}" if prompt else extra
+    history = _find(row, names.history, "history") or []
+    pairs: list[Any] = [*history, [prompt, answer]] if isinstance(history, list | tuple) else [history]
+    messages: list[Mapping[str, Any]] = []
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise SampleError(f"history[{index}]", f"expected a pair [question, answer], got {str(pair)[:60]!r}")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return messages
+
+
+def _words(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise SampleError(key, f"expected text, got {type(value).__name__}: {str(value)[:60]!r}")
+    return value
+
+
+class _TurnReader:
+    """Reads messages into turns with the row's names and media."""
+
+    def __init__(self, names: FieldNames, media: RowMedia) -> None:
+        self._names = names
+        self._media = media
+        tags: tuple[tuple[str | None, _TurnKind], ...] = (
+            (names.user_tag, "user"),
+            (names.assistant_tag, "assistant"),
+            (names.observation_tag, "tool"),
+            (names.function_tag, "tool_call"),
+            (names.system_tag, "system"),
+        )
+        self._roles = _ROLES | {tag: kind for tag, kind in tags if tag}
+
+    def read(self, messages: list[Mapping[str, Any]]) -> list[Turn]:
+        turns: list[Turn] = []
+        previous: _TurnKind | None = None
+        for index, message in enumerate(messages):
+            where = f"messages[{index}]"
+            kind = self._kind(message, where)
+            weight = _turn_weight(message, where)
+            content = _find(message, self._names.content_tag, "content", "value")
+            if kind == "assistant":
+                new = [Turn(role="assistant", parts=tuple(self._assistant(message, content, where)), weight=weight)]
+            elif kind == "tool_call":
+                new = [Turn(role="assistant", parts=tuple(parse_tool_calls(content, where)), weight=weight)]
+            elif kind == "tool":
+                new = [Turn(role="tool", parts=tuple(_tool_content(content, where, self._media)), weight=weight)]
+            else:
+                new = self._said(kind, content, where, weight)
+            if kind == "tool_call" and previous in ("assistant", "tool_call") and turns[-1].weight == weight:
+                turns[-1] = replace(turns[-1], parts=turns[-1].parts + new[0].parts)  # calls beside text, or parallel
+            else:
+                turns += new
+            previous = kind
+        return turns
+
+    def _kind(self, message: Mapping[str, Any], where: str) -> _TurnKind:
+        role = _find(message, self._names.role_tag, "role", "from")
+        if not isinstance(role, str) or role not in self._roles:
+            raise SampleError(f"{where}.role", f"unknown role {role!r}; known roles: {', '.join(sorted(self._roles))}")
+        return self._roles[role]
+
+    def _said(self, role: Role, content: Any, where: str, weight: float | None) -> list[Turn]:
+        """A user or system message; Anthropic's tool results inside it become turns of their own, in order."""
+        turns: list[Turn] = []
+        run: list[Any] = []
+        for block in content if isinstance(content, list | tuple) else []:
+            if isinstance(block, Mapping) and _type(block) == "tool_result":
+                if run:
+                    turns.append(Turn(role=role, parts=tuple(_content(run, where, self._media)), weight=weight))
+                    run = []
+                parts = _tool_content(block.get("content"), where, self._media)
+                turns.append(Turn(role="tool", parts=tuple(parts), weight=weight))
+            else:
+                run.append(block)
+        if turns and not run:
+            return turns
+        return [
+            *turns,
+            Turn(role=role, parts=tuple(_content(run if turns else content, where, self._media)), weight=weight),
+        ]
+
+    def _assistant(self, message: Mapping[str, Any], content: Any, where: str) -> list[Part]:
+        parts: list[Part] = []
+        reasoning = _find(message, "reasoning_content", "reasoning")
+        if reasoning is not None:
+            if not isinstance(reasoning, str):
+                raise SampleError(f"{where}.reasoning_content", f"expected text, got {str(reasoning)[:60]!r}")
+            parts.append(Part(kind="reasoning", text=_clean(reasoning.strip("\n"), where)))
+        elif isinstance(content, str) and (match := _THINKING.match(content)):
+            parts.append(Part(kind="reasoning", text=_clean(match[1].strip("\n"), where)))
+            content = content[match.end() :].lstrip("\n")
+        parts += _content(content, where, self._media)
+        calls = _find(message, "tool_calls", "function_call")
+        if calls is not None and calls != []:
+            parts += parse_tool_calls(calls, f"{where}.tool_calls")
+        return parts
+
+
+# ---------------------------------------------------------------------------------------- content
+
+
+def _content(content: Any, where: str, media: RowMedia) -> list[Part]:
+    """Text with placeholders, or a list of typed blocks, as parts."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return join_sound(media.split_text(_clean(content, where)), where)
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, list | tuple):
+        raise SampleError(f"{where}.content", f"expected text or a list of blocks, got {type(content).__name__}")
+    parts: list[Part] = []
+    for index, block in enumerate(content):
+        parts += _block(block, f"{where}.content[{index}]", media)
+    return join_sound(parts, where)
+
+
+def _block(block: Any, where: str, media: RowMedia) -> list[Part]:
+    if isinstance(block, str):
+        return media.split_text(_clean(block, where))
+    if not isinstance(block, Mapping):
+        raise SampleError(where, f"expected a block with a type, got {str(block)[:60]!r}")
+    kind = _type(block)
+    if kind in ("text", "input_text", "output_text"):
+        text = block.get("text")
+        if not isinstance(text, str):
+            raise SampleError(where, f"expected a text block with its text, got {str(text)[:60]!r}")
+        return media.split_text(_clean(text, where))
+    if kind == "thinking":
+        return [Part(kind="reasoning", text=_clean(str(block.get("thinking") or ""), where).strip("\n"))]
+    if kind == "tool_use":
+        return [tool_call_part({"name": block.get("name"), "arguments": block.get("input")}, where)]
+    if kind in _MEDIA_BLOCKS:
+        payload = _block_payload(block, kind)
+        return [
+            media.next_clip(_MEDIA_BLOCKS[kind]) if payload is None else media.clip(_MEDIA_BLOCKS[kind], payload, where)
+        ]
+    known = sorted({"text", "thinking", "tool_use", "tool_result", *_MEDIA_BLOCKS})
+    raise SampleError(where, f"unknown block type {kind!r}; known types: {', '.join(known)}")
+
+
+def _block_payload(block: Mapping[str, Any], kind: str) -> Any:
+    """A media block's clip with the options beside it; None for a block that only marks a place."""
+    source = block.get("source")  # Anthropic
+    inner = source if isinstance(source, Mapping) else block.get(kind)
+    names = (_MEDIA_BLOCKS[kind], "path", "url", "bytes", "data", "base64")
+    value = inner if inner is not None else _find(block, *names)
+    if value is None:
+        return None
+    options = {key: block.get(key) for key in ("fps", "min_pixels", "max_pixels", "max_frames", "use_audio_in_video")}
+    if isinstance(value, Mapping):
+        return {**options, **{key: item for key, item in value.items() if item is not None}}
+    key = next((name for name in ("bytes", "data", "base64") if block.get(name) is value), _MEDIA_BLOCKS[kind])
+    return {**options, key: value}
+
+
+def _blocks(content: Any) -> list[Mapping[str, Any]]:
+    return [block for block in content if isinstance(block, Mapping)] if isinstance(content, list | tuple) else []
+
+
+def _type(block: Mapping[str, Any]) -> str:
+    """The type of a block, or what its keys say where it has none; always text, whatever the row holds there."""
+    kind = block.get("type")
+    if kind is None:
+        kind = next((key for key in ("text", *_MEDIA_BLOCKS) if block.get(key) is not None), None)
+    return str(kind)
+
+
+def _kinds_in_content(messages: list[Mapping[str, Any]], names: FieldNames) -> set[MediaKind]:
+    kinds: set[MediaKind] = set()
+    for message in messages:
+        for block in _blocks(_find(message, names.content_tag, "content", "value")):
+            kind = _type(block)
+            if kind in _MEDIA_BLOCKS and _block_payload(block, kind) is not None:
+                kinds.add(_MEDIA_BLOCKS[kind])
+    return kinds
+
+
+def _tool_content(content: Any, where: str, media: RowMedia) -> list[Part]:
+    """A tool's answer: text, blocks, or any JSON value, which is written out."""
+    is_blocks = isinstance(content, list | tuple) and all(
+        isinstance(block, Mapping) and _type(block) in ("text", *_MEDIA_BLOCKS) for block in content
+    )
+    if content is not None and not isinstance(content, str) and not is_blocks:
+        content = json.dumps(content, ensure_ascii=False)
+    return _content(content, where, media)
+
+
+def _clean(text: str, where: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise SampleError(
+                where, f"half a surrogate pair at character {error.start}: {text[error.start]!r}"
+            ) from None
+    return text
+
+
+# ---------------------------------------------------------------------------------------- weights and names
+
+
+def _turn_weight(message: Mapping[str, Any], where: str) -> float | None:
+    loss, scale = message.get("loss"), message.get("loss_scale")
+    if loss is None and scale is None:
+        return None
+    weight = 1.0 if loss is None else _weight_number(loss, f"{where}.loss")
+    return weight * (1.0 if scale is None else _weight_number(scale, f"{where}.loss_scale"))
+
+
+def _weight_number(value: Any, where: str) -> float:
+    if not isinstance(value, int | float) or not (0 <= value < math.inf):
+        raise SampleError(where, f"expected true, false or a number from 0 up, got {value!r}")
+    return float(value)
+
+
+def _find(mapping: Mapping[str, Any], *keys: str | None) -> Any:
+    """The value of the first key that is there and not null."""
+    for key in keys:
+        if key is not None and mapping.get(key) is not None:
+            return mapping[key]
+    return None

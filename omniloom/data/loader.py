@@ -1,0 +1,95 @@
+"""Measures rows and loads packs, in worker processes or (`workers=0`) in the calling thread.
+
+Owns how work is cut into tasks and which goes first. What a task does is `rows`, who survives it is `worker_pool`,
+which packs there are is the planner's, and in which order they are consumed is `stream`'s.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from omniloom.data.rows import LockedRows, RowReader
+from omniloom.data.worker_pool import PoolClosed, WorkerPool
+from omniloom.types import BadSample, Extent, LoadedPack, PackPlan
+
+_ROWS_PER_TASK = 16  # small, so that a pack never waits long behind the measuring of the next window
+_LOAD_FIRST, _MEASURE_AFTER = 0, 1
+
+
+class Pending(Protocol):
+    """A pack on its way."""
+
+    def result(self) -> LoadedPack: ...
+
+
+class Loader:
+    """Rows to extents and packs to tensors. `open_rows` is picklable; it is called once in every worker."""
+
+    def __init__(self, open_rows: Callable[[], RowReader], *, workers: int) -> None:
+        self._pool = WorkerPool(open_rows, workers) if workers > 0 else None
+        self._inline = LockedRows(open_rows()) if workers == 0 else None
+        self._closed = threading.Event()
+
+    def measure(self, rows: Sequence[int]) -> list[Extent | BadSample]:
+        """The extents of rows, in their order; what the planner calls, from its own thread."""
+        parts = [list(rows[start : start + _ROWS_PER_TASK]) for start in range(0, len(rows), _ROWS_PER_TASK)]
+        if self._inline is not None:
+            found: list[Extent | BadSample] = []
+            for part in parts:
+                if self._closed.is_set():  # asked to end in the middle of a window
+                    raise PoolClosed("the loader was closed")
+                found += self._inline.measure(part)
+            return found
+        assert self._pool is not None
+        futures = [self._pool.submit("measure", part, priority=_MEASURE_AFTER) for part in parts]
+        return [extent for future in futures for extent in future.result()]
+
+    def submit(self, plan: PackPlan, decode_clips: frozenset[tuple[int, int]] | None = None) -> Pending:
+        """Start loading a pack; packs are served in the order of their submission, before any measuring.
+
+        `decode_clips` names the (sample, clip) pairs that this rank decodes; None is all of them.
+        """
+        if self._inline is not None:
+            return _Deferred(self._inline, plan, decode_clips)
+        assert self._pool is not None
+        return self._pool.submit("load", plan, decode_clips, priority=_LOAD_FIRST)
+
+    def load_in_order(
+        self,
+        plans: Sequence[PackPlan],
+        *,
+        clips_of: Callable[[PackPlan], frozenset[tuple[int, int]] | None] = lambda _: None,
+        prefetch_packs: int = 4,
+    ) -> Iterator[LoadedPack]:
+        """Packs one after another, a few ahead; for evaluation and scoring. `clips_of` as `submit`'s decode_clips."""
+        ahead: deque[Pending] = deque()
+        for plan in plans:
+            ahead.append(self.submit(plan, clips_of(plan)))
+            if len(ahead) > prefetch_packs:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    @property
+    def pids(self) -> list[int]:
+        """Processes that are alive now."""
+        return self._pool.pids if self._pool is not None else []
+
+    def close(self) -> None:
+        """End the workers; whoever still waits for a result gets a PoolClosed."""
+        self._closed.set()
+        if self._pool is not None:
+            self._pool.close()
+
+
+class _Deferred:
+    """A pack that is loaded when it is asked for."""
+
+    def __init__(self, rows: LockedRows, plan: PackPlan, decode_clips: frozenset[tuple[int, int]] | None) -> None:
+        self._rows, self._plan, self._decode_clips = rows, plan, decode_clips
+
+    def result(self) -> LoadedPack:
+        return self._rows.load(self._plan, self._decode_clips)

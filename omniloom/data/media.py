@@ -1,0 +1,171 @@
+"""Opening media safely: limits, known formats only, and one kind of error for whatever a file does.
+
+Owns the border to pillow and av, both imported only when a clip is opened. What is read through it is `media_headers`'
+and `media_decode`'s. Nothing that a data set holds is executed, and no file makes a decoder open another one: formats
+that run programs (EPS) or name further files (playlists) are not on the lists of what is opened.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import urllib.error
+import urllib.request
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omniloom.config import DataConfig
+from omniloom.data.row_media import MediaKind, decode_data_uri
+from omniloom.types import MediaSource, SampleError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from PIL.Image import Image
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
+CONTAINER_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,flv,asf,gif,apng,mxf,dv,nut,"
+    "wav,w64,aiff,au,caf,flac,mp3,ogg,aac,ac3,eac3,amr,amrnb,amrwb,wv,tta,ape,voc,nistsphere,dsf"
+)
+URL_TIMEOUT_SECONDS = 30.0
+URL_LIMIT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaLimits:
+    """Bounds beyond which a clip is refused before it is decoded, and the rate at which sound is counted."""
+
+    max_pixels: int = 178_956_970  # of an image or a video's frame
+    max_video_seconds: float = 7200.0
+    max_audio_seconds: float = 7200.0
+    sampling_rate: int = 16000
+
+
+def media_limits(config: DataConfig, sampling_rate: int = 16000) -> MediaLimits:
+    return MediaLimits(
+        max_pixels=config.image.limit_pixels,
+        max_video_seconds=config.video.limit_seconds,
+        max_audio_seconds=config.audio.limit_seconds,
+        sampling_rate=sampling_rate,
+    )
+
+
+def name_of(file: str | bytes) -> str:
+    """A file's name for messages."""
+    if isinstance(file, bytes):
+        return f"<{len(file)} embedded bytes>"
+    return file if len(file) < 300 else f"{file[:60]}..."
+
+
+def clip_file(source: MediaSource, kind: MediaKind) -> str | bytes:
+    """The one file of a clip that is not a list of frames."""
+    file = source.path if source.path is not None else source.data
+    if file is None:
+        raise SampleError(kind, "the clip names no file")
+    return file
+
+
+def read_bytes(file: str | bytes, kind: MediaKind) -> bytes | str:
+    """Embedded bytes, a data URI or a URL as bytes; a path stays a path. Raises: SampleError."""
+    if isinstance(file, bytes):
+        return file
+    if file.startswith("data:"):
+        return decode_data_uri(file, kind)
+    if not file.lower().startswith(("http://", "https://")):
+        return os.path.abspath(file)  # an absolute path is never taken for a protocol
+    try:
+        with urllib.request.urlopen(file, timeout=URL_TIMEOUT_SECONDS) as response:
+            data: bytes = response.read(URL_LIMIT_BYTES + 1)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise SampleError(kind, f"cannot fetch {name_of(file)}: {error}") from None
+    if len(data) > URL_LIMIT_BYTES:
+        raise SampleError(kind, f"{name_of(file)} is larger than {URL_LIMIT_BYTES} bytes; download it")
+    return data
+
+
+def size_of(data: bytes | str, kind: MediaKind) -> int:
+    """Size in bytes. Raises: SampleError for a file that is missing, empty or no file."""
+    if isinstance(data, bytes):
+        size = len(data)
+    else:
+        try:
+            if not os.path.isfile(data):
+                what = "is a directory, not a file" if os.path.isdir(data) else "does not exist"
+                raise SampleError(kind, f"{name_of(data)} {what}")
+            size = os.path.getsize(data)
+        except OSError as error:
+            raise SampleError(kind, f"cannot read {name_of(data)}: {error.strerror or error}") from None
+    if not size:
+        raise SampleError(kind, f"{name_of(data)} is empty")
+    return size
+
+
+@contextmanager
+def open_container(file: str | bytes, kind: MediaKind) -> Iterator[InputContainer]:
+    """An av container over a file, URL, data URI or bytes. Raises: SampleError, also for what its use raises."""
+    import av
+
+    data = read_bytes(file, kind)
+    size_of(data, kind)
+    target: Any = io.BytesIO(data) if isinstance(data, bytes) else data
+    try:
+        with av.open(target, options={"format_whitelist": CONTAINER_FORMATS}, metadata_errors="replace") as container:
+            yield container
+    except SampleError:
+        raise
+    except av.error.FFmpegError as error:
+        reason = error.strerror or type(error).__name__
+        raise SampleError(kind, f"cannot decode {name_of(file)}: {reason[0].lower()}{reason[1:]}") from None
+    except (OSError, ValueError, EOFError, MemoryError, NotImplementedError) as error:
+        raise SampleError(kind, f"cannot decode {name_of(file)}: {error}") from None
+
+
+def find_stream(container: InputContainer, stream_kind: str, kind: MediaKind, file: str | bytes) -> Any:
+    """The first video or audio stream, cover art left aside. Raises: SampleError where there is none."""
+    from av.stream import Disposition
+
+    for stream in container.streams:
+        if stream.type == stream_kind and not stream.disposition & Disposition.attached_pic:
+            if stream.codec_context is None:
+                raise SampleError(kind, f"{name_of(file)} has a {stream_kind} stream of an unknown codec")
+            return stream
+    raise SampleError(kind, f"{name_of(file)} has no {stream_kind} stream")
+
+
+@contextmanager
+def open_image(file: str | bytes, kind: MediaKind, limits: MediaLimits) -> Iterator[Image]:
+    """A pillow image, not yet decoded, within the pixel limit. Raises: SampleError, also for what its use raises."""
+    import PIL
+    from PIL import Image
+
+    data = read_bytes(file, kind)
+    size_of(data, kind)
+    target: Any = io.BytesIO(data) if isinstance(data, bytes) else data
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
+            warnings.simplefilter("ignore", UserWarning)  # corrupt EXIF and the like
+            with Image.open(target, formats=IMAGE_FORMATS) as image:
+                width, height = image.size
+                if width * height > limits.max_pixels:
+                    raise SampleError(
+                        kind,
+                        f"{name_of(file)} has {width}x{height} pixels, more than the limit of {limits.max_pixels} "
+                        "(data.image.limit_pixels)",
+                    )
+                yield image
+    except SampleError:
+        raise
+    except PIL.UnidentifiedImageError:
+        raise SampleError(kind, f"{name_of(file)} is no image that can be read ({', '.join(IMAGE_FORMATS)})") from None
+    except Image.DecompressionBombError as error:
+        raise SampleError(kind, f"{name_of(file)}: {error}") from None
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, MemoryError) as error:
+        raise SampleError(kind, f"cannot decode {name_of(file)}: {error}") from None
+    except (struct.error, zlib.error) as error:
+        raise SampleError(kind, f"cannot decode {name_of(file)}: {error}") from None

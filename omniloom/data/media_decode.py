@@ -1,0 +1,277 @@
+"""Decoded media as arrays: images and frames as uint8 RGB, sound as float32 mono.
+
+Owns decoding and the promise that a clip comes out in its planned size: padded or trimmed by at most 100 ms, else the
+sample is bad. Sizes of pictures stay the file's own; resizing is the processor's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from omniloom.data.media import MediaLimits, clip_file, find_stream, name_of, open_container, open_image
+from omniloom.data.row_media import MediaKind
+from omniloom.ops.media_features import spread_frames
+from omniloom.types import ClipGeometry, DecodedClip, MediaSource, SampleError
+
+if TYPE_CHECKING:
+    from av.audio.frame import AudioFrame
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from PIL.Image import Image
+
+TOLERANCE_SECONDS = 0.1  # by which a clip may miss its planned length
+MAX_LOST_PACKETS = 3  # about as long; one broken packet at either end is common in files cut from longer ones
+FRAME_PLANES = 8  # of a frame's own, further ones lie elsewhere
+CHUNK_SAMPLES = 1 << 16  # decoded together before they are mixed and resampled
+
+
+def decode_clip(
+    source: MediaSource,
+    clip: ClipGeometry,
+    limits: MediaLimits,
+    *,
+    each_frame: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> DecodedClip:
+    """Decode what the planned geometry asks for; `each_frame` is applied to every picture as it is decoded.
+
+    Raises: SampleError for a file that cannot be decoded or is not what its header said.
+    """
+    pixels = waveform = None
+    if clip.kind == "image":
+        pixels = decode_image(source, limits)
+        pixels = each_frame(pixels) if each_frame is not None else pixels
+    elif clip.kind == "video":
+        indices = spread_frames(clip.num_source_frames, clip.num_frames, reach_last=clip.reaches_last_frame)
+        pixels = decode_video_frames(source, indices, limits, each_frame=each_frame)
+    if clip.num_audio_samples:
+        waveform = decode_audio(source, limits, num_samples=clip.num_audio_samples)
+    return DecodedClip(pixels=pixels, waveform=waveform)
+
+
+# ---------------------------------------------------------------------------------------- images
+
+
+def decode_image(source: MediaSource, limits: MediaLimits) -> np.ndarray:
+    """uint8 [height, width, 3], orientation applied, transparency over white. Raises: SampleError."""
+    return _decode_picture(clip_file(source, "image"), "image", limits)
+
+
+def _decode_picture(file: str | bytes, kind: MediaKind, limits: MediaLimits) -> np.ndarray:
+    from PIL import ImageOps
+
+    with open_image(file, kind, limits) as image:
+        image.load()
+        return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+
+
+def _to_rgb(image: Image) -> Image:
+    """RGB of any mode, as transformers' convert_to_rgb, and 16-bit grey by its upper byte rather than clipped."""
+    from PIL import Image as images
+
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        image = images.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("pictures of floating point pixels have no defined brightness; save as 8 or 16 bit")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = images.alpha_composite(images.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------- videos
+
+
+def decode_video_frames(
+    source: MediaSource,
+    frame_indices: Sequence[int],
+    limits: MediaLimits,
+    *,
+    each_frame: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
+    """uint8 [N, height, width, 3]: the frames of the given indices (not decreasing), decoded in one pass.
+
+    Only these frames are converted and kept. Raises: SampleError where one lies over 100 ms beyond the last frame.
+    """
+    assert list(frame_indices) == sorted(frame_indices), "frames are decoded in one pass"
+    pictures = _listed_frames(source, frame_indices, limits) if source.frames else _file_frames(source, frame_indices)
+    frames: np.ndarray | None = None
+    for slot, picture in enumerate(pictures):
+        picture = each_frame(picture) if each_frame is not None else picture
+        if frames is None:
+            frames = np.empty((len(frame_indices), *picture.shape), dtype=np.uint8)
+        if picture.shape != frames.shape[1:]:
+            raise SampleError("video", f"frames of unlike sizes: {frames.shape[1:3]} and {picture.shape[:2]}")
+        frames[slot] = picture
+    assert frames is not None, "no frames were asked for"
+    return frames
+
+
+def _listed_frames(source: MediaSource, frame_indices: Sequence[int], limits: MediaLimits) -> Iterator[np.ndarray]:
+    assert source.frames is not None
+    for index in frame_indices:
+        yield _decode_picture(source.frames[index], "video", limits)
+
+
+def _file_frames(source: MediaSource, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
+    """Each wanted frame in order; the last one again for indices up to 100 ms beyond it."""
+    file = clip_file(source, "video")
+    wanted = list(frame_indices)
+    with open_container(file, "video") as container:
+        stream = find_stream(container, "video", "video", file)
+        slot, count, size, last = 0, 0, None, None
+        for frame in decode_stream(container, stream, "video", file):
+            size = size or (frame.width, frame.height)
+            last = frame
+            while slot < len(wanted) and wanted[slot] == count:
+                yield _frame_pixels(frame, size)
+                slot += 1
+            count += 1
+            if slot == len(wanted):
+                return
+        fps = float(stream.average_rate or stream.guessed_rate or 1)
+        missing = wanted[-1] + 1 - count
+        if last is None or size is None or missing / fps > TOLERANCE_SECONDS:
+            raise SampleError(
+                "video", f"{name_of(file)}: frame {wanted[-1]} was planned by its header, only {count} can be decoded"
+            )
+        for _ in range(slot, len(wanted)):
+            yield _frame_pixels(last, size)
+
+
+def _frame_pixels(frame: VideoFrame, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [height, width, 3] upright, in the first frame's size where a stream changes it midway."""
+    pixels = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
+    turns = round(frame.rotation / 90) % 4  # counter-clockwise, as rot90 counts
+    return np.rot90(pixels, turns) if turns else pixels
+
+
+# ---------------------------------------------------------------------------------------- sound
+
+
+def resampled_length(num_samples: int, rate: int, new_rate: int) -> int:
+    """Length after resampling, rounded up as librosa rounds."""
+    return -(-num_samples * new_rate // rate)
+
+
+def decode_audio(source: MediaSource, limits: MediaLimits, *, num_samples: int | None = None) -> np.ndarray:
+    """float32 [n] mono at the limits' rate: the clip's sound, or a video's, or that of the file given beside it.
+
+    Channels are averaged, soxr resamples. With `num_samples` the result is padded with silence or trimmed to it by at
+    most 100 ms. Raises: SampleError, also for samples that are not finite.
+    """
+    kind: MediaKind = "audio" if source.audio_path is not None or not source.use_audio else "video"
+    file = source.audio_path if source.audio_path is not None else clip_file(source, kind)
+    with open_container(file, kind) as container:
+        waveform = _resample(_mono_chunks(container, kind, file, limits), limits.sampling_rate)
+    if not len(waveform):
+        raise SampleError(kind, f"{name_of(file)} has no sound that can be decoded")
+    if num_samples is None or len(waveform) == num_samples:
+        return waveform
+    if abs(len(waveform) - num_samples) > TOLERANCE_SECONDS * limits.sampling_rate:
+        raise SampleError(
+            kind,
+            f"{name_of(file)}: {num_samples} samples were planned by its header, {len(waveform)} can be decoded",
+        )
+    return np.pad(waveform, (0, max(0, num_samples - len(waveform))))[:num_samples]
+
+
+def _mono_chunks(
+    container: InputContainer, kind: MediaKind, file: str | bytes, limits: MediaLimits
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Rate and mono float32 samples, about CHUNK_SAMPLES at a time."""
+    rate = count = num_held = 0
+    held: list[np.ndarray] = []
+    for frame in decode_stream(container, find_stream(container, "audio", kind, file), kind, file):
+        if rate and frame.sample_rate != rate:
+            raise SampleError(kind, f"{name_of(file)} changes its rate from {rate} to {frame.sample_rate} Hz midway")
+        rate = frame.sample_rate
+        count += frame.samples
+        if rate <= 0 or count > limits.max_audio_seconds * rate:
+            raise SampleError(kind, f"{name_of(file)} has over {limits.max_audio_seconds:g} s of sound at {rate} Hz")
+        channels = _frame_channels(frame)
+        if held and (num_held >= CHUNK_SAMPLES or len(channels) != len(held[0])):
+            yield rate, _mix(held, kind, file)
+            held, num_held = [], 0
+        held.append(channels)
+        num_held += frame.samples
+    if held:
+        yield rate, _mix(held, kind, file)
+
+
+def _frame_channels(frame: AudioFrame) -> np.ndarray:
+    """[channels, n] in the file's own sample type."""
+    num_channels = frame.layout.nb_channels
+    if frame.format.is_planar and num_channels < FRAME_PLANES:
+        return frame.to_ndarray()
+    if frame.format.is_planar:
+        frame = _interleave(frame)
+    return frame.to_ndarray().reshape(-1, num_channels).T
+
+
+def _interleave(frame: AudioFrame) -> AudioFrame:
+    """The same samples in one plane: av reads past the planes of a frame with eight channels and crashes."""
+    import av
+
+    resampler = av.AudioResampler(format=frame.format.packed.name, layout=frame.layout, rate=frame.sample_rate)
+    frame.pts = None
+    (packed,) = resampler.resample(frame)
+    return packed
+
+
+def _mix(held: list[np.ndarray], kind: MediaKind, file: str | bytes) -> np.ndarray:
+    """Mono float32 in [-1, 1], by the scale that soundfile uses."""
+    raw = np.concatenate(held, axis=1)
+    if raw.dtype.kind == "f":
+        samples = raw.astype(np.float32)
+    elif raw.dtype == np.uint8:
+        samples = (raw.astype(np.float32) - 128) / 128
+    else:
+        samples = raw.astype(np.float32) / np.float32(2.0 ** (8 * raw.dtype.itemsize - 1))
+    mono = samples.mean(axis=0)
+    if not np.isfinite(mono).all():
+        raise SampleError(kind, f"{name_of(file)} has samples that are not finite (NaN or infinite)")
+    return mono
+
+
+def _resample(chunks: Iterator[tuple[int, np.ndarray]], new_rate: int) -> np.ndarray:
+    """The chunks at the new rate in one array; resampled as they come, so that only the result is held."""
+    import soxr
+
+    out: list[np.ndarray] = []
+    stream: Any = None
+    count = rate = 0
+    for rate, samples in chunks:
+        count += len(samples)
+        if rate == new_rate:
+            out.append(samples)
+            continue
+        if stream is None:
+            stream = soxr.ResampleStream(rate, new_rate, 1, dtype="float32", quality="HQ")
+        out.append(stream.resample_chunk(samples))
+    if not count:
+        return np.zeros(0, np.float32)
+    if stream is not None:
+        out.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
+    waveform = np.concatenate(out)
+    length = resampled_length(count, rate, new_rate)
+    return np.pad(waveform, (0, max(0, length - len(waveform))))[:length]
+
+
+def decode_stream(container: InputContainer, stream: Any, kind: MediaKind, file: str | bytes) -> Iterator[Any]:
+    """Frames of one stream; a few packets that cannot be decoded are passed over, more make the file bad."""
+    import av
+
+    stream.codec_context.thread_count = 1  # workers are the parallelism
+    num_lost = 0
+    for number, packet in enumerate(container.demux(stream)):
+        try:
+            yield from packet.decode()
+        except av.error.InvalidDataError:
+            num_lost += 1
+            if num_lost > MAX_LOST_PACKETS:
+                reason = f"{num_lost} of the first {number + 1} packets are broken"
+                raise SampleError(kind, f"{name_of(file)}: {reason}") from None

@@ -1,0 +1,226 @@
+"""The media of one row: what a path, a dict, a data URI or bytes names, and which placeholder gets which clip.
+
+Owns the rules of where media may lie (under the media folder, no URLs, unless allowed) and the count of placeholders
+against clips. Opens nothing: whether a file exists and what it holds is `media`'s to say.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from omniloom.types import MediaSource, Part, SampleError
+
+MediaKind = Literal["image", "video", "audio"]
+KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
+PLACEHOLDER = re.compile(r"<(image|video|audio)>")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_PAYLOAD_KEYS = ("path", "url", "bytes", "data", "base64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaRules:
+    """Where media may come from, and what holds for clips that say nothing themselves."""
+
+    media_dir: str | None = None  # None: the folder of the data file
+    allow_outside_media_dir: bool = False
+    allow_urls: bool = False
+    use_audio: bool = False  # interleave the sound of videos
+    frame_list_fps: float = 2.0  # rate at which a video given as a list of images is taken to be sampled
+
+
+class RowMedia:
+    """The clips of one row, handed out in the order in which the text asks for them."""
+
+    def __init__(
+        self, lists: Mapping[MediaKind, Any], *, file: str, rules: MediaRules, use_audio: Any, inline: set[MediaKind]
+    ) -> None:
+        self._folder = os.path.abspath(rules.media_dir if rules.media_dir is not None else os.path.dirname(file))
+        self._rules = rules
+        if use_audio is not None and not isinstance(use_audio, bool):
+            raise SampleError("use_audio_in_video", f"expected true or false, got {use_audio!r}")
+        self._use_audio = rules.use_audio if use_audio is None else use_audio
+        self._items = {kind: _as_list(kind, lists.get(kind)) for kind in KINDS}
+        self._num_taken = dict.fromkeys(KINDS, 0)
+        # where clips stand in the content itself and the row has no list, <image> is only a word
+        self._literal = {kind for kind in inline if not self._items[kind]}
+
+    def split_text(self, text: str) -> list[Part]:
+        """The text cut at its placeholders, each replaced by the next clip of its kind."""
+        parts: list[Part] = []
+        start = 0
+        for match in PLACEHOLDER.finditer(text):
+            kind: MediaKind = match[1]  # type: ignore[assignment]
+            if kind in self._literal:
+                continue
+            if match.start() > start:
+                parts.append(Part(kind="text", text=text[start : match.start()]))
+            parts.append(self.next_clip(kind))
+            start = match.end()
+        if start < len(text):
+            parts.append(Part(kind="text", text=text[start:]))
+        return parts
+
+    def next_clip(self, kind: MediaKind) -> Part:
+        index = self._num_taken[kind]
+        self._num_taken[kind] += 1
+        if index >= len(self._items[kind]):  # `check_all_taken` will name both counts
+            return Part(kind=kind, media=MediaSource())
+        return self.clip(kind, self._items[kind][index], f"{kind}s[{index}]")
+
+    def check_all_taken(self) -> None:
+        """Raises: SampleError where the placeholders of a kind are not as many as its clips."""
+        for kind in KINDS:
+            num_taken, num_clips = self._num_taken[kind], len(self._items[kind])
+            if num_taken != num_clips:
+                raise SampleError(
+                    f"{kind}s",
+                    f"{num_taken} <{kind}> placeholder{'s' * (num_taken != 1)} in the text but {num_clips} "
+                    f"{kind}{'s' * (num_clips != 1)} in the row; write one <{kind}> where each clip belongs",
+                )
+
+    def clip(self, kind: MediaKind, item: Any, field: str) -> Part:
+        """One clip from a path, bytes, a list of frames (video), or a dict of these with options."""
+        options: dict[str, Any] = {}
+        use_audio: Any = None
+        if isinstance(item, Mapping):
+            options = {key: _positive(item.get(key), f"{field}.{key}") for key in ("fps", "min_pixels", "max_pixels")}
+            options["max_frames"] = _positive(item.get("max_frames"), f"{field}.max_frames")
+            for key in ("min_pixels", "max_pixels", "max_frames"):
+                options[key] = None if options[key] is None else int(options[key])
+            low, high = options["min_pixels"], options["max_pixels"]
+            if low is not None and high is not None and low > high:
+                raise SampleError(field, f"min_pixels {low} is more than max_pixels {high}")
+            use_audio = item.get("use_audio_in_video")
+            item = _payload(item, kind, field)
+        if kind == "video":
+            options["use_audio"] = self._use_audio if use_audio is None else bool(use_audio)
+        if isinstance(item, list | tuple):
+            if kind != "video":
+                raise SampleError(field, f"expected one {kind}, got a list; only a video may be a list of frames")
+            if not item:
+                raise SampleError(field, "expected a list of frames, got an empty list")
+            frames = tuple(self._frame(frame, f"{field}[{index}]") for index, frame in enumerate(item))
+            options["fps"] = options.get("fps") or self._rules.frame_list_fps
+            return Part(kind=kind, media=MediaSource(frames=frames, **options))
+        return Part(kind=kind, media=MediaSource(**self._locate(item, field), **options))
+
+    def _frame(self, item: Any, field: str) -> str:
+        if isinstance(item, Mapping):
+            item = _payload(item, "image", field)
+        if isinstance(item, bytes):
+            return "data:;base64," + base64.b64encode(item).decode()
+        located = self._locate(item, field)
+        return item if "data" in located else located["path"]
+
+    def _locate(self, item: Any, field: str) -> dict[str, Any]:
+        if isinstance(item, bytes | bytearray):
+            if not item:
+                raise SampleError(field, "expected the bytes of a file, got none")
+            return {"data": bytes(item)}
+        if not isinstance(item, str) or not item:
+            raise SampleError(field, f"expected a path, bytes or a data URI, got {str(item)[:60]!r}")
+        if item.startswith("data:"):
+            return {"data": decode_data_uri(item, field)}
+        return {"path": self._resolve(item, field)}
+
+    def _resolve(self, path: str, field: str) -> str:
+        """The absolute path of a file that may be read. Raises: SampleError."""
+        path = path.removeprefix("file://")
+        if scheme := _SCHEME.match(path):
+            if not self._rules.allow_urls:
+                raise SampleError(field, f"{path[:200]} is a URL; download it, or set data.allow_urls=true")
+            if scheme[0].lower() not in ("http://", "https://"):
+                raise SampleError(field, f"{path[:200]}: expected an http or https URL, got {scheme[0]}")
+            return path
+        if "\0" in path:
+            raise SampleError(field, f"a path cannot hold a NUL character: {path[:60]!r}")
+        full = os.path.normpath(os.path.join(self._folder, path))
+        if not self._rules.allow_outside_media_dir:
+            real, folder = os.path.realpath(full), os.path.realpath(self._folder)
+            if real != folder and not real.startswith(folder.rstrip(os.sep) + os.sep):
+                where = real if real != full else path
+                raise SampleError(
+                    field,
+                    f"{where[:200]} lies outside the media folder {folder}; set data.media_dir to a folder that "
+                    "holds it, or data.allow_outside_media_dir=true",
+                )
+        return full
+
+
+def join_sound(parts: list[Part], field: str) -> list[Part]:
+    """Let an audio that directly follows a video whose sound is used become that video's sound. Raises: SampleError."""
+    joined: list[Part] = []
+    for part in parts:
+        video = joined[-1].media if joined and joined[-1].kind == "video" else None
+        if part.kind != "audio" or video is None or not video.use_audio or video.audio_path is not None:
+            joined.append(part)
+            continue
+        assert part.media is not None
+        if part.media.path is None:
+            raise SampleError(field, "the sound of a video must be a file: expected a path, got embedded bytes")
+        joined[-1] = replace(joined[-1], media=replace(video, audio_path=part.media.path))
+    return joined
+
+
+def decode_data_uri(text: str, field: str) -> bytes:
+    """The bytes of a `data:...;base64,...` URI. Raises: SampleError."""
+    head, comma, body = text.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise SampleError(field, f"expected data:<type>;base64,<bytes>, got {text[:40]!r}...")
+    return decode_base64(body, field)
+
+
+def decode_base64(text: str, field: str) -> bytes:
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise SampleError(field, f"not base64: {error}") from None
+    if not data:
+        raise SampleError(field, "expected the bytes of a file in base64, got none")
+    return data
+
+
+def _payload(item: Mapping[str, Any], kind: MediaKind, field: str) -> Any:
+    """What a media dict holds: bytes before a path, since data sets store both and the path is then only a name."""
+    for key in ("bytes", "base64", "data"):
+        value = item.get(key)
+        if isinstance(value, str):
+            return value if value.startswith("data:") else decode_base64(value, field)
+        if value is not None:
+            return value
+    for key in (kind, "path", "url", f"{kind}_url"):
+        value = item.get(key)
+        if isinstance(value, Mapping):
+            return _payload(value, kind, field)
+        if value is not None:
+            return value
+    raise SampleError(
+        field, f"expected one of {kind}, {', '.join(_PAYLOAD_KEYS)}, got the keys {', '.join(map(str, item)) or 'none'}"
+    )
+
+
+def _as_list(kind: MediaKind, value: Any) -> list[Any]:
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value] if value else []
+    if isinstance(value, bytes | Mapping):
+        return [value]
+    if not isinstance(value, list | tuple):
+        raise SampleError(f"{kind}s", f"expected a list of {kind}s, got {type(value).__name__}: {str(value)[:60]!r}")
+    return list(value)
+
+
+def _positive(value: Any, field: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
+        raise SampleError(field, f"expected a positive number, got {value!r}")
+    return value

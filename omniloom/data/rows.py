@@ -1,0 +1,228 @@
+"""From row numbers to extents, and from a planned pack to tensors: what a loader's worker does.
+
+Joins source, format, media decoder and the family's processor, all handed in; owns what happens when one of them
+refuses a row. Knows no process, no rank and no plan beyond the pack it is given.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from omniloom.data.collate import FailedSlot, check_example, collate, weight_sum
+from omniloom.data.extent_cache import ExtentCache, extent_key, media_of
+from omniloom.data.row_media import MediaKind
+from omniloom.types import (
+    AudioBatch,
+    AudioClip,
+    BadSample,
+    ClipGeometry,
+    Conversation,
+    DecodedClip,
+    Example,
+    Extent,
+    LoadedPack,
+    MediaHeader,
+    MediaSource,
+    PackPlan,
+    PackStats,
+    PlannedSample,
+    SampleError,
+    VisionBatch,
+    VisionClip,
+)
+
+MEL_FRAMES_PER_SECOND = 100
+# What data can provoke. Anything else is a bug of ours and must not be filed under bad samples.
+_DATA_ERRORS = (ValueError, OSError, EOFError, MemoryError)
+
+
+class Source(Protocol):
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> tuple[dict[str, Any], str, int]: ...
+
+    def locate(self, row: int) -> tuple[str, int]: ...
+
+
+class Processor(Protocol):
+    """The part of a family's processor that loading uses."""
+
+    def measure(
+        self,
+        conversation: Conversation,
+        headers: tuple[MediaHeader, ...],
+        clips: tuple[ClipGeometry, ...] | None = None,
+    ) -> Extent: ...
+
+    def shrink(
+        self, conversation: Conversation, headers: tuple[MediaHeader, ...], max_tokens: int
+    ) -> tuple[ClipGeometry, ...] | None: ...
+
+    def encode(
+        self,
+        conversation: Conversation,
+        clips: tuple[ClipGeometry, ...],
+        decoded: tuple[DecodedClip | None, ...],
+    ) -> Example: ...
+
+    def collate_vision(self, clips: Sequence[VisionClip]) -> VisionBatch | None: ...
+
+    def collate_audio(self, clips: Sequence[AudioClip]) -> AudioBatch | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowReader:
+    """Measures and loads rows; built once per worker process by a picklable factory.
+
+    `report(row)` is called before each row, so that a row that kills the process is known by name; rows in `skip`
+    (with the reason) are bad without being touched. `fingerprint` stands for processor and options in the cache's keys.
+    """
+
+    source: Source
+    parse: Callable[[dict[str, Any], str, int], Conversation]
+    read_header: Callable[[MediaSource, MediaKind], MediaHeader]
+    decode: Callable[[MediaSource, ClipGeometry], DecodedClip]
+    processor: Processor
+    pack_tokens: int
+    shrink: bool = False  # data.overlong: shrink
+    cache: ExtentCache | None = None
+    fingerprint: str = ""
+
+    def measure(
+        self, rows: Sequence[int], skip: Mapping[int, str], report: Callable[[int], None]
+    ) -> list[Extent | BadSample]:
+        found: list[Extent | BadSample] = []
+        fresh: dict[str, Extent] = {}
+        for row in rows:
+            report(row)
+            try:
+                _refuse_skipped(row, skip)
+                found.append(self._measure_row(row, fresh))
+            except _DATA_ERRORS as error:
+                found.append(self._bad(row, error))
+        if self.cache is not None:
+            self.cache.put(fresh)
+        return found
+
+    def load(
+        self,
+        plan: PackPlan,
+        decode_clips: frozenset[tuple[int, int]] | None,
+        skip: Mapping[int, str],
+        report: Callable[[int], None],
+    ) -> LoadedPack:
+        """Tensors of one pack; of its media only the clips in `decode_clips` (sample, clip) are decoded, or all."""
+        begin = time.perf_counter()
+        examples: list[Example | FailedSlot] = []
+        bad: list[BadSample] = []
+        for position, sample in enumerate(plan.samples):
+            report(sample.row)
+            try:
+                _refuse_skipped(sample.row, skip)
+                examples.append(self._encode_row(sample, position, decode_clips))
+            except _DATA_ERRORS as error:
+                bad.append(self._bad(sample.row, error, sample.epoch))
+                name = f"{bad[-1].file}:{bad[-1].line}"
+                examples.append(FailedSlot(id=name, num_tokens=sample.extent.num_tokens))
+        batch = collate(
+            examples,
+            pack_tokens=self.pack_tokens,
+            weight_scales=[sample.weight_scale for sample in plan.samples],
+            collate_vision=self.processor.collate_vision,
+            collate_audio=self.processor.collate_audio,
+        )
+        loaded = [
+            sample for sample, example in zip(plan.samples, examples, strict=True) if isinstance(example, Example)
+        ]
+        return LoadedPack(
+            index=plan.index,
+            batch=batch,
+            weight_sum=weight_sum(batch),
+            stats=count_samples(loaded, load_seconds=time.perf_counter() - begin),
+            bad=tuple(bad),
+        )
+
+    def _measure_row(self, row: int, fresh: dict[str, Extent]) -> Extent:
+        conversation = self.parse(*self.source.read(row))
+        fingerprint = f"{self.fingerprint}, shrunk to {self.pack_tokens}" if self.shrink else self.fingerprint
+        key = extent_key(conversation, fingerprint) if self.cache is not None else None
+        if self.cache is not None and key is not None and (known := self.cache.get(key)) is not None:
+            return known
+        headers = tuple(self.read_header(media, kind) for media, kind in _clips_of(conversation))
+        extent = self.processor.measure(conversation, headers)
+        if self.shrink and extent.num_tokens > self.pack_tokens:
+            clips = self.processor.shrink(conversation, headers, self.pack_tokens)
+            if clips is not None:
+                extent = self.processor.measure(conversation, headers, clips)
+        if key is not None:
+            fresh[key] = extent
+        return extent
+
+    def _encode_row(
+        self, sample: PlannedSample, position: int, decode_clips: frozenset[tuple[int, int]] | None
+    ) -> Example:
+        conversation = self.parse(*self.source.read(sample.row))
+        media, clips = media_of(conversation), sample.extent.clips
+        if len(media) != len(clips):
+            raise SampleError(
+                "media", f"the row has {len(media)} clips, {len(clips)} were planned; did the file change?"
+            )
+        decoded = tuple(
+            self.decode(one, clip) if decode_clips is None or (position, number) in decode_clips else None
+            for number, (one, clip) in enumerate(zip(media, clips, strict=True))
+        )
+        example = self.processor.encode(conversation, clips, decoded)
+        fault = check_example(example, sample.extent.num_tokens)
+        if fault is not None:
+            raise SampleError("num_tokens", fault)
+        return example
+
+    def _bad(self, row: int, error: BaseException, epoch: int = 0) -> BadSample:
+        file, line = self.source.locate(row)
+        if isinstance(error, SampleError):
+            return BadSample(file=file, line=line, field=error.field, reason=error.reason, epoch=epoch, row=row)
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return BadSample(file=file, line=line, field="row", reason=reason, epoch=epoch, row=row)
+
+
+class LockedRows:
+    """A RowReader in the training process itself (`data.workers=0`): tokenizers do not bear two threads at once."""
+
+    def __init__(self, rows: RowReader) -> None:
+        self._rows = rows
+        self._lock = threading.Lock()
+
+    def measure(self, rows: Sequence[int]) -> list[Extent | BadSample]:
+        with self._lock:
+            return self._rows.measure(rows, {}, lambda row: None)
+
+    def load(self, plan: PackPlan, decode_clips: frozenset[tuple[int, int]] | None) -> LoadedPack:
+        with self._lock:
+            return self._rows.load(plan, decode_clips, {}, lambda row: None)
+
+
+def count_samples(samples: Sequence[PlannedSample], *, load_seconds: float = 0.0) -> PackStats:
+    """What the metrics say of samples that were loaded, from their extents."""
+    clips = [clip for sample in samples for clip in sample.extent.clips]
+    return PackStats(
+        num_tokens=sum(sample.extent.num_tokens for sample in samples),
+        num_loss_tokens=sum(sample.extent.num_loss_tokens for sample in samples),
+        num_samples=len(samples),
+        num_images=sum(clip.kind == "image" for clip in clips),
+        video_frames=sum(clip.num_frames for clip in clips if clip.kind == "video"),
+        audio_seconds=sum(clip.num_mel_frames for clip in clips) / MEL_FRAMES_PER_SECOND,
+        load_seconds=load_seconds,
+    )
+
+
+def _clips_of(conversation: Conversation) -> list[tuple[MediaSource, Any]]:
+    return [(part.media, part.kind) for turn in conversation.turns for part in turn.parts if part.media is not None]
+
+
+def _refuse_skipped(row: int, skip: Mapping[int, str]) -> None:
+    if row in skip:
+        raise SampleError("row", skip[row])

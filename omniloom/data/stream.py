@@ -1,0 +1,315 @@
+"""The training loop's view of the data: one step after another, loaded, agreed and counted, ahead of time.
+
+Joins planner and loader. Three threads run ahead of the loop: the planner's own (next window), one that takes planned
+steps and starts their packs, one that waits for the oldest step's packs and agrees on it with the other ranks while the
+step before it computes. The last two call in one order on all ranks, whatever their speed. Knows no model and no
+process group; the exchanges are handed in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omniloom.data.agreement import (
+    STOPPED,
+    Exchange,
+    RanksStopped,
+    StepAgreement,
+    gather,
+    report_pack,
+    settle,
+)
+from omniloom.data.loader import Loader, Pending
+from omniloom.data.planner import PlanError, Planner, PlannerState, assign_packs, check_pack_counts
+from omniloom.data.worker_pool import PoolClosed
+from omniloom.types import BadSample, LoadedPack, PackPlan, StepPlan
+
+_log = logging.getLogger(__name__)
+_JOIN_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedStep:
+    """One optimizer step's data on this rank."""
+
+    plan: StepPlan
+    packs: tuple[LoadedPack, ...]  # this rank's, the same number on every data-parallel rank
+    agreement: StepAgreement
+    bad: tuple[BadSample, ...]  # of all ranks: rows found bad while planning, then samples that failed to load
+    progress: float  # share of the run that is done after this step, for schedules
+    is_last: bool  # nothing is planned after it; where only bad rows were left, the run just ends after it
+    data_wait_seconds: float  # how long the loop stood still for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    plan: StepPlan
+    state: PlannerState
+    pending: tuple[Pending, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    plan: StepPlan
+    state: PlannerState
+    packs: tuple[LoadedPack, ...]
+    agreement: StepAgreement
+
+
+class StepStream:
+    """Iterates over the steps of a run.
+
+    `state_dict()` is what follows the step that was yielded last, however far loading is ahead: take it after the
+    optimizer's step. With several ranks `exchange` is an all-gather of a process group of its own (not the planner's).
+    `clips_of` says which (sample, clip) pairs of a pack this rank decodes, where ranks of a group share packs; None is
+    all of them. Use it as a context manager, or call `close()`.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        loader: Loader,
+        *,
+        data_rank: int = 0,
+        data_world: int = 1,
+        exchange: Exchange | None = None,
+        prefetch_packs: int = 4,
+        bad_samples: BadSampleFile | None = None,
+        clips_of: Callable[[PackPlan], frozenset[tuple[int, int]] | None] = lambda _: None,
+    ) -> None:
+        warning = check_pack_counts(planner.options.packs_per_step, data_world)
+        if warning is not None and data_rank == 0:
+            _log.warning("%s", warning)
+        self._planner = planner
+        self._loader = loader
+        self._data_rank, self._data_world = data_rank, data_world
+        self._exchange: Exchange = exchange or (lambda value: [value])
+        self._bad_samples = bad_samples
+        self._clips_of = clips_of
+        self._budget = _FailureBudget(planner)
+        self._state = planner.state
+        self._stop = threading.Event()
+        packs_per_rank = -(-planner.options.packs_per_step // data_world)
+        self._planned: queue.Queue[Any] = queue.Queue(maxsize=max(1, -(-prefetch_packs // packs_per_rank)))
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
+        self._threads: list[threading.Thread] = []
+        self._head: tuple[Any] | None = None  # what `prepare` has waited for
+        self._ended = False
+
+    def __iter__(self) -> Iterator[LoadedStep]:
+        return self
+
+    def prepare(self) -> None:
+        """Wait until the first step is loaded and agreed on, so that data of no use end a run before it begins.
+
+        Raises: as `next`.
+        """
+        if not self._threads:
+            self._start()
+        self._head = self._head or (self._ready.get(),)
+        if isinstance(self._head[0], BaseException):
+            next(self)
+
+    def __next__(self) -> LoadedStep:
+        """The next step. Raises: StopIteration; PlanError and RuntimeError, the same on every rank."""
+        if self._ended:
+            raise StopIteration
+        if not self._threads:
+            self._start()
+        begin = time.perf_counter()
+        (item,), self._head = self._head or (self._ready.get(),), None
+        waited = time.perf_counter() - begin
+        if isinstance(item, BaseException):
+            self._ended = True
+            if isinstance(item, PlanError):
+                self._write_bad(item.bad_rows)
+            raise item
+        if item is None:
+            self._ended = True
+            self._write_bad(self._planner.unreported_bad_rows)
+            raise StopIteration
+        self._state = item.state
+        bad = (*item.plan.bad_rows, *item.agreement.bad)
+        self._write_bad(bad)
+        self._budget.count(item.plan, item.agreement)
+        return LoadedStep(
+            plan=item.plan,
+            packs=item.packs,
+            agreement=item.agreement,
+            bad=bad,
+            progress=self._planner.progress(item.plan),
+            is_last=self._planner.is_last(item.state),
+            data_wait_seconds=waited,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What follows the step that was yielded last, as JSON; `Planner.load_state_dict` takes it."""
+        return self._state.to_json()
+
+    def close(self, *, failed: bool = False) -> None:
+        """End threads and workers. All ranks call it; with `failed` none is waited for, since one may be gone."""
+        self._ended = True
+        self._stop.set()
+        self._loader.close()
+        deadline = time.monotonic() + (1.0 if failed else _JOIN_SECONDS)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._planner.close(timeout_seconds=max(0.0, deadline - time.monotonic()), failed=failed)
+        if any(thread.is_alive() for thread in self._threads) and not failed:
+            _log.warning("data threads did not end within %g s; is a rank missing?", _JOIN_SECONDS)
+
+    def __enter__(self) -> StepStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def _write_bad(self, bad: tuple[BadSample, ...]) -> None:
+        if self._bad_samples is not None and bad:
+            self._bad_samples.append(bad)
+
+    # ------------------------------------------------------------------------------------ the threads
+
+    def _start(self) -> None:
+        # Daemons, because a collective whose peer died cannot be interrupted and the process must be able to end.
+        for target, name in ((self._take_steps, "omniloom-steps"), (self._agree_on_steps, "omniloom-agreement")):
+            thread = threading.Thread(target=target, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _take_steps(self) -> None:
+        """Planned steps into `_planned`, their packs being loaded; the queue's length bounds what is ahead."""
+        item: Any = self._stop
+        while item is not None and not isinstance(item, BaseException) and not self._stop.is_set():
+            try:
+                item = self._take_step()
+            except BaseException as error:  # noqa: BLE001 - raised by the training loop
+                item = error
+            self._put(self._planned, item)
+
+    def _take_step(self) -> _Planned | None:
+        plan = self._planner.next_step()
+        if plan is None:
+            return None
+        packs = assign_packs(plan.packs, self._data_rank, self._data_world)
+        pending = tuple(self._loader.submit(pack, self._clips_of(pack)) for pack in packs)
+        return _Planned(plan=plan, state=self._planner.state, pending=pending)
+
+    def _agree_on_steps(self) -> None:
+        """Loaded and agreed steps into `_ready`, then None or an exception."""
+        outcome: Any = self._stop
+        while outcome is not None and not isinstance(outcome, BaseException):
+            item = self._get(self._planned)
+            try:
+                outcome = self._agree_on(item)
+            except BaseException as error:  # noqa: BLE001 - raised by the training loop
+                outcome = error
+            self._put(self._ready, outcome)
+
+    def _agree_on(self, item: _Planned | BaseException | None) -> _Ready | BaseException | None:
+        """One exchange per step, and one more at the end, whatever the end is: no rank is left waiting for another."""
+        packs, cause, failure = [], None, None
+        if self._stop.is_set() or item is None:
+            failure = STOPPED
+        elif isinstance(item, BaseException):
+            cause = item
+        else:
+            try:
+                packs = [pending.result() for pending in item.pending]
+            except PoolClosed:
+                failure = STOPPED
+            except BaseException as error:  # noqa: BLE001 - told to the other ranks, then raised by the training loop
+                cause = error
+        if cause is not None:
+            failure = f"{type(cause).__name__}: {cause}"
+        try:
+            gathered = gather(self._exchange, [report_pack(pack) for pack in packs], failure=failure)
+        except RanksStopped as stopped:
+            at_end = item is None and stopped.wanted
+            return cause if cause is not None else None if at_end else stopped
+        except RuntimeError as broken:  # the exchange itself: a rank is gone
+            return cause or broken
+        assert isinstance(item, _Planned)
+        agreement, kept = settle(item.plan, packs, gathered, pack_means=self._planner.options.loss == "batch")
+        return _Ready(plan=item.plan, state=item.state, packs=kept, agreement=agreement)
+
+    def _put(self, target: queue.Queue, item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                target.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def _get(self, source: queue.Queue) -> Any:
+        while not self._stop.is_set():
+            try:
+                return source.get(timeout=0.1)
+            except queue.Empty:
+                continue
+        return None
+
+
+class _FailureBudget:
+    """Stops the run where too many samples fail after planning, by the same rule as bad rows of a window."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._share = planner.options.max_bad_fraction
+        self._window = planner.options.window
+        self._num_samples = 0
+        self._num_failed = 0
+
+    def count(self, plan: StepPlan, agreement: StepAgreement) -> None:
+        """Raises: PlanError, on all ranks at the same step."""
+        self._num_samples += sum(len(pack.samples) for pack in plan.packs)
+        self._num_failed += len(agreement.bad)
+        if self._num_failed > self._share * max(self._num_samples, min(self._window, 64)):
+            first = agreement.bad[0]
+            raise PlanError(
+                f"{self._num_failed} of {self._num_samples} planned samples could not be loaded, more than "
+                f"data.max_bad_fraction={self._share:g} allows; they are listed in bad_samples.jsonl of the run "
+                f"directory, the last being {first.file}:{first.line}: {first.field}: {first.reason}"
+            )
+        if self._num_samples >= self._window:
+            self._num_samples = self._num_failed = 0
+
+
+class BadSampleFile:
+    """`bad_samples.jsonl`: one line per row and epoch, also over resumed runs. Written by rank 0 alone."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._known: set[tuple[str, int, int, int]] = set()
+        if not self._path.exists():
+            return
+        *lines, rest = self._path.read_bytes().split(b"\n")
+        for line in lines:
+            try:
+                record = json.loads(line)
+                self._known.add((record["file"], record["line"], record["row"], record["epoch"]))
+            except (ValueError, KeyError, TypeError):  # not a line of ours
+                continue
+        if rest:  # cut off by a kill; what is appended would become part of it, and its row will be found again
+            with self._path.open("r+b") as handle:
+                handle.truncate(sum(len(line) + 1 for line in lines))
+
+    def append(self, bad: tuple[BadSample, ...]) -> None:
+        lines = []
+        for row in bad:
+            key = (row.file, row.line, row.row, row.epoch)
+            if key in self._known:
+                continue
+            self._known.add(key)
+            record = {name: getattr(row, name) for name in ("file", "line", "row", "field", "reason", "epoch")}
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        if lines:
+            with self._path.open("a", encoding="utf-8") as handle:
+                handle.write("".join(lines))

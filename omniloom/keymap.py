@@ -1,0 +1,426 @@
+"""Invertible rules between the published names of a checkpoint's tensors and ours.
+
+Owns how names, and with them shapes, translate: one tensor of ours is assembled from pieces, each piece being one whole
+published tensor. Knows no file, no tensor and no torch: it deals in names, shapes and boxes, so the same recipe tells
+`checkpoint/` which bytes a rank has to read for its slice and where a trained tensor's parts go in an export.
+
+Families write their rules in `hf_keys.py`. `{i}` in a name stands for a whole dot-separated part that is a number:
+
+    KeyMap(
+        rules=(
+            Rename(published="thinker.model.layers.{i}.mlp.gate.weight", ours="text.layers.{i}.moe.router.weight"),
+            Stack(
+                published=("thinker.model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
+                           "thinker.model.layers.{i}.mlp.experts.{e}.up_proj.weight"),
+                ours="text.layers.{i}.moe.experts.gate_up",
+            ),
+        ),
+        carried=("talker.", "code2wav."),
+    )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+from typing import Literal
+
+Layout = Literal["same", "transpose", "flatten"]
+Shape = tuple[int, ...]
+Box = tuple[tuple[int, int], ...]  # (start, stop) along each dim
+
+MAX_LISTED = 8  # names of one kind of fault that a message spells out
+
+
+# ---------------------------------------------------------------------------------------- rules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rename:
+    """The same tensor under another name."""
+
+    published: str
+    ours: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transpose:
+    """The last two dims change places: published `[..., in, out]`, ours `[..., out, in]`.
+
+    A published tensor that has the shape `unless` is taken as it is: transformers 5 saves experts the other way round.
+    """
+
+    published: str
+    ours: str
+    unless: Shape | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flatten:
+    """All dims after the first become one: a convolution kernel `[C, c, t, h, w]` as a matrix `[C, c*t*h*w]`."""
+
+    published: str
+    ours: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concat:
+    """Several published tensors laid one after the other along `dim` of ours."""
+
+    published: tuple[str, ...]
+    ours: str
+    dim: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Published tensors numbered by `{index}`, stacked along a new dim 0 of ours.
+
+    With several names, the tensors of one number are first concatenated along their own dim 0: expert `e`'s gate
+    `[I, H]` and up `[I, H]` give row `e` of ours `[E, 2I, H]`.
+    """
+
+    published: tuple[str, ...] | str
+    ours: str
+    index: str = "e"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tied:
+    """A second name of the tensor that we call `same_as`: a head that shares the embedding.
+
+    `published` may be absent from a checkpoint; where it is present it is not read, and an export writes the trained
+    `same_as` there. A model (or pipeline stage) that holds `ours` as a parameter of its own gets `same_as`'s values.
+    """
+
+    published: str
+    ours: str
+    same_as: str
+
+
+Rule = Rename | Transpose | Flatten | Concat | Stack | Tied
+
+
+# ---------------------------------------------------------------------------------------- recipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Where one published tensor lies in the tensor of ours that it is part of."""
+
+    published: str
+    shape: Shape  # as published
+    layout: Layout
+    box: Box  # region of our tensor; one dim more than the laid-out piece if `stacked`
+    stacked: bool
+
+    def laid_out_shape(self) -> Shape:
+        """The piece's shape in our layout, without the stacked dim."""
+        return _lay_out(self.shape, self.layout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """One slice to read: `published[box]`, put into `layout`, cropped to `crop`, is `region[target]`.
+
+    `target` is relative to the region asked for and has a leading dim of 1 where the piece is stacked.
+    """
+
+    published: str
+    box: Box
+    layout: Layout
+    crop: Box
+    target: Box
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one tensor of ours is assembled. `pieces` cover it exactly once."""
+
+    ours: str
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+    def reads(self, region: Box | None = None) -> Iterator[Read]:
+        """What to read for `region` of our tensor (None: all of it); nothing outside of it is touched.
+
+        Only `Flatten` reads whole rows where `region` cuts its flattened dim.
+        """
+        region = whole(self.shape) if region is None else region
+        assert len(region) == len(self.shape), f"{self.ours}: region {region} for shape {self.shape}"
+        for piece in self.pieces:
+            common = tuple(
+                (max(low, start), min(high, stop)) for (low, high), (start, stop) in zip(piece.box, region, strict=True)
+            )
+            if all(low < high for low, high in common):
+                yield _read(piece, common, region)
+
+
+def whole(shape: Shape) -> Box:
+    """The box that covers all of `shape`."""
+    return tuple((0, size) for size in shape)
+
+
+def _read(piece: Piece, common: Box, region: Box) -> Read:
+    inner = tuple(
+        (low - origin, high - origin) for (low, high), (origin, _) in zip(common, piece.box, strict=True)
+    )  # relative to the piece
+    if piece.stacked:
+        inner = inner[1:]
+    crop = tuple((0, high - low) for low, high in inner)
+    if piece.layout == "transpose":
+        box = (*inner[:-2], inner[-1], inner[-2])
+    elif piece.layout == "flatten":
+        box = (inner[0], *whole(piece.shape[1:]))
+        crop = (crop[0], inner[1])
+    else:
+        box = inner
+    target = tuple((low - start, high - start) for (low, high), (start, _) in zip(common, region, strict=True))
+    return Read(published=piece.published, box=box, layout=piece.layout, crop=crop, target=target)
+
+
+def _lay_out(shape: Shape, layout: Layout) -> Shape:
+    if layout == "transpose":
+        return (*shape[:-2], shape[-1], shape[-2])
+    if layout == "flatten":
+        return (shape[0], prod(shape[1:]))
+    return shape
+
+
+# ---------------------------------------------------------------------------------------- the map
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyMap:
+    """All rules of a family. `carried` are prefixes of published names that no model of ours holds."""
+
+    rules: tuple[Rule, ...]
+    carried: tuple[str, ...] = ()
+
+    def recipes(self, shapes: Mapping[str, Shape]) -> dict[str, Recipe]:
+        """Our tensors by name, in the order in which their first piece appears in `shapes`.
+
+        `shapes` are those of all published tensors of a checkpoint. Whether they are all that a model needs is
+        for the caller to compare; here every name must be consumed by a rule or carried.
+
+        Raises: ValueError listing names that no rule knows, stacks and concatenations with holes, unlike shapes.
+        """
+        forms = [_form(rule) for rule in self.rules if not isinstance(rule, Tied)]
+        finder = _Finder([(template, (number, part)) for number, form in enumerate(forms) for part, template in
+                          enumerate(form.published)])  # fmt: skip
+        groups: dict[tuple[int, str], dict[tuple[int, int], str]] = {}
+        unknown = []
+        tied = _Finder([(rule.published, (0, 0)) for rule in self.rules if isinstance(rule, Tied)])
+        for name in shapes:
+            found = finder.find(name)
+            if found is not None:
+                (number, part), values = found
+                index = forms[number].index
+                row = values.pop(index) if index is not None else 0
+                groups.setdefault((number, _fill(forms[number].ours, values)), {})[row, part] = name
+            elif not name.startswith(self.carried) and tied.find(name) is None:
+                unknown.append(name)
+        faults = [f"no rule for {_listed(unknown)}"] if unknown else []
+        recipes = {}
+        for (number, ours), members in groups.items():
+            assert ours not in recipes, f"two rules make {ours}"
+            try:
+                recipes[ours] = _assemble(forms[number], ours, members, shapes)
+            except ValueError as error:
+                faults.append(str(error))
+        if faults:
+            raise ValueError("tensors do not fit the model family: " + _joined(faults))
+        return self._with_tied(recipes)
+
+    def second_names(self, shapes: Mapping[str, Shape]) -> dict[str, str]:
+        """Published names in `shapes` that repeat another tensor, each with the name of ours that it repeats."""
+        found = {}
+        for rule in self.rules:
+            if isinstance(rule, Tied) and rule.published in shapes:
+                found[rule.published] = rule.same_as
+        return found
+
+    def published_names(self, ours: str, num_stacked: int | None = None) -> tuple[str, ...]:
+        """The published names that `ours` is made of, for messages; `*` for a stacked index of unknown extent.
+
+        Empty if no rule makes `ours`.
+        """
+        for rule in self.rules:
+            if isinstance(rule, Tied):
+                if rule.ours == ours:
+                    return self.published_names(rule.same_as, num_stacked)
+                continue
+            form = _form(rule)
+            values = _match(form.ours, ours)
+            if values is None:
+                continue
+            if form.index is None:
+                return tuple(_fill(template, values) for template in form.published)
+            rows: list[int | str] = ["*"] if num_stacked is None else [*range(num_stacked)]
+            return tuple(_fill(template, {**values, form.index: row}) for row in rows for template in form.published)
+        return ()
+
+    def _with_tied(self, recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+        for rule in self.rules:
+            if isinstance(rule, Tied) and rule.same_as in recipes and rule.ours not in recipes:
+                source = recipes[rule.same_as]
+                recipes[rule.ours] = Recipe(ours=rule.ours, shape=source.shape, pieces=source.pieces)
+        return recipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """What all rules but `Tied` come down to."""
+
+    published: tuple[str, ...]
+    ours: str
+    layout: Layout = "same"
+    dim: int = 0  # of the laid-out pieces, along which they are concatenated
+    index: str | None = None
+    unless: Shape | None = None  # of published tensors that need no laying out
+
+    def layout_of(self, shape: Shape) -> Layout:
+        return "same" if shape == self.unless else self.layout
+
+
+def _form(rule: Rename | Transpose | Flatten | Concat | Stack) -> _Form:
+    if isinstance(rule, Stack):
+        published = (rule.published,) if isinstance(rule.published, str) else rule.published
+        return _Form(published=published, ours=rule.ours, index=rule.index)
+    if isinstance(rule, Concat):
+        return _Form(published=rule.published, ours=rule.ours, dim=rule.dim)
+    if isinstance(rule, Transpose):
+        return _Form(published=(rule.published,), ours=rule.ours, layout="transpose", unless=rule.unless)
+    layouts: dict[type, Layout] = {Rename: "same", Flatten: "flatten"}
+    return _Form(published=(rule.published,), ours=rule.ours, layout=layouts[type(rule)])
+
+
+def _assemble(form: _Form, ours: str, members: dict[tuple[int, int], str], shapes: Mapping[str, Shape]) -> Recipe:
+    num_rows = 1 + max(row for row, _ in members)
+    if num_rows * len(form.published) != len(members):
+        places = ((row, part) for row in range(num_rows) for part in range(len(form.published)))
+        absent = list(islice((place for place in places if place not in members), MAX_LISTED))
+        some = next(iter(members))
+        values = _match(form.published[some[1]], members[some])
+        assert values is not None
+        names = [
+            _fill(form.published[part], values | ({form.index: row} if form.index else {})) for row, part in absent
+        ]
+        raise ValueError(
+            f"{ours}: {num_rows * len(form.published) - len(members)} of its tensors are missing: {', '.join(names)}"
+        )
+    pieces: list[Piece] = []
+    row_shape: Shape = ()
+    for row in range(num_rows):
+        parts = [(members[row, part], shapes[members[row, part]]) for part in range(len(form.published))]
+        for name, shape in parts:
+            _check_num_dims(form, name, shape)
+        laid_out = [_lay_out(shape, form.layout_of(shape)) for _, shape in parts]
+        row_shape = _concat_shape(laid_out, form.dim, [name for name, _ in parts]) if row == 0 else row_shape
+        if (got := _concat_shape(laid_out, form.dim, [name for name, _ in parts])) != row_shape:
+            raise ValueError(
+                f"{parts[0][0]}: expected the shape of its neighbours, {_dims(row_shape)}, got {_dims(got)}"
+            )
+        offset = 0
+        for (name, shape), inner in zip(parts, laid_out, strict=True):
+            box = list(whole(inner))
+            if len(form.published) > 1:
+                box[form.dim] = (offset, offset + inner[form.dim])
+                offset += inner[form.dim]
+            if form.index is not None:
+                box.insert(0, (row, row + 1))
+            pieces.append(
+                Piece(
+                    published=name,
+                    shape=shape,
+                    layout=form.layout_of(shape),
+                    box=tuple(box),
+                    stacked=form.index is not None,
+                )
+            )
+    shape = row_shape if form.index is None else (num_rows, *row_shape)
+    return Recipe(ours=ours, shape=shape, pieces=tuple(pieces))
+
+
+def _check_num_dims(form: _Form, name: str, shape: Shape) -> None:
+    least = {"same": 0, "transpose": 2, "flatten": 2}[form.layout]
+    if len(form.published) > 1:
+        least = max(least, form.dim + 1)
+    if len(shape) < least:
+        raise ValueError(f"{name}: expected at least {least} dims, got shape {_dims(shape)}")
+
+
+def _concat_shape(shapes: list[Shape], dim: int, names: list[str]) -> Shape:
+    if len(shapes) == 1:
+        return shapes[0]
+    first = shapes[0]
+    for name, shape in zip(names, shapes, strict=True):
+        if len(shape) != len(first) or any(
+            a != b for d, (a, b) in enumerate(zip(shape, first, strict=True)) if d != dim
+        ):
+            raise ValueError(f"{name}: expected {_dims(first)} as {names[0]} has, up to dim {dim}, got {_dims(shape)}")
+    return (*first[:dim], sum(shape[dim] for shape in shapes), *first[dim + 1 :])
+
+
+# ---------------------------------------------------------------------------------------- names
+
+
+class _Finder:
+    """Finds the template that a name fits, by its signature, so that 36,000 expert names take no time."""
+
+    def __init__(self, templates: list[tuple[str, tuple[int, int]]]) -> None:
+        self._by_signature: dict[str, list[tuple[str, tuple[int, int]]]] = {}
+        for template, place in templates:
+            self._by_signature.setdefault(_signature(template), []).append((template, place))
+
+    def find(self, name: str) -> tuple[tuple[int, int], dict[str, int]] | None:
+        found = None
+        for template, place in self._by_signature.get(_signature(name), ()):
+            values = _match(template, name)
+            if values is not None:
+                assert found is None, f"{name} fits two rules; one of them is {template}"
+                found = (place, values)
+        return found
+
+
+def _signature(name: str) -> str:
+    return ".".join("#" if part[:1] == "{" or _is_number(part) else part for part in name.split("."))
+
+
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdigit()
+
+
+def _match(template: str, name: str) -> dict[str, int] | None:
+    wanted, got = template.split("."), name.split(".")
+    if len(wanted) != len(got):
+        return None
+    values: dict[str, int] = {}
+    for pattern, part in zip(wanted, got, strict=True):
+        if pattern[:1] == "{":
+            if not _is_number(part) or str(int(part)) != part:
+                return None
+            values[pattern[1:-1]] = int(part)
+        elif pattern != part:
+            return None
+    return values
+
+
+def _fill(template: str, values: Mapping[str, int | str]) -> str:
+    return ".".join(str(values[part[1:-1]]) if part[:1] == "{" else part for part in template.split("."))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
+
+
+def _joined(faults: list[str]) -> str:
+    more = f"; and {len(faults) - MAX_LISTED} more faults" if len(faults) > MAX_LISTED else ""
+    return "; ".join(faults[:MAX_LISTED]) + more
+
+
+def _dims(shape: Shape) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

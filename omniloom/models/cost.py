@@ -1,0 +1,66 @@
+"""Forward FLOPs of decoder and towers, from their dims and from sizes that are known before anything is decoded.
+
+Counts matrix products and attention, two FLOPs per multiply-add; norms, activations and rotary are left out. The
+planner balances packs by these figures and the log's utilisation is measured against them.
+Source: Hoffmann et al. 2022 (arXiv 2203.15556), appendix F, with attention counted over the pairs that see each other.
+"""
+
+from __future__ import annotations
+
+from omniloom.models.audio import AudioTowerConfig
+from omniloom.models.decoder import DecoderConfig
+from omniloom.models.vision import VisionTowerConfig
+
+
+def decoder_flops(config: DecoderConfig, num_tokens: int, num_loss_tokens: int) -> int:
+    """One sample of `num_tokens` through all layers, and the head for the tokens that have a loss."""
+    hidden = config.hidden_size
+    q_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = 2 * num_tokens * hidden * (2 * q_width + 2 * kv_width) + 2 * num_tokens**2 * q_width  # causal: half
+    dense = 2 * num_tokens * 3 * hidden * config.intermediate_size
+    experts = 3 * config.moe_intermediate_size * config.num_experts_per_tok + config.num_experts  # and the router
+    sparse = 2 * num_tokens * hidden * experts
+    num_sparse = config.num_moe_layers
+    layers = (
+        config.num_hidden_layers * attention + (config.num_hidden_layers - num_sparse) * dense + num_sparse * sparse
+    )
+    return layers + 2 * num_loss_tokens * hidden * config.vocab_size
+
+
+def vision_flops(config: VisionTowerConfig, grid_thw: tuple[int, int, int]) -> int:
+    """One image or video; each temporal grid attends to itself only, or within its windows."""
+    num_frames, height, width = grid_thw
+    patches, hidden, merged = num_frames * height * width, config.hidden_size, config.spatial_merge_size**2
+    embed = 2 * patches * config.patch_dim * hidden
+    num_matrices = 3 if config.gated_mlp else 2
+    block = 2 * patches * hidden * (4 * hidden + num_matrices * config.intermediate_size)
+    num_windowed = sum(config.sees_windows(layer) for layer in range(config.depth))
+    side = config.window_squares * config.spatial_merge_size
+    pairs = (config.depth - num_windowed) * (height * width) ** 2
+    if num_windowed:
+        pairs += num_windowed * _sum_of_squares(height, side) * _sum_of_squares(width, side)
+    row = merged * hidden
+    merger = 2 * (patches // merged) * row * (row + config.out_hidden_size)
+    mergers = (1 + len(config.deepstack_visual_indexes)) * merger
+    return embed + config.depth * block + 4 * num_frames * pairs * hidden + mergers
+
+
+def _sum_of_squares(length: int, part: int) -> int:
+    """Of the parts that a length is cut into, the last one being what is left."""
+    return length // part * part**2 + (length % part) ** 2
+
+
+def audio_flops(config: AudioTowerConfig, num_frames: int) -> int:
+    """One clip of `num_frames` mel frames, whose rows attend within windows."""
+    hidden, num_rows = config.d_model, config.num_rows(num_frames)
+    if config.downsample_hidden_size is None:
+        convolutions = 6 * hidden * (num_frames * config.num_mel_bins + num_rows * hidden)
+    else:
+        channels = config.downsample_hidden_size
+        pixels = config.num_mel_bins * num_frames  # each convolution quarters them
+        convolutions = 18 * channels * (pixels // 4 + channels * (pixels // 16 + pixels // 64))
+        convolutions += 2 * num_rows * (config.num_mel_bins // 8) * channels * hidden
+    layer = 2 * num_rows * hidden * (4 * hidden + 2 * config.encoder_ffn_dim)
+    layer += 4 * num_rows * min(num_rows, config.window_rows) * hidden
+    project = hidden * (config.projector_layers - 1) + config.output_dim
+    return convolutions + config.encoder_layers * layer + 2 * num_rows // config.pool * hidden * project

@@ -1,0 +1,137 @@
+"""Layers that several components share: norm, attention, feed-forward.
+
+Plain algebra on packed rows. Head counts and widths come from the weights' shapes, so a layer works on a shard of its
+parameters as on all of them. Ranks, devices and segment bounds are somebody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omniloom.ops.attention import Kernel, segment_attention
+from omniloom.ops.norm import rms_norm
+from omniloom.ops.rotary import Rotary, apply_rotary
+from omniloom.types import Segments
+
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    }
+)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) x weight over the last dim, in float32. Source: Zhang and Sennrich 2019 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class AttentionCore(nn.Module):
+    """Attention proper, without parameters, so that context parallelism can put its exchange around it."""
+
+    def __init__(self, *, causal: bool, kernel: Kernel) -> None:
+        super().__init__()
+        self.causal = causal
+        self.kernel: Kernel = kernel
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        """q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]."""
+        return segment_attention(q, k, v, segments, causal=self.causal, kernel=self.kernel)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with separate projections; optional biases, q/k norm and rotary positions."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        biases: tuple[bool, bool, bool, bool],
+        qk_norm_eps: float | None,
+        causal: bool,
+        kernel: Kernel,
+    ) -> None:
+        """`biases` are those of q, k, v and output; `qk_norm_eps` None leaves the norms out."""
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=biases[0])
+        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=biases[1])
+        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=biases[2])
+        self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
+        self.core = AttentionCore(causal=causal, kernel=kernel)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=biases[3])
+
+    def forward(self, hidden: Tensor, rotary: Rotary | None, segments: Segments) -> Tensor:
+        """hidden [T, C] -> [T, C]."""
+        heads = (-1, self.head_dim)
+        q = self.q_proj(hidden).unflatten(-1, heads)  # [T, H, D]
+        k = self.k_proj(hidden).unflatten(-1, heads)  # [T, Hkv, D]
+        v = self.v_proj(hidden).unflatten(-1, heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        return self.o_proj(self.core(q, k, v, segments).flatten(1))
+
+
+class FusedAttention(nn.Module):
+    """Multi-head attention with one projection for q, k and v, each of all heads in turn; vision towers have it."""
+
+    def __init__(self, *, hidden_size: int, num_heads: int, kernel: Kernel) -> None:
+        super().__init__()
+        self.head_dim = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.core = AttentionCore(causal=False, kernel=kernel)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # each [P, H, D]
+        return self.proj(self.core(apply_rotary(q, rotary), apply_rotary(k, rotary), v, segments).flatten(1))
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) x up(x)). Source: Shazeer 2020 (arXiv 2002.05202)."""
+
+    def __init__(self, *, hidden_size: int, intermediate_size: int, activation: str, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.act = ACTIVATIONS[activation]
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class MLP(nn.Module):
+    """fc2(act(fc1(x))) with biases; the towers' feed-forward."""
+
+    def __init__(self, *, hidden_size: int, intermediate_size: int, activation: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.act = ACTIVATIONS[activation]
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(hidden)))

@@ -1,0 +1,161 @@
+"""Mixture of experts: the router's choice, stacked experts, and what brings tokens to them.
+
+`dispatch`, `experts.linear`, `reduce_counts` and `router.choose` have no parameters: expert parallelism replaces the
+first two, parallelism over tokens the third, recompute the last. Everything is computed from that one choice, so a
+recomputing backward that keeps it cannot send a token elsewhere.
+
+Padding rows take experts in turn, so that they crowd none, and their results are left out by selection: multiplying by
+zero would let through what grouped GEMM leaves uninitialised (NaN x 0 is NaN).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omniloom.models.layers import ACTIVATIONS
+from omniloom.ops.grouped_gemm import combine_copies, gather_copies, group_multiple, grouped_linear, sort_by_group
+
+
+class TopK(nn.Module):
+    """The choice itself, without parameters, so that a recomputing backward can keep it instead of choosing again."""
+
+    def __init__(self, num_experts_per_tok: int) -> None:
+        super().__init__()
+        self.num_experts_per_tok = num_experts_per_tok
+
+    def forward(self, probabilities: Tensor) -> Tensor:
+        """[T, E] -> int64 [T, K], most probable first."""
+        return probabilities.topk(self.num_experts_per_tok, dim=-1).indices
+
+
+class Router(nn.Module):
+    """Softmax over all experts in float32, then the K most probable."""
+
+    def __init__(self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, norm_topk_prob: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
+        self.choose = TopK(num_experts_per_tok)
+        self.norm_topk_prob = norm_topk_prob
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [T, C] -> probabilities float32 [T, E], expert_index int64 [T, K], expert_weights [T, K]."""
+        probabilities = F.linear(hidden, self.weight).softmax(dim=-1, dtype=torch.float32)
+        expert_index = self.choose(probabilities.detach())
+        expert_weights = probabilities.gather(1, expert_index)
+        if self.norm_topk_prob:
+            expert_weights = expert_weights / expert_weights.sum(dim=-1, keepdim=True)
+        return probabilities, expert_index, expert_weights.to(hidden.dtype)
+
+
+def count_experts(expert_index: Tensor, is_padding: Tensor, num_experts: int) -> Tensor:
+    """Valid tokens sent to each expert: expert_index [T, K], is_padding [T] -> int64 [E]."""
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=expert_index.device)
+    valid = (~is_padding[:, None]).expand_as(expert_index).to(torch.int64)
+    return counts.scatter_add_(0, expert_index.flatten(), valid.flatten())
+
+
+def load_balancing_loss(counts: Tensor, probability_sums: Tensor, num_experts_per_tok: int) -> Tensor:
+    """E x sum over experts of (choices per token) x (mean probability), float32; 0 where there is no token.
+
+    Linear in `probability_sums` float32 [E]: with `counts` int64 [E] of the whole pack, the sums of some of its tokens
+    give their part of the loss.
+    Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6, for K choices per token as in transformers.
+    """
+    num_tokens = (counts.sum() / num_experts_per_tok).clamp(min=1.0)  # an empty pack
+    return counts.shape[0] * ((counts / num_tokens) * (probability_sums / num_tokens)).sum()
+
+
+class LocalCounts(nn.Module):
+    """Expert counts of the whole pack from those of the rows here: the same, where all rows are here."""
+
+    def forward(self, counts: Tensor) -> Tensor:
+        """int64 [E] -> int64 [E]."""
+        return counts
+
+
+class GroupedLinear(nn.Module):
+    """Grouped GEMM as a module without parameters, so that weights may be shards."""
+
+    def forward(self, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """rows [N, C], weight [E, O, C], offsets int32 [E] -> [N, O]."""
+        return grouped_linear(rows, weight, offsets)
+
+
+class Experts(nn.Module):
+    """All experts of a layer, their weights stacked along a first dim, each a gated feed-forward."""
+
+    def __init__(self, *, num_experts: int, hidden_size: int, intermediate_size: int, activation: str) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.act = ACTIVATIONS[activation]
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.linear = GroupedLinear()
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """rows [N, C] sorted by expert, offsets int32 [E] where each expert's rows end -> [N, C]."""
+        gate, up = self.linear(rows, self.gate_up, offsets).chunk(2, dim=-1)
+        return self.linear(self.act(gate) * up, self.down, offsets)
+
+
+class LocalDispatch(nn.Module):
+    """Brings each row to its experts and back, all experts being here."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(
+        self, hidden: Tensor, expert_index: Tensor, expert_weights: Tensor, is_padding: Tensor, experts: nn.Module
+    ) -> Tensor:
+        """hidden [T, C], expert_index and expert_weights [T, K], is_padding [T] -> weighted sums [T, C].
+
+        Padding rows come with experts like all others, and what is returned for them does not matter.
+        """
+        num_copies = expert_index.shape[1]
+        multiple = group_multiple(hidden.device.type, hidden.dtype)
+        slot, row, counts = sort_by_group(expert_index.flatten(), self.num_experts, multiple)
+        offsets = counts.cumsum(0).to(torch.int32)
+        rows = experts(gather_copies(hidden, slot, row, num_copies), offsets)
+        return combine_copies(rows, expert_weights, slot, row)
+
+
+class MoE(nn.Module):
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str,
+        num_experts: int,
+        num_experts_per_tok: int,
+        norm_topk_prob: bool,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.router = Router(
+            hidden_size=hidden_size,
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            norm_topk_prob=norm_topk_prob,
+        )
+        self.reduce_counts = LocalCounts()
+        self.dispatch = LocalDispatch(num_experts)
+        self.experts = Experts(
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            activation=activation,
+        )
+
+    def forward(self, hidden: Tensor, is_padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [T, C], is_padding bool [T] -> [T, C], router loss float32 [], counts of these rows int64 [E]."""
+        probabilities, expert_index, expert_weights = self.router(hidden)
+        counts = count_experts(expert_index, is_padding, self.num_experts)
+        probability_sums = probabilities.masked_fill(is_padding[:, None], 0.0).sum(dim=0)
+        router_loss = load_balancing_loss(self.reduce_counts(counts), probability_sums, expert_index.shape[1])
+        in_turn = torch.arange(expert_index.numel(), device=hidden.device).view_as(expert_index) % self.num_experts
+        expert_index = torch.where(is_padding[:, None], in_turn, expert_index)
+        out = self.dispatch(hidden, expert_index, expert_weights, is_padding, self.experts)
+        return out.masked_fill(is_padding[:, None], 0.0), router_loss, counts

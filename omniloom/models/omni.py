@@ -1,0 +1,78 @@
+"""A model that reads text, images, video and sound: towers, decoder, and the order of their work.
+
+Pure tensor functions of a `PackedBatch`. Towers and decoder meet only in `MediaRows`, so that between `encode` and
+`decode` rows may be exchanged, detached and have their gradients sent back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from omniloom.models.audio import AudioTower, AudioTowerConfig
+from omniloom.models.decoder import Decoder, DecoderConfig
+from omniloom.models.vision import VisionTower, VisionTowerConfig
+from omniloom.ops.attention import Kernel
+from omniloom.types import LossTerms, MediaRows, PackedBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Attention kernels by component."""
+
+    text: Kernel = "auto"
+    vision: Kernel = "auto"
+    audio: Kernel = "auto"
+
+
+class OmniModel(nn.Module):
+    def __init__(self, *, vision: nn.Module | None, audio: nn.Module | None, text: Decoder) -> None:
+        super().__init__()
+        self.vision = vision
+        self.audio = audio
+        self.text = text
+
+    def encode(self, batch: PackedBatch) -> MediaRows:
+        """One call of each tower that is built, on all of the batch's media and its null segments."""
+        vision, deepstack, audio = None, (), None
+        if self.vision is not None:
+            assert batch.vision is not None, "the model has a vision tower: the batch needs at least a null segment"
+            vision, deepstack = self.vision(batch.vision)
+        if self.audio is not None:
+            assert batch.audio is not None, "the model has an audio tower: the batch needs at least a null segment"
+            audio = self.audio(batch.audio)
+        return MediaRows(vision=vision, deepstack=deepstack, audio=audio)
+
+    def decode(self, batch: PackedBatch, media: MediaRows) -> LossTerms:
+        return self.text(batch, media)
+
+    def forward(self, batch: PackedBatch) -> LossTerms:
+        return self.decode(batch, self.encode(batch))
+
+    def best_tokens(self, batch: PackedBatch, media: MediaRows) -> Tensor:
+        """The likeliest next token of the rows in `loss_index`: int64 [L]."""
+        return self.text(batch, media, want="best_tokens")
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """Logits of every row, float32 [T, V]; for tests, scoring and generation."""
+        return self.text(batch, self.encode(batch), want="logits")
+
+
+def compose(
+    *,
+    vision: VisionTowerConfig,
+    audio: AudioTowerConfig | None,
+    text: DecoderConfig,
+    modalities: tuple[str, ...],
+    kernels: Kernels | None,
+    loss_chunk_tokens: int | None,
+) -> OmniModel:
+    """The model on the current default device, weights not yet read. A tower that no modality needs is left out."""
+    kernels = kernels or Kernels()
+    sees, hears = "image" in modalities or "video" in modalities, "audio" in modalities
+    return OmniModel(
+        vision=VisionTower(vision, kernel=kernels.vision) if sees else None,
+        audio=AudioTower(audio, kernel=kernels.audio) if hears and audio is not None else None,
+        text=Decoder(text, kernel=kernels.text, loss_chunk_tokens=loss_chunk_tokens),
+    )

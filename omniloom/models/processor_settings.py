@@ -1,0 +1,120 @@
+"""What a run and a checkpoint's files say about processing: options, tokenizer, chat template, feature extractors.
+
+Reads the small files of a checkpoint directory; the only part of `models/` that does, and that needs transformers.
+Families' `make_processor` start here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omniloom.models.rendering import TemplateStyle, find_template
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessorOptions:
+    """What a run may change about a checkpoint's processor. None: the checkpoint's own value."""
+
+    template: str = "auto"
+    system: str | None = None  # for conversations without a system turn
+    enable_thinking: bool = True
+    train_on_prompt: bool = False
+    last_turn_only: bool = False
+    image_min_pixels: int | None = None
+    image_max_pixels: int | None = None
+    video_min_pixels: int | None = None  # per frame
+    video_max_pixels: int | None = None
+    video_fps: float = 2.0
+    video_max_frames: int = 128
+    no_audio: Literal["error", "video_only"] = "error"  # where a video's sound is asked for and there is none
+
+    def __post_init__(self) -> None:
+        if self.train_on_prompt and self.last_turn_only:
+            raise ValueError("data.train_on_prompt and data.last_turn_only contradict each other; keep one")
+
+
+def load_tokenizer(checkpoint_dir: str | Path) -> Any:
+    """The checkpoint's tokenizer as transformers loads it; every family so far has Qwen2's class.
+
+    Raises: ValueError where its files are missing or no JSON.
+    """
+    from transformers import Qwen2Tokenizer  # AutoTokenizer would read, and complain about, the model's config.json
+
+    directory = Path(checkpoint_dir)
+    if (directory / "tokenizer.json").is_file():
+        _read_json(directory / "tokenizer.json")
+    elif lacking := [name for name in ("vocab.json", "merges.txt") if not (directory / name).is_file()]:
+        raise ValueError(
+            f"{directory}: no tokenizer: expected tokenizer.json, or vocab.json and merges.txt, but there is no "
+            f"{' and no '.join(['tokenizer.json', *lacking])}; download the missing files"
+        )
+    if (directory / "tokenizer_config.json").is_file():
+        _read_json(directory / "tokenizer_config.json")
+    return Qwen2Tokenizer.from_pretrained(directory)
+
+
+def find_word(tokenizer: Any, field: str, token_id: int, word: str) -> str:
+    """The tokenizer's word for a token that config.json names by id. Raises: ValueError unless it is `word`."""
+    found = tokenizer.convert_ids_to_tokens(token_id)
+    if found != word:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: {field} of config.json is {token_id}, expected the token {word}, but the "
+            f"tokenizer has {found!r} there; take tokenizer and config.json from the same checkpoint"
+        )
+    return found
+
+
+def choose_template(
+    checkpoint_dir: str | Path, tokenizer: Any, name: str, *, plain: str, thinking: str | None = None
+) -> TemplateStyle:
+    """The named template, or for "auto" the family's: `thinking` if the checkpoint's own template is, else `plain`.
+
+    A chat template counts as thinking if it gives an answer without reasoning a <think> block.
+    """
+    if name != "auto":
+        return find_template(name)
+    template = _read_chat_template(Path(checkpoint_dir)) or tokenizer.chat_template
+    if template and thinking is not None:
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        if "<think>" in tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False):
+            return find_template(thinking)
+    return find_template(plain)
+
+
+def _read_chat_template(directory: Path) -> str | None:
+    if (directory / "chat_template.jinja").is_file():
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    if (directory / "chat_template.json").is_file():
+        return _read_json(directory / "chat_template.json")["chat_template"]
+    return None
+
+
+def read_processor_config(checkpoint_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Settings of the image processor, the audio feature extractor and the video processor, whichever there are.
+
+    Published checkpoints have the first two in preprocessor_config.json and the third, if at all, in
+    video_preprocessor_config.json; transformers 5 writes them as sections of processor_config.json.
+    Raises: ValueError if the checkpoint has neither file.
+    """
+    directory = Path(checkpoint_dir)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (directory / name).is_file():
+            settings = _read_json(directory / name)
+            video = settings.get("video_processor", {})
+            if not video and (directory / "video_preprocessor_config.json").is_file():
+                video = _read_json(directory / "video_preprocessor_config.json")
+            return settings.get("image_processor", settings), settings.get("feature_extractor", settings), video
+    raise ValueError(f"{directory}: no preprocessor_config.json; expected a checkpoint in Hugging Face layout")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); download it again") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(settings).__name__}")
+    return settings

@@ -1,0 +1,225 @@
+"""Attention within the segments of a packed sequence (the varlen, or TND, form).
+
+One entry point, `segment_attention`, behind which every kernel is an opaque custom op: compiled blocks see one graph
+and never look into it. Who owns heads or tokens (tensor and context parallelism) is not known here.
+
+Kernels, chosen by name and never fallen back from:
+
+- `eager`: blocks of queries against all keys, masked; any device, no host read, quadratic in the packed length.
+- `sdpa`: PyTorch's fused kernels, a call per run of equally long segments. Reads the bounds on the host, so CPU only.
+- `flash`: PyTorch's varlen flash attention; CUDA, 16-bit floats.
+- `auto`: `sdpa` on CPU, `flash` for 16-bit floats on CUDA, `eager` elsewhere.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from omniloom.types import Segments
+
+Kernel = Literal["auto", "eager", "sdpa", "flash", "flex"]
+
+EAGER_QUERY_BLOCK = 1024  # rows whose scores against all keys are held at a time
+
+
+def resolve_kernel(kernel: Kernel, device_type: str, dtype: torch.dtype) -> Kernel:
+    """The kernel that will run for tensors of this device and dtype.
+
+    Raises: ValueError if the kernel asked for cannot run there.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    able = {"eager": True, "sdpa": device_type == "cpu", "flash": device_type == "cuda" and half}
+    if kernel == "auto":
+        return "sdpa" if able["sdpa"] else "flash" if able["flash"] else "eager"
+    if not able.get(kernel, False):
+        usable = ", ".join(name for name, can in able.items() if can)
+        raise ValueError(f"attention kernel {kernel!r} cannot run on {device_type} in {dtype}; use auto, {usable}")
+    return kernel
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, kernel: Kernel) -> Tensor:
+    """Scaled dot-product attention of each segment with itself.
+
+    Args:
+        q: [T, H, D].
+        k, v: [T, Hkv, D], H a multiple of Hkv; not repeated in memory.
+        segments: bounds over T; rows past the last bound are not allowed.
+        causal: a row sees itself and the rows before it in its segment; else the whole segment.
+
+    Returns: [T, H, D]. Raises: ValueError if the kernel cannot run here.
+    """
+    kernel = resolve_kernel(kernel, q.device.type, q.dtype)
+    if kernel == "flash":
+        # imported here: the module loads CUDA-only pieces that a CPU run has no use for
+        from torch.nn.attention.varlen import varlen_attn
+
+        bounds, longest = segments.cu_seqlens, segments.max_length
+        window = (-1, 0) if causal else (-1, -1)
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window, enable_gqa=True)
+    operation = _cpu_attention if kernel == "sdpa" else _eager_attention
+    return operation(q, k, v, segments.cu_seqlens, causal)[0]
+
+
+def segment_attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool) -> Tensor:
+    """What `segment_attention` computes: one softmax over a masked square, keys repeated for their query heads."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * q.shape[-1] ** -0.5
+    rows = torch.arange(q.shape[0], device=q.device)
+    allowed = _allowed(rows, rows, segments.cu_seqlens, causal)
+    probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", probabilities, v.float()).to(q.dtype)
+
+
+def _allowed(queries: Tensor, keys: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
+    """Which keys each query may see: bool [queries, keys]."""
+    query_segment = torch.searchsorted(cu_seqlens, queries, right=True)
+    key_segment = torch.searchsorted(cu_seqlens, keys, right=True)
+    allowed = query_segment[:, None] == key_segment
+    return allowed & (queries[:, None] >= keys) if causal else allowed
+
+
+# ---------------------------------------------------------------------------------------- sdpa on CPU
+
+
+@torch.library.custom_op("omniloom::cpu_attention", mutates_args=())
+def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Returns the output [T, H, D] and the log of each softmax's denominator, float32 [T, H].
+
+    Computes in float32: the kernel's bfloat16 backward is several times slower on segments of a hundred rows.
+    """
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    log_sums = q.new_empty(q.shape[:2], dtype=torch.float32)
+    q, k, v = q.float(), k.float(), v.float()
+    for start, count, length in _equal_runs(cu_seqlens):
+        rows = (slice(start, start + count * length), count, length)
+        part, part_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _batch(q, *rows), _batch(k, *rows), _batch(v, *rows), 0.0, causal
+        )
+        _batch(out, *rows).copy_(part)
+        log_sums[rows[0]].view(count, length, -1).copy_(part_sums.transpose(1, 2))
+    return out, log_sums
+
+
+@torch.library.custom_op("omniloom::cpu_attention_backward", mutates_args=())
+def _cpu_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, cu_seqlens: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    inputs = [x.float() for x in (grad, q, k, v, out)]
+    for start, count, length in _equal_runs(cu_seqlens):
+        rows = (slice(start, start + count * length), count, length)
+        part_sums = log_sums[rows[0]].view(count, length, -1).transpose(1, 2).contiguous()
+        batched = [_batch(x, *rows) for x in inputs]
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*batched, part_sums, 0.0, causal)
+        for whole, part in zip(grads, parts, strict=True):
+            _batch(whole, *rows).copy_(part)
+    return grads
+
+
+def _equal_runs(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
+    """Neighbouring segments of one length as (start row, number of segments, length), empty ones left out.
+
+    Frames of a video and windows of an audio clip come in such runs; each is one batched call.
+    """
+    runs: list[tuple[int, int, int]] = []
+    bounds = cu_seqlens.tolist()
+    for start, stop in pairwise(bounds):
+        if stop == start:
+            continue
+        if runs and runs[-1][2] == stop - start:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, stop - start)
+        else:
+            runs.append((start, 1, stop - start))
+    return runs
+
+
+def _batch(x: Tensor, rows: slice, count: int, length: int) -> Tensor:
+    """[T, H, D] -> a view [count, H, length, D] of its rows."""
+    return x[rows].unflatten(0, (count, length)).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------- eager
+
+
+@torch.library.custom_op("omniloom::eager_attention", mutates_args=())
+def _eager_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Returns the output [T, H, D] and the log of each softmax's denominator, float32 [T, H]."""
+    outs, sums = [], []
+    for start in range(0, q.shape[0], EAGER_QUERY_BLOCK):
+        scores = _eager_scores(q, k, start, cu_seqlens, causal)
+        log_sums = scores.logsumexp(dim=-1)  # [Hkv, G, B]
+        probabilities = (scores - log_sums[..., None]).exp_()
+        outs.append(torch.einsum("jgbt,tjd->bjgd", probabilities, v.float()).flatten(1, 2).to(q.dtype))
+        sums.append(log_sums.flatten(0, 1).T)
+    return torch.cat(outs), torch.cat(sums)
+
+
+@torch.library.custom_op("omniloom::eager_attention_backward", mutates_args=())
+def _eager_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, cu_seqlens: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    keys, values, scale = k.float(), v.float(), q.shape[-1] ** -0.5
+    q_grads, k_grad, v_grad = [], torch.zeros_like(keys), torch.zeros_like(values)
+    for start in range(0, q.shape[0], EAGER_QUERY_BLOCK):
+        rows = slice(start, start + EAGER_QUERY_BLOCK)
+        queries, out_rows, grad_rows = (x[rows].float().unflatten(1, groups) for x in (q, out, grad))  # [B, j, g, D]
+        scores = _eager_scores(q, k, start, cu_seqlens, causal)
+        probabilities = (scores - log_sums[rows].T.unflatten(0, groups)[..., None]).exp_()
+        v_grad += torch.einsum("jgbt,bjgd->tjd", probabilities, grad_rows)
+        # softmax's Jacobian: p (dp - sum p dp), and the sum equals out . d out
+        inner = torch.einsum("bjgd,bjgd->jgb", grad_rows, out_rows)
+        scores_grad = torch.einsum("bjgd,tjd->jgbt", grad_rows, values).sub_(inner[..., None]).mul_(probabilities)
+        scores_grad *= scale
+        q_grads.append(torch.einsum("jgbt,tjd->bjgd", scores_grad, keys).flatten(1, 2).to(q.dtype))
+        k_grad += torch.einsum("jgbt,bjgd->tjd", scores_grad, queries)
+    return torch.cat(q_grads), k_grad.to(k.dtype), v_grad.to(v.dtype)
+
+
+def _eager_scores(q: Tensor, k: Tensor, start: int, cu_seqlens: Tensor, causal: bool) -> Tensor:
+    """Scaled and masked scores of one block of queries, float32 [Hkv, H / Hkv, B, T]."""
+    block = q[start : start + EAGER_QUERY_BLOCK].float().unflatten(1, (k.shape[1], -1))
+    scores = torch.einsum("bjgd,tjd->jgbt", block, k.float()) * q.shape[-1] ** -0.5
+    queries = torch.arange(start, start + block.shape[0], device=q.device)
+    keys = torch.arange(k.shape[0], device=q.device)
+    return scores.masked_fill_(~_allowed(queries, keys, cu_seqlens, causal), -torch.inf)
+
+
+# ---------------------------------------------------------------------------------------- registration
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def _fake_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, cu_seqlens: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, causal = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.causal = causal
+    ctx.mark_non_differentiable(output[1])
+
+
+def _register(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> None:
+    def differentiate(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sums, cu_seqlens = ctx.saved_tensors
+        return *backward(grad.contiguous(), q, k, v, out, log_sums, cu_seqlens, ctx.causal), None, None
+
+    forward.register_fake(_fake_attention)
+    backward.register_fake(_fake_attention_backward)
+    forward.register_autograd(differentiate, setup_context=_save_for_backward)
+
+
+_register(_cpu_attention, _cpu_attention_backward)
+_register(_eager_attention, _eager_attention_backward)

@@ -1,0 +1,122 @@
+"""Matrix products of stacked experts, and the permutation that brings their rows together.
+
+Knows nothing of routing: it is handed rows sorted by group and where each group ends.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Row r of group e times `weight[e].T`, for all groups in one call and without a device sync.
+
+    Args:
+        rows: [N, C], sorted by group.
+        weight: [E, O, C].
+        offsets: int32 [E], where each group ends in `rows`; empty groups repeat the bound before them.
+
+    Returns: [N, O]. Rows past the last bound are uninitialised memory, in the gradient of `rows` too.
+    """
+    return F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
+
+
+def grouped_linear_reference(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """What `grouped_linear` computes, one group at a time; rows past the last bound are left out."""
+    bounds = [0, *offsets.tolist()]
+    groups = [rows[low:high] @ weight[e].T for e, (low, high) in enumerate(pairwise(bounds))]
+    return torch.cat(groups)
+
+
+def group_multiple(device_type: str, dtype: torch.dtype) -> int:
+    """Rows to whose multiple each group is best filled up before `grouped_linear`.
+
+    On CPU, oneDNN compiles a bfloat16 kernel for every number of rows it has not met, which costs as much as the
+    product itself; of a few round numbers it keeps the kernels.
+    """
+    return 64 if device_type == "cpu" and dtype == torch.bfloat16 else 1
+
+
+def sort_by_group(group: Tensor, num_groups: int, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """The stable order that brings equal entries of `group` int64 [N] together, each group filled up to `multiple`.
+
+    Returns: slot int64 [P], the entry that each sorted row is (entry 0 where it is filling); row int64 [N], the sorted
+    row of each entry; counts int64 [E], filling included. P is N where `multiple` is 1, else large enough for any
+    counts: rows past their sum are filling of no group.
+    """
+    order = group.argsort(stable=True)
+    # not bincount, which waits for the device to learn the largest entry
+    sizes = torch.zeros(num_groups, dtype=torch.int64, device=group.device)
+    sizes.scatter_add_(0, group, torch.ones_like(group))
+    counts = (sizes + multiple - 1) // multiple * multiple
+    filling = (counts - sizes).cumsum(0) - (counts - sizes)  # before each group
+    places = torch.arange(group.shape[0], device=group.device) + filling[group[order]]
+    num_rows = group.shape[0] + num_groups * (multiple - 1)
+    slot = torch.zeros(num_rows, dtype=torch.int64, device=group.device).scatter_(0, places, order)
+    return slot, torch.empty_like(order).scatter_(0, order, places), counts
+
+
+def gather_copies(rows: Tensor, slot: Tensor, row: Tensor, num_copies: int) -> Tensor:
+    """Row slot[i] // num_copies of `rows` [T, C] for each i: every row is taken `num_copies` times.
+
+    `slot` and `row` are those of `sort_by_group` over [T x num_copies] entries. Same as an index_select, but its
+    backward sums copies in a fixed order instead of by atomic additions, and never reads filling.
+    Returns: [P, C].
+    """
+    return _GatherCopies.apply(rows, slot, row, num_copies)
+
+
+class _GatherCopies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, slot: Tensor, row: Tensor, num_copies: int) -> Tensor:
+        ctx.save_for_backward(row)
+        ctx.num_copies = num_copies
+        return rows.index_select(0, slot // num_copies)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (row,) = ctx.saved_tensors
+        if ctx.num_copies == 1:
+            return grad.index_select(0, row), None, None, None
+        return F.embedding_bag(row.unflatten(0, (-1, ctx.num_copies)), grad, mode="sum"), None, None, None
+
+
+def combine_copies(rows: Tensor, weights: Tensor, slot: Tensor, row: Tensor) -> Tensor:
+    """Weighted sum of what became of the copies that `gather_copies` made, taken from where they are.
+
+    rows [P, C], weights [T, K] of the same dtype -> [T, C]. Filling is not read and gets gradients of zero.
+    """
+    return _CombineCopies.apply(rows, weights, slot, row)
+
+
+def combine_copies_reference(rows: Tensor, weights: Tensor, row: Tensor) -> Tensor:
+    """What `combine_copies` computes, with all copies of a token side by side."""
+    return (rows[row].unflatten(0, weights.shape) * weights[:, :, None]).sum(dim=1)
+
+
+class _CombineCopies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, weights: Tensor, slot: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, slot, row)
+        # a bag is a token: an embedding's kernel happens to be the fused weighted gather
+        return F.embedding_bag(row.view_as(weights), rows, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights, slot, row = ctx.saved_tensors
+        copies = grad.index_select(0, slot // weights.shape[1])  # [P, C]
+        weights_grad = (copies * rows).sum(dim=-1)[row].view_as(weights)
+        weight_of_row = weights.new_zeros(rows.shape[0], 1).scatter_(0, row[:, None], weights.view(-1, 1))
+        return copies.mul_(weight_of_row), weights_grad, None, None
+
+
+def permute_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """rows[index] where `index` is a permutation and `inverse` its inverse; backward is a gather, not a scatter."""
+    return _GatherCopies.apply(rows, index, inverse, 1)

@@ -1,0 +1,206 @@
+"""From decoded media to what a tower reads: sizes, sampled frames, patches, log-mel spectrograms.
+
+Owns the pure arithmetic that a family's processor needs, on arrays that are already decoded. It knows no file, no
+container and no model: patch sizes, pixel bounds and mel counts are arguments. Each function equals the transformers
+processor that it names, clip by clip, so that extents, training and published inference agree.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_ASPECT_RATIO = 200  # beyond it the published processors refuse
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width to resize to: multiples of `factor`, the area within bounds, the aspect ratio nearly kept.
+
+    `factor` is patch size x merge size. Raises: ValueError for an aspect ratio over 200 or a side below 1.
+    Source: transformers, Qwen2VLImageProcessor.smart_resize.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"expected an image of at least 1x1 pixels, got {width}x{height}")
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT_RATIO:
+        raise ValueError(f"expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {ratio:.1f} ({width}x{height})")
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / beta / factor) * factor)
+        new_width = max(factor, math.floor(width / beta / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * beta / factor) * factor
+        new_width = math.ceil(width * beta / factor) * factor
+    return new_height, new_width
+
+
+def smart_resize_video(
+    num_frames: int, height: int, width: int, temporal: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """As `smart_resize`, the bounds being those of all frames together; frames under `factor` are enlarged first.
+
+    Raises: ValueError for an aspect ratio over 200 or a side below 1.
+    Source: transformers, video_processing_qwen3_vl.smart_resize.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"expected frames of at least 1x1 pixels, got {width}x{height}")
+    if min(height, width) < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT_RATIO:
+        raise ValueError(f"expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {ratio:.1f} ({width}x{height})")
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    area = round(num_frames / temporal) * temporal * new_height * new_width
+    if area > max_pixels:
+        beta = math.sqrt(num_frames * height * width / max_pixels)
+        new_height = max(factor, math.floor(height / beta / factor) * factor)
+        new_width = max(factor, math.floor(width / beta / factor) * factor)
+    elif area < min_pixels:
+        beta = math.sqrt(min_pixels / (num_frames * height * width))
+        new_height = math.ceil(height * beta / factor) * factor
+        new_width = math.ceil(width * beta / factor) * factor
+    return new_height, new_width
+
+
+def sample_frame_indices(
+    num_frames: int, video_fps: float, fps: float, max_frames: int, min_frames: int = 2, multiple: int = 2
+) -> list[int]:
+    """Indices of the frames to keep: `fps` per second, evenly spread, a multiple of `multiple` of them.
+
+    The count is floor(duration x fps), at least `min_frames`, at most `max_frames` and the frames there are. A video
+    with fewer than `multiple` frames repeats its last one. Raises: ValueError for no frames or no rate.
+    Source: transformers, Qwen2VLVideoProcessor.sample_frames.
+    """
+    if num_frames < 1:
+        raise ValueError(f"expected a video with at least one frame, got {num_frames}")
+    if not video_fps > 0 or not fps > 0:
+        raise ValueError(f"expected positive frame rates, got {video_fps!r} of the video and {fps!r} asked for")
+    if num_frames < multiple:
+        return spread_frames(num_frames, multiple)
+    most = max(min(max_frames, num_frames) // multiple, 1) * multiple
+    count = min(max(num_frames / video_fps * fps, min_frames, multiple), most)
+    count = math.floor(count / multiple) * multiple
+    return spread_frames(num_frames, count)
+
+
+def spread_frames(num_frames: int, count: int, *, reach_last: bool = False) -> list[int]:
+    """Indices of `count` frames evenly spread over a video; the last frame repeats where there are fewer.
+
+    Each stands for a stretch of equal length and begins it; with `reach_last` they run from the first to the last.
+    Source: transformers, Qwen2VLVideoProcessor.sample_frames and, with `reach_last`, Qwen3VLVideoProcessor's.
+    """
+    if num_frames < count:
+        return [min(index, num_frames - 1) for index in range(count)]
+    if reach_last:
+        return np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
+    # arange in torch's own rounding, so that indices equal transformers'; it may yield one index too many
+    indices = torch.arange(0, num_frames, num_frames / count).int()[:count].tolist()
+    assert len(indices) == count, (len(indices), count)
+    return indices
+
+
+def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize uint8 [H, W, 3] to uint8 [height, width, 3]. Source: transformers, PilBackend.resize (PIL bicubic)."""
+    from PIL import Image  # not needed to import a model
+
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), resample=Image.Resampling.BICUBIC))
+
+
+def normalize_pixels(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Rescale uint8 [N, C, H, W] by 1/255 and normalise per channel, to float32 [N, C, H, W].
+
+    Source: transformers, PilBackend.rescale and normalize, to the last bit: a table of the 256 values per channel.
+    """
+    assert frames.dtype == torch.uint8, frames.dtype
+    table = _pixel_table(tuple(mean), tuple(std))
+    out = torch.empty(frames.shape, dtype=torch.float32)
+    for channel in range(frames.shape[1]):
+        out[:, channel] = table[channel][frames[:, channel].int()]
+    return out
+
+
+@lru_cache(maxsize=8)
+def _pixel_table(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    values = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    rows = [(values - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
+    return torch.from_numpy(np.stack(rows))
+
+
+def patchify(frames: Tensor, patch: int, temporal_patch: int, merge: int) -> Tensor:
+    """Cut frames [N, C, H, W] into patches [P, C * temporal_patch * patch * patch], in merge-block order.
+
+    H and W divide by patch x merge. Where N does not divide by `temporal_patch` the last frame is repeated, so an
+    image is a video of one frame. Rows run over time, block row, block column, row and column within the block.
+    Source: transformers, Qwen2VLImageProcessor.patchify and Qwen2VLVideoProcessor.patchify.
+    """
+    if missing := -frames.shape[0] % temporal_patch:
+        frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+    num_frames, channels, height, width = frames.shape
+    assert height % (patch * merge) == width % (patch * merge) == 0, (height, width, patch, merge)
+    grid_t, grid_h, grid_w = num_frames // temporal_patch, height // patch, width // patch
+    blocks = frames.reshape(
+        grid_t, temporal_patch, channels, grid_h // merge, merge, patch, grid_w // merge, merge, patch
+    )
+    blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, block row, block column, row, column, C, tp, p, p
+    return blocks.reshape(grid_t * grid_h * grid_w, channels * temporal_patch * patch * patch)
+
+
+def log_mel(
+    waveform: Tensor | np.ndarray,
+    num_mel_bins: int = 128,
+    *,
+    sampling_rate: int = 16000,
+    n_fft: int = 400,
+    hop_length: int = 160,
+) -> Tensor:
+    """Log-mel spectrogram float32 [num_mel_bins, num_samples // hop_length] of one mono clip float32 [num_samples].
+
+    Clips of half a window and less are padded with silence first, since they cannot be reflected at their ends; the
+    number of frames is the same formula. Raises: ValueError for a clip shorter than one hop.
+    Source: transformers, WhisperFeatureExtractor on a single clip, padding "longest", no truncation.
+    """
+    samples = torch.as_tensor(waveform, dtype=torch.float32)
+    num_frames = samples.shape[0] // hop_length
+    if num_frames < 1:
+        raise ValueError(
+            f"expected at least {hop_length} samples ({hop_length / sampling_rate * 1000:g} ms) of audio, "
+            f"got {samples.shape[0]}"
+        )
+    if samples.shape[0] <= n_fft // 2:
+        samples = torch.nn.functional.pad(samples, (0, n_fft // 2 + 1 - samples.shape[0]))
+    spectrum = torch.stft(samples, n_fft, hop_length, window=torch.hann_window(n_fft), return_complex=True)
+    power = (spectrum[:, :num_frames].abs() ** 2).contiguous()
+    filters = _mel_filters(num_mel_bins, sampling_rate, n_fft)
+    spectrogram = torch.clamp(filters @ power, min=1e-10).log10()
+    return (torch.maximum(spectrogram, spectrogram.max() - 8.0) + 4.0) / 4.0
+
+
+@lru_cache(maxsize=4)
+def _mel_filters(num_mel_bins: int, sampling_rate: int, n_fft: int) -> Tensor:
+    """Triangular filters on Slaney's mel scale, area-normalised, up to 8 kHz: float32 [num_mel_bins, n_fft // 2 + 1].
+
+    Source: Slaney, Auditory Toolbox (1998); transformers, audio_utils.mel_filter_bank.
+    """
+    edges_mel = np.linspace(_hertz_to_mel(0.0), _hertz_to_mel(8000.0), num_mel_bins + 2)
+    edges = np.where(edges_mel < 15.0, 200.0 * edges_mel / 3.0, 1000.0 * np.exp(np.log(6.4) / 27.0 * (edges_mel - 15)))
+    frequencies = np.linspace(0, sampling_rate // 2, n_fft // 2 + 1)
+    lower, centre, upper = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    rising = (frequencies - lower) / (centre - lower)
+    falling = (upper - frequencies) / (upper - centre)
+    filters = np.maximum(0, np.minimum(rising, falling)) * (2.0 / (upper - lower))
+    return torch.from_numpy(filters.astype(np.float32))
+
+
+def _hertz_to_mel(hertz: float) -> float:
+    if hertz < 1000.0:
+        return 3.0 * hertz / 200.0
+    return 15.0 + math.log(hertz / 1000.0) * 27.0 / math.log(6.4)

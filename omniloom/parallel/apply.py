@@ -1,0 +1,100 @@
+"""Installs a layout into a model: replaces parameter-free submodules, sets up recompute, shards parameters.
+
+The only place that knows in which order these go. Everything it needs to know of a family is in its `ShardingPlan`;
+no module class is named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from omniloom.config import MemoryConfig, ParallelConfig
+from omniloom.parallel.context import UlyssesCore, check_heads
+from omniloom.parallel.expert import ExpertDispatch, LocalWeights, SumOverGroup
+from omniloom.parallel.fsdp import FsdpOptions, match_modules, shard_parameters
+from omniloom.parallel.mesh import Layout
+from omniloom.parallel.recompute import Kept, recompute_blocks
+from omniloom.plan import ShardingPlan
+
+RecomputeRule = Callable[[str], bool | None]
+
+
+def check_plan(plan: ShardingPlan, layout: Layout) -> None:
+    """Raises: ValueError listing every degree that this model cannot be divided by, with the ones it can."""
+    degrees, faults = layout.degrees, []
+    if degrees.context > 1:
+        try:
+            check_heads(plan.num_attention_heads, plan.num_key_value_heads, degrees.context)
+        except ValueError as error:
+            faults.append(str(error))
+    if degrees.expert > 1 and not plan.num_experts:
+        faults.append(f"parallel.expert: {degrees.expert}, but this model has no experts; set it to 1")
+    elif plan.num_experts % degrees.expert:
+        allowed = [d for d in range(1, plan.num_experts + 1) if plan.num_experts % d == 0]
+        faults.append(
+            f"parallel.expert: {plan.num_experts} experts do not divide over {degrees.expert} ranks; "
+            f"choose from {allowed}"
+        )
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def apply_parallelism(
+    model: nn.Module,
+    layout: Layout,
+    plan: ShardingPlan,
+    *,
+    parallel: ParallelConfig,
+    memory: MemoryConfig,
+    compute_dtype: torch.dtype,
+    recompute_rule: RecomputeRule | None = None,
+) -> None:
+    """Make `model` run in `layout`, in place. Collective over all ranks.
+
+    The model may be on meta (afterwards `materialize` gives it memory) or hold values, equal on all ranks. Freeze
+    parameters before this call. `recompute_rule(component)` overrides `memory.recompute` for a root (policy table).
+    Raises: ValueError for degrees that do not divide.
+    """
+    check_plan(plan, layout)
+    if layout.context_group is not None:
+        for name in match_modules(model, plan.attention_cores):
+            model.set_submodule(name, UlyssesCore(model.get_submodule(name), layout.context_group))
+        for name in match_modules(model, plan.router_counts):
+            model.set_submodule(name, SumOverGroup(layout.context_group))
+    if layout.expert is not None:
+        group = layout.expert.get_group()
+        for name in match_modules(model, plan.dispatches):
+            model.set_submodule(name, ExpertDispatch(plan.num_experts, group))
+        for name in match_modules(model, plan.grouped_linears):
+            model.set_submodule(name, LocalWeights(model.get_submodule(name)))
+    for name in match_modules(model, (*plan.router_choices, *_agreed(layout, plan))):
+        model.set_submodule(name, Kept(model.get_submodule(name)))
+    for root in plan.roots:
+        blocks = [model.get_submodule(name) for name in match_modules(model, plan.blocks) if name.split(".")[0] == root]
+        said = recompute_rule(root) if recompute_rule is not None else None
+        recompute_blocks(blocks, memory.recompute if said is None else ("full" if said else "none"))
+    if memory.compile:
+        for name in match_modules(model, plan.blocks):
+            model.get_submodule(name).compile()
+    options = FsdpOptions(
+        compute_dtype=compute_dtype,
+        reshard_after_forward=parallel.reshard_after_forward,
+        prefetch=parallel.prefetch,
+        cpu_offload=parallel.cpu_offload,
+    )
+    shard_parameters(model, layout, plan, options)
+
+
+def _agreed(layout: Layout, plan: ShardingPlan) -> list[str]:
+    """Submodules whose results cost a word with other ranks, and would again in a recomputing backward."""
+    counts = list(plan.router_counts) if layout.degrees.context > 1 else []
+    sizes = [f"{name}.sizes" for name in plan.dispatches] if layout.degrees.expert > 1 else []
+    return counts + sizes
+
+
+def materialize(model: nn.Module, layout: Layout, *, cpu_offload: bool = False) -> None:
+    """Give a sharded meta model memory for this rank's shards only; values are undefined until they are loaded."""
+    model.to_empty(device="cpu" if cpu_offload else layout.device)

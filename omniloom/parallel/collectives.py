@@ -1,0 +1,94 @@
+"""Differentiable collectives on plain tensors. Every function names its group, order and shapes. Knows no model."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _AllToAllRows(torch.autograd.Function):
+    """Rows out by `send`, in by `receive`; the gradient takes the way back."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return exchange_rows(rows, send, receive, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return exchange_rows(gradient, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def exchange_rows(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """As `all_to_all_rows`, outside autograd."""
+    received = rows.new_empty((sum(receive), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    return received
+
+
+def all_to_all_rows(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send the first `send[0]` rows to rank 0 of `group`, the next to rank 1, ...; differentiable.
+
+    `rows` [sum(send), ...] local; returns [sum(receive), ...], the rows from rank 0 first. Collective over `group`.
+    """
+    assert sum(send) == rows.shape[0], f"splits {send} do not add up to {rows.shape[0]} rows"
+    if group.size() == 1:
+        return rows
+    return _AllToAllRows.apply(rows, send, receive, group)
+
+
+def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Row r of the result is what rank r of `group` holds for us. `counts` int64 [ranks, n], row r meant for rank r."""
+    if group.size() == 1:
+        return counts
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts.contiguous(), group=group)
+    return received
+
+
+class _SwapHeadsForTokens(torch.autograd.Function):
+    """The Ulysses exchange; backward is the other direction of the same."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup, to_heads: bool) -> Tensor:
+        ctx.group, ctx.to_heads = group, to_heads
+        return _scatter_heads(x, group) if to_heads else _gather_heads(x, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        swapped = _gather_heads(gradient, ctx.group) if ctx.to_heads else _scatter_heads(gradient, ctx.group)
+        return swapped, None, None
+
+
+def _scatter_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[t, H, D] of my tokens -> [t * n, H / n, D] of all tokens, my heads."""
+    n = group.size()
+    t, heads, dim = x.shape
+    send = x.view(t, n, heads // n, dim).transpose(0, 1).contiguous()
+    received = torch.empty_like(send)
+    dist.all_to_all_single(received, send, group=group)
+    return received.view(n * t, heads // n, dim)
+
+
+def _gather_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[t * n, h, D] of all tokens, my heads -> [t, h * n, D] of my tokens, all heads."""
+    n = group.size()
+    tokens, heads, dim = x.shape
+    received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, x.contiguous(), group=group)
+    return received.view(n, tokens // n, heads, dim).transpose(0, 1).reshape(tokens // n, n * heads, dim)
+
+
+def scatter_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[t, H, D] (a slice of the tokens, every head) -> [t * n, H / n, D] (every token, a slice of the heads).
+
+    Ranks of `group` hold consecutive slices of tokens in rank order. Differentiable. Collective over `group`.
+    Source: DeepSpeed Ulysses, arXiv 2309.14509.
+    """
+    return _SwapHeadsForTokens.apply(x, group, True)
+
+
+def gather_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[t * n, h, D] (every token, a slice of the heads) -> [t, h * n, D]; the inverse of `scatter_heads`."""
+    return _SwapHeadsForTokens.apply(x, group, False)

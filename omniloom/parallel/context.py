@@ -1,0 +1,76 @@
+"""Context parallelism: a pack's tokens spread over ranks, attention by swapping heads for tokens (Ulysses).
+
+Each rank holds a slice of consecutive tokens. Everything but attention works row by row; attention's core is replaced
+by one that gathers all tokens for a share of the heads, so segment bounds stay exact. Sits between the loaded pack
+and the decoder; knows of the model only the signature of `attention.core`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from omniloom.parallel.collectives import gather_heads, scatter_heads
+from omniloom.types import PackedBatch, Segments
+
+
+def slice_batch(batch: PackedBatch, context_rank: int, degree: int) -> PackedBatch:
+    """The share of one context rank: tokens `[rank * T / degree, (rank + 1) * T / degree)`.
+
+    Token tensors become local, `loss_index` counts local rows; `segments` and the media stay those of the whole pack.
+    Raises: ValueError where T does not divide.
+    """
+    if degree == 1:
+        return batch
+    num_tokens = batch.input_ids.shape[0]
+    if num_tokens % degree:
+        raise ValueError(f"a pack of {num_tokens} tokens does not divide over {degree} context ranks")
+    size = num_tokens // degree
+    start, end = context_rank * size, (context_rank + 1) * size
+    mine = (batch.loss_index >= start) & (batch.loss_index < end)
+    return dataclasses.replace(
+        batch,
+        input_ids=batch.input_ids[start:end],
+        labels=batch.labels[start:end],
+        loss_weights=batch.loss_weights[start:end],
+        loss_index=batch.loss_index[mine] - start,
+        position_ids=batch.position_ids[:, start:end],
+        is_padding=batch.is_padding[start:end],
+    )
+
+
+def check_heads(num_heads: int, num_key_value_heads: int, degree: int) -> None:
+    """Raises: ValueError where the query heads cannot be shared out evenly. Key-value heads are repeated as needed."""
+    if num_heads % degree:
+        allowed = [d for d in range(1, num_heads + 1) if num_heads % d == 0]
+        raise ValueError(
+            f"parallel.context: {num_heads} attention heads do not divide over {degree} context ranks; "
+            f"choose from {allowed}"
+        )
+    assert num_heads % num_key_value_heads == 0, f"{num_heads} heads over {num_key_value_heads} key-value heads"
+
+
+class UlyssesCore(nn.Module):
+    """Wraps an attention core: local tokens and all heads outside, all tokens and local heads inside.
+
+    q [t, H, D], k, v [t, Hkv, D] with t = T / n; returns [t, H, D]. Where n does not divide Hkv, key-value heads are
+    repeated up to the least common multiple, so that every rank's query heads meet their own. Two all-to-alls of
+    activations in, one out, over the context group. Source: DeepSpeed Ulysses, arXiv 2309.14509.
+    """
+
+    def __init__(self, core: nn.Module, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.core = core
+        self.group = group
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        degree = self.group.size()
+        check_heads(q.shape[1], k.shape[1], degree)
+        repeats = math.lcm(k.shape[1], degree) // k.shape[1]
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        q, k, v = (scatter_heads(x, self.group) for x in (q, k, v))
+        return gather_heads(self.core(q, k, v, segments), self.group)

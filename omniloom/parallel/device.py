@@ -1,0 +1,67 @@
+"""The one file that speaks to the accelerator: which device, which backend, how much memory.
+
+Everything goes through `torch.accelerator`, so CUDA, Ascend NPU and CPU are one case. Knows nothing of ranks beyond
+the local index that picks a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """The accelerator with this local index, made current, or the CPU where there is none."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"parallel: local rank {local_rank} needs a device of its own, this machine has {count}; "
+            f"start at most {count} processes here (--nproc {count})"
+        )
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None, "torch.accelerator is available but names no device"
+    device = torch.device(accelerator.type, local_rank)
+    torch.accelerator.set_device_index(local_rank)
+    return device
+
+
+def backend_of(device: torch.device) -> str:
+    """Name of the process-group backend: gloo for host tensors and, on accelerators, the device's own beside it."""
+    if device.type == "cpu":
+        return "gloo"
+    return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device. For timing and the end of a run, never inside a step."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes held so far: by the device's allocator, or, on CPU, resident in this process."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.accelerator.max_memory_allocated(device)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Copy a tensor, or every tensor inside (nested) dataclasses and tuples, to `device`.
+
+    Pinned host tensors are copied without blocking; all other values pass through unchanged.
+    """
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device, non_blocking=value.is_pinned())
+    if isinstance(value, tuple):
+        return tuple(to_device(item, device) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        moved = {f.name: to_device(getattr(value, f.name), device) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **moved)
+    return value

@@ -1,0 +1,99 @@
+"""Expert parallelism: each rank holds a share of the experts, and token rows travel to them and back.
+
+Replaces the dispatch between router and experts and the grouped linear inside them. Every row that was sent to an
+expert is computed; none is dropped. Knows of the model only the signatures of `moe.dispatch` and `experts.linear`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from omniloom.ops.grouped_gemm import combine_copies, gather_copies, permute_rows, sort_by_group
+from omniloom.parallel.collectives import all_to_all_rows, exchange_counts
+
+
+class ExpertDispatch(nn.Module):
+    """Sends each row to the ranks of its experts and brings the results home.
+
+    Rank r of `group` holds experts `[r * E / n, (r + 1) * E / n)`. Rows leave sorted by expert, so what arrives from
+    each rank is sorted too and one permutation by expert joins them. One all-to-all of counts, one copy of them to the
+    host, and two all-to-alls of rows per direction, all over `group`.
+    """
+
+    def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.group = group
+        self.sizes = ExchangeSizes(group)
+
+    def forward(
+        self, hidden: Tensor, expert_index: Tensor, expert_weights: Tensor, is_padding: Tensor, experts: nn.Module
+    ) -> Tensor:
+        """hidden [T, C] local, expert_index and expert_weights [T, K], is_padding [T] -> weighted sums [T, C]."""
+        num_copies = expert_index.shape[1]
+        order, inverse, counts = sort_by_group(expert_index.flatten(), self.num_experts)
+        here, send, receive = self.sizes(counts.view(self.group.size(), -1))
+        rows = all_to_all_rows(gather_copies(hidden, order, inverse, num_copies), send, receive, self.group)
+        local_expert = torch.arange(here.shape[1], device=hidden.device).repeat(here.shape[0])
+        local_expert = local_expert.repeat_interleave(here.flatten(), output_size=sum(receive))
+        gathered, scattered, local_counts = sort_by_group(local_expert, here.shape[1])
+        computed = experts(permute_rows(rows, gathered, scattered), local_counts.cumsum(0).to(torch.int32))
+        rows = all_to_all_rows(permute_rows(computed, scattered, gathered), receive, send, self.group)
+        return combine_copies(rows, expert_weights, order, inverse)
+
+
+class ExchangeSizes(nn.Module):
+    """Tells the ranks of a group how many rows they will get. A module, so that a recomputing backward can keep it."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, counts: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """counts int64 [n, E / n], row r for rank r -> the same from each rank, rows to send, rows to receive.
+
+        The one copy to the host in a layer: all-to-all wants its sizes there.
+        """
+        here = exchange_counts(counts, self.group)
+        send, receive = torch.stack([counts.sum(dim=1), here.sum(dim=1)]).tolist()
+        return here, send, receive
+
+
+class LocalWeights(nn.Module):
+    """Wraps the grouped linear: takes this rank's experts out of a stacked weight that is spread over ranks."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """rows [N, C] of local experts, weight [E, O, C] global or [E / n, O, C] local, offsets int32 [E / n]."""
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        return self.linear(rows, local, offsets)
+
+
+class SumOverGroup(nn.Module):
+    """Adds up integer counts over a group; no gradient passes."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, counts: Tensor) -> Tensor:
+        total = counts.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+
+def expert_imbalance(expert_counts: Tensor) -> Tensor:
+    """How much busier the busiest expert is than the average one, worst layer: float32 scalar, 1 is even.
+
+    `expert_counts` int64 [layers, E], summed over the step and all ranks; [0, 0] gives 1.
+    """
+    if expert_counts.numel() == 0:
+        return torch.ones((), device=expert_counts.device)
+    counts = expert_counts.float()
+    return (counts.amax(dim=1) / counts.mean(dim=1).clamp(min=1e-9)).clamp(min=1.0).max()

@@ -1,0 +1,128 @@
+"""Sharding of parameters by FSDP2, from a family's plan. Gradients are summed, never averaged.
+
+Owns which modules form one all-gather, over which mesh, in which dtype, and how far ahead the next one is fetched.
+Knows modules by the names in the plan only. Runs before parameters have memory (meta) or after.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from omniloom.parallel.mesh import Layout
+from omniloom.plan import ShardingPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class FsdpOptions:
+    compute_dtype: torch.dtype  # of gathered parameters; gradients are reduced in float32
+    reshard_after_forward: bool | int = True
+    prefetch: int = 1
+    cpu_offload: bool = False
+
+
+def match_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Names of the modules that match, in the model's order. `*` stands for one dot-separated part."""
+    wanted = [pattern.split(".") for pattern in patterns]
+    return [name for name, _ in model.named_modules() if any(_matches(name.split("."), want) for want in wanted)]
+
+
+def _matches(parts: list[str], pattern: list[str]) -> bool:
+    return len(parts) == len(pattern) and all(map(fnmatch.fnmatchcase, parts, pattern))
+
+
+def shard_parameters(model: nn.Module, layout: Layout, plan: ShardingPlan, options: FsdpOptions) -> None:
+    """Shard every parameter of `model` in place; afterwards all are DTensors. Collective over all ranks.
+
+    Experts go to `layout.expert` and `layout.expert_fsdp`, everything else to `layout.fsdp`. Roots that the model
+    was built without are passed over. Raises: ValueError where the number of experts does not divide.
+    """
+    modules = dict(model.named_modules())
+    if layout.expert is not None:
+        for name in match_modules(model, plan.experts):
+            _divide_experts(modules[name], layout.expert, name)
+            _wrap([modules[name]], layout, options, of_experts=True)
+    wrapped: dict[str, list[FSDPModule]] = {root: [] for root in plan.roots}
+    for name in match_modules(model, plan.blocks):
+        wrapped[name.split(".")[0]].append(_wrap([modules[name]], layout, options))
+    for patterns in plan.groups:
+        if names := match_modules(model, patterns):
+            _wrap([modules[name] for name in names], layout, options)
+    for root, blocks in wrapped.items():
+        if root in modules:
+            _wrap([modules[root]], layout, options)
+            _set_prefetch(blocks, options.prefetch)
+    loose = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    assert not loose, f"no root of the sharding plan {plan.roots} holds {', '.join(loose[:5])}"
+
+
+def _divide_experts(experts: nn.Module, mesh: DeviceMesh, name: str) -> None:
+    """Leave each expert-parallel rank `E / expert` consecutive experts of every stacked parameter."""
+    degree = mesh.size()
+    for key, parameter in list(experts.named_parameters(recurse=False)):
+        if parameter.shape[0] % degree:
+            raise ValueError(
+                f"parallel.expert: {parameter.shape[0]} experts of {name} do not divide over {degree} ranks"
+            )
+        local = parameter.detach().chunk(degree, dim=0)[mesh.get_local_rank()].contiguous()
+        divided = DTensor.from_local(
+            local, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
+        experts.register_parameter(key, nn.Parameter(divided, requires_grad=parameter.requires_grad))
+
+
+def _wrap(modules: list[nn.Module], layout: Layout, options: FsdpOptions, *, of_experts: bool = False) -> FSDPModule:
+    """One all-gather for all parameters of `modules` that no earlier call took."""
+    mesh = layout.expert_fsdp if of_experts else layout.fsdp
+    assert mesh is not None, "experts are not divided in this layout"
+    num_shards = mesh.size(mesh.ndim - 1)
+    reshard = options.reshard_after_forward
+    if not isinstance(reshard, bool) and not (1 < reshard < num_shards and num_shards % reshard == 0):
+        reshard = True  # a whole number means groups of that many ranks; where they do not exist, all ranks
+    low = None if options.compute_dtype == torch.float32 else options.compute_dtype
+    sharded = fully_shard(
+        modules if len(modules) > 1 else modules[0],
+        mesh=mesh,
+        reshard_after_forward=reshard,
+        shard_placement_fn=partial(_choose_placement, num_shards, layout.degrees.expert if of_experts else 1),
+        # inputs stay as they are: loss weights must not be rounded to bfloat16
+        mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        offload_policy=CPUOffloadPolicy(pin_memory=layout.device.type != "cpu")
+        if options.cpu_offload
+        else OffloadPolicy(),
+    )
+    first = sharded[0] if isinstance(sharded, list) else sharded
+    first.set_gradient_divide_factor(1.0)
+    first.set_force_sum_reduction_for_comms(True)
+    return first
+
+
+def _choose_placement(num_shards: int, expert_degree: int, parameter: nn.Parameter) -> Shard:
+    """The first dim, or, where few stacked experts would leave ranks with nothing, an inner dim that divides."""
+    rows = parameter.shape[0] // expert_degree
+    even = [dim for dim in range(1, parameter.ndim) if parameter.shape[dim] % num_shards == 0]
+    return Shard(even[0] if even and rows % num_shards and (rows < num_shards or expert_degree > 1) else 0)
+
+
+def _set_prefetch(blocks: list[FSDPModule], depth: int) -> None:
+    """Gather the parameters of the next `depth` blocks while one computes, in both directions."""
+    if depth == 0:
+        return
+    for index, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + depth])
+        block.set_modules_to_backward_prefetch(blocks[max(index - depth, 0) : index][::-1])
+
+
+def set_all_reduce(model: nn.Module, enabled: bool) -> None:
+    """Under HSDP: whether the coming backward passes also sum over replicas, or leave that to a later one."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(enabled, recurse=False)

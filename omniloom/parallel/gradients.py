@@ -1,0 +1,70 @@
+"""The norm of gradients that live on unlike meshes, and clipping by it.
+
+PyTorch's own clipping refuses DTensors of different meshes. Here each rank adds up the squares of what it holds,
+divided by how many ranks hold the same values, and one scalar all-reduce gives the total. Knows no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """Euclidean norm over all gradients as a float32 scalar on `device`, the same on every rank.
+
+    Parameters without a gradient count nothing. Collective over all ranks: one all-reduce of one float32. The result
+    is not finite if any gradient is not.
+    """
+    by_copies: dict[tuple[int, torch.device], list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local, copies = _local_part(parameter.grad)
+            if local.numel():
+                by_copies[copies, local.device].append(local)
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for (copies, _), tensors in by_copies.items():
+        norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+        total += torch.stack(norms).square().sum().to(device) / copies
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, device: torch.device) -> Tensor:
+    """Scale all gradients in place so that their norm is at most `max_norm`; 0 only measures.
+
+    Returns the norm before scaling, float32 scalar on `device`, without waiting for the device. Gradients that are not
+    finite are left as they are: the caller reads the norm and decides. Collective over all ranks.
+    """
+    parameters = list(parameters)
+    norm = gradient_norm(parameters, device)
+    if max_norm > 0:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6 as in torch.nn.utils.clip_grad_norm_
+        scale = torch.where(norm.isfinite(), scale, 1.0)
+        by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                local, _ = _local_part(parameter.grad)
+                by_device[local.device].append(local)
+        for place, tensors in by_device.items():
+            torch._foreach_mul_(tensors, scale.to(place))
+    return norm
+
+
+def _local_part(gradient: Tensor) -> tuple[Tensor, int]:
+    """What this rank holds of a gradient, and how many ranks hold the same."""
+    if not isinstance(gradient, DTensor):
+        return gradient, dist.get_world_size()
+    mesh = gradient.device_mesh
+    copies = math.prod(
+        mesh.size(axis) for axis, placement in enumerate(gradient.placements) if placement.is_replicate()
+    )
+    elsewhere = dist.get_world_size() // mesh.size()  # ranks outside the mesh hold other parameters or further copies
+    assert elsewhere == 1, f"a parameter's mesh covers {mesh.size()} of {dist.get_world_size()} ranks"
+    return gradient.to_local(), copies

@@ -1,0 +1,239 @@
+"""Who the ranks are: joining the job, the named axes, and the groups that cut across them.
+
+`world = pipeline x replicate x shard x context x tensor`, tensor innermost. Data parallelism is `replicate x shard`;
+FSDP shards over `shard x context`. `expert` multiplies nothing: it regroups the same `shard x context` ranks as
+`expert_shard x expert`, expert innermost. Knows no model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from omniloom.config import ParallelConfig
+from omniloom.parallel.device import backend_of, choose_device
+
+Channel = Literal["main", "planning", "agreement", "checkpoint"]
+CHANNELS: tuple[Channel, ...] = ("main", "planning", "agreement", "checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degrees:
+    """Size of each axis, all numbers. `expert` divides `shard * context`."""
+
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.replicate * self.shard * self.context * self.tensor * self.pipeline
+
+    def describe(self) -> str:
+        """The axes that are larger than one, for logs and messages."""
+        sizes = [(name, getattr(self, name)) for name in self.__dataclass_fields__]
+        return " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "one rank"
+
+
+def resolve_degrees(config: ParallelConfig, world_size: int, *, packs_per_step: int) -> Degrees:
+    """Fill `shard: auto` and check every rule that needs no model.
+
+    Raises: ValueError with one line per broken rule, each with the values that would do.
+    """
+    given = {name: getattr(config, name) for name in ("replicate", "context", "tensor", "pipeline")}
+    rest = math.prod(given.values())
+    faults = []
+    for name in ("tensor", "pipeline"):
+        if given[name] != 1:
+            faults.append(f"parallel.{name}: {given[name]} is not supported yet; set it to 1")
+    shard = config.shard
+    if shard == "auto":
+        shard = max(world_size // rest, 1)
+    if rest * shard != world_size:
+        product = " x ".join(f"{name} {size}" for name, size in {**given, "shard": config.shard}.items())
+        if world_size % rest:
+            allowed = _divisors(world_size)
+            fix = f"their product must divide {world_size}: use degrees from {allowed}, or start {rest * shard} ranks"
+        else:
+            fix = f"set parallel.shard to {world_size // rest} or auto, or start {rest * shard} ranks"
+        faults.append(f"parallel: {product} makes {rest * shard} ranks, but {world_size} were started; {fix}")
+    inner = shard * given["context"] * given["tensor"]
+    if inner % config.expert:
+        faults.append(
+            f"parallel.expert: {config.expert} does not divide shard x context x tensor = {inner}; "
+            f"choose from {_divisors(inner)}"
+        )
+    data = given["replicate"] * shard
+    if data > packs_per_step:
+        faults.append(
+            f"train.packs_per_step: {packs_per_step} packs cannot feed {data} data-parallel ranks "
+            f"(replicate {given['replicate']} x shard {shard}); raise it to at least {data}, or give ranks to "
+            f"parallel.context"
+        )
+    if faults:
+        raise ValueError("\n".join(faults))
+    return Degrees(shard=shard, expert=config.expert, **given)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process in the job. `store` is the job's own, for what must work while collectives hang."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    store: dist.Store
+
+
+def init_distributed(*, timeout_seconds: float = 1800.0, device: torch.device | None = None) -> Ranks:
+    """Join the job that torchrun describes in the environment, or form one of a single process.
+
+    Collectives that wait longer than `timeout_seconds` end the process. `device` overrides the choice.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = choose_device(local_rank) if device is None else device
+    if "RANK" in os.environ:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    else:
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(
+        backend_of(device),
+        store=dist.PrefixStore("groups", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=None if device.type == "cpu" else device,
+    )
+    return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, device=device, store=store)
+
+
+def close_distributed() -> None:
+    """Leave the job. Collective in effect: call it on every rank or on none."""
+    dist.destroy_process_group()
+
+
+def says_rank_is_gone(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank ended or was silent too long. gloo tells it by words alone."""
+    words = ("gloo/transport/", "Application timeout caused pair closure")
+    return isinstance(error, dist.DistError) or any(part in str(error) for part in words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The axes of a run and this rank's place in each. Made by `build_layout`.
+
+    Dense parameters are sharded over `fsdp` (2-D with `replicate` in front where that is larger than one). Stacked
+    experts are divided over `expert` and then sharded over `expert_fsdp`; both are None where experts are not divided,
+    as `context_group` is where no rank shares its packs. Process groups cost threads and memory, so none is made that
+    is not needed.
+    """
+
+    degrees: Degrees
+    ranks: Ranks
+    fsdp: DeviceMesh
+    expert_fsdp: DeviceMesh | None
+    expert: DeviceMesh | None
+    context_group: dist.ProcessGroup | None
+    channels: dict[Channel, dist.ProcessGroup]  # host tensors, all ranks, one per thread of control
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks.world_size
+
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank that writes logs and shared files."""
+        return self.ranks.rank == 0
+
+    @property
+    def data_world(self) -> int:
+        """Number of model-parallel groups, each of which works on packs of its own."""
+        return self.degrees.replicate * self.degrees.shard
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // (self.degrees.context * self.degrees.tensor) % self.data_world
+
+    @property
+    def context_rank(self) -> int:
+        return self.rank // self.degrees.tensor % self.degrees.context
+
+    def exchange(self, value: Any, channel: Channel = "main") -> list[Any]:
+        """All-gather one picklable object per rank on the host; item i is rank i's. Collective over all ranks.
+
+        Each channel is a group of its own, so that background threads cannot mix up their messages.
+        """
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self.channels[channel])
+        return gathered
+
+    def broadcast(self, value: Any, channel: Channel = "main") -> Any:
+        """Rank 0's picklable object on every rank. Collective over all ranks."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.channels[channel])
+        return box[0]
+
+    def barrier(self, channel: Channel = "main") -> None:
+        """Wait on the host until every rank is here."""
+        dist.barrier(group=self.channels[channel])
+
+    def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        """All-reduce a small tensor in place over all ranks, on its own device."""
+        dist.all_reduce(value)
+        return value
+
+
+def build_layout(degrees: Degrees, ranks: Ranks) -> Layout:
+    """Make the meshes and groups. Collective over all ranks.
+
+    All meshes are views of one, which is what lets a parameter live on `expert_fsdp` and `expert` at once.
+    """
+    if degrees.world != ranks.world_size:
+        raise ValueError(f"layout {degrees.describe()} needs {degrees.world} ranks, {ranks.world_size} were started")
+    inner = degrees.shard * degrees.context
+    fsdp = init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("fsdp",))
+    if degrees.replicate > 1:
+        fsdp = fsdp._unflatten(0, (degrees.replicate, inner), ("replicate", "fsdp"))
+    expert_fsdp = expert = None
+    if degrees.expert > 1:
+        sizes = (inner // degrees.expert, degrees.expert)
+        regrouped = fsdp._unflatten("fsdp", sizes, ("expert_shard", "expert"))
+        expert = regrouped["expert"]
+        expert_fsdp = regrouped["replicate", "expert_shard"] if degrees.replicate > 1 else regrouped["expert_shard"]
+    on_host = ranks.device.type == "cpu"
+    return Layout(
+        degrees=degrees,
+        ranks=ranks,
+        fsdp=fsdp,
+        expert_fsdp=expert_fsdp,
+        expert=expert,
+        context_group=dist.new_subgroups(degrees.context)[0] if degrees.context > 1 else None,
+        channels={
+            name: dist.group.WORLD if name == "main" and on_host else dist.new_group(backend="gloo")
+            for name in CHANNELS
+        },
+    )

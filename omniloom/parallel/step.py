@@ -1,0 +1,176 @@
+"""The order of work in one micro-step, the same for every layout.
+
+Encode, exchange rows, detach to leaves, decoder forward and backward, exchange gradients, one tower backward. Towers
+and decoder are two autograd graphs that meet at the leaves, so that rows may be computed on one rank and used on
+another. Sits between the training loop and the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from omniloom.parallel.context import slice_batch
+from omniloom.parallel.device import to_device
+from omniloom.parallel.encoder_pool import EncoderPool, PoolPlan
+from omniloom.parallel.fsdp import set_all_reduce
+from omniloom.parallel.mesh import Layout
+from omniloom.parallel.recompute import activations_on_host
+from omniloom.types import LossTerms, MediaRows, PackedBatch
+
+
+class EncodeDecode(Protocol):
+    """What a model must offer here: towers and decoder, callable on their own."""
+
+    vision: nn.Module | None
+    audio: nn.Module | None
+
+    def encode(self, batch: PackedBatch) -> MediaRows: ...
+
+    def decode(self, batch: PackedBatch, media: MediaRows) -> LossTerms: ...
+
+    def best_tokens(self, batch: PackedBatch, media: MediaRows) -> Tensor: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The step's objective: sum over packs of loss_sum / weight_sum + router_coefficient x router_loss / num_packs.
+
+    `weight_sum` is the agreed sum of loss weights of the whole step, `num_packs` its number of non-empty packs.
+    """
+
+    weight_sum: float
+    num_packs: int
+    router_coefficient: float = 0.0
+
+    def of_pack(self, terms: LossTerms) -> Tensor:
+        """This rank's share for one pack, float32 scalar."""
+        value = terms.loss_sum / self.weight_sum
+        if self.router_coefficient:
+            value = value + self.router_coefficient * terms.router_loss / max(self.num_packs, 1)
+        return value
+
+
+def forward_backward(
+    model: EncodeDecode,
+    batch: PackedBatch,
+    layout: Layout,
+    objective: Objective,
+    pool: EncoderPool | None = None,
+    *,
+    is_last: bool = True,
+    offload_activations: bool = False,
+) -> LossTerms:
+    """Add the gradient of one pack's share of the objective to every trainable parameter.
+
+    `batch` is the pack as loaded, on the host; ranks that share it have the same text, each with the clips it decoded.
+    Returns this rank's terms, detached, on the device. `pool` shares the towers' work; without one each rank encodes
+    what it loaded. `is_last` is False for all but the last pack of a rank in a step. Collective: every rank calls it
+    equally often.
+    """
+    towers = [tower for tower in (model.vision, model.audio) if tower is not None]
+    towers_train = any(parameter.requires_grad for tower in towers for parameter in tower.parameters())
+    if layout.degrees.replicate > 1:
+        set_all_reduce(model, is_last)
+    with activations_on_host(offload_activations):
+        with torch.set_grad_enabled(towers_train):
+            share = encode_share(model, batch, layout, pool)
+        local, rows = deliver(share, layout, pool)
+        leaves = map_rows(lambda row: row.requires_grad_(towers_train), rows)
+        terms = model.decode(local, leaves)
+        objective.of_pack(terms).backward()
+    if towers_train:
+        gradients = map_rows(lambda leaf: leaf.grad, leaves)
+        if pool is not None and share.plan is not None:
+            gradients = pool.return_gradients(share.rows, gradients, share.plan)
+        pairs = [
+            pair for pair in zip(list_rows(share.rows), list_rows(gradients), strict=True) if pair[0].requires_grad
+        ]
+        torch.autograd.backward([row for row, _ in pairs], [gradient for _, gradient in pairs])
+    return LossTerms(
+        loss_sum=terms.loss_sum.detach(),
+        router_loss=terms.router_loss.detach(),
+        expert_counts=terms.expert_counts,
+    )
+
+
+@torch.no_grad()
+def evaluate(model: EncodeDecode, batch: PackedBatch, layout: Layout, pool: EncoderPool | None = None) -> LossTerms:
+    """This rank's terms of one pack, without gradients. Collective like `forward_backward`."""
+    return model.decode(*deliver(encode_share(model, batch, layout, pool), layout, pool))
+
+
+@torch.no_grad()
+def prepare(
+    model: EncodeDecode, batch: PackedBatch, layout: Layout, pool: EncoderPool | None = None
+) -> tuple[PackedBatch, MediaRows]:
+    """This rank's tokens of a pack and their media rows, for several calls of `best_tokens`. Collective."""
+    return deliver(encode_share(model, batch, layout, pool), layout, pool)
+
+
+@torch.no_grad()
+def best_tokens(
+    model: EncodeDecode, batch: PackedBatch, prepared: tuple[PackedBatch, MediaRows], layout: Layout
+) -> dict[int, int]:
+    """The likeliest next token of the rows in `loss_index` that are this rank's, by row of the whole pack.
+
+    `batch`, on the host, may differ from the one that was prepared in `input_ids` and `loss_index`. Collective.
+    """
+    start = layout.context_rank * (batch.input_ids.shape[0] // layout.degrees.context)
+    text = slice_batch(replace(batch, vision=None, audio=None), layout.context_rank, layout.degrees.context)
+    rows, text = text.loss_index + start, to_device(text, layout.device)
+    local, media = prepared
+    tokens = model.best_tokens(replace(local, input_ids=text.input_ids, loss_index=text.loss_index), media)
+    return dict(zip(rows.tolist(), tokens.tolist(), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedShare:
+    """A rank's part of the towers' work. `plan` is None where there is nobody to share it with."""
+
+    text: PackedBatch  # the whole pack, media left out; on the device where nothing is shared, else on the host
+    media: PackedBatch  # what was encoded here, on the device
+    rows: MediaRows
+    plan: PoolPlan | None
+
+
+def encode_share(model: EncodeDecode, batch: PackedBatch, layout: Layout, pool: EncoderPool | None) -> EncodedShare:
+    """Encode this rank's part of the pool's media."""
+    if pool is None or pool.is_alone:
+        assert layout.degrees.context == 1, "ranks that share a pack need an encoder pool to share its media"
+        on_device = to_device(batch, layout.device)
+        return EncodedShare(text=on_device, media=on_device, rows=model.encode(on_device), plan=None)
+    plan = pool.plan(batch)
+    text = replace(batch, vision=None, audio=None)
+    media = replace(text, vision=to_device(batch.vision, layout.device), audio=to_device(batch.audio, layout.device))
+    media = pool.gather_features(media, plan)
+    return EncodedShare(text=text, media=media, rows=model.encode(media), plan=plan)
+
+
+def deliver(share: EncodedShare, layout: Layout, pool: EncoderPool | None) -> tuple[PackedBatch, MediaRows]:
+    """This rank's tokens, on the device, and the media rows that belong to them, detached."""
+    if pool is None or share.plan is None:
+        return share.text, map_rows(Tensor.detach, share.rows)
+    local = to_device(slice_batch(share.text, layout.context_rank, layout.degrees.context), layout.device)
+    vision, audio, rows = pool.send_rows(share.media, share.rows, share.plan)
+    return replace(local, vision=vision, audio=audio), rows
+
+
+def list_rows(rows: MediaRows) -> list[Tensor]:
+    """Every tensor of rows that is there, in a fixed order."""
+    return [row for row in (rows.vision, *rows.deepstack, rows.audio) if row is not None]
+
+
+def map_rows(change: Callable[[Tensor], Tensor], rows: MediaRows) -> MediaRows:
+    """`change` applied to every tensor of rows that is there."""
+    return MediaRows(
+        vision=None if rows.vision is None else change(rows.vision),
+        deepstack=tuple(change(level) for level in rows.deepstack),
+        audio=None if rows.audio is None else change(rows.audio),
+    )

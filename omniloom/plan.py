@@ -1,0 +1,28 @@
+"""The vocabulary in which a family declares how it may be sharded. Data only: names, no tensors, no collectives.
+
+Module names are relative to the whole model; `*` stands for one dot-separated part. `parallel/` reads the plan and
+installs what a layout needs; a family's `sharding.py` writes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingPlan:
+    roots: tuple[str, ...]  # modules entered by a call of their own: the towers and the decoder
+    blocks: tuple[str, ...]  # each match is sharded by itself, and is what recompute applies to; in execution order
+    # further groups, each gathered as one; tied weights share a group: (("text.embed", "text.loss_head"),)
+    groups: tuple[tuple[str, ...], ...] = ()
+    experts: tuple[str, ...] = ()  # modules whose every parameter is stacked [E, ...]
+    dispatches: tuple[str, ...] = ()  # parameter-free: (hidden, expert_index, expert_weights, is_padding, experts)
+    grouped_linears: tuple[str, ...] = ()  # parameter-free: (rows, stacked weight, offsets)
+    router_choices: tuple[str, ...] = ()  # parameter-free: probabilities to expert_index; never made anew in backward
+    router_counts: tuple[str, ...] = ()  # parameter-free: reduces a pack's expert counts over who shares the pack
+    attention_cores: tuple[str, ...] = ()  # parameter-free: (q, k, v, segments), decoder only
+    num_attention_heads: int = 1
+    num_key_value_heads: int = 1
+    num_experts: int = 0
+    patches_per_row: int = 4  # vision patches merged into one tower row
+    audio_rows_per_chunk: int = 1  # rows that the audio stem makes of one chunk, valid or not

@@ -1,0 +1,191 @@
+"""Small line charts as inline SVG text, for pages that must work without a network.
+
+Owns scales, ticks and thinning of long series. Knows nothing of runs; colours are the page's CSS classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+
+WIDTH, HEIGHT = 360, 172
+LEFT, RIGHT, TOP, BOTTOM = 54, 8, 8, 20
+LOG_SPAN = 100.0  # largest over smallest
+MAX_POINTS = 240  # a line of more is thinned to the means of equal stretches
+
+Place = Callable[[float, float], tuple[float, float]]  # data coordinates to those of the drawing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line: `points` are (x, y) in order of x; y that is not finite is left out and marked."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    tone: str = "a"  # CSS class: a, b, c, d
+    raw: bool = False  # draw faintly, with a moving mean in full colour above it
+    dots: bool = False
+
+
+def line_chart(
+    series: Sequence[Series], *, label: str, unit: str = "", floor: float | None = None, log: bool = False
+) -> str:
+    """An `<svg>` of the series over a common x axis; "" where nothing is finite.
+
+    `unit` is one of "", "%", "bytes", "count": how y ticks are written. `floor` is a y that must be in the picture.
+    A `log` axis is used where all y are positive and span more than LOG_SPAN; it has no floor.
+    """
+    finite = [(x, y) for item in series for x, y in item.points if math.isfinite(y)]
+    if not finite:
+        return ""
+    values = [y for _, y in finite]
+    log = log and min(values) > 0 and max(values) / min(values) > LOG_SPAN
+    if log:
+        series = [replace(item, points=[(x, _log(y)) for x, y in item.points]) for item in series]
+        floor = None
+    low_x, high_x = min(x for x, _ in finite), max(x for x, _ in finite)
+    low_y, high_y = _bounds([y for item in series for y in _extremes(item)], floor)
+    scale = _byte_unit(high_y)[0] if unit == "bytes" else 1.0  # round numbers of MiB, not of bytes
+    ticks_y = [tick * scale for tick in _ticks(low_y / scale, high_y / scale, 4, whole=log)]
+    low_y, high_y = ticks_y[0], ticks_y[-1]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - low_x) / (high_x - low_x) if high_x > low_x else 0.5
+        up = (y - low_y) / (high_y - low_y)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
+    for tick in ticks_y:
+        _, y = place(low_x, tick)
+        text = fmt(10**tick if log else tick, unit)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
+    for tick in _ticks(low_x, high_x, 5, whole=True) if high_x > low_x else [low_x]:
+        if low_x <= tick <= high_x:
+            x, _ = place(tick, low_y)
+            anchor = "end" if x > WIDTH - 24 else "middle"
+            text = fmt(tick, "count")
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 5}" text-anchor="{anchor}">{text}</text>')
+    for item in series:
+        parts += _draw(item, place)
+    parts.append("</svg>")
+    return "".join(parts)
+
+
+def _log(value: float) -> float:
+    return math.log10(value) if math.isfinite(value) else value
+
+
+def _draw(item: Series, place: Place) -> list[str]:
+    finite = [(x, y) for x, y in item.points if math.isfinite(y)]
+    parts = []
+    drawn = _thin(finite)
+    if item.raw and len(drawn) > 8:
+        parts.append(_polyline(drawn, place, f"raw {item.tone}"))
+        drawn = _thin(_moving_mean(finite))
+    parts.append(_polyline(drawn, place, f"line {item.tone}"))
+    if item.dots or len(drawn) == 1:
+        parts += [f'<circle class="dot {item.tone}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in _at(drawn, place)]
+    for x, y in item.points:
+        if not math.isfinite(y) and finite:
+            left, _ = place(min(max(x, finite[0][0]), finite[-1][0]), finite[0][1])
+            parts.append(f'<line class="lost" x1="{left:.1f}" x2="{left:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    return parts
+
+
+def _at(points: Sequence[tuple[float, float]], place: Place) -> list[tuple[float, float]]:
+    return [place(x, y) for x, y in points]
+
+
+def _polyline(points: Sequence[tuple[float, float]], place: Place, css_class: str) -> str:
+    text = " ".join(f"{x:.1f},{y:.1f}" for x, y in _at(points, place))
+    return f'<polyline class="{css_class}" points="{text}"/>'
+
+
+def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MAX_POINTS points; the first and the last stay where they are."""
+    if len(points) <= MAX_POINTS:
+        return list(points)
+    inner = points[1:-1]
+    cuts = [round(index * len(inner) / (MAX_POINTS - 2)) for index in range(MAX_POINTS - 1)]
+    means = []
+    for start, stop in itertools.pairwise(cuts):
+        part = inner[start:stop]
+        means.append((sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)))
+    return [points[0], *means, points[-1]]
+
+
+def _moving_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Each y replaced by the mean over a window of about a fortieth of the series around it."""
+    reach = max(1, len(points) // 80)
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
+    smooth = []
+    for index, (x, _) in enumerate(points):
+        start, stop = max(0, index - reach), min(len(points), index + reach + 1)
+        smooth.append((x, (sums[stop] - sums[start]) / (stop - start)))
+    return smooth
+
+
+def _extremes(item: Series) -> list[float]:
+    """The y values that the scale must show: a noisy line may leave the picture at its highest hundredth."""
+    finite = [(x, y) for x, y in item.points if math.isfinite(y)]
+    values = sorted(y for _, y in finite)
+    if item.raw and len(values) > 50:
+        usual = values[math.floor(len(values) * 0.99)]
+        return [values[0], max(usual, *(y for _, y in _moving_mean(finite)))]
+    return values[:1] + values[-1:]
+
+
+def _bounds(values: Sequence[float], floor: float | None) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if floor is not None:
+        low, high = min(low, floor), max(high, floor)
+    if high == low:
+        margin = abs(high) / 2 or 1.0
+        return low - (margin if floor is None or low > floor else 0), high + margin
+    return low, high
+
+
+def _ticks(low: float, high: float, wanted: int, *, whole: bool = False) -> list[float]:
+    """Round numbers that span low to high (x axes: lie within), about `wanted` of them."""
+    step = 10 ** math.floor(math.log10((high - low) / wanted))
+    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (step * factor) <= wanted)
+    if whole:
+        step = max(1.0, round(step))
+    first = math.floor(low / step)
+    count = math.ceil(round(high / step - first, 6))
+    return [(first + index) * step for index in range(count + 1)]
+
+
+def fmt(value: float, unit: str = "") -> str:
+    """A number as people write it: three figures, with k, M or G for thousands, or as % or bytes."""
+    if not math.isfinite(value):
+        return str(value)
+    if unit == "%":
+        return f"{100 * value:.3g}%"
+    if unit == "bytes":
+        factor, name = _byte_unit(value)
+        return f"{_figures(value / factor)} {name}"
+    for factor, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= factor:
+            return f"{_figures(value / (1e3 if name == 'k' else factor))}{name}"
+    if unit == "count":
+        return f"{value:,.0f}"
+    if value and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _byte_unit(value: float) -> tuple[float, str]:
+    units = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
+    return next((unit for unit in units if abs(value) >= unit[0]), (1.0, "B"))
+
+
+def _figures(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,280 @@
+"""`omniloom demo`: from nothing to a trained, exported, tested model and its report, in a few minutes on two cores.
+
+Owns the order of the steps and the sizes of the demo's model and run. Every step is what its verb does: `tiny`,
+`train`, `export`, `generate`, `report`. Accuracy is measured on the exported directories, by answers generated from
+held-out files and from the same questions with the evidence taken away.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from omniloom.config import Config, parse_config
+from omniloom.data.sources import open_sources
+from omniloom.tools.demo_data import FRAMES_PER_SECOND, MODALITIES, NUM_PIXELS, DemoData, write_demo_data
+from omniloom.tools.export import export_checkpoint
+from omniloom.tools.generate import Prompt, answer, load_model, open_reader, read_prompts
+from omniloom.tools.report import write_report
+from omniloom.tools.tiny import make_tiny
+from omniloom.train import run
+
+MAX_NEW_TOKENS = 12  # the longest answer has seven and its end
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSize:
+    """How much of everything; the default is the demo, tests take less."""
+
+    num_train: int = 5000
+    num_held_out: int = 108  # per modality: divisible by questions x answers, so that blind guessing is at chance
+    num_steps: int = 480
+    num_checkpoints: int = 6  # points of the accuracy curve
+    num_curve: int = 36  # held-out rows per modality for each of them
+    num_samples: int = 4  # answers per modality shown in the report
+
+
+_TEXT, _VISION, _AUDIO = (f"thinker_config.{name}_config" for name in ("text", "vision", "audio"))
+# About a million parameters; dense, since experts buy nothing at this size.
+MODEL_SIZES: Mapping[str, Any] = {
+    f"{_TEXT}.hidden_size": 128,
+    f"{_TEXT}.intermediate_size": 256,
+    f"{_TEXT}.num_attention_heads": 4,
+    f"{_TEXT}.num_key_value_heads": 2,
+    f"{_TEXT}.head_dim": 32,
+    f"{_TEXT}.mlp_only_layers": [0, 1, 2],
+    f"{_TEXT}.rope_scaling": {
+        "interleaved": True,
+        "mrope_interleaved": True,
+        "mrope_section": [6, 5, 5],
+        "rope_type": "default",
+        "type": "default",
+    },
+    f"{_VISION}.hidden_size": 64,
+    f"{_VISION}.intermediate_size": 128,
+    f"{_VISION}.depth": 2,
+    f"{_VISION}.deepstack_visual_indexes": [0],
+    f"{_VISION}.out_hidden_size": 128,
+    f"{_AUDIO}.d_model": 64,
+    f"{_AUDIO}.encoder_ffn_dim": 128,
+    f"{_AUDIO}.output_dim": 128,
+    "talker_config.thinker_hidden_size": 128,
+}
+
+
+def run_demo(directory: str | Path, size: DemoSize | None = None) -> dict[str, Any]:
+    """Do the whole demo in `directory`, print what happens, and return what `summary.json` holds.
+
+    Raises: ValueError if `directory` holds something that is no earlier demo.
+    """
+    directory, size = Path(directory), size or DemoSize()
+    _make_room(directory)
+    with _quiet_transformers(), _one_thread():
+        return _run_demo(directory, size)
+
+
+def _run_demo(directory: Path, size: DemoSize) -> dict[str, Any]:
+    start = time.monotonic()
+    _say(start, "writing a tiny Qwen3-Omni and a small data set")
+    make_tiny("qwen3_omni", directory / "tiny", overrides=MODEL_SIZES)
+    data = write_demo_data(directory / "data", num_train=size.num_train, num_held_out=size.num_held_out)
+    config = demo_config(directory, data, size)
+    _say(start, f"training {size.num_steps} steps")
+    code = run(config)
+    if code:
+        raise SystemExit(code)
+    _say(start, "answering questions about held-out files")
+    prompts, tokenizer = _read_all_prompts(directory / "hf", config, data)
+    summary, answers = _test(directory / "hf", tokenizer, prompts, data)
+    summary["num_held_out"] = size.num_held_out
+    final = {"step": size.num_steps, **summary["accuracy"]}
+    summary["accuracy_by_step"] = [*_accuracy_curve(directory, tokenizer, prompts, data, size), final]
+    _write_samples(directory, data, answers, size)
+    summary = {"seconds": round(time.monotonic() - start, 1), **summary}
+    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    report = write_report(directory)
+    _print_table(summary)
+    _say(start, f"done; open {report}")
+    return summary
+
+
+def demo_config(directory: Path, data: DemoData, size: DemoSize) -> Config:
+    """The run's config; saved beside the run as `config.yaml`, it trains the same model again."""
+    num_pixels = NUM_PIXELS**2
+    tree = {
+        "model": {"path": str(directory / "tiny"), "dtype": "float32"},
+        "data": {
+            "train": [str(data.train)],
+            "eval": [str(path) for path in data.held_out.values()],
+            "pack_tokens": 1280,  # about 32 samples
+            "image": {"min_pixels": num_pixels, "max_pixels": num_pixels},
+            "video": {"min_pixels": num_pixels, "max_pixels": num_pixels, "fps": float(FRAMES_PER_SECOND)},
+            "workers": 2,
+        },
+        "train": {
+            "run_dir": str(directory),
+            "steps": size.num_steps,
+            "packs_per_step": 1,
+            "learning_rate": LEARNING_RATE,
+            "warmup_steps": min(50, size.num_steps // 4),
+            "eval_every": max(1, size.num_steps // 3),
+        },
+        "checkpoint": {"every": size.num_steps // size.num_checkpoints, "keep": size.num_checkpoints},
+        "log": {"every": 50, "tensorboard": False},
+    }
+    return parse_config(tree, where="the demo")
+
+
+def _make_room(directory: Path) -> None:
+    """Remove an earlier demo, and nothing else."""
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    if not (directory / "tiny" / "config.json").is_file() or not (directory / "data" / "train.jsonl").is_file():
+        raise ValueError(f"{directory} holds something that is no earlier demo; name another directory or empty it")
+    shutil.rmtree(directory)
+
+
+# ---------------------------------------------------------------------------------------- accuracy
+
+
+def _read_all_prompts(model_dir: Path, config: Config, data: DemoData) -> tuple[dict[Path, list[Prompt]], Any]:
+    """The prompts of every held-out file and control by file, and the tokenizer for their answers."""
+    controls = [path for files in data.controls.values() for path in files.values()]
+    source = open_sources(tuple(str(path) for path in [*data.held_out.values(), *controls]))
+    reader = open_reader(model_dir, config.data, source)
+    by_file: dict[Path, list[Prompt]] = {}
+    for prompt in read_prompts(reader):
+        by_file.setdefault(Path(prompt.file), []).append(prompt)
+    processor: Any = reader.processor
+    return by_file, processor.tokenizer
+
+
+def _test(
+    model_dir: Path, tokenizer: Any, prompts: Mapping[Path, Sequence[Prompt]], data: DemoData
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Accuracy with media and under every control; and the answers with media, by modality."""
+    model = load_model(model_dir)
+
+    def ask(path: Path) -> list[str]:
+        return answer(model, tokenizer, prompts[path], max_new_tokens=MAX_NEW_TOKENS)
+
+    answers = {name: ask(path) for name, path in data.held_out.items()}
+    controls = {
+        control: {name: _share_right(prompts[path], ask(path)) for name, path in files.items()}
+        for control, files in data.controls.items()
+    }
+    summary = {
+        "accuracy": {name: _share_right(prompts[data.held_out[name]], words) for name, words in answers.items()},
+        "accuracy_without_media": controls["blank"],
+        "accuracy_frozen_frame": controls["frozen"],
+        "accuracy_muted": controls["muted"],
+        "chance": data.chance,
+        "accuracy_by_question": {name: _by_question(data.held_out[name], words) for name, words in answers.items()},
+    }
+    return summary, answers
+
+
+def _share_right(prompts: Sequence[Prompt], answers: Sequence[str]) -> float:
+    return fmean(words == prompt.expected for prompt, words in zip(prompts, answers, strict=True))
+
+
+def _by_question(path: Path, answers: Sequence[str]) -> dict[str, float]:
+    right: dict[str, list[bool]] = {}
+    for row, words in zip(_read_rows(path), answers, strict=True):
+        right.setdefault(_question(row), []).append(words == row["messages"][-1]["content"])
+    return {question: fmean(hits) for question, hits in right.items()}
+
+
+def _accuracy_curve(
+    directory: Path,
+    tokenizer: Any,
+    prompts: Mapping[Path, Sequence[Prompt]],
+    data: DemoData,
+    size: DemoSize,
+) -> list[dict[str, float]]:
+    """Accuracy of every checkpoint but the last, exported one after another, on part of the held-out rows."""
+    points: list[dict[str, float]] = []
+    for checkpoint in sorted((directory / "checkpoints").glob("step_*"))[:-1]:
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            export_checkpoint(checkpoint, Path(scratch) / "hf")
+            model = load_model(Path(scratch) / "hf")
+        point: dict[str, float] = {"step": int(checkpoint.name.removeprefix("step_"))}
+        for name, path in data.held_out.items():
+            asked = prompts[path][: size.num_curve]
+            point[name] = _share_right(asked, answer(model, tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS))
+        points.append(point)
+    return points
+
+
+def _write_samples(directory: Path, data: DemoData, answers: Mapping[str, Sequence[str]], size: DemoSize) -> None:
+    """The first answers of each modality, right or wrong, for the report."""
+    lines = []
+    for name, path in data.held_out.items():
+        for row, words in list(zip(_read_rows(path), answers[name], strict=True))[: size.num_samples]:
+            media = [str(Path("data") / item) for key in ("images", "audios", "videos") for item in row.get(key, ())]
+            line = {"step": size.num_steps, "question": _question(row), "answer": words}
+            line |= {"expected": row["messages"][-1]["content"], "media": media, "modality": name}
+            lines.append(json.dumps(line) + "\n")
+    (directory / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    return row["messages"][0]["content"].split(">", 1)[1]
+
+
+# ---------------------------------------------------------------------------------------- screen
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and remarks of transformers between the demo's own lines."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for tensors of a few kilobytes: more of them wait for each other, and take cores from the loader."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _say(start: float, text: str) -> None:
+    print(f"[{time.monotonic() - start:4.0f} s] {text}", flush=True)
+
+
+def _print_table(summary: Mapping[str, Any]) -> None:
+    columns = ("accuracy", "accuracy_without_media", "accuracy_frozen_frame", "accuracy_muted", "chance")
+    titles = ("right", "blank", "frozen", "muted", "chance")
+    print(f"{'held out':10}" + "".join(f"{title:>9}" for title in titles))
+    for name in MODALITIES:
+        cells = [f"{summary[column][name]:9.3f}" if name in summary[column] else f"{'':9}" for column in columns]
+        print(f"{name:10}" + "".join(cells))

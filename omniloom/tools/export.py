@@ -1,0 +1,49 @@
+"""`omniloom export`: a Hugging Face directory from a run or one of its checkpoints, in one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from omniloom.build import open_workshop
+from omniloom.checkpoint import dcp
+from omniloom.checkpoint.hf import read_tensor
+from omniloom.config import load_config
+from omniloom.results import export_adapter, export_model
+
+
+def export_checkpoint(source: Path, directory: Path, *, adapter: bool = False, overwrite: bool = False) -> None:
+    """Write the newest checkpoint of a run, or the named one, as transformers and vLLM load it, adapters merged in.
+
+    With `adapter`, the adapters alone, as PEFT loads them.
+
+    Tensors are read one at a time, so the host never holds the whole model. Raises: ValueError for a source that holds
+    no complete checkpoint and for a target that holds something else.
+    """
+    if not source.exists():
+        raise ValueError(f"{source} does not exist; name a run directory or one of its checkpoints/step_...")
+    stored = dcp.open_stored(source)
+    run_dir = stored.directory.parent.parent
+    if not (run_dir / "config.yaml").is_file():
+        raise ValueError(
+            f"{run_dir} has no config.yaml beside its checkpoints; export reads the source model's path there"
+        )
+    config = load_config(run_dir / "config.yaml")
+    workshop = open_workshop(replace(config, model=replace(config.model, adapter=None)))  # the run has its own by now
+    with torch.device("meta"):
+        known = [name for name, _ in workshop.build().named_parameters()]
+    changed = dcp.stored_names(stored, known)
+    held = frozenset(changed)
+
+    def read(name: str) -> torch.Tensor:
+        if name in held:
+            return dcp.read_stored_tensor(stored, f"{dcp.MODEL}{name}")
+        recipe = workshop.recipes[name]
+        published = torch.empty(recipe.shape)
+        read_tensor(recipe, workshop.checkpoint, published)
+        return published
+
+    leave = export_adapter if adapter else export_model
+    leave(workshop, directory, changed, read, overwrite=overwrite)

@@ -1,0 +1,226 @@
+"""Answers from a published or exported checkpoint: transformers' greedy generation, fed by our processor.
+
+Owns the batching of prompts (left padding) and the choice of transformers' class. What the model reads is prepared
+as in training; its forward is transformers', so that an answer also proves the export.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omniloom.config import Config, DataConfig, ModelConfig
+from omniloom.data.rows import RowReader, Source
+from omniloom.types import Conversation, MediaSource, Part, PartKind, SampleError, Turn
+
+# transformers' class that answers in text, where it is not the one that config.json names
+TEXT_CLASSES = {
+    "Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "Qwen2_5OmniModel": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
+}
+BATCH_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A conversation up to its last answer, ready for `generate`."""
+
+    id: str
+    file: str  # the data file that it comes from
+    inputs: Mapping[str, Any]  # a batch of one, tensors by transformers' names
+    expected: str  # the words of the answer that the row gives, "" if it gives none
+
+
+def open_reader(model_dir: Path, data: DataConfig, source: Source) -> RowReader:
+    """The row reader of a checkpoint; `data` as it was in training. Raises: ValueError for no known checkpoint."""
+    from omniloom.build import open_workshop
+    from omniloom.rows import open_rows
+
+    config = Config(model=ModelConfig(path=str(model_dir)), data=data)
+    workshop = open_workshop(config)
+    return open_rows(workshop, source, cache=False)()
+
+
+def read_prompts(reader: RowReader) -> list[Prompt]:
+    """Every row of the reader's source, its media decoded. Raises: ValueError naming file and line of a bad row."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loader's worker: on tensors this small, threads cost five times the work
+    try:
+        return [_read_row(reader, index) for index in range(len(reader.source))]
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _read_row(reader: RowReader, index: int) -> Prompt:
+    row, file, line = reader.source.read(index)
+    try:
+        return read_prompt(reader, reader.parse(row, file, line), file)
+    except SampleError as error:
+        raise ValueError(f"{file}:{line}: {error}") from error
+
+
+def read_prompt(reader: RowReader, conversation: Conversation, file: str) -> Prompt:
+    """One conversation up to its last answer, its media decoded. Raises: SampleError."""
+    asked, expected = _split_answer(conversation)
+    media = [(part.media, part.kind) for turn in asked.turns for part in turn.parts if part.media is not None]
+    headers = [reader.read_header(source, kind) for source, kind in media]
+    processor: Any = reader.processor
+    clips = processor.geometry(asked, headers)
+    decoded = [reader.decode(source, clip) for (source, _), clip in zip(media, clips, strict=True)]
+    inputs = processor.prompt(asked, headers, decoded)
+    return Prompt(id=conversation.id, file=file, inputs=inputs, expected=expected)
+
+
+def load_model(model_dir: Path) -> Any:
+    """transformers' text-answering model in evaluation mode, on the accelerator if there is one, else in float32."""
+    import torch
+    import transformers
+
+    from omniloom.checkpoint.tensor_files import read_json
+
+    architectures = read_json(Path(model_dir) / "config.json").get("architectures") or [""]
+    name = TEXT_CLASSES.get(architectures[0], architectures[0])
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ValueError(f"{model_dir}/config.json: transformers knows no architecture {name!r}; upgrade transformers")
+    device = torch.accelerator.current_accelerator(check_available=True)
+    dtype = torch.float32 if device is None else torch.bfloat16
+    return model_class.from_pretrained(model_dir, dtype=dtype).to(device or "cpu").eval()
+
+
+def answer(model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
+    """The greedy answer to every prompt, in order, without special tokens and surrounding space."""
+    import torch
+
+    answers = [""] * len(prompts)
+    pad_id = model.generation_config.pad_token_id
+    pad_id = 0 if pad_id is None else pad_id
+    for indexes in _batches(prompts):
+        inputs = join_inputs([prompts[index].inputs for index in indexes], pad_id=pad_id)
+        inputs = {key: _on_device(value, model) for key, value in inputs.items()}
+        with torch.inference_mode():
+            tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        for index, row in zip(indexes, tokens[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            answers[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
+    return answers
+
+
+def join_inputs(batch: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str, Any]:
+    """Several batches of one as one: tokens padded on the left, log-mel frames on the right, other tensors joined.
+
+    Values that are no tensors must agree.
+    """
+    import torch
+
+    joined: dict[str, Any] = {}
+    for key in dict.fromkeys(key for inputs in batch for key in inputs):
+        values = [inputs[key] for inputs in batch if key in inputs]
+        if key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            joined[key] = _pad(values, left=True, value=pad_id if key == "input_ids" else 0)
+        elif key in ("input_features", "feature_attention_mask"):
+            joined[key] = _pad(values, left=False, value=0)
+        elif isinstance(values[0], torch.Tensor):
+            joined[key] = torch.cat(values)
+        else:
+            assert all(value == values[0] for value in values), key
+            joined[key] = values[0]
+    return joined
+
+
+def print_answers(
+    model_dir: Path,
+    prompt: str | None,
+    media: Mapping[str, Sequence[Path]],
+    *,
+    data: Path | None,
+    max_new_tokens: int,
+) -> None:
+    """`omniloom generate`: the answer to one prompt, or one JSON line per row of a file.
+
+    Raises: ValueError unless exactly one of `prompt` and `data` is given.
+    """
+    from omniloom.data.sources import open_sources
+
+    if (prompt is None) == (data is None):
+        raise ValueError("expected either a prompt or --data FILE; give one of the two")
+    if data is not None:
+        reader = open_reader(model_dir, DataConfig(), open_sources((str(data),)))
+        prompts = read_prompts(reader)
+    else:
+        assert prompt is not None
+        reader = open_reader(model_dir, DataConfig(), _NoRows())
+        prompts = [read_prompt(reader, _conversation(prompt, media), "command line")]
+    processor: Any = reader.processor
+    answers = answer(load_model(model_dir), processor.tokenizer, prompts, max_new_tokens=max_new_tokens)
+    if data is None:
+        print(answers[0])
+        return
+    for one, words in zip(prompts, answers, strict=True):
+        print(json.dumps({"id": one.id, "answer": words, "expected": one.expected}, ensure_ascii=False))
+
+
+class _NoRows:
+    """The source of a reader that is only asked about a conversation at hand."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def read(self, row: int) -> tuple[dict[str, Any], str, int]:
+        raise IndexError(row)
+
+    def locate(self, row: int) -> tuple[str, int]:
+        raise IndexError(row)
+
+
+def _conversation(prompt: str, media: Mapping[str, Sequence[Path]]) -> Conversation:
+    kinds: tuple[PartKind, ...] = ("image", "video", "audio")
+    clips = [Part(kind=kind, media=MediaSource(path=str(path))) for kind in kinds for path in media.get(kind, ())]
+    turn = Turn(role="user", parts=(*clips, Part(kind="text", text=prompt)))
+    return Conversation(id="prompt", source="command line", turns=(turn,))
+
+
+def _split_answer(conversation: Conversation) -> tuple[Conversation, str]:
+    """The turns before the last answer, and that answer's words."""
+    turns = conversation.turns
+    words = ""
+    while turns and turns[-1].role == "assistant":
+        words = "".join(part.text for part in turns[-1].parts if part.kind == "text") + words
+        turns = turns[:-1]
+    asked = Conversation(id=conversation.id, source=conversation.source, turns=turns, tools=conversation.tools)
+    return asked, words.strip()
+
+
+def _batches(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+    """Indexes of prompts that can share a call, alike in length, since padding is computed too."""
+    groups: dict[tuple, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        # arguments that hold for a whole call, such as whether videos sound
+        whole = tuple(sorted((key, value) for key, value in prompt.inputs.items() if not hasattr(value, "shape")))
+        groups.setdefault(whole, []).append(index)
+    for indexes in groups.values():
+        indexes.sort(key=lambda index: prompts[index].inputs["input_ids"].shape[1])
+        for start in range(0, len(indexes), BATCH_ROWS):
+            yield indexes[start : start + BATCH_ROWS]
+
+
+def _pad(values: Sequence[Any], *, left: bool, value: int) -> Any:
+    import torch
+
+    longest = max(tensor.shape[-1] for tensor in values)
+    pad = torch.nn.functional.pad
+    missing = [longest - tensor.shape[-1] for tensor in values]
+    return torch.cat([pad(x, (n, 0) if left else (0, n), value=value) for x, n in zip(values, missing, strict=True)])
+
+
+def _on_device(value: Any, model: Any) -> Any:
+    if not hasattr(value, "to"):
+        return value
+    return (
+        value.to(model.device, model.dtype) if value.is_floating_point() and value.dim() > 1 else value.to(model.device)
+    )

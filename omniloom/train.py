@@ -1,0 +1,483 @@
+"""The training run: build every part from a config, loop over steps, leave a run directory behind.
+
+Each part is made by its own module (`build.py` and `rows.py` make those that other verbs need too); this file says in
+which order they act within a step, and is the place where all of them meet.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from omniloom.build import Workshop, build_model, load_weights, open_workshop
+from omniloom.checkpoint import dcp
+from omniloom.checkpoint.adapters import fingerprint
+from omniloom.checkpoint.hf import gather_full
+from omniloom.checkpoint.run_lock import hold_run_lock
+from omniloom.config import Config, ConfigError, save_config
+from omniloom.data.loader import Loader
+from omniloom.data.planner import Planner, plan_options
+from omniloom.data.sources import Source
+from omniloom.data.stream import BadSampleFile, LoadedStep, StepStream
+from omniloom.evaluate import Evaluation, EvaluationReport
+from omniloom.ops.attention import resolve_kernel
+from omniloom.parallel.device import peak_memory_bytes
+from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
+from omniloom.parallel.gradients import clip_gradients
+from omniloom.parallel.mesh import (
+    Layout,
+    build_layout,
+    close_distributed,
+    init_distributed,
+    resolve_degrees,
+    says_rank_is_gone,
+)
+from omniloom.parallel.step import Objective, forward_backward
+from omniloom.parallel.watchdog import Watchdog
+from omniloom.results import export_adapter, export_model
+from omniloom.rows import describe_first_row, open_data, open_rows, planned_options
+from omniloom.tools.launch import LOST_RANK
+from omniloom.tools.report import write_report
+from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation
+from omniloom.training.lora import find_dropouts
+from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepMetrics
+from omniloom.training.optimizer import build_optimizer, set_learning_rate
+from omniloom.training.policy import table_lines, trainable_table
+from omniloom.training.profile import Profile
+from omniloom.training.schedule import decay_progress, schedule_factor
+from omniloom.types import RunError
+
+STOPPED_EARLY = 75  # sysexits.h EX_TEMPFAIL: a checkpoint was written, and the same command goes on from it
+COLLECTIVE_GRACE_SECONDS = 60.0  # collectives give up this much later than the watchdog, which has more to say
+
+
+def run(config: Config) -> int:
+    """Train as the config says, on every rank of the job. Returns 0, or STOPPED_EARLY after a signal or time limit.
+
+    Raises: ValueError for whatever is wrong with config, checkpoint or data, before the first step where it is known.
+    RunError for what stops a sound run: numbers that are not finite, a rank that is gone.
+    """
+    wanted = (("model.path", config.model.path), ("data.train", config.data.train))
+    if missing := [name for name, value in wanted if not value]:
+        raise ConfigError([f"{name}: not set; every run needs it" for name in missing], "the configuration")
+    timeout_seconds = config.train.step_timeout_seconds
+    workshop = open_workshop(config)
+    train_rows, eval_rows = open_data(config.data, config.train.seed)
+    ranks = init_distributed(timeout_seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
+    try:
+        degrees = resolve_degrees(config.parallel, ranks.world_size, packs_per_step=config.train.packs_per_step)
+        layout = build_layout(degrees, ranks)
+        with hold_run_lock(config.train.run_dir, layout.channels["checkpoint"]), ExitStack() as stack:
+            watchdog = Watchdog(
+                rank=ranks.rank, world_size=ranks.world_size, store=ranks.store, timeout_seconds=timeout_seconds
+            )
+            stack.callback(watchdog.close)
+            return Trainer(workshop, layout, train_rows, eval_rows, watchdog, stack).run()
+    except RuntimeError as error:
+        if says_rank_is_gone(error):
+            raise LostRankError(
+                f"rank {ranks.rank} lost another rank, which ended or was silent for {timeout_seconds:g} s (see what "
+                f"it said); the same command goes on from the last checkpoint ({str(error).splitlines()[0]})"
+            ) from error
+        raise
+    finally:
+        close_distributed()
+
+
+class LostRankError(RunError):
+    """Another rank is gone, for a reason that it tells itself."""
+
+    exit_code = LOST_RANK
+
+
+class NonFiniteError(RunError):
+    """Loss or gradient is NaN or infinite, and the policy is to stop."""
+
+
+class Trainer:
+    """The parts of one run and the order in which they act. Made and used on every rank."""
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        layout: Layout,
+        train_rows: Source,
+        eval_rows: Source | None,
+        watchdog: Watchdog,
+        stack: ExitStack,
+    ) -> None:
+        config = workshop.config
+        self.config, self.layout, self.workshop, self.watchdog = config, layout, workshop, watchdog
+        self.run_dir, self.train_rows = Path(config.train.run_dir), train_rows
+        self.model_fingerprint = fingerprint(workshop.checkpoint)
+        # draws random numbers, so before the generators are seeded or restored
+        self.peak_flops = measure_matmul_peak(layout.device, workshop.compute_dtype)
+        self._make_deterministic()
+        self.planner, self.loader = self._open_planner(train_rows)
+        stack.callback(self.loader.close)
+        self.model, self.policies = build_model(workshop, layout)
+        self.parameters = dict(self.model.named_parameters())
+        self.changed = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        self.dropouts = find_dropouts(self.model)
+        self.kernels = {
+            name: resolve_kernel(kernel, layout.device.type, workshop.compute_dtype)
+            for name, kernel in asdict(config.model.attention).items()
+        }
+        plan = workshop.spec.sharding(workshop.family)
+        self.pool = EncoderPool(layout, plan, config.parallel.encoder_pool)
+        of_adapters = {name for adapter in workshop.adapters for name in adapter.names}
+        self.work = TrainingWork(
+            decoder_weights=any(name.startswith("text.") and name not in of_adapters for name in self.changed),
+            towers=any(not name.startswith("text.") for name in self.changed),
+        )
+        self.optimizer = build_optimizer(
+            self.parameters.items(), self.policies, betas=config.train.betas, epsilon=config.train.epsilon
+        )
+        self.screen = Screen(enabled=layout.is_first, total_steps=config.train.steps, every=config.log.every)
+        stack.callback(self.screen.close)
+        self.saver = dcp.Saver(self.run_dir, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous)
+        stack.callback(self.saver.close)
+        stored = self._find_checkpoint()
+        self.bad_samples = BadSampleFile(self.run_dir / "bad_samples.jsonl") if layout.is_first else None
+        self.evaluation = (
+            Evaluation(workshop, layout, eval_rows, self.bad_samples, stack) if eval_rows is not None else None
+        )
+        self.stream = stack.enter_context(self._open_stream())
+        self.watchdog.enter(0, "reading the first rows")
+        self.stream.prepare()  # before the weights: rows that cannot be used are said within seconds
+        self.watchdog.enter(0, "loading weights")
+        self.first_step = self._load(stored)
+        self.log = None
+        if layout.is_first:
+            self._write_run_files(train_rows)
+            self.log = MetricsLog(self.run_dir, first_step=self.first_step, tensorboard=config.log.tensorboard)
+            stack.callback(self.log.close)
+        self.spikes = SpikeDetector()
+        self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json")
+        self.started = time.monotonic()
+        self.stop_requested = False
+
+    # ------------------------------------------------------------------------------------ the loop
+
+    def run(self) -> int:
+        """Loop until the run is over, or until a signal or the time limit asks to stop."""
+        every, eval_every = self.config.checkpoint.every, self.config.train.eval_every
+        step, saved, evaluated = self.first_step, self.first_step, -1
+        with self._signals():
+            self.watchdog.enter(step, "waiting for data")
+            for loaded in self.stream:
+                with self.profile.step(loaded.plan.step):
+                    metrics, stop = self._step(loaded)
+                step = loaded.plan.step + 1
+                report = None
+                if self.evaluation is not None and eval_every and step % eval_every == 0:
+                    report, evaluated = self._evaluate(step), step
+                self._report(metrics, loaded, report)
+                if stop or (every and step % every == 0):
+                    self._save(step)
+                    saved = step
+                if stop:
+                    self.saver.finish()
+                    way = (
+                        "the same command goes"
+                        if self.config.checkpoint.resume == "auto"
+                        else "checkpoint.resume=auto goes"
+                    )
+                    self.screen.say(f"stopped after step {step}; {way} on from there")
+                    return STOPPED_EARLY
+                self.watchdog.enter(step, "waiting for data")
+        if saved != step:
+            self._save(step)
+        self.saver.finish()
+        if self.evaluation is not None and evaluated != step:
+            self._evaluate(step)
+        if self.config.checkpoint.export or self.workshop.adapters:
+            self._export(step)
+        if self.layout.is_first:
+            self.screen.say(f"wrote {write_report(self.run_dir)}")
+        return 0
+
+    def _step(self, loaded: LoadedStep) -> tuple[dict[str, float], bool]:
+        """One optimizer step. Returns its scalars and whether any rank was asked to stop."""
+        start = time.perf_counter()
+        train, layout, agreement = self.config.train, self.layout, loaded.agreement
+        objective = Objective(
+            weight_sum=agreement.weight_sum or 1.0,
+            num_packs=agreement.num_nonempty_packs,
+            router_coefficient=train.router_loss,
+        )
+        self.optimizer.zero_grad()
+        totals = torch.zeros(3, dtype=torch.float64, device=layout.device)  # loss, router loss, wish to stop
+        expert_counts: Tensor | None = None
+        for number, pack in enumerate(loaded.packs):
+            self.watchdog.enter(loaded.plan.step, f"forward and backward of pack {number + 1} of {len(loaded.packs)}")
+            for dropout in self.dropouts:
+                dropout.key = (train.seed, loaded.plan.step, pack.index, layout.context_rank)
+            terms = forward_backward(
+                self.model,
+                pack.batch,
+                layout,
+                objective,
+                self.pool,
+                is_last=number == len(loaded.packs) - 1,
+                offload_activations=self.config.memory.offload_activations,
+            )
+            totals[0] += terms.loss_sum
+            totals[1] += terms.router_loss
+            counts = terms.expert_counts
+            expert_counts = counts if expert_counts is None else expert_counts + counts
+        self.watchdog.enter(loaded.plan.step, "gradient norm and optimizer")
+        norm = clip_gradients(self.parameters.values(), train.clip_norm, layout.device)
+        totals[2] = self._wants_to_stop()
+        layout.sum_over_ranks(totals)
+        loss_sum, router_sum, stop = totals.tolist()  # the step's one wait for the device
+        router_loss = router_sum / max(agreement.num_nonempty_packs, 1)  # ranks that share a pack share it too
+        metrics = {
+            "loss": loss_sum / objective.weight_sum,
+            "router_loss": router_loss,
+            "grad_norm": float(norm),
+            "learning_rate": self._set_learning_rate(loaded),
+        }
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            self.optimizer.step()
+        else:
+            self._handle_nonfinite(loaded, metrics)
+        if expert_counts is not None and expert_counts.numel():
+            metrics["expert_imbalance"] = self._imbalance(expert_counts)
+        metrics["step_seconds"] = time.perf_counter() - start + loaded.data_wait_seconds
+        return metrics, stop > 0
+
+    def _set_learning_rate(self, loaded: LoadedStep) -> float:
+        train, plan = self.config.train, loaded.plan
+        progress = decay_progress(
+            step=plan.step,
+            steps=train.steps,
+            warmup_steps=train.warmup_steps,
+            rows_before=plan.rows_planned - sum(len(pack.samples) for pack in plan.packs),
+            total_rows=self.planner.total_rows or 1,
+        )
+        factor = schedule_factor(
+            train.schedule,
+            step=plan.step,
+            warmup_steps=train.warmup_steps,
+            progress=progress,
+            floor=train.min_learning_rate / train.learning_rate,
+        )
+        return set_learning_rate(self.optimizer, factor)
+
+    def _handle_nonfinite(self, loaded: LoadedStep, metrics: dict[str, float]) -> None:
+        """Write out which samples were in the step; stop, or go on without it. Raises: NonFiniteError."""
+        step = loaded.plan.step + 1
+        rows = [
+            {"row": sample.row, "epoch": sample.epoch, "source": "{}:{}".format(*self.train_rows.locate(sample.row))}
+            for pack in loaded.plan.packs
+            for sample in pack.samples
+        ]
+        path = self.run_dir / f"nonfinite_step_{step:08d}.json"
+        if self.layout.is_first:
+            path.write_text(json.dumps({"step": step, **metrics, "samples": rows}, indent=1), encoding="utf-8")
+        what = f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; its samples are in {path}"
+        if self.config.train.nonfinite == "stop":
+            raise NonFiniteError(
+                f"{what}. The weights are as before this step and earlier checkpoints are intact; lower "
+                "train.learning_rate, look at the samples, or set train.nonfinite=skip"
+            )
+        self.screen.say(f"warning: {what}; the step is skipped")
+
+    def _imbalance(self, counts: Tensor) -> float:
+        """Busiest expert over the mean, averaged over layers; 1 is perfect. Counts are summed over packs and ranks."""
+        counts = counts.double()
+        self.layout.sum_over_ranks(counts)
+        mean = counts.mean(dim=1).clamp(min=1e-9)
+        return float((counts.amax(dim=1) / mean).mean())
+
+    # ------------------------------------------------------------------------------------ stopping
+
+    def _wants_to_stop(self) -> bool:
+        limit = self.config.train.time_limit_minutes
+        return self.stop_requested or (limit is not None and time.monotonic() - self.started > 60 * limit)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM asks for a checkpoint and an orderly end after the step under way."""
+
+        def request(_number: int, _frame: object) -> None:
+            self.stop_requested = True
+
+        previous = signal.signal(signal.SIGTERM, request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    # ------------------------------------------------------------------------------------ opening
+
+    def _make_deterministic(self) -> None:
+        torch.manual_seed(self.config.train.seed)
+        if self.config.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+
+    def _open_planner(self, rows: Source) -> tuple[Planner, Loader]:
+        config, layout, workshop = self.config, self.layout, self.workshop
+        recipe = open_rows(workshop, rows)
+        loader = Loader(recipe, workers=config.data.workers)
+        planner = Planner(
+            num_rows=len(rows),
+            options=plan_options(config),
+            measure=loader.measure,
+            locate=rows.locate,
+            data_fingerprint=rows.fingerprint,
+            row_options=planned_options(workshop),
+            exchange=lambda value: layout.exchange(value, "planning"),
+            rank=layout.rank,
+            world_size=layout.world_size,
+        )
+        return planner, loader
+
+    def _open_stream(self) -> StepStream:
+        layout = self.layout
+        return StepStream(
+            self.planner,
+            self.loader,
+            data_rank=layout.data_rank,
+            data_world=layout.data_world,
+            exchange=lambda value: layout.exchange(value, "agreement"),
+            prefetch_packs=self.config.data.prefetch_packs,
+            bad_samples=self.bad_samples,
+            clips_of=lambda pack: assign_clips(pack, layout.degrees.context)[layout.context_rank],
+        )
+
+    def _find_checkpoint(self) -> dcp.StoredCheckpoint | None:
+        """The checkpoint to go on from, verified; the data's position is set to it."""
+        settings, group = self.config.checkpoint, self.saver.group
+        stored = None
+        if settings.resume == "auto":
+            stored, passed_over = dcp.find_latest(self.run_dir, group=group)
+            for words in passed_over:
+                self.screen.say(f"warning: {words}")
+        elif settings.resume != "none":
+            stored = dcp.open_stored(settings.resume, group=group)
+        if stored is not None:
+            self._check_same_model(stored)
+            self.planner.load_state_dict(stored.extras["data"])
+        return stored
+
+    def _load(self, stored: dcp.StoredCheckpoint | None) -> int:
+        """Fill the model from the checkpoint, or from the published one. Returns the first step to take."""
+        settings = self.config.checkpoint
+        held = [] if stored is None else dcp.stored_names(stored, self.parameters)
+        if len(held) < len(self.parameters):  # checkpoints leave out what is as published
+            load_weights(self.workshop, self.model)
+        if stored is None:
+            return 0
+        dcp.load_model_state(stored, {name: self.parameters[name] for name in held})
+        changed = {*held, *self.changed}
+        self.changed = [name for name in self.parameters if name in changed]
+        if settings.load_optimizer:
+            dcp.load_optimizer_state(stored, self.parameters, self.optimizer)
+        if settings.load_rng:
+            dcp.load_rng_state(stored)
+        self.screen.say(f"resumed after step {stored.step} from {stored.directory}")
+        return stored.step
+
+    def _check_same_model(self, stored: dcp.StoredCheckpoint) -> None:
+        """A checkpoint keeps only what trained; the rest is the published model's. Raises: ValueError for another."""
+        if stored.extras["model"] != self.model_fingerprint:
+            raise ValueError(
+                f"{stored.directory} belongs to a run on another model than model.path={self.config.model.path}; name "
+                "that model, set another train.run_dir, or start anew with checkpoint.resume=none"
+            )
+
+    def _write_run_files(self, source: Source) -> None:
+        save_config(self.config, self.run_dir / "config.yaml")
+        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        table = trainable_table(self.policies, sizes)
+        rows = [asdict(row) for row in table]
+        (self.run_dir / "trainable.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
+        self.screen.say(f"model  {self.workshop.spec.name} on {self.layout.degrees.describe()}, attention {kernels}")
+        self.screen.say(f"data   {len(source):,} rows, {describe_first_row(source, self.config)}")
+        for words in table_lines(table):
+            self.screen.say(words)
+
+    # ------------------------------------------------------------------------------------ leaving results
+
+    def _save(self, step: int) -> None:
+        self.watchdog.enter(step, "checkpoint")
+        settings = self.config.checkpoint
+        state = dcp.model_state({name: self.parameters[name] for name in self.changed})
+        if settings.save_optimizer:
+            state |= dcp.optimizer_state(self.parameters, self.optimizer)
+        state |= dcp.rng_state()
+        self.saver.save(step, state, {"data": self.stream.state_dict(), "model": self.model_fingerprint})
+
+    def _report(self, metrics: dict[str, float], loaded: LoadedStep, report: EvaluationReport | None) -> None:
+        stats, seconds = loaded.agreement.stats, metrics["step_seconds"]
+        extents = [sample.extent for pack in loaded.plan.packs for sample in pack.samples]
+        line = StepMetrics(
+            step=loaded.plan.step,
+            loss=metrics["loss"],
+            grad_norm=metrics["grad_norm"],
+            learning_rate=metrics["learning_rate"],
+            num_tokens=stats.num_tokens,
+            num_loss_tokens=stats.num_loss_tokens,
+            num_samples=stats.num_samples,
+            num_images=stats.num_images,
+            video_frames=stats.video_frames,
+            audio_seconds=stats.audio_seconds,
+            tokens_per_second=stats.num_tokens / seconds,
+            mfu=model_flops_utilisation(self.work.megaflops(extents), seconds, self.peak_flops, self.layout.world_size),
+            data_wait_fraction=loaded.data_wait_seconds / seconds,
+            peak_memory_bytes=peak_memory_bytes(self.layout.device),
+            step_seconds=seconds,
+            pack_fill=stats.num_tokens / (len(loaded.plan.packs) * self.config.data.pack_tokens),
+            num_bad_samples=len(loaded.bad),
+            router_loss=metrics["router_loss"],
+            expert_imbalance=metrics.get("expert_imbalance"),
+            evaluation=None if report is None else report.figures(),
+        )
+        if self.log is not None:
+            self.log.write(line)
+        self.screen.step(line, progress=loaded.progress)
+        if (usual := self.spikes.check(line.loss)) is not None:
+            self.screen.say(f"warning: loss {line.loss:.3f} at step {line.step + 1} is a spike, usual is {usual:.3f}")
+
+    def _evaluate(self, step: int) -> EvaluationReport:
+        assert self.evaluation is not None
+        self.model.eval()  # without dropout
+        report = self.evaluation.run(self.model, self.pool, lambda: self.watchdog.enter(step, "evaluation"))
+        self.model.train()
+        self.screen.say(report.words())
+        if self.layout.is_first:
+            report.write(self.run_dir, step)
+        return report
+
+    def _export(self, step: int) -> None:
+        """The model, adapters merged in, as a Hugging Face directory in `hf/`; adapters alone in `adapter/`."""
+        gather = gather_full(self.parameters)
+
+        def gather_next(name: str) -> Tensor:
+            self.watchdog.enter(step, f"export of {name}")
+            return gather(name)
+
+        self.watchdog.enter(step, "export")
+        group = self.saver.group
+        if self.workshop.adapters:
+            directory = export_adapter(
+                self.workshop, self.run_dir / "adapter", self.changed, gather_next, overwrite=True, group=group
+            )
+            self.screen.say(f"wrote {directory}")
+        if self.config.checkpoint.export:
+            report = export_model(
+                self.workshop, self.run_dir / "hf", self.changed, gather_next, overwrite=True, group=group
+            )
+            self.screen.say(f"wrote {report.directory}")

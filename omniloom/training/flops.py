@@ -1,0 +1,61 @@
+"""Model FLOPs utilisation: what the model's arithmetic asks for over what the device has shown it can do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from omniloom.types import Extent
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingWork:
+    """What of a model trains, as far as its arithmetic is concerned.
+
+    Backward costs one product for the input's gradient and one for the weight's, each as much as the forward one.
+    Frozen towers have neither; a decoder whose own weights are frozen has the first only.
+    Source: Kaplan et al. 2020 (arXiv 2001.08361), section 2.1.
+    """
+
+    decoder_weights: bool
+    towers: bool
+
+    def megaflops(self, extents: Iterable[Extent]) -> float:
+        """FLOPs / 1e6 of forward and backward over these samples; recompute is not counted."""
+        decoder = towers = 0
+        for extent in extents:
+            decoder += extent.cost - extent.tower_cost
+            towers += extent.tower_cost
+        return (3 if self.decoder_weights else 2) * decoder + (3 if self.towers else 1) * towers
+
+
+def measure_matmul_peak(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
+    """FLOP/s of square matrix products on this device in this dtype, the best of several timed rounds."""
+    size = 1024 if device.type == "cpu" else 8192
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    left @ right
+    best, deadline = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        _synchronise(device)
+        start = time.perf_counter()
+        left @ right
+        _synchronise(device)
+        best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def model_flops_utilisation(megaflops: float, seconds: float, peak: float, world_size: int) -> float:
+    """Share of the peak that a step's model FLOPs (recompute not counted) amount to.
+
+    Args: megaflops: the step's work over all ranks, see `TrainingWork`; peak: FLOP/s of one rank.
+    """
+    return megaflops * 1e6 / (seconds * peak * world_size)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,270 @@
+"""Low-rank adapters beside frozen weights, installed into a built model before it is parallelised.
+
+Owns the modules that take the place of linears and stacked experts, their initial values, dropout by key, and merging.
+Base parameters keep their names (`q_proj.weight`), adapters lie beside them (`q_proj.lora_a`), so that sharding plans
+and key maps hold as they are. Knows no family: what may be adapted, and its name in transformers, is handed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omniloom.config import LoraConfig, PolicyRule
+from omniloom.training.policy import ParameterPolicy, covers
+from omniloom.types import Adapter
+
+ROW_BYTES = 16  # grouped GEMM wants rows of a multiple of this
+
+
+class KeyedDropout(nn.Module):
+    """Dropout whose mask follows from a key and this module's name alone, so that a recomputing backward repeats it.
+
+    Does nothing outside of training, or at rate 0.
+    """
+
+    def __init__(self, rate: float, name: str) -> None:
+        super().__init__()
+        self.rate = rate
+        self.name = name
+        self.key: tuple[int, ...] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0 or not self.training:
+            return x
+        return x * self._mask(x)
+
+    @torch.compiler.disable  # the key changes every step: a compiled graph would be made anew for each
+    def _mask(self, x: Tensor) -> Tensor:
+        assert self.key is not None, f"no dropout key was set for {self.name}"
+        generator = torch.Generator(x.device).manual_seed(keyed_seed(self.name, *self.key))
+        kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.rate
+        return kept.to(x.dtype) / (1 - self.rate)
+
+
+class LoraLinear(nn.Module):
+    """A linear with frozen weight and bias and a trained low-rank addition; with DoRA also trained row norms.
+
+    Source: Hu et al. 2021 (arXiv 2106.09685); DoRA: Liu et al. 2024 (arXiv 2402.09353), the norm taken as a constant
+    as in section 4.3. Dropout is on the way into the addition only.
+    """
+
+    def __init__(self, base: nn.Linear, adapter: Adapter, dtype: torch.dtype) -> None:
+        super().__init__()
+        out_features, in_features = base.weight.shape
+        self.weight = base.weight
+        self.bias = base.bias
+        self.lora_a = nn.Parameter(base.weight.new_empty(adapter.rank, in_features, dtype=dtype))
+        self.lora_b = nn.Parameter(base.weight.new_empty(out_features, adapter.rank, dtype=dtype))
+        self.magnitude = (
+            None if adapter.magnitude is None else nn.Parameter(base.weight.new_empty(out_features, dtype=dtype))
+        )
+        self.scaling = adapter.scaling
+        self.dropout = KeyedDropout(adapter.dropout, adapter.base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        lora_a, lora_b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
+        low = self.scaling * F.linear(F.linear(self.dropout(x), lora_a), lora_b)
+        if self.magnitude is None:
+            return F.linear(x, self.weight, self.bias) + low
+        with torch.no_grad():
+            norms = row_norms(self.weight, self.scaling, lora_a, lora_b)
+        out = (self.magnitude / norms.to(self.magnitude.dtype)).to(x.dtype) * (F.linear(x, self.weight) + low)
+        return out if self.bias is None else out + self.bias
+
+
+class LoraExperts(nn.Module):
+    """Stacked gated experts with frozen weights and a low-rank addition to one or both of their products."""
+
+    def __init__(self, base: nn.Module, adapters: Mapping[str, Adapter], dtype: torch.dtype) -> None:
+        """`adapters` by the base's own name, `gate_up` or `down`."""
+        super().__init__()
+        self.act = base.act
+        self.linear = base.linear
+        self.gate_up = base.gate_up
+        self.down = base.down
+        self.scalings = {name: adapter.scaling for name, adapter in adapters.items()}
+        self.dropouts = nn.ModuleDict({name: KeyedDropout(a.dropout, a.base) for name, a in adapters.items()})
+        for name, adapter in adapters.items():
+            weight = getattr(base, name)
+            num_experts, out_features, in_features = weight.shape
+            a_shape, b_shape = (num_experts, adapter.rank, in_features), (num_experts, out_features, adapter.rank)
+            self.register_parameter(f"{name}_lora_a", nn.Parameter(weight.new_empty(a_shape, dtype=dtype)))
+            self.register_parameter(f"{name}_lora_b", nn.Parameter(weight.new_empty(b_shape, dtype=dtype)))
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """rows [N, C] sorted by expert, offsets int32 [E] where each expert's rows end -> [N, C]."""
+        gate, up = self._product("gate_up", rows, offsets).chunk(2, dim=-1)
+        return self._product("down", self.act(gate) * up, offsets)
+
+    def _product(self, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
+        out = self.linear(rows, getattr(self, name), offsets)
+        if name not in self.scalings:
+            return out
+        lora_a, lora_b = getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
+        lora_a, lora_b = lora_a.to(rows.dtype), lora_b.to(rows.dtype)
+        if missing := -lora_a.shape[1] % (ROW_BYTES // rows.element_size()):
+            lora_a, lora_b = F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))
+        low = self.linear(self.linear(self.dropouts[name](rows), lora_a, offsets), lora_b, offsets)
+        return out + self.scalings[name] * low
+
+
+def install_lora(
+    model: nn.Module,
+    policies: Mapping[str, ParameterPolicy],
+    adaptable: Mapping[str, str],
+    rules: Mapping[str, PolicyRule],
+) -> tuple[Adapter, ...]:
+    """Put adapters where the policy asks for them, in place; their values are undefined until they are loaded.
+
+    Args:
+        policies: by parameter name of the bare model.
+        adaptable: weights that transformers may hold as a linear or as stacked experts, with their name there.
+        rules: the policy table, each of whose `lora` sections must find something.
+
+    Raises: ValueError for rules that match nothing, and for what PEFT could not express.
+    """
+    linears = {name: end for name, end in adaptable.items() if name in policies and _is_linear(model, name)}
+    chosen = {
+        name: settings
+        for name, end in linears.items()
+        if (settings := policies[name].lora) is not None and _is_named(end, settings.modules)
+    }
+    _check_choice(model, chosen, policies, linears, rules)
+    adapters = {name: _describe(model, name, settings) for name, settings in chosen.items()}
+    for holder_name in dict.fromkeys(name.rpartition(".")[0] for name in chosen):
+        own = {name.rpartition(".")[2]: name for name in chosen if name.rpartition(".")[0] == holder_name}
+        holder = model.get_submodule(holder_name)
+        dtype = _dtype(chosen[next(iter(own.values()))])
+        if isinstance(holder, nn.Linear):
+            model.set_submodule(holder_name, LoraLinear(holder, adapters[own["weight"]], dtype))
+        else:
+            of_experts = {short: adapters[name] for short, name in own.items()}
+            model.set_submodule(holder_name, LoraExperts(holder, of_experts, dtype))
+    return tuple(adapters.values())
+
+
+def adapter_policies(
+    adapters: Collection[Adapter], policies: Mapping[str, ParameterPolicy]
+) -> dict[str, ParameterPolicy]:
+    """The policy of every adapter's parameters: their base's, but trained."""
+    return {
+        name: ParameterPolicy(
+            component=policies[adapter.base].component,
+            trainable=True,
+            learning_rate=policies[adapter.base].learning_rate,
+            weight_decay=policies[adapter.base].weight_decay,
+            lora=policies[adapter.base].lora,
+        )
+        for adapter in adapters
+        for name in adapter.names
+    }
+
+
+def initial_lora_a(adapter: Adapter, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Uniform within 1 / sqrt(in), float32, by seed and name alone; `lora_b` starts at zero.
+
+    Source: peft's default, torch.nn.init.kaiming_uniform_ with a = sqrt(5) as of a linear's weight.
+    """
+    generator = torch.Generator().manual_seed(keyed_seed(adapter.lora_a, seed))
+    bound = shape[-1] ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def row_norms(weight: Tensor, scaling: float, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """Euclidean norm of each row of weight + scaling x lora_b lora_a, float32 [out]."""
+    return torch.linalg.vector_norm(weight.float() + scaling * (lora_b.float() @ lora_a.float()), dim=-1)
+
+
+def merging(gather: Callable[[str], Tensor], adapters: Collection[Adapter]) -> Callable[[str], Tensor]:
+    """A `gather` for exports that adds adapters into the weights they belong to, in float32."""
+    by_base = {adapter.base: adapter for adapter in adapters}
+
+    def gather_merged(name: str) -> Tensor:
+        adapter = by_base.get(name)
+        if adapter is None:
+            return gather(name)
+        weight, lora_a, lora_b = (gather(part).float() for part in (name, adapter.lora_a, adapter.lora_b))
+        merged = weight + adapter.scaling * (lora_b @ lora_a)
+        if adapter.magnitude is None:
+            return merged
+        ratio = gather(adapter.magnitude).float() / torch.linalg.vector_norm(merged, dim=-1)
+        return merged * ratio[:, None]
+
+    return gather_merged
+
+
+def find_dropouts(model: nn.Module) -> list[KeyedDropout]:
+    """Every dropout that is in force."""
+    return [module for module in model.modules() if isinstance(module, KeyedDropout) and module.rate > 0]
+
+
+def keyed_seed(*key: object) -> int:
+    """63 bits that depend on all parts of a key and are the same in every process."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def _describe(model: nn.Module, base: str, settings: LoraConfig) -> Adapter:
+    holder = base.rpartition(".")[0]
+    stem = f"{base}_" if model.get_parameter(base).ndim == 3 else f"{holder}."
+    return Adapter(
+        base=base,
+        lora_a=f"{stem}lora_a",
+        lora_b=f"{stem}lora_b",
+        magnitude=f"{stem}magnitude" if settings.dora else None,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        rslora=settings.rslora,
+    )
+
+
+def _check_choice(
+    model: nn.Module,
+    chosen: Mapping[str, LoraConfig],
+    policies: Mapping[str, ParameterPolicy],
+    linears: Mapping[str, str],
+    rules: Mapping[str, PolicyRule],
+) -> None:
+    faults = []
+    for rule_name, rule in rules.items():
+        if rule.lora is None:
+            continue
+        under = [name for name, policy in policies.items() if covers(rule_name, policy.component)]
+        if under and not any(policies[name].lora == rule.lora for name in under if name in chosen):
+            ends = sorted({linears[name].rpartition(".")[2] for name in under if name in linears})
+            known = f"its modules: {', '.join(ends)}" if ends else "it holds no linear that LoRA can adapt"
+            faults.append(f"policy.{rule_name}.lora matches nothing; {known}")
+    if any(settings.dora for settings in chosen.values()):
+        stacked = sorted({policies[name].component for name in chosen if model.get_parameter(name).ndim == 3})
+        if stacked:
+            faults.append(f"lora.dora: stacked experts have no DoRA in PEFT; set policy.{stacked[0]}.freeze: true")
+        if not all(settings.dora for settings in chosen.values()):
+            faults.append("lora.dora: a PEFT adapter has DoRA everywhere or nowhere; set it alike in all rules")
+    for root in dict.fromkeys(name.split(".")[0] for name in chosen):
+        kinds = {_dtype(settings) for name, settings in chosen.items() if name.split(".")[0] == root}
+        if any(policy.trainable for name, policy in policies.items() if name.split(".")[0] == root):
+            kinds.add(torch.float32)
+        if len(kinds) > 1:  # FSDP reduces the gradients of one group in one dtype
+            faults.append(f"lora.dtype: all that trains in {root} must have one dtype; set policy's to float32")
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _is_linear(model: nn.Module, name: str) -> bool:
+    stacked = model.get_parameter(name).ndim == 3
+    return stacked or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+
+
+def _is_named(target: str, modules: tuple[str, ...] | None) -> bool:
+    return modules is None or any(target == end or target.endswith("." + end) for end in modules)
+
+
+def _dtype(settings: LoraConfig) -> torch.dtype:
+    return torch.bfloat16 if settings.dtype == "bf16" else torch.float32

@@ -1,0 +1,177 @@
+"""Where the numbers of a run go: `metrics.jsonl`, TensorBoard, the screen."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from omniloom.types import RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One line of `metrics.jsonl`. Counts are of the whole step, over all ranks."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+    num_loss_tokens: int
+    num_samples: int
+    num_images: int
+    video_frames: int
+    audio_seconds: float
+    tokens_per_second: float
+    mfu: float
+    data_wait_fraction: float
+    peak_memory_bytes: int
+    step_seconds: float
+    pack_fill: float
+    num_bad_samples: int
+    router_loss: float | None = None
+    expert_imbalance: float | None = None
+    evaluation: Mapping[str, float] | None = None  # each of its figures is a key of the line
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl` and TensorBoard. Lines past the resumed step are dropped, so steps never repeat."""
+
+    def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] < first_step]
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        scratch.replace(self.path)
+        self._file = self.path.open("ab", buffering=0)  # a buffer that cannot be written would raise at close again
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def write(self, metrics: StepMetrics) -> None:
+        line = {item.name: getattr(metrics, item.name) for item in fields(metrics)}
+        line |= line.pop("evaluation") or {}
+        line = {key: value for key, value in line.items() if value is not None}
+        self._append((json.dumps(line) + "\n").encode())
+        if self._board is not None:
+            for key, value in line.items():
+                if key != "step":
+                    self._board.add_scalar(key, value, metrics.step)
+
+    def _append(self, text: bytes) -> None:
+        """Raises: RunError where the disk takes no more."""
+        try:
+            fault = None if self._file.write(text) == len(text) else "only a part fitted"
+        except OSError as error:
+            fault = error.strerror
+        if fault is not None:
+            raise RunError(
+                f"cannot write {self.path}: {fault}; make room on the disk, then the same command goes on from the "
+                "last checkpoint"
+            )
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a `metrics.jsonl`; a line cut off by a crash ends the list."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class SpikeDetector:
+    """Notices a loss far above the median of the steps before it."""
+
+    FACTOR = 3.0
+    WINDOW = 50  # steps; half of them must have been seen before anything counts as usual
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=self.WINDOW)
+
+    def check(self, loss: float) -> float | None:
+        """The usual loss if this one is a spike, else None."""
+        usual = median(self._recent) if len(self._recent) >= self.WINDOW // 2 else math.inf
+        if math.isfinite(loss):
+            self._recent.append(loss)
+        return usual if loss > self.FACTOR * usual else None
+
+
+class Screen:
+    """Progress for people: a bar with ETA on a terminal, plain lines elsewhere. Silent on ranks other than 0."""
+
+    def __init__(self, *, enabled: bool, total_steps: int | None, every: int) -> None:
+        self._enabled = enabled
+        self._total = total_steps
+        self._every = every
+        self._start = time.monotonic()
+        self._start_progress: float | None = None  # share of the run that was over at the first step shown
+        self._bar: Any = None
+        if enabled and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self._task = self._bar.add_task("train", total=total_steps, text="")
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def step(self, metrics: StepMetrics, *, progress: float) -> None:
+        """Show a finished step. `progress` is the share of the run that is over, for the ETA under epochs."""
+        if not self._enabled:
+            return
+        text = (
+            f"loss {metrics.loss:.4f}  norm {metrics.grad_norm:.3f}  lr {metrics.learning_rate:.2e}  "
+            f"{metrics.tokens_per_second:,.0f} tok/s  wait {100 * metrics.data_wait_fraction:.0f}%"
+        )
+        if metrics.num_bad_samples:
+            text += f"  bad {metrics.num_bad_samples}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=metrics.step + 1, text=text)
+        elif metrics.step % self._every == 0:
+            of = f"/{self._total}" if self._total else ""
+            print(f"step {metrics.step + 1}{of}  {text}  eta {self._eta(progress)}", flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _eta(self, progress: float) -> str:
+        if self._start_progress is None:
+            self._start_progress = progress
+        done = progress - self._start_progress
+        if done <= 0:
+            return "?"
+        seconds = int((1 - progress) * (time.monotonic() - self._start) / done)
+        return f"{seconds // 3600:d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

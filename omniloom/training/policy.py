@@ -1,0 +1,144 @@
+"""Which parameters train, and how: the `policy` table resolved against the model's components.
+
+A rule named `text` holds for `text` and everything below it (`text.router`, `text.experts`, ...); a rule for a longer
+name overrides it field by field, where `freeze` and `lora` are one choice: full weights, adapters, or neither. Without
+a word about it a component trains, unless some other has adapters; then it is frozen. Knows component names as strings
+only, no model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+from omniloom.config import LoraConfig, PolicyRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterPolicy:
+    component: str
+    trainable: bool  # where `lora` is set: True for adapters, False for the weights beside them
+    learning_rate: float
+    weight_decay: float
+    lora: LoraConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableRow:
+    """One line of the table that is printed before training and written to `trainable.json`."""
+
+    component: str
+    num_parameters: int
+    num_trainable: int
+    learning_rate: float
+    weight_decay: float
+    lora_rank: int | None
+
+
+def resolve_policy(
+    rules: Mapping[str, PolicyRule],
+    components: Mapping[str, str],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    known: tuple[str, ...] = (),
+) -> dict[str, ParameterPolicy]:
+    """Give every parameter its policy.
+
+    Args:
+        rules: component name -> rule, as in the config.
+        components: parameter name -> component name.
+        learning_rate, weight_decay: the train section's values, in force where no rule says otherwise.
+        known: components that exist in the checkpoint but were not built; naming one is not an error.
+
+    Raises: ValueError for rules that match nothing, and when nothing at all would train.
+    """
+    present = sorted(set(components.values()))
+    faults = []
+    for name in rules:
+        if not any(covers(name, component) for component in (*present, *known)):
+            near = difflib.get_close_matches(name, present, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            faults.append(f"policy.{name} matches no component of this model{hint} Known: {', '.join(present)}")
+    if faults:
+        raise ValueError("\n".join(faults))
+    merged = {component: _merge(rules, component) for component in present}
+    if any(rule.lora for rule in rules.values()):
+        merged = {
+            component: replace(rule, freeze=True) if _is_silent(rule) else rule for component, rule in merged.items()
+        }
+    policies = {}
+    for name, component in components.items():
+        rule = merged[component]
+        policies[name] = ParameterPolicy(
+            component=component,
+            trainable=not rule.freeze and rule.lora is None,
+            learning_rate=learning_rate if rule.learning_rate is None else rule.learning_rate,
+            weight_decay=weight_decay if rule.weight_decay is None else rule.weight_decay,
+            lora=rule.lora,
+        )
+    if not any(policy.trainable or policy.lora for policy in policies.values()):
+        raise ValueError(
+            "nothing would train: policy freezes every component that is built "
+            f"({', '.join(present)}); set freeze: false for at least one, or give it a lora section"
+        )
+    return policies
+
+
+def recompute_rule(rules: Mapping[str, PolicyRule], component: str) -> bool | None:
+    """The `recompute` of the most specific rule that covers a component; None where no rule speaks of it."""
+    return _merge(rules, component).recompute
+
+
+def trainable_table(policies: Mapping[str, ParameterPolicy], sizes: Mapping[str, int]) -> list[TrainableRow]:
+    """Sum the parameters (global sizes by name) per component, in order of first appearance."""
+    rows: dict[str, TrainableRow] = {}
+    for name, policy in policies.items():
+        row = rows.get(policy.component) or TrainableRow(
+            component=policy.component,
+            num_parameters=0,
+            num_trainable=0,
+            learning_rate=0.0,
+            weight_decay=policy.weight_decay,
+            lora_rank=None,
+        )
+        trained = sizes[name] if policy.trainable else 0
+        rows[policy.component] = replace(
+            row,
+            num_parameters=row.num_parameters + sizes[name],
+            num_trainable=row.num_trainable + trained,
+            learning_rate=policy.learning_rate if policy.trainable else row.learning_rate,
+            lora_rank=policy.lora.rank if policy.lora and policy.trainable else row.lora_rank,
+        )
+    return list(rows.values())
+
+
+def table_lines(table: Sequence[TrainableRow]) -> list[str]:
+    """The table in words, a line per component under a heading."""
+    has_lora = any(row.lora_rank is not None for row in table)
+    lines = [f"{'component':<18}{'parameters':>16}{'trainable':>16}{'lr':>10}" + ("  LoRA rank" if has_lora else "")]
+    for row in table:
+        rank = f"{row.lora_rank:>11}" if row.lora_rank is not None else ""
+        line = f"{row.component:<18}{row.num_parameters:>16,}{row.num_trainable:>16,}{row.learning_rate:>10.1e}"
+        lines.append(line + rank)
+    return lines
+
+
+def _is_silent(rule: PolicyRule) -> bool:
+    return rule.freeze is None and rule.lora is None and rule.learning_rate is None
+
+
+def covers(rule: str, component: str) -> bool:
+    return component == rule or component.startswith(rule + ".")
+
+
+def _merge(rules: Mapping[str, PolicyRule], component: str) -> PolicyRule:
+    merged = PolicyRule()
+    for name in sorted(rules, key=len):
+        if covers(name, component):
+            said = {item.name: getattr(rules[name], item.name) for item in fields(PolicyRule)}
+            if said["freeze"] is not None and said["lora"] is None:
+                merged = replace(merged, lora=None)
+            merged = replace(merged, **{key: value for key, value in said.items() if value is not None})
+    return merged

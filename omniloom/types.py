@@ -1,0 +1,344 @@
+"""What flows between the parts: conversations, sizes, examples, packed batches. No logic lives here.
+
+A row of a data file becomes a `Conversation`; its sizes are an `Extent`; the planner puts extents into
+`PackPlan`s; a worker turns one `PackPlan` into a `LoadedPack`, whose `PackedBatch` is all that a model ever sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from numpy import float32, uint8
+from numpy.typing import NDArray
+from torch import Tensor
+
+IGNORE_LABEL = -100  # the field's value for "no label here" (torch.nn.CrossEntropyLoss.ignore_index)
+
+PartKind = Literal["text", "reasoning", "tool_call", "image", "video", "audio"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class SampleError(ValueError):
+    """A row that cannot be read, decoded or fitted. `field` names the part of the row, `reason` says why."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
+        # two-argument exceptions do not survive a process boundary by default
+        return (SampleError, (self.field, self.reason))
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, for a reason that is no fault of its input; the message tells its user what to do."""
+
+    exit_code = 1
+
+
+# ---------------------------------------------------------------------------------------- what a row says
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaSource:
+    """Where one clip lies. Exactly one of `path`, `frames`, `data` is set.
+
+    `audio_path` and `use_audio` concern videos only: with `use_audio` the clip's sound is interleaved with its
+    frames, taken from `audio_path` if given, else from the video file itself.
+    """
+
+    path: str | None = None
+    frames: tuple[str, ...] | None = None  # a video given as a list of image paths
+    data: bytes | None = None  # the encoded file itself (data URI, {"bytes"}, tar member)
+    use_audio: bool = False
+    audio_path: str | None = None
+    fps: float | None = None  # None: the data config's value
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_frames: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One piece of a turn. `text` is the words (text, reasoning) or the JSON of a tool call; media have `media`."""
+
+    kind: PartKind
+    text: str = ""
+    media: MediaSource | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    role: Role
+    parts: tuple[Part, ...]
+    weight: float | None = None  # None: the default of the role (assistant 1, others 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    id: str
+    source: str  # "file:line", for messages
+    turns: tuple[Turn, ...]
+    tools: tuple[str, ...] = ()  # one JSON object each
+    weight: float = 1.0
+
+
+# ---------------------------------------------------------------------------------------- sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaHeader:
+    """What is known of one clip before it is decoded: read from its header, or counted where headers lie.
+
+    `width` and `height` are those after the image's orientation is applied; `num_audio_samples` counts at the
+    feature extractor's rate. Fields that do not concern the kind are zero.
+    """
+
+    kind: Literal["image", "video", "audio"]
+    width: int = 0
+    height: int = 0
+    num_frames: int = 0
+    fps: float = 0.0
+    duration_seconds: float = 0.0
+    num_audio_samples: int = 0
+    has_audio: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipGeometry:
+    """The planned size of one clip: a contract with the decoder.
+
+    Image: `grid_thw`. Video: `grid_thw`, `num_frames` sampled frames, `duration_seconds`. Audio: `num_mel_frames`.
+    A video with its sound carries both. `num_tokens` counts the clip's token rows, wrappers not included.
+    """
+
+    kind: Literal["image", "video", "audio"]
+    num_tokens: int
+    grid_thw: tuple[int, int, int] | None = None
+    num_frames: int = 0
+    num_source_frames: int = 0  # frames of the file, of which `num_frames` are taken, evenly spread
+    reaches_last_frame: bool = False  # spread from the first frame to the very last; else the last stretch ends there
+    source_fps: float = 0.0
+    duration_seconds: float = 0.0
+    seconds_per_grid: float = 0.0
+    num_mel_frames: int = 0  # 0: no sound
+    num_audio_samples: int = 0  # at the feature extractor's rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """What a sample will cost, known from text and media headers alone."""
+
+    num_tokens: int
+    num_loss_tokens: int  # labels with nonzero turn weight
+    weight_sum: float  # sum of turn weight x row weight over the labels, before the loss mode
+    num_patches: int = 0
+    num_audio_frames: int = 0
+    cost: int = 0  # estimated FLOPs / 1e6, decoder and encoders, forward only
+    tower_cost: int = 0  # the encoders' part of it
+    clips: tuple[ClipGeometry, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    file: str
+    line: int
+    field: str
+    reason: str
+    epoch: int = 0
+    row: int = -1  # index into the concatenated sources: several rows of an array may share a line
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedClip:
+    """What a decoder made of one clip: the planned number of frames and samples, pictures of any size."""
+
+    pixels: NDArray[uint8] | None = None  # [height, width, 3] of an image, [num_frames, height, width, 3] of a video
+    waveform: NDArray[float32] | None = None  # [num_audio_samples], mono, at the feature extractor's rate
+
+
+# ---------------------------------------------------------------------------------------- plans
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedSample:
+    row: int  # index into the concatenated sources
+    epoch: int
+    extent: Extent
+    weight_scale: float  # multiplies every loss weight of the sample; how the loss mode is expressed
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackPlan:
+    index: int  # counts packs from the start of the run
+    samples: tuple[PlannedSample, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """One optimizer step: exactly `packs_per_step` packs, the same on every rank."""
+
+    step: int
+    packs: tuple[PackPlan, ...]
+    rows_planned: int  # rows consumed since the start of the run, for schedules under `epochs`
+    bad_rows: tuple[BadSample, ...] = ()  # found while planning this step's window
+
+
+# ---------------------------------------------------------------------------------------- tensors of a sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionClip:
+    patches: Tensor  # float32 [num_patches, channels * temporal_patch * patch * patch], merge-block order
+    grid_thw: tuple[int, int, int]
+    token_index: Tensor  # int64 [M]: rows of the sample's sequence that the merged patches fill, in order
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioClip:
+    features: Tensor  # float32 [num_mel_bins, num_mel_frames]
+    token_index: Tensor  # int64 [M]
+    # mel frames of the longest clip of the sample: a reference that pads to it lets it show in shorter clips' edges
+    longest_frames: int | None = None  # None: this clip's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One sample as tensors, not yet packed."""
+
+    id: str
+    input_ids: Tensor  # int64 [t]
+    labels: Tensor  # int64 [t], shifted: labels[i] is what position i predicts; IGNORE_LABEL where nothing is
+    loss_weights: Tensor  # float32 [t], zero exactly where labels is IGNORE_LABEL
+    position_ids: Tensor  # int64 [3, t]
+    vision: tuple[VisionClip, ...] = ()
+    audio: tuple[AudioClip, ...] = ()
+
+
+# ---------------------------------------------------------------------------------------- what a model sees
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """Bounds of the independent stretches of a packed dimension.
+
+    `cu_seqlens` may be longer than the number of segments: its tail repeats the last bound (empty segments).
+    """
+
+    cu_seqlens: Tensor  # int32 [S + 1], from 0 to the packed length
+    max_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionBatch:
+    """All images and videos of a pack (and at least one null segment), in one tower call."""
+
+    patches: Tensor  # float32 or bfloat16 [P, patch_dim]
+    segments: Segments  # one per frame
+    rotary_index: Tensor  # int64 [P, 2]: row and column of each patch
+    interpolation_index: Tensor  # int64 [P, 4] into the learned position table; [P, 0] where a family has none
+    interpolation_weights: Tensor  # float32 [P, 4]
+    token_index: Tensor  # int64 [M]: rows of the pack that tower rows 0..M-1 fill; later tower rows fill nothing
+    # families with window attention; patches (and so token_index) then come window by window within each frame
+    window_segments: Segments | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioBatch:
+    """All audio of a pack (and at least one null segment), cut into convolution chunks."""
+
+    features: Tensor  # float32 [num_chunks, num_mel_bins, frames], zero-padded at the right
+    chunk_frames: Tensor  # int64 [num_chunks]: where each chunk ends for the convolutions, padding included
+    valid_index: Tensor  # int64 [A]: rows of the flattened [num_chunks * chunk_rows] that are real, in order
+    segments: Segments  # attention windows over the A rows
+    token_index: Tensor  # int64 [M], as in VisionBatch
+    pool_index: Tensor | None = None  # int64 [B, 2]: rows averaged after the layers, families that pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """A pack of exactly T tokens (or a context rank's slice of it). The only argument of a model."""
+
+    input_ids: Tensor  # int64 [T]
+    labels: Tensor  # int64 [T]
+    loss_weights: Tensor  # float32 [T]
+    loss_index: Tensor  # int64 [L]: rows with nonzero weight
+    position_ids: Tensor  # int64 [3, T]
+    is_padding: Tensor  # bool [T]
+    segments: Segments  # of the whole pack, the padding tail being the last one
+    vision: VisionBatch | None  # None only where the model has no such tower
+    audio: AudioBatch | None
+    sample_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaRows:
+    """Tower outputs in tower-row order, not yet scattered. None where the model has no such tower."""
+
+    vision: Tensor | None  # [M_v + null rows, hidden]
+    deepstack: tuple[Tensor, ...]  # one per level, each like `vision`
+    audio: Tensor | None  # [M_a + null rows, hidden]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerms:
+    loss_sum: Tensor  # float32 scalar: sum of weight x cross entropy over the rows computed here
+    router_loss: Tensor  # float32 scalar: mean over MoE layers of the load-balancing loss of this pack; 0 if dense
+    expert_counts: Tensor  # int64 [num MoE layers, E]: valid tokens sent to each expert; [0, 0] if dense
+
+
+# ---------------------------------------------------------------------------------------- what a loader yields
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackStats:
+    """Counts of what was really loaded, for the metrics line."""
+
+    num_tokens: int = 0  # without padding
+    num_loss_tokens: int = 0
+    num_samples: int = 0
+    num_images: int = 0
+    video_frames: int = 0
+    audio_seconds: float = 0.0
+    load_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedPack:
+    index: int
+    batch: PackedBatch
+    weight_sum: float  # what the batch's loss weights add up to in float64
+    stats: PackStats
+    bad: tuple[BadSample, ...] = field(default=())  # samples whose slots became padding
+
+
+# ---------------------------------------------------------------------------------------- what trains beside a weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A low-rank addition to one weight, by parameter names: base + scaling x lora_b lora_a.
+
+    Of a linear `[out, in]`: `lora_a [rank, in]`, `lora_b [out, rank]`, `magnitude [out]` with DoRA. Of stacked experts
+    `[E, out, in]`: `lora_a [E, rank, in]`, `lora_b [E, out, rank]`.
+    """
+
+    base: str
+    lora_a: str
+    lora_b: str
+    magnitude: str | None
+    rank: int
+    alpha: float
+    dropout: float
+    rslora: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.lora_a, self.lora_b, self.magnitude) if name is not None)
+
+    @property
+    def scaling(self) -> float:
+        """Source: Hu et al. 2021 (arXiv 2106.09685); with `rslora` Kalajdzievski 2023 (arXiv 2312.03732)."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)

@@ -1,0 +1,294 @@
+"""One rank of the job that runs many layouts and compares each with a single model without any parallelism.
+
+Started by `test_layouts.py`; four ranks, gloo, CPU. Every rank computes the reference, rank 0 writes the comparison.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tiny_omni import Dims, make_config, make_model, make_pack, random_weights
+from torch.distributed.tensor import DTensor
+
+from omniloom.config import MemoryConfig, ParallelConfig
+from omniloom.models.omni import OmniModel
+from omniloom.models.qwen3_omni.config import Qwen3OmniConfig
+from omniloom.models.qwen3_omni.sharding import sharding
+from omniloom.parallel.apply import apply_parallelism, materialize
+from omniloom.parallel.encoder_pool import EncoderPool
+from omniloom.parallel.gradients import clip_gradients
+from omniloom.parallel.mesh import (
+    Degrees,
+    Layout,
+    Ranks,
+    build_layout,
+    close_distributed,
+    init_distributed,
+    resolve_degrees,
+)
+from omniloom.parallel.step import Objective, forward_backward
+from omniloom.plan import ShardingPlan
+from omniloom.types import PackedBatch
+
+ROUTER_COEFFICIENT = 0.05
+PACK_TOKENS = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One model, its packs, and what is frozen."""
+
+    dims: Dims = field(default_factory=Dims)
+    frozen: tuple[str, ...] = ()
+    seed: int = 0
+    shares_decoding: bool = False  # each rank of a group loads its own clips only
+    holds_values: bool = False  # sharded from full values instead of from meta
+
+    def packs(self, config: Qwen3OmniConfig, share: tuple[int, int] = (0, 1)) -> list[PackedBatch]:
+        """Full, without images, without any media, and empty: each data rank has to cope with what it gets."""
+        kinds: list[dict] = [
+            {"images": ((1, 4, 4), (2, 4, 6), (1, 2, 2)), "audio_frames": (20, 47, 3)},
+            {"audio_frames": (7,)},
+            {},
+            {"empty": True},
+        ]
+        return [
+            make_pack(config, seed=100 * self.seed + i, pack_tokens=PACK_TOKENS, share=share, **kind)
+            for i, kind in enumerate(kinds)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How far a layout is from the reference, relative."""
+
+    loss_error: float
+    router_error: float
+    norm_error: float
+    gradient_errors: dict[str, float]
+    missing: tuple[str, ...]
+
+    @property
+    def worst(self) -> tuple[float, str]:
+        return max((error, name) for name, error in self.gradient_errors.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    loss: float
+    router_loss: float
+    norm: float
+    gradients: dict[str, torch.Tensor]
+    objective: Objective
+
+
+def freeze(model: torch.nn.Module, prefixes: tuple[str, ...]) -> None:
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefixes):
+            parameter.requires_grad_(False)
+
+
+def make_reference(case: Case) -> OmniModel:
+    """A plain model, nothing sharded."""
+    config = make_config(case.dims)
+    model = make_model(config)
+    weights = random_weights(config, case.seed)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(weights[name])
+    freeze(model, case.frozen)
+    return model
+
+
+def run_reference(case: Case) -> Reference:
+    model = make_reference(case)
+    packs = case.packs(make_config(case.dims))
+    weight_sum = sum(float(pack.loss_weights.double().sum()) for pack in packs)
+    objective = Objective(weight_sum=weight_sum, num_packs=3, router_coefficient=ROUTER_COEFFICIENT)
+    loss = router_loss = 0.0
+    for pack in packs:
+        terms = model(pack)
+        objective.of_pack(terms).backward()
+        loss += terms.loss_sum.item() / weight_sum
+        router_loss += terms.router_loss.item()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm().item()
+    return Reference(loss=loss, router_loss=router_loss, norm=norm, gradients=gradients, objective=objective)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A model in its layout, with the weights of the case."""
+
+    model: OmniModel
+    layout: Layout
+    pool: EncoderPool
+    packs: list[PackedBatch]  # this rank's
+
+    def step(self, objective: Objective) -> list[float]:
+        """Gradients of one step; returns loss and router loss summed over all ranks."""
+        totals = torch.zeros(2, dtype=torch.float64)
+        for index, pack in enumerate(self.packs):
+            is_last = index == len(self.packs) - 1
+            terms = forward_backward(self.model, pack, self.layout, objective, self.pool, is_last=is_last)
+            totals += torch.stack([terms.loss_sum / objective.weight_sum, terms.router_loss]).double()
+        return self.layout.sum_over_ranks(totals).tolist()
+
+
+class Layouts:
+    """Makes each layout once: process groups have threads of their own, and dozens of layouts would have hundreds.
+
+    Leaving and joining again in one process is no way out: DTensor caches what it learnt of a mesh, group names
+    included, and equal meshes of two jobs are one to it.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._layouts: dict[Degrees, Layout] = {}
+        self._pools: dict[tuple[Degrees, str], EncoderPool] = {}
+
+    def get(self, parallel: ParallelConfig, plan: ShardingPlan) -> tuple[Layout, EncoderPool]:
+        degrees = resolve_degrees(parallel, self.ranks.world_size, packs_per_step=4)
+        if degrees not in self._layouts:
+            self._layouts[degrees] = build_layout(degrees, self.ranks)
+        layout, key = self._layouts[degrees], (degrees, parallel.encoder_pool)
+        if key not in self._pools:
+            self._pools[key] = EncoderPool(layout, plan, parallel.encoder_pool)
+        return layout, self._pools[key]
+
+
+def set_up(case: Case, parallel: ParallelConfig, memory: MemoryConfig, layouts: Layouts) -> Setup:
+    config = make_config(case.dims)
+    plan = sharding(config)
+    layout, pool = layouts.get(parallel, plan)
+    if case.holds_values:
+        model = make_reference(case)
+    else:
+        with torch.device("meta"):
+            model = make_model(config)
+        freeze(model, case.frozen)
+    apply_parallelism(model, layout, plan, parallel=parallel, memory=memory, compute_dtype=torch.float32)
+    if not case.holds_values:
+        materialize(model, layout)
+        load(model, random_weights(config, case.seed))
+    share = (layout.context_rank, layout.degrees.context) if case.shares_decoding else (0, 1)
+    return Setup(
+        model=model,
+        layout=layout,
+        pool=pool,
+        packs=case.packs(config, share)[layout.data_rank :: layout.data_world],
+    )
+
+
+def run_layout(
+    case: Case, parallel: ParallelConfig, memory: MemoryConfig, layouts: Layouts, reference: Reference
+) -> Outcome:
+    setup = set_up(case, parallel, memory, layouts)
+    loss, router_loss = setup.step(reference.objective)
+    max_norm = reference.norm / 2
+    norm = clip_gradients(setup.model.parameters(), max_norm, setup.layout.device).item()
+    errors, missing = {}, []
+    for name, expected in reference.gradients.items():
+        gradient = setup.model.get_parameter(name).grad
+        if gradient is None:
+            missing.append(name)
+            continue
+        found = gradient.full_tensor() * (norm / max_norm)
+        # a key bias shifts all scores of a query alike: its gradient is zero but for what rounding leaves of the terms
+        # that cancel, so it is measured against those of the key weights
+        like = name.replace("k_proj.bias", "k_proj.weight")
+        scale = max(reference.gradients[like].norm().item(), 1e-6 * reference.norm)
+        errors[name] = ((found - expected).norm() / scale).item()
+    return Outcome(
+        loss_error=abs(loss - reference.loss) / abs(reference.loss),
+        router_error=abs(router_loss - reference.router_loss) / abs(reference.router_loss),
+        norm_error=abs(norm - reference.norm) / reference.norm,
+        gradient_errors=errors,
+        missing=tuple(missing),
+    )
+
+
+def train(setup: Setup, objective: Objective, num_steps: int) -> list[float]:
+    """Losses of so many steps on the same packs."""
+    optimizer = torch.optim.AdamW(setup.model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
+    losses = []
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        losses.append(setup.step(objective)[0])
+        clip_gradients(setup.model.parameters(), 1.0, setup.layout.device)
+        optimizer.step()
+    return losses
+
+
+def train_reference(case: Case, objective: Objective, num_steps: int) -> list[float]:
+    config = make_config(case.dims)
+    model = make_reference(case)
+    packs = case.packs(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
+    losses = []
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        terms = [model(pack) for pack in packs]
+        sum(objective.of_pack(term) for term in terms).backward()
+        losses.append(sum(term.loss_sum.item() for term in terms) / objective.weight_sum)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return losses
+
+
+def load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Give every shard its part of the full values, without communication."""
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), name
+        local = parameter.to_local()
+        offsets, sizes = _box(parameter)
+        part = weights[name][tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
+        with torch.no_grad():
+            local.copy_(part)
+
+
+def _box(parameter: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offsets, sizes
+
+
+NUM_STEPS = 20
+TRAINED = ("fsdp4", "context2_expert2", "pool_of_all_hsdp_context2")
+
+
+def run_job(rank: int, world_size: int, port: int, cases: dict[str, tuple], result: str) -> None:
+    """Body of one process. `cases`: name -> (Case, ParallelConfig, MemoryConfig)."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    layouts = Layouts(init_distributed(timeout_seconds=300))
+    outcomes: dict[str, Outcome] = {}
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    references: dict[Case, Reference] = {}
+    for name, (case, parallel, memory) in cases.items():
+        if case not in references:
+            references[case] = run_reference(case)
+        outcomes[name] = run_layout(case, parallel, memory, layouts, references[case])
+    for name in filter(cases.__contains__, TRAINED):
+        case, parallel, memory = cases[name]
+        objective = references[case].objective
+        expected = train_reference(case, objective, NUM_STEPS)
+        curves[name] = (train(set_up(case, parallel, memory, layouts), objective, NUM_STEPS), expected)
+    if rank == 0:
+        torch.save((outcomes, curves), Path(result))
+    close_distributed()
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed test leaves no ranks behind that wait for each other and load the machine."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)

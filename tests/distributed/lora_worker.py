@@ -1,0 +1,192 @@
+"""One rank of the job that adapts a tiny model in several layouts and compares each with a plain model.
+
+Started by `test_lora_layouts.py`; two ranks, gloo, CPU. Every rank computes the reference.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tiny_omni import make_pack
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from omniloom.build import Workshop, build_model, load_weights, open_workshop
+from omniloom.checkpoint.adapters import fill
+from omniloom.checkpoint.hf import gather_full
+from omniloom.config import Config, LoraConfig, MemoryConfig, ModelConfig, ParallelConfig, PolicyRule
+from omniloom.models.omni import OmniModel
+from omniloom.parallel.encoder_pool import EncoderPool
+from omniloom.parallel.mesh import Ranks, build_layout, close_distributed, init_distributed, resolve_degrees
+from omniloom.parallel.step import Objective, forward_backward
+from omniloom.training.lora import find_dropouts, keyed_seed, merging
+from omniloom.types import PackedBatch
+
+PACK_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    lora: LoraConfig
+    experts: bool = True
+    recompute: bool = False
+    dtype: Literal["bf16", "float32"] = "float32"
+    parallel: ParallelConfig
+
+    def config(self, model: Path) -> Config:
+        policy = {
+            "text": PolicyRule(lora=self.lora),
+            "audio": PolicyRule(lora=self.lora),
+            "vision": PolicyRule(freeze=True),
+            "vision.merger": PolicyRule(freeze=False),
+            "lm_head": PolicyRule(freeze=True),
+        }
+        if not self.experts:
+            policy["text.experts"] = PolicyRule(freeze=True)
+        return Config(
+            model=ModelConfig(path=str(model), dtype=self.dtype),
+            policy=policy,
+            parallel=self.parallel,
+            memory=MemoryConfig(recompute="full" if self.recompute else "none"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    loss_error: float
+    gradient_errors: dict[str, float]
+    merged_error: float
+    frozen_with_gradient: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    loss: float
+    gradients: dict[str, Tensor]
+    merged: dict[str, Tensor]
+
+
+def make_packs(workshop: Workshop) -> list[PackedBatch]:
+    kinds: list[dict] = [{"images": ((1, 4, 4),), "audio_frames": (20, 7)}, {"audio_frames": (30,)}]
+    return [
+        make_pack(workshop.family, seed=i, pack_tokens=PACK_TOKENS, num_samples=2, **kind)
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def load(workshop: Workshop, model: OmniModel) -> None:
+    """The published weights; adapters away from where they start, so that both factors have gradients."""
+    load_weights(workshop, model)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for adapter in workshop.adapters:
+            shape = parameters[adapter.lora_b].shape
+            generator = torch.Generator().manual_seed(keyed_seed(adapter.lora_b))
+            fill(parameters[adapter.lora_b], 0.1 * torch.randn(shape, generator=generator))
+
+
+def merged_weights(workshop: Workshop, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    gather = merging(gather_full(parameters), workshop.adapters)
+    return {adapter.base: gather(adapter.base) for adapter in workshop.adapters}
+
+
+def run_reference(workshop: Workshop, objective: Objective) -> Reference:
+    with torch.device("meta"):
+        model = workshop.build()
+    load(workshop, model)
+    model.eval()
+    policies = workshop.policies([name for name, _ in model.named_parameters()])
+    loss = 0.0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(policies[name].trainable)
+    for pack in make_packs(workshop):
+        terms = model(pack)
+        objective.of_pack(terms).backward()
+        loss += terms.loss_sum.item()
+    return Reference(
+        loss=loss,
+        gradients={name: p.grad for name, p in model.named_parameters() if p.requires_grad},
+        merged=merged_weights(workshop, dict(model.named_parameters())),
+    )
+
+
+def run_case(case: Case, model_dir: Path, ranks: Ranks) -> Outcome:
+    workshop = open_workshop(case.config(model_dir))
+    weight_sum = sum(float(pack.loss_weights.double().sum()) for pack in make_packs(workshop))
+    objective = Objective(weight_sum=weight_sum, num_packs=2)
+    expected = run_reference(workshop, objective)
+    layout = build_layout(resolve_degrees(case.parallel, ranks.world_size, packs_per_step=2), ranks)
+    model, _ = build_model(workshop, layout)
+    load(workshop, model)
+    model.eval()
+    pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), case.parallel.encoder_pool)
+    packs = make_packs(workshop)[layout.data_rank :: layout.data_world]
+    total = torch.zeros(1, dtype=torch.float64)
+    for number, pack in enumerate(packs):
+        terms = forward_backward(model, pack, layout, objective, pool, is_last=number == len(packs) - 1)
+        total += terms.loss_sum.double()
+    layout.sum_over_ranks(total)
+    parameters = dict(model.named_parameters())
+    assert all(isinstance(parameter, DTensor) for parameter in parameters.values())
+    norm = torch.stack([gradient.norm() for gradient in expected.gradients.values()]).norm()
+    errors = {}
+    for name, gradient in expected.gradients.items():
+        found = parameters[name].grad
+        assert found is not None, f"{name} has no gradient"
+        errors[name] = ((found.full_tensor() - gradient).norm() / max(gradient.norm(), 1e-6 * norm)).item()
+    merged = merged_weights(workshop, parameters)
+    return Outcome(
+        loss_error=abs(total.item() - expected.loss) / abs(expected.loss),
+        gradient_errors=errors,
+        merged_error=max((merged[name] - value).abs().max().item() for name, value in expected.merged.items()),
+        frozen_with_gradient=tuple(n for n, p in parameters.items() if n not in errors and p.grad is not None),
+    )
+
+
+def repeat_with_dropout(case: Case, model_dir: Path, ranks: Ranks) -> list[float]:
+    """Losses of the same keys twice, and of another key; recomputing blocks and dropping out."""
+    case = replace(case, lora=replace(case.lora, dropout=0.3), recompute=True)
+    workshop = open_workshop(case.config(model_dir))
+    layout = build_layout(resolve_degrees(case.parallel, ranks.world_size, packs_per_step=2), ranks)
+    model, _ = build_model(workshop, layout)
+    load(workshop, model)
+    pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), case.parallel.encoder_pool)
+    packs = make_packs(workshop)[layout.data_rank :: layout.data_world]
+    found = []
+    for step in (1, 1, 2):
+        total = torch.zeros(1, dtype=torch.float64)
+        for number, pack in enumerate(packs):
+            for dropout in find_dropouts(model):
+                dropout.key = (0, step, number)
+            objective = Objective(weight_sum=1.0, num_packs=2)
+            terms = forward_backward(model, pack, layout, objective, pool, is_last=number == len(packs) - 1)
+            total += terms.loss_sum.double()
+        layout.sum_over_ranks(total)
+        found.append(total.item())
+    return found
+
+
+def run_job(
+    rank: int,
+    world_size: int,
+    port: int,
+    cases: dict[str, Case],
+    dropping: dict[str, Case],
+    model_dir: str,
+    result: str,
+) -> None:
+    """Body of one process."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    ranks = init_distributed(timeout_seconds=120)
+    outcomes = {name: run_case(case, Path(model_dir), ranks) for name, case in cases.items()}
+    dropped = {name: repeat_with_dropout(case, Path(model_dir), ranks) for name, case in dropping.items()}
+    if rank == 0:
+        torch.save((outcomes, dropped), Path(result))
+    close_distributed()

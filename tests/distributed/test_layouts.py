@@ -1,0 +1,113 @@
+"""The layout does not change the answer: every axis and the products users combine, against one model on one rank.
+
+One job of four gloo ranks runs all layouts (`layout_worker.py`); starting processes costs more than running them.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from layout_worker import TRAINED, Case, Outcome, run_job
+from tiny_omni import Dims
+
+from omniloom.config import MemoryConfig, ParallelConfig
+
+WORLD = 4
+LOSS_BOUND = 1e-5  # DESIGN: rounding of float32 sums taken in another order
+GRADIENT_BOUND = 1e-4
+
+ODD = Dims(
+    hidden_size=20,  # multiples of 4: grouped GEMM wants rows of whole 16 bytes
+    heads=4,
+    key_value_heads=1,
+    num_layers=3,
+    num_experts=6,
+    experts_per_tok=1,
+    moe_width=4,
+    vision_hidden=24,
+    vision_depth=3,
+    deepstack=(0, 2),
+    audio_width=10,
+    vocab_size=53,
+)
+TIED = Dims(tie=True, num_experts=8, experts_per_tok=3, key_value_heads=4)
+
+LAYOUTS = {
+    "fsdp4": {},
+    "hsdp2x2": {"replicate": 2},
+    "replicate4": {"replicate": 4},
+    "fsdp2_context2": {"context": 2},
+    "context4": {"context": 4},
+    "fsdp2_expert2": {"expert": 2},
+    "expert4": {"expert": 4},
+    "context2_expert2": {"context": 2, "expert": 2},
+    "context2_expert4": {"context": 2, "expert": 4},
+    "context4_expert2": {"context": 4, "expert": 2},
+    "hsdp_expert2": {"replicate": 2, "expert": 2},
+    "hsdp_context2": {"replicate": 2, "context": 2},
+    "hsdp_context2_expert2": {"replicate": 2, "context": 2, "expert": 2},
+}
+
+
+def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
+    plain = MemoryConfig()
+    cases = {name: (Case(), ParallelConfig(**axes), plain) for name, axes in LAYOUTS.items()}
+    for name in ("fsdp4", "context4", "context2_expert2", "hsdp_context2"):
+        cases[f"odd_{name}"] = (Case(dims=ODD, seed=1), ParallelConfig(**LAYOUTS[name]), plain)
+    for name in ("hsdp2x2", "expert4"):
+        cases[f"tied_{name}"] = (Case(dims=TIED, seed=2), ParallelConfig(**LAYOUTS[name]), plain)
+    frozen_towers = Case(frozen=("vision.", "audio."), seed=3)
+    frozen_below = Case(frozen=("vision.patch", "vision.pos", "vision.layers", "audio.stem", "text."), seed=4)
+    for name in ("fsdp4", "context2_expert2"):
+        cases[f"frozen_towers_{name}"] = (frozen_towers, ParallelConfig(**LAYOUTS[name]), plain)
+        cases[f"frozen_below_{name}"] = (frozen_below, ParallelConfig(**LAYOUTS[name]), plain)
+        cases[f"recompute_{name}"] = (Case(), ParallelConfig(**LAYOUTS[name]), MemoryConfig(recompute="full"))
+    for name in ("context2", "context4", "hsdp_context2"):
+        axes = {**LAYOUTS.get(name, {"context": 2}), "encoder_pool": "group"}
+        cases[f"clips_shared_{name}"] = (Case(shares_decoding=True), ParallelConfig(**axes), plain)
+    for name in ("fsdp4", "fsdp2_context2", "hsdp_context2"):
+        axes = {**LAYOUTS[name], "encoder_pool": "data"}
+        cases[f"pool_of_all_{name}"] = (Case(shares_decoding=True), ParallelConfig(**axes), plain)
+    axes = {"context": 2, "encoder_pool": "data"}
+    cases["pool_of_all_frozen"] = (replace(frozen_below, shares_decoding=True), ParallelConfig(**axes), plain)
+    cases["from_values"] = (Case(holds_values=True), ParallelConfig(context=2, expert=2), plain)
+    cases["no_reshard"] = (Case(), ParallelConfig(reshard_after_forward=False, prefetch=2), plain)
+    cases["reshard_to_pairs"] = (Case(), ParallelConfig(reshard_after_forward=2, prefetch=0), plain)
+    cases["cpu_offload"] = (Case(), ParallelConfig(cpu_offload=True), plain)
+    return cases
+
+
+Results = tuple[dict[str, Outcome], dict[str, tuple[list[float], list[float]]]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    result = tmp_path_factory.mktemp("layouts") / "results.pt"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(run_job, (WORLD, port, make_cases(), str(result)), nprocs=WORLD)
+    return torch.load(Path(result), weights_only=False)
+
+
+@pytest.mark.parametrize("name", make_cases())
+def test_layout_does_not_change_loss_norm_or_any_gradient(results: Results, name: str) -> None:
+    outcome = results[0][name]
+    assert not outcome.missing, f"no gradient at all for {outcome.missing[:3]}"
+    assert outcome.loss_error < LOSS_BOUND
+    assert outcome.router_error < LOSS_BOUND
+    assert outcome.norm_error < LOSS_BOUND
+    assert outcome.worst[0] < GRADIENT_BOUND, outcome.worst
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_layout_does_not_change_the_first_twenty_losses(results: Results, name: str) -> None:
+    found, expected = results[1][name]
+    assert len(expected) == 20
+    assert expected[-1] < expected[0]
+    assert found == pytest.approx(expected, rel=LOSS_BOUND)

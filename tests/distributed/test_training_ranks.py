@@ -1,0 +1,89 @@
+"""The same command on 1, 2 and 4 ranks draws one loss curve, on mixed media and with a bad row among them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from omniloom.tools.tiny import make_tiny
+from omniloom.training.metrics import read_metrics
+from tests.mixed_rows import write_rows
+
+STEPS = 20
+# DESIGN: loss within 1e-5 relative for the first 20 steps; sums over ranks round differently, nothing else may differ
+TOLERANCE = 1e-5
+
+
+LAYOUTS = {
+    "1 rank": (1, ()),
+    "2 ranks": (2, ()),
+    "4 ranks": (4, ()),
+    "context 2 x expert 2": (2, ("parallel.context=2", "parallel.expert=2")),
+    "replicate 2, pool of all": (2, ("parallel.replicate=2", "parallel.encoder_pool=data")),
+}
+MANY = [name for name in LAYOUTS if name != "1 rank"]
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory) -> dict[str, list[dict]]:
+    """metrics.jsonl of every layout, on rows one of which has no image and one a broken one, evaluated on the same."""
+    folder = tmp_path_factory.mktemp("ranks")
+    model = make_tiny("qwen3_omni", folder / "model")
+    rows = write_rows(folder)
+    whole = (folder / "7.png").read_bytes()
+    (folder / "7.png").write_bytes(whole[: len(whole) // 2])  # its header is sound, so it fails after planning
+    found = {}
+    for name, (nproc, extra) in LAYOUTS.items():
+        run_dir = folder / name.replace(" ", "_").replace(",", "")
+        command = [
+            *(sys.executable, "-m", "omniloom.cli", "train", "--nproc", str(nproc)),
+            *(f"model.path={model}", f"data.train={rows}", f"train.run_dir={run_dir}", f"train.steps={STEPS}"),
+            *("train.packs_per_step=4", "data.pack_tokens=256", "data.max_bad_fraction=0.3", "data.workers=0"),
+            *("train.learning_rate=1e-3", "train.router_loss=0.02", "model.dtype=float32", "checkpoint.every=0"),
+            *("data.image.max_pixels=4096", "checkpoint.export=false", "log.tensorboard=false"),
+            *(f"data.eval={rows}", "train.eval_every=10", "train.eval_answers=6", "train.eval_answer_tokens=6", *extra),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[name] = read_metrics(run_dir / "metrics.jsonl")
+        bad = (run_dir / "bad_samples.jsonl").read_text()
+        assert "missing.png" in bad
+        assert "7.png" in bad
+    return found
+
+
+@pytest.mark.parametrize("layout", MANY)
+def test_the_layout_does_not_change_the_loss_curve(curves, layout) -> None:
+    for one, many in zip(curves["1 rank"], curves[layout], strict=True):
+        assert many["loss"] == pytest.approx(one["loss"], rel=TOLERANCE), one["step"]
+        assert many["router_loss"] == pytest.approx(one["router_loss"], rel=TOLERANCE), one["step"]
+        assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4), one["step"]
+
+
+@pytest.mark.parametrize("layout", MANY)
+def test_every_layout_sees_the_same_data(curves, layout) -> None:
+    keys = ("num_tokens", "num_loss_tokens", "num_samples", "num_images", "audio_seconds", "num_bad_samples")
+    for one, many in zip(curves["1 rank"], curves[layout], strict=True):
+        assert {key: one[key] for key in keys} == {key: many[key] for key in keys}
+
+
+def test_training_moves_the_loss(curves) -> None:
+    assert curves["1 rank"][-1]["loss"] < 0.9 * curves["1 rank"][0]["loss"]
+
+
+@pytest.mark.parametrize("layout", MANY)
+def test_the_layout_does_not_change_the_evaluation(curves, layout) -> None:
+    theirs, ours = (
+        [{key: value for key, value in line.items() if key.startswith("eval_")} for line in curves[name]]
+        for name in (layout, "1 rank")
+    )
+    assert sum("eval_loss.audio" in figures and "eval_cer" in figures for figures in ours) == STEPS // 10
+    for one, many in zip(ours, theirs, strict=True):  # error rates are equal only where the answers are
+        assert many == pytest.approx(one, rel=TOLERANCE)
+
+
+def test_the_rate_is_never_zero_and_failed_samples_are_counted(curves) -> None:
+    assert all(line["learning_rate"] > 0 for line in curves["1 rank"])
+    assert sum(line["num_bad_samples"] for line in curves["1 rank"]) >= 2

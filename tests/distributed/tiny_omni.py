@@ -1,0 +1,180 @@
+"""Tiny Qwen3-Omni models with random odd dims, and packs for them; float32, on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from omniloom.models.audio import AudioTowerConfig, audio_batch
+from omniloom.models.decoder import DecoderConfig
+from omniloom.models.omni import OmniModel
+from omniloom.models.qwen3_omni.config import Qwen3OmniConfig
+from omniloom.models.qwen3_omni.model import build
+from omniloom.models.vision import VisionTowerConfig, vision_batch
+from omniloom.types import IGNORE_LABEL, AudioClip, PackedBatch, Segments, VisionClip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dims:
+    """What varies between the models of a test. Odd on purpose: nothing may depend on powers of two."""
+
+    hidden_size: int = 24
+    heads: int = 4
+    key_value_heads: int = 2
+    num_layers: int = 2
+    num_experts: int = 4
+    experts_per_tok: int = 2
+    moe_width: int = 12
+    vision_hidden: int = 16
+    vision_depth: int = 2
+    deepstack: tuple[int, ...] = (0,)
+    audio_width: int = 12
+    vocab_size: int = 61
+    tie: bool = False
+
+
+def make_config(dims: Dims) -> Qwen3OmniConfig:
+    return Qwen3OmniConfig(
+        vision=VisionTowerConfig(
+            depth=dims.vision_depth,
+            hidden_size=dims.vision_hidden,
+            hidden_act="gelu_pytorch_tanh",
+            intermediate_size=20,
+            num_heads=2,
+            in_channels=3,
+            patch_size=2,
+            temporal_patch_size=2,
+            spatial_merge_size=2,
+            out_hidden_size=dims.hidden_size,
+            num_position_embeddings=25,
+            deepstack_visual_indexes=dims.deepstack,
+            rope_theta=10_000.0,
+        ),
+        audio=AudioTowerConfig(
+            num_mel_bins=8,
+            encoder_layers=2,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=14,
+            d_model=dims.audio_width,
+            activation_function="gelu",
+            n_window=8,
+            n_window_infer=32,
+            output_dim=dims.hidden_size,
+            downsample_hidden_size=3,
+        ),
+        text=DecoderConfig(
+            vocab_size=dims.vocab_size,
+            hidden_size=dims.hidden_size,
+            intermediate_size=28,
+            num_hidden_layers=dims.num_layers,
+            num_attention_heads=dims.heads,
+            num_key_value_heads=dims.key_value_heads,
+            head_dim=8,
+            hidden_act="silu",
+            rms_norm_eps=1e-6,
+            attention_biases=(False, False, False, False),
+            qk_norm=True,
+            rope_theta=1e4,
+            mrope_section=(2, 1, 1),
+            mrope_layout="interleaved",
+            tie_word_embeddings=dims.tie,
+            num_experts=dims.num_experts,
+            num_experts_per_tok=dims.experts_per_tok,
+            moe_intermediate_size=dims.moe_width,
+        ),
+        image_token_id=1,
+        video_token_id=2,
+        audio_token_id=3,
+        vision_start_token_id=4,
+        audio_start_token_id=5,
+        position_id_per_seconds=13,
+    )
+
+
+def make_model(config: Qwen3OmniConfig) -> OmniModel:
+    """On the current default device, values undefined."""
+    return build(config)
+
+
+def random_weights(config: Qwen3OmniConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Values by parameter name, spread wide enough that a router's choices are far from ties."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        model = make_model(config)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            weights[name] = 1.0 + 0.1 * noise if name.endswith("norm.weight") else 0.3 * noise
+        else:
+            scale = 4.0 if name.endswith("router.weight") else 1.0
+            weights[name] = scale * noise * parameter[0].numel() ** -0.5 if parameter.ndim == 2 else noise * 0.3
+    return weights
+
+
+def make_pack(
+    config: Qwen3OmniConfig,
+    *,
+    seed: int,
+    pack_tokens: int,
+    images: tuple[tuple[int, int, int], ...] = (),
+    audio_frames: tuple[int, ...] = (),
+    num_samples: int = 3,
+    empty: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> PackedBatch:
+    """A pack of random samples whose media tokens lie anywhere; `images` are grids, `audio_frames` mel lengths.
+
+    `empty`: nothing but padding. `share` (r, n): only every n-th clip, from the r-th on, as a rank loads it that
+    decodes a share of the clips.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = 0 if empty else pack_tokens - int(torch.randint(3, 9, (), generator=generator))
+    rows_of_image = [t * h * w // 4 for t, h, w in images]
+    rows_of_audio = [_audio_rows(config, frames) for frames in audio_frames]
+    places = torch.randperm(num_tokens, generator=generator)[: sum(rows_of_image) + sum(rows_of_audio)]
+    assert len(places) == sum(rows_of_image) + sum(rows_of_audio), "media do not fit into the pack"
+    split = places.split([*rows_of_image, *rows_of_audio])
+    vision = [
+        VisionClip(
+            patches=torch.randn(t * h * w, config.vision.patch_dim, generator=generator),
+            grid_thw=(t, h, w),
+            token_index=index.sort().values,
+        )
+        for (t, h, w), index in zip(images, split, strict=False)
+    ]
+    audio = [
+        AudioClip(
+            features=torch.randn(config.audio.num_mel_bins, frames, generator=generator),
+            token_index=index.sort().values,
+        )
+        for frames, index in zip(audio_frames, split[len(images) :], strict=True)
+    ]
+    valid = torch.arange(pack_tokens) < num_tokens
+    labels = torch.randint(0, config.text.vocab_size, (pack_tokens,), generator=generator)
+    weights = torch.rand(pack_tokens, generator=generator) + 0.5
+    trained = valid & (torch.rand(pack_tokens, generator=generator) < 0.6)
+    weights = weights * trained
+    cuts = torch.randperm(max(num_tokens - 1, 0), generator=generator)[: max(num_samples - 1, 0)].sort().values + 1
+    bounds = [0, *(cuts.tolist() if not empty else []), num_tokens, pack_tokens]
+    bounds = sorted(set(bounds))
+    cu_seqlens = torch.tensor([*bounds, pack_tokens, pack_tokens], dtype=torch.int32)
+    position_ids = torch.cat([torch.arange(end - start) for start, end in pairwise(bounds)])
+    return PackedBatch(
+        input_ids=torch.randint(0, config.text.vocab_size, (pack_tokens,), generator=generator),
+        labels=torch.where(trained, labels, IGNORE_LABEL),
+        loss_weights=weights,
+        loss_index=weights.nonzero().squeeze(1),
+        position_ids=position_ids.expand(3, -1).contiguous(),
+        is_padding=~valid,
+        segments=Segments(cu_seqlens=cu_seqlens, max_length=max(b - a for a, b in pairwise(bounds))),
+        vision=vision_batch(vision[share[0] :: share[1]], config.vision),
+        audio=audio_batch(audio[share[0] :: share[1]], config.audio),
+    )
+
+
+def _audio_rows(config: Qwen3OmniConfig, frames: int) -> int:
+    whole, rest = divmod(frames, config.audio.chunk_frames)
+    return whole * config.audio.chunk_rows + -(-rest // 8)

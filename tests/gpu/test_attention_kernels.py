@@ -1,0 +1,46 @@
+"""Attention kernels that only a GPU has, against the reference on the same GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from omniloom.ops.attention import segment_attention, segment_attention_reference
+from omniloom.types import Segments
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("kernel", "dtype"), [("flash", torch.bfloat16), ("eager", torch.float32)])
+@pytest.mark.parametrize(("heads", "key_value_heads", "head_dim"), [(8, 2, 128), (16, 16, 72), (20, 20, 64)])
+def test_output_and_gradients_equal_the_reference(kernel, dtype, causal, heads, key_value_heads, head_dim):
+    generator = torch.Generator("cuda").manual_seed(0)
+    bounds = torch.tensor([0, 1, 300, 300, 301, 1100, 1100, 1100], dtype=torch.int32, device="cuda")
+    segments = Segments(cu_seqlens=bounds, max_length=799)
+    q, k, v = (
+        torch.randn(1100, count, head_dim, device="cuda", generator=generator).to(dtype).requires_grad_()
+        for count in (heads, key_value_heads, key_value_heads)
+    )
+    out = segment_attention(q, k, v, segments, causal=causal, kernel=kernel)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    wanted = segment_attention_reference(*exact, segments, causal=causal)
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-4  # 8 bits of mantissa; TF32 is off by default
+    assert (out - wanted).norm() < tolerance * wanted.norm()
+    upstream = torch.randn(out.shape, device="cuda", generator=generator)
+    got = torch.autograd.grad(out, (q, k, v), upstream.to(dtype))
+    for a, b in zip(got, torch.autograd.grad(wanted, exact, upstream), strict=True):
+        assert (a.float() - b).norm() < tolerance * b.norm()
+
+
+def test_attention_never_waits_for_the_device():
+    bounds = torch.tensor([0, 100, 256], dtype=torch.int32, device="cuda")
+    segments = Segments(cu_seqlens=bounds, max_length=156)
+    q = torch.randn(256, 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    segment_attention(q, q, q, segments, causal=True, kernel="auto").sum().backward()  # first-use set-up may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for kernel in ("flash", "eager"):
+            segment_attention(q, q, q, segments, causal=True, kernel=kernel).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,154 @@
+"""Random tiny Qwen3-VL models, dense and with experts, and rows for them; what `builders.py` is for Qwen3-Omni."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omniloom.types import IGNORE_LABEL, VisionClip
+from tests.parity.builders import NUM_WORDS, VOCAB_SIZE, Sample, randomise
+
+TOKENS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+
+
+def random_config(rng: random.Random, *, experts: bool) -> dict[str, Any]:
+    """A config.json of odd sizes, in the published spelling."""
+    num_layers, depth, vision_heads = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 3)
+    sections, key_value_heads = [rng.randint(1, 3) for _ in range(3)], rng.randint(1, 2)
+    hidden_size, num_experts = 8 * rng.randint(2, 4), rng.randint(2, 6)
+    kind = "qwen3_vl_moe" if experts else "qwen3_vl"
+    text = {
+        "model_type": f"{kind}_text",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * rng.randint(3, 9),
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": key_value_heads * rng.randint(1, 3),
+        "num_key_value_heads": key_value_heads,
+        "head_dim": 2 * sum(sections),
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": sections, "rope_type": "default"},
+        "attention_bias": rng.random() < 0.3,
+        "hidden_act": "silu",
+    }
+    if experts:
+        text |= {
+            # never such that a stacked weight is square: its layout could not be told
+            "moe_intermediate_size": hidden_size + 8 * rng.randint(1, 3),
+            "num_experts": num_experts,
+            "num_experts_per_tok": rng.randint(1, min(3, num_experts)),
+            "norm_topk_prob": True,
+            "decoder_sparse_step": rng.choice([1, 1, 2]),
+            "mlp_only_layers": [layer for layer in range(num_layers) if rng.random() < 0.2],
+        }
+    vision = {
+        "model_type": kind,  # as published: the tower calls itself by the model's name
+        "depth": depth,
+        "hidden_size": vision_heads * 4 * rng.randint(1, 3),
+        "hidden_act": "gelu_pytorch_tanh",
+        "intermediate_size": 4 * rng.randint(3, 7),
+        "num_heads": vision_heads,
+        "in_channels": 3,
+        "patch_size": rng.randint(2, 4),
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "out_hidden_size": hidden_size,
+        "num_position_embeddings": rng.randint(2, 7) ** 2,
+        "deepstack_visual_indexes": sorted(rng.sample(range(depth), rng.randint(0, min(depth, num_layers)))),
+    }
+    return {
+        "model_type": kind,
+        "architectures": [f"Qwen3VL{'Moe' if experts else ''}ForConditionalGeneration"],
+        "tie_word_embeddings": rng.random() < 0.5,
+        "text_config": text,
+        "vision_config": vision,
+        **TOKENS,
+    }
+
+
+def reference_model(config_json: Mapping[str, Any], *, seed: int = 0, attention: str = "eager") -> Any:
+    """transformers' model with random weights."""
+    import copy
+
+    import transformers
+
+    name = config_json["architectures"][0]
+    settings = getattr(transformers, name.replace("ForConditionalGeneration", "Config")).from_dict(
+        copy.deepcopy(dict(config_json))
+    )
+    settings._attn_implementation = attention
+    model = randomise(getattr(transformers, name)(settings), seed)
+    model.tie_weights()
+    return model
+
+
+def random_sample(rng: random.Random, reference: Any, media: Sequence[str] = (), *, seed: int = 0) -> Sample:
+    """A row with the given images and videos in order, words between them; each grid of a video stands alone."""
+    generator = torch.Generator().manual_seed(seed)
+    vision = reference.config.vision_config
+    tokens = [1, *_words(rng, 5)]
+    images: list[VisionClip] = []
+    videos: list[VisionClip] = []
+    start, end = TOKENS["vision_start_token_id"], TOKENS["vision_end_token_id"]
+    for kind in media:
+        grid = (1 if kind == "image" else rng.randint(1, 3), 2 * rng.randint(1, 4), 2 * rng.randint(1, 4))
+        per_grid = grid[1] * grid[2] // 4
+        rows: list[int] = []
+        if kind == "video":
+            tokens.append(start)
+        for _ in range(grid[0]):
+            tokens += _words(rng, 3) if kind == "video" else []  # the time
+            tokens.append(start)
+            rows += range(len(tokens), len(tokens) + per_grid)
+            tokens += [TOKENS[f"{kind}_token_id"]] * per_grid + [end]
+        if kind == "video":
+            tokens.append(end)
+        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        patches = torch.randn(grid[0] * grid[1] * grid[2], patch_dim, generator=generator)
+        clip = VisionClip(patches=patches, grid_thw=grid, token_index=torch.tensor(rows))
+        (images if kind == "image" else videos).append(clip)
+        tokens += _words(rng, 4)
+    ids = torch.tensor(tokens)
+    labels = torch.cat((ids[1:], torch.tensor([IGNORE_LABEL])))
+    trained = torch.tensor([place == 0 or rng.random() < 0.6 for place in range(len(tokens))]) & (labels >= 0)
+    weights = torch.tensor([rng.choice([0.25, 1.0, 2.0]) for _ in tokens])
+    inputs = _media_inputs(ids, images, videos)
+    grids = {key: value for key, value in inputs.items() if key.endswith("grid_thw")}
+    positions, _ = reference.model.get_rope_index(ids[None], inputs["mm_token_type_ids"], **grids)
+    return Sample(
+        input_ids=ids,
+        labels=torch.where(trained, labels, IGNORE_LABEL),
+        loss_weights=torch.where(trained, weights, 0.0),
+        position_ids=positions[:, 0],
+        images=tuple(images),
+        videos=tuple(videos),
+    )
+
+
+def _words(rng: random.Random, most: int) -> list[int]:
+    return [rng.randrange(1, NUM_WORDS) for _ in range(rng.randint(1, most))]
+
+
+def _media_inputs(ids: Tensor, images: Sequence[VisionClip], videos: Sequence[VisionClip]) -> dict[str, Tensor]:
+    kinds = (ids == TOKENS["image_token_id"]).long() + 2 * (ids == TOKENS["video_token_id"]).long()
+    inputs = {"mm_token_type_ids": kinds[None]}
+    for clips, values, grids in (
+        (images, "pixel_values", "image_grid_thw"),
+        (videos, "pixel_values_videos", "video_grid_thw"),
+    ):
+        if clips:
+            inputs[values] = torch.cat([clip.patches for clip in clips])
+            inputs[grids] = torch.tensor([clip.grid_thw for clip in clips])
+    return inputs
+
+
+def reference_logits(reference: Any, sample: Sample) -> Any:
+    """transformers' output for one row; it finds the positions itself."""
+    reference.model.rope_deltas = None
+    inputs = _media_inputs(sample.input_ids, sample.images, sample.videos)
+    return reference(input_ids=sample.input_ids[None], use_cache=False, **inputs)

@@ -1,0 +1,216 @@
+"""Dims of every published size, as their config.json have them (what concerns the thinker), and parameters in billions.
+
+Totals are those that the model pages show for what is here; of the omni models, whose pages count the talker too, only
+the components are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    config: dict[str, Any]
+    billions: str | None  # as shown
+
+
+def _vl_vision(kind: str, out: int, *, small: bool) -> dict[str, Any]:
+    dims = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+    if not small:
+        dims = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
+    return {
+        **dims,
+        "hidden_act": "gelu_pytorch_tanh",
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "model_type": kind,
+        "num_heads": 16,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": out,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+
+
+def _vl(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    *,
+    kv_heads: int = 8,
+    experts: dict[str, Any] | None = None,
+    tied: bool = False,
+    small: bool = False,
+) -> dict[str, Any]:
+    kind = "qwen3_vl" if experts is None else "qwen3_vl_moe"
+    return {
+        "architectures": [f"Qwen3VL{'' if experts is None else 'Moe'}ForConditionalGeneration"],
+        "image_token_id": 151655,
+        "model_type": kind,
+        "text_config": {
+            "attention_bias": False,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "max_position_embeddings": 262144,
+            "model_type": f"{kind}_text",
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": kv_heads,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "rope_theta": 5000000,
+            "vocab_size": 151936,
+            **(experts or {}),
+        },
+        "tie_word_embeddings": tied,
+        "video_token_id": 151656,
+        "vision_config": _vl_vision(kind, hidden, small=small),
+        "vision_end_token_id": 151653,
+        "vision_start_token_id": 151652,
+    }
+
+
+def _experts(width: int) -> dict[str, Any]:
+    return {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": width,
+        "norm_topk_prob": True,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    }
+
+
+def _qwen2_5_omni(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab_size: int
+) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2_5OmniModel"],
+        "model_type": "qwen2_5_omni",
+        "thinker_config": {
+            "audio_config": {
+                "activation_function": "gelu",
+                "d_model": 1280,
+                "encoder_attention_heads": 20,
+                "encoder_ffn_dim": 5120,
+                "encoder_layers": 32,
+                "max_source_positions": 1500,
+                "model_type": "qwen2_5_omni_audio_encoder",
+                "n_window": 100,
+                "num_mel_bins": 128,
+                "output_dim": hidden,
+            },
+            "audio_end_token_id": 151648,
+            "audio_start_token_id": 151647,
+            "audio_token_index": 151646,
+            "image_token_index": 151655,
+            "model_type": "qwen2_5_omni_thinker",
+            "position_id_per_seconds": 25,
+            "seconds_per_chunk": 2,
+            "text_config": {
+                "hidden_act": "silu",
+                "hidden_size": hidden,
+                "intermediate_size": intermediate,
+                "max_position_embeddings": 32768,
+                "model_type": "qwen2_5_omni_text",
+                "num_attention_heads": heads,
+                "num_hidden_layers": layers,
+                "num_key_value_heads": kv_heads,
+                "rms_norm_eps": 1e-06,
+                "rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"},
+                "rope_theta": 1000000.0,
+                "use_sliding_window": False,
+                "vocab_size": vocab_size,
+            },
+            "video_token_index": 151656,
+            "vision_config": {
+                "depth": 32,
+                "embed_dim": 1280,
+                "fullatt_block_indexes": [7, 15, 23, 31],
+                "hidden_act": "silu",
+                "hidden_size": 1280,
+                "in_chans": 3,
+                "intermediate_size": 3420,
+                "model_type": "qwen2_5_omni_vision_encoder",
+                "num_heads": 16,
+                "out_hidden_size": hidden,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "window_size": 112,
+            },
+            "vision_end_token_id": 151653,
+            "vision_start_token_id": 151652,
+        },
+    }
+
+
+_QWEN3_OMNI_30B = {
+    "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+    "model_type": "qwen3_omni_moe",
+    "thinker_config": {
+        "audio_config": {
+            "activation_function": "gelu",
+            "conv_chunksize": 500,
+            "d_model": 1280,
+            "downsample_hidden_size": 480,
+            "encoder_attention_heads": 20,
+            "encoder_ffn_dim": 5120,
+            "encoder_layers": 32,
+            "max_source_positions": 1500,
+            "model_type": "qwen3_omni_moe_audio_encoder",
+            "n_window": 50,
+            "n_window_infer": 800,
+            "num_mel_bins": 128,
+            "output_dim": 2048,
+        },
+        "audio_start_token_id": 151669,
+        "audio_token_id": 151675,
+        "image_token_id": 151655,
+        "model_type": "qwen3_omni_moe_thinker",
+        "position_id_per_seconds": 13,
+        "text_config": {
+            "attention_bias": False,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "intermediate_size": 768,
+            "max_position_embeddings": 65536,
+            "model_type": "qwen3_omni_moe_text",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {"interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "rope_theta": 1000000,
+            "vocab_size": 152064,
+            **_experts(768),
+        },
+        "video_token_id": 151656,
+        "vision_config": {
+            **_vl_vision("qwen3_omni_moe_vision_encoder", 2048, small=False),
+            "image_size": 768,
+        },
+        "vision_start_token_id": 151652,
+    },
+}
+
+PUBLISHED = {
+    "Qwen3-VL-2B": Published(config=_vl(2048, 6144, 28, 16, tied=True, small=True), billions="2.1"),
+    "Qwen3-VL-4B": Published(config=_vl(2560, 9728, 36, 32, tied=True, small=True), billions="4.4"),
+    "Qwen3-VL-8B": Published(config=_vl(4096, 12288, 36, 32), billions="8.8"),
+    "Qwen3-VL-32B": Published(config=_vl(5120, 25600, 64, 64), billions="33"),
+    "Qwen3-VL-30B-A3B": Published(config=_vl(2048, 6144, 48, 32, kv_heads=4, experts=_experts(768)), billions="31"),
+    "Qwen3-VL-235B-A22B": Published(
+        config=_vl(4096, 12288, 94, 64, kv_heads=4, experts=_experts(1536)), billions="236"
+    ),
+    "Qwen2.5-Omni-3B": Published(config=_qwen2_5_omni(2048, 11008, 36, 16, 2, 151936), billions=None),
+    "Qwen2.5-Omni-7B": Published(config=_qwen2_5_omni(3584, 18944, 28, 28, 4, 152064), billions=None),
+    "Qwen3-Omni-30B-A3B": Published(config=_QWEN3_OMNI_30B, billions=None),
+}

@@ -1,0 +1,106 @@
+"""The planner's FLOP estimate is what torch counts in transformers' forward pass."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from omniloom.models.cost import audio_flops, decoder_flops, vision_flops
+from omniloom.models.qwen3_omni.config import read_config
+from omniloom.tools.tiny import make_tiny
+
+# Rotary tables are left out, and convolutions are counted as if frames halved without rounding up.
+TOLERANCE = 0.005
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_tiny("qwen3_omni", tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint):
+    return read_config(json.loads((checkpoint / "config.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def thinker(checkpoint):
+    from transformers import Qwen3OmniMoeForConditionalGeneration
+
+    model = Qwen3OmniMoeForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    return model.thinker.eval()
+
+
+def count(call):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("num_tokens", [40, 300])
+def test_decoder_flops(config, thinker, num_tokens):
+    ids = torch.randint(0, 1000, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+    counted = count(lambda: thinker(input_ids=ids))
+    text = config.text
+    # eager attention computes the half that causality masks
+    masked = text.num_hidden_layers * 2 * num_tokens**2 * text.num_attention_heads * text.head_dim
+    assert decoder_flops(text, num_tokens, num_tokens) == pytest.approx(counted - masked, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 6), (1, 30, 22), (4, 8, 8)])
+def test_vision_flops(config, thinker, grid):
+    patches = torch.zeros(grid[0] * grid[1] * grid[2], config.vision.patch_dim)
+    counted = count(lambda: thinker.model.visual(patches, grid_thw=torch.tensor([grid])))
+    assert vision_flops(config.vision, grid) == pytest.approx(counted, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("num_frames", [100, 400, 1000])
+def test_audio_flops(config, thinker, num_frames):
+    features = torch.zeros(config.audio.num_mel_bins, num_frames)
+    counted = count(lambda: thinker.model.audio_tower(features, feature_lens=torch.tensor([num_frames])))
+    assert audio_flops(config.audio, num_frames) == pytest.approx(counted, rel=TOLERANCE)
+
+
+# ------------------------------------------------------------------------------------ Qwen2.5-Omni
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """Qwen2.5-Omni's config and transformers' thinker: towers with windows, dense decoder with biases."""
+    from transformers import Qwen2_5OmniForConditionalGeneration
+
+    from omniloom.models.qwen2_5_omni.config import read_config as read_windowed
+
+    directory = make_tiny("qwen2_5_omni", tmp_path_factory.mktemp("tiny") / "checkpoint")
+    model = Qwen2_5OmniForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    return read_windowed(json.loads((directory / "config.json").read_text())), model.thinker.eval()
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 6), (1, 30, 22), (3, 8, 10)])
+def test_vision_flops_of_windows(windowed, grid):
+    config, thinker = windowed
+    patches = torch.zeros(grid[0] * grid[1] * grid[2], config.vision.patch_dim)
+    counted = count(lambda: thinker.model.visual(patches, grid_thw=torch.tensor([grid])))
+    assert vision_flops(config.vision, grid) == pytest.approx(counted, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("num_frames", [200, 1000])
+def test_audio_flops_of_the_whisper_tower(windowed, num_frames):
+    config, thinker = windowed
+    features = torch.zeros(config.audio.num_mel_bins, num_frames)
+    counted = count(lambda: thinker.model.audio_tower(features, feature_lens=torch.tensor([num_frames])))
+    assert audio_flops(config.audio, num_frames) == pytest.approx(counted, rel=TOLERANCE)
+
+
+def test_decoder_flops_of_a_dense_decoder(windowed):
+    config, thinker = windowed
+    ids = torch.randint(0, 1000, (1, 70), generator=torch.Generator().manual_seed(0))
+    counted = count(lambda: thinker(input_ids=ids))
+    text = config.text
+    masked = text.num_hidden_layers * 2 * 70**2 * text.num_attention_heads * text.head_dim
+    assert decoder_flops(text, 70, 70) == pytest.approx(counted - masked, rel=TOLERANCE)

@@ -1,0 +1,122 @@
+"""Our Qwen3-VL, dense and with experts, against transformers' on random tiny models, in float32."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from omniloom.models.omni import Kernels
+from omniloom.models.registry import spec_named
+from tests.parity import builders, compare
+from tests.parity import builders_qwen3_vl as vl
+from tests.parity.compare import SMALLEST_GAP, assert_equal, run_ours, smallest_router_gap
+
+FAMILIES = ("qwen3_vl", "qwen3_vl_moe")
+KINDS = {
+    "text": (),
+    "image": ("image",),
+    "images_of_different_sizes": ("image", "image", "image"),
+    "video": ("video",),
+    "several_videos": ("video", "video", "video"),
+    "images_and_videos": ("video", "image", "video", "image"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_pair(family, seed, *, attention="eager", kernels=None):
+    """A random config.json, transformers' model, ours with its weights, and our family."""
+    rng, spec = random.Random(seed), spec_named(family)
+    config_json = vl.random_config(rng, experts=family == "qwen3_vl_moe")
+    reference = vl.reference_model(config_json, seed=seed, attention=attention)
+    return rng, config_json, reference, builders.our_model(config_json, reference, kernels=kernels, spec=spec), spec
+
+
+def run_reference(reference, spec, config_json, samples):
+    return compare.run_reference(reference, spec, config_json, samples, vl.reference_logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_logits_and_gradients_equal_transformers(family, kind):
+    rng, config_json, reference, model, spec = make_pair(family, len(kind), attention="sdpa")
+    sample = vl.random_sample(rng, reference, KINDS[kind])
+    batch = builders.pack([sample], config_json, num_tokens=sample.input_ids.shape[0] + 5, spec=spec)
+    assert smallest_router_gap(model, batch) > SMALLEST_GAP, "choose another seed"
+    assert_equal(run_ours(model, batch), run_reference(reference, spec, config_json, [sample]))
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    family=st.sampled_from(FAMILIES),
+    rows=st.lists(st.lists(st.sampled_from(["image", "video"]), max_size=4), min_size=1, max_size=3),
+    padding=st.integers(0, 9),
+    kernel=st.sampled_from(["eager", "sdpa"]),
+    seed=st.integers(0, 9999),
+)
+def test_a_pack_of_random_rows_on_a_random_model_equals_transformers_row_by_row(family, rows, padding, kernel, seed):
+    kernels = Kernels(text=kernel, vision=kernel, audio=kernel)
+    rng, config_json, reference, model, spec = make_pair(family, seed, kernels=kernels)
+    samples = [vl.random_sample(rng, reference, media, seed=seed) for media in rows]
+    used = sum(sample.input_ids.shape[0] for sample in samples)
+    batch = builders.pack(samples, config_json, num_tokens=used + padding, spec=spec)
+    assume(smallest_router_gap(model, batch) > SMALLEST_GAP)
+    assert_equal(run_ours(model, batch), run_reference(reference, spec, config_json, samples))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packing_does_not_change_loss_or_gradients(family):
+    rng, config_json, reference, model, spec = make_pair(family, 7)
+    first = vl.random_sample(rng, reference, ["image", "video"], seed=1)
+    second = vl.random_sample(rng, reference, ["video", "video"], seed=2)
+    together = run_ours(model, builders.pack([first, second], config_json, num_tokens=400, spec=spec))
+    alone = [run_ours(model, builders.pack([sample], config_json, spec=spec)) for sample in (first, second)]
+    torch.testing.assert_close(together.loss, alone[0].loss + alone[1].loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(together.logits, torch.cat([part.logits for part in alone]), rtol=1e-4, atol=1e-4)
+    for name, gradient in together.gradients.items():
+        wanted = alone[0].gradients[name] + alone[1].gradients[name]
+        # sums in another order
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pack_without_pictures_gives_the_tower_zero_gradients(family):
+    rng, config_json, reference, model, spec = make_pair(family, 3)
+    result = run_ours(model, builders.pack([vl.random_sample(rng, reference)], config_json, spec=spec))
+    tower = [gradient for name, gradient in result.gradients.items() if name.startswith("vision.")]
+    assert tower
+    assert not any(gradient.any() for gradient in tower)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_saves_is_read_as_what_qwen_published(family, tmp_path):
+    """transformers 5 writes stacked experts outputs first; Qwen published them inputs first."""
+    from safetensors.torch import load_file
+
+    _, config_json, reference, model, spec = make_pair(family, 11)
+    reference.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    turned = [name for name in saved if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+    assert bool(turned) == (family == "qwen3_vl_moe")
+    weights = builders.assemble(spec.key_map(spec.read_config(config_json)), saved)
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_the_config_that_transformers_writes_back_is_the_published_one():
+    import json
+
+    for family in FAMILIES:
+        _, config_json, reference, _, spec = make_pair(family, 5)
+        written = json.loads(reference.config.to_json_string())
+        assert spec.read_config(written) == spec.read_config(config_json)

@@ -1,0 +1,264 @@
+"""Training with LoRA from config to files: what trains, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from omniloom.build import open_workshop
+from omniloom.checkpoint.adapters import CONFIG_NAME, NOTE_NAME, TENSORS_NAME, fingerprint, transformers_name
+from omniloom.checkpoint.dcp import MODEL, OPTIMIZER
+from omniloom.checkpoint.hf import open_checkpoint
+from omniloom.checkpoint.stored import find_latest
+from omniloom.config import ConfigError, load_config
+from omniloom.tools.export import export_checkpoint
+from omniloom.tools.tiny import make_tiny
+from omniloom.train import Trainer, run
+from tests.mixed_rows import write_rows
+
+LORA = (
+    "policy.text.lora={rank: 4, alpha: 8, dropout: 0.1}",
+    "policy.text.router.freeze=true",
+    "policy.vision.freeze=true",
+    "policy.vision.merger.freeze=false",
+    "policy.audio.lora={rank: 2, modules: [q_proj, v_proj]}",
+    "policy.audio.projector.freeze=true",
+    "policy.lm_head.freeze=true",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    make_tiny("qwen3_omni", folder / "model")
+    write_rows(folder)
+    return folder
+
+
+def train(folder: Path, run_name: str, *overrides: str) -> Path:
+    words = [
+        *(f"model.path={folder / 'model'}", f"data.train={folder / 'rows.json'}", "data.workers=0", *LORA),
+        *("data.pack_tokens=256", "data.max_bad_fraction=0.2", "data.image.max_pixels=4096", "log.tensorboard=false"),
+        *(f"train.run_dir={folder / run_name}", "train.packs_per_step=2", "train.learning_rate=1e-2"),
+        *("train.schedule=constant", "train.steps=4", "checkpoint.every=2", *overrides),
+    ]
+    assert run(load_config(None, words)) == 0
+    return folder / run_name
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    return train(folder, "run")
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        found |= load_file(shard)
+    return found
+
+
+def test_the_table_tells_ranks_and_counts_adapters(finished: Path) -> None:
+    rows = {row["component"]: row for row in json.loads((finished / "trainable.json").read_text())}
+    assert {name: row["lora_rank"] for name, row in rows.items() if row["lora_rank"]} == {
+        "text": 4,
+        "text.experts": 4,
+        "audio": 2,
+    }
+    tensors = load_file(finished / "adapter" / TENSORS_NAME)
+    of_audio = sum(value.numel() for name, value in tensors.items() if "audio_tower" in name)
+    assert rows["audio"]["num_trainable"] == of_audio > 0
+    assert rows["vision.merger"]["num_trainable"] == rows["vision.merger"]["num_parameters"]
+    assert rows["text.router"]["num_trainable"] == rows["lm_head"]["num_trainable"] == 0
+
+
+def test_a_checkpoint_holds_only_what_trains(finished: Path) -> None:
+    stored, _ = find_latest(finished)
+    held = {name.removeprefix(MODEL) for name in stored.shapes if name.startswith(MODEL)}
+    assert all("lora_" in name or name.startswith("vision.merger") for name in held)
+    assert any("experts.gate_up_lora_b" in name for name in held)
+    optimized = {name.removeprefix(OPTIMIZER).rsplit(".", 1)[0] for name in stored.shapes if OPTIMIZER in name}
+    assert optimized == held
+
+
+def test_resuming_gives_the_bytes_of_the_run_that_was_not_interrupted(folder: Path, finished: Path) -> None:
+    checkpoint = finished / "checkpoints" / "step_00000002"
+    again = train(folder, "resumed", f"checkpoint.resume={checkpoint}")
+    for name in (f"adapter/{TENSORS_NAME}", "hf/model.safetensors.index.json"):
+        assert (again / name).read_bytes() == (finished / name).read_bytes()
+    for name, value in tensors_of(finished / "hf").items():
+        assert torch.equal(tensors_of(again / "hf")[name], value), name
+
+
+def test_exporting_the_checkpoint_gives_the_files_of_the_run(folder: Path, finished: Path) -> None:
+    export_checkpoint(finished, folder / "merged")
+    for path in (finished / "hf").iterdir():
+        assert path.read_bytes() == (folder / "merged" / path.name).read_bytes(), path.name
+    export_checkpoint(finished, folder / "alone", adapter=True)
+    for name in (CONFIG_NAME, TENSORS_NAME):
+        assert (folder / "alone" / name).read_bytes() == (finished / "adapter" / name).read_bytes()
+
+
+def test_merging_changes_what_is_adapted_and_nothing_else(folder: Path, finished: Path) -> None:
+    before, after = tensors_of(folder / "model"), tensors_of(finished / "hf")
+    changed = {name for name, old in before.items() if not torch.equal(old, after[name])}
+    assert all(
+        name.startswith(("thinker.model.layers", "thinker.visual.merger.", "thinker.audio_tower.layers."))
+        for name in changed
+    )
+    assert not [name for name in changed if "mlp.gate." in name or "norm" in name]
+    assert any("mlp.experts.0.gate_proj" in name for name in changed)
+    assert any("self_attn.o_proj" in name for name in changed)
+
+
+def test_training_goes_on_from_an_adapter_of_its_own(folder: Path, finished: Path) -> None:
+    run_dir = train(
+        folder, "further", f"model.adapter={finished / 'adapter'}", "train.steps=1", "train.learning_rate=1e-30"
+    )
+    before, after = (load_file(path / "adapter" / TENSORS_NAME) for path in (finished, run_dir))
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def test_frozen_weights_are_kept_in_the_dtype_of_compute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, tuple[torch.dtype, bool]] = {}
+
+    def look(self: Trainer) -> int:
+        seen.update({name: (p.dtype, p.requires_grad) for name, p in self.parameters.items()})
+        return 0
+
+    monkeypatch.setattr(Trainer, "run", look)
+    train(folder, "looked_at", "policy.text.lora.dtype=bf16")
+    for name, (dtype, trains) in seen.items():
+        assert trains == ("lora_" in name or name.startswith("vision.merger."))
+        float32 = name.startswith("vision.merger.") or ("lora_" in name and name.startswith("audio."))
+        assert dtype == (torch.float32 if float32 else torch.bfloat16), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ("policy.text.router.freeze=null", "policy.text.router.lora.rank=4"),
+            "policy.text.router.lora matches nothing",
+        ),
+        (("policy.audio.lora.modules=[quark_proj]",), "its modules: .*q_proj"),
+        (("policy.lm_head={lora: {rank: 4}}",), "policy.lm_head.lora matches nothing"),
+        (("policy.text.lora.dora=true",), "DoRA in PEFT; set policy.text.experts.freeze: true"),
+        (("policy.vision.lora={dtype: bf16}",), "all that trains in vision must have one dtype"),
+        (("policy.txet.lora={}",), "did you mean text"),
+    ],
+)
+def test_rules_that_cannot_hold_are_refused(folder: Path, overrides: tuple[str, ...], words: str) -> None:
+    workshop = open_workshop(load_config(None, [f"model.path={folder / 'model'}", *LORA, *overrides]))
+    with pytest.raises(ValueError, match=words):
+        workshop.build()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("policy.text.lora.rank=0", "policy.text.lora.rank: expected at least 1"),
+        ("policy.text.lora.dropout=1", "policy.text.lora.dropout"),
+        ("policy.text.lora.alpha=0", "policy.text.lora.alpha"),
+        ("policy.text.freeze=false", "keep one"),
+        ("policy.text.lora.rnak=3", "did you mean policy.text.lora.rank"),
+    ],
+)
+def test_settings_out_of_range_are_refused(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(None, [*LORA, override])
+
+
+def test_an_adapter_of_another_base_is_refused(folder: Path, finished: Path, tmp_path: Path) -> None:
+    make_tiny("qwen3_omni", tmp_path / "other", seed=9)
+    words = [f"model.path={tmp_path / 'other'}", f"model.adapter={finished / 'adapter'}", *LORA]
+    with pytest.raises(ValueError, match="trained on another model"):
+        open_workshop(load_config(None, words))
+    foreign = shutil.copytree(finished / "adapter", tmp_path / "foreign")
+    (foreign / NOTE_NAME).unlink()
+    words = [f"model.path={tmp_path / 'other'}", f"model.adapter={foreign}", *LORA]
+    with pytest.raises(ValueError, match=r"was trained on .*model, model.path is .*other"):
+        open_workshop(load_config(None, words))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("policy.text.lora.rank=8",), r"needs lora with rank: 4, alpha: 8"),
+        (("policy.text.lora.alpha=9",), "is scaled by 2, here by 2.25"),
+        (("policy.audio.lora.modules=[q_proj]",), "v_proj.lora_A.weight, which the policy does not adapt"),
+        (("policy.audio.lora.modules=[q_proj,k_proj,v_proj]",), "lacks .*k_proj.lora_A.weight"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_policy_is_refused(
+    folder: Path, finished: Path, overrides: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        train(folder, "refused", f"model.adapter={finished / 'adapter'}", *overrides)
+
+
+def test_files_that_are_no_adapter_are_refused(folder: Path, finished: Path, tmp_path: Path) -> None:
+    def refusal(directory: Path, *overrides: str) -> str:
+        with pytest.raises(ValueError, match=r"model\.adapter") as caught:
+            open_workshop(
+                load_config(None, [f"model.path={folder / 'model'}", f"model.adapter={directory}", *overrides])
+            )
+        return str(caught.value)
+
+    assert CONFIG_NAME in refusal(folder / "model", *LORA)
+    assert "rank: 4" in refusal(finished / "adapter")  # no rule has lora
+    for key, value, words in (("peft_type", "IA3", "a IA3 adapter"), ("bias", "all", "bias: none")):
+        changed = shutil.copytree(finished / "adapter", tmp_path / key)
+        config = json.loads((changed / CONFIG_NAME).read_text()) | {key: value}
+        (changed / CONFIG_NAME).write_text(json.dumps(config))
+        assert words in refusal(changed, *LORA)
+
+
+def test_a_checkpoint_with_adapters_is_not_resumed_without_them(folder: Path, finished: Path) -> None:
+    resume = f"checkpoint.resume={finished / 'checkpoints' / 'step_00000004'}"
+    with pytest.raises(ValueError, match="which this run has not"):
+        train(folder, "without", resume, "policy.audio.lora=null", "policy.audio.freeze=true")
+
+
+def test_the_folder_of_an_adapter_is_not_written_over_something_else(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty and no adapter"):
+        export_checkpoint(finished, tmp_path, adapter=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_names_in_memory_are_reached_from_every_spelling() -> None:
+    for name in (
+        "thinker.model.layers.3.self_attn.q_proj",
+        "thinker.model.language_model.layers.3.self_attn.q_proj",
+        "model.language_model.layers.3.self_attn.q_proj",
+    ):
+        assert transformers_name(name) == "model.language_model.layers.3.self_attn.q_proj"
+    assert transformers_name("thinker.visual.merger.mlp.0") == "model.visual.merger.mlp.0"
+    assert transformers_name("thinker.audio_tower.proj1") == transformers_name("model.audio_tower.proj1")
+    assert transformers_name("thinker.lm_head") == "lm_head"
+
+
+def test_an_adapter_names_the_model_it_was_trained_on(folder: Path, finished: Path) -> None:
+    config, note = (json.loads((finished / "adapter" / name).read_text()) for name in (CONFIG_NAME, NOTE_NAME))
+    assert config["base_model_name_or_path"] == str(folder / "model")
+    moved = shutil.copytree(folder / "model", folder / "moved")
+    assert note["base"] == fingerprint(open_checkpoint(moved))
+    (shard, *_) = sorted(moved.glob("*.safetensors"))
+    tensors = {name: value + 1 for name, value in load_file(shard).items()}
+    save_file(tensors, shard, metadata={"format": "pt"})
+    assert note["base"] != fingerprint(open_checkpoint(moved))

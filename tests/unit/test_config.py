@@ -1,0 +1,94 @@
+"""The configuration: what is refused, and that every fault is named at once with the way out."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from omniloom.config import Config, ConfigError, config_to_dict, load_config, parse_config, save_config
+
+
+def faults_of(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    return str(caught.value)
+
+
+def test_every_fault_is_reported_at_once_with_its_path() -> None:
+    text = faults_of("train.stepz=3", "modl.path=x", "train.packs_per_step=four", "memory.recompute=foo")
+    assert text.startswith("4 faults in the command line")
+    assert "train.stepz: unknown key; did you mean train.steps?" in text
+    assert "modl: unknown section; did you mean model?" in text
+    assert "train.packs_per_step: input should be a valid integer" in text
+    assert "memory.recompute" in text
+    assert "'foo'" in text
+
+
+def test_a_key_in_the_wrong_section_names_the_right_one() -> None:
+    assert "did you mean train.learning_rate?" in faults_of("learning_rate=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.pack_tokens=0", "at least 1, got 0"),
+        ("train.learning_rate=0", "more than 0, got 0"),
+        ("data.split=1.5", "a share from 0 to 1, got 1.5"),
+        ("train.betas=[0.9, 1.0]", "train.betas[1]"),
+        ("train.min_learning_rate=1", "is above"),
+        ("parallel.context=3", "does not divide by parallel.context x parallel.tensor = 3; the next that does is 8193"),
+        ("train=5", "expected a section"),
+        ("justaword", "is not an override"),
+        ("policy.vision.frieze=true", "did you mean policy.vision.freeze?"),
+    ],
+)
+def test_bad_values_say_what_is_allowed_and_what_came(override: str, words: str) -> None:
+    assert words in faults_of(override)
+
+
+def test_steps_and_epochs_exclude_each_other() -> None:
+    assert "keep one" in faults_of("train.steps=1", "train.epochs=1")
+
+
+def test_component_names_with_dots_can_be_overridden() -> None:
+    config = load_config(None, ["policy.vision.merger.freeze=false", "policy.text.experts.lora.rank=4"])
+    assert config.policy["vision.merger"].freeze is False
+    assert config.policy["text.experts"].lora is not None
+    assert config.policy["text.experts"].lora.rank == 4
+
+
+def test_files_may_be_a_list_or_separated_by_commas() -> None:
+    assert load_config(None, ["data.train=a.json, b.jsonl"]).data.train == ("a.json", "b.jsonl")
+    assert load_config(None, ["data.train=[a.json]"]).data.train == ("a.json",)
+
+
+def test_a_saved_config_reads_back_equal(tmp_path) -> None:
+    config = load_config(None, ["train.steps=7", "policy.vision.freeze=true", "parallel.shard=2", "data.train=a"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_broken_yaml_names_line_and_column(tmp_path) -> None:
+    (tmp_path / "c.yaml").write_text("train:\n  steps: [1, 2\nmodel: {}\n")
+    with pytest.raises(ConfigError, match=r"not valid YAML: line \d+, column \d+"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_missing_file_suggests_its_neighbour(tmp_path) -> None:
+    (tmp_path / "sft.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match=r"did you mean .*sft\.yaml"):
+        load_config(tmp_path / "stf.yaml")
+
+
+def test_defaults_are_valid_and_survive_yaml() -> None:
+    tree = yaml.safe_load(yaml.safe_dump(config_to_dict(Config())))
+    assert parse_config(tree, where="defaults") == Config()
+
+
+def test_config_is_frozen_and_imports_nothing_slow() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().train.steps = 3  # type: ignore[misc]
+    code = "import sys, omniloom.config; print(any(m in sys.modules for m in ('torch', 'pydantic', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -1,0 +1,164 @@
+"""From real files to packed batches: sources, formats, media, a family's processor, planner and loader together."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from omniloom.build import open_workshop
+from omniloom.config import load_config
+from omniloom.data.loader import Loader
+from omniloom.data.planner import Planner, plan_options
+from omniloom.data.sources import open_sources
+from omniloom.data.stream import StepStream
+from omniloom.rows import open_rows, planned_options
+from omniloom.tools.demo_data import write_demo_data
+from omniloom.tools.tiny import make_tiny
+from omniloom.types import IGNORE_LABEL, PackedBatch
+
+REAL = Path(__file__).parents[3] / "shared" / "real"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_tiny("qwen3_omni", tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("demo")
+    write_demo_data(directory, num_train=21, num_held_out=4)
+    return directory / "train.jsonl"
+
+
+def load_all(checkpoint: Path, files: list[Path], run_dir: Path, *words: str) -> list:
+    """Every step of a run on these files."""
+    names = ",".join(map(str, files))
+    config = load_config(
+        None, [f"model.path={checkpoint}", f"data.train={names}", f"train.run_dir={run_dir}", "train.epochs=1", *words]
+    )
+    source = open_sources(config.data.train)
+    recipe = open_rows(open_workshop(config), source)
+    loader = Loader(recipe, workers=config.data.workers)
+    planner = Planner(num_rows=len(source), options=plan_options(config), measure=loader.measure, locate=source.locate)
+    with StepStream(planner, loader) as stream:
+        return list(stream)
+
+
+def tensors_of(value, path: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    if not hasattr(value, "__dataclass_fields__"):
+        return {}
+    found: dict[str, torch.Tensor] = {}
+    for name in value.__dataclass_fields__:
+        found |= tensors_of(getattr(value, name), f"{path}.{name}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("data.system=be brief", {"data.system": "be brief"}),
+        ("data.last_turn_only=true", {"data.last_turn_only": True}),
+        ("data.video.max_frames=8", {"data.video.max_frames": 8}),
+        ("data.image.limit_pixels=1000", {"data.image.limit_pixels": 1000}),
+        ("data.media_dir=elsewhere", {}),
+        ("data.workers=7", {}),
+        ("model.modalities=image", {"model.modalities": ["text", "image"]}),
+    ],
+)
+def test_the_plan_holds_on_to_every_option_that_changes_what_a_row_becomes(checkpoint, demo, word, named):
+    words = [f"model.path={checkpoint}", f"data.train={demo}", "train.run_dir=runs/none"]
+    usual = planned_options(open_workshop(load_config(None, words)))
+    found = planned_options(open_workshop(load_config(None, [*words, word])))
+    assert found == json.loads(json.dumps({**usual, **named}))
+
+
+def check_batch(batch: PackedBatch) -> None:
+    bounds = batch.segments.cu_seqlens
+    starts = bounds[: len(batch.sample_ids)]
+    assert (batch.position_ids[:, starts[~batch.is_padding[starts]]] == 0).all()  # each sample counts from 0
+    assert torch.equal(batch.loss_weights > 0, batch.labels != IGNORE_LABEL)
+    assert not (batch.is_padding & (batch.labels != IGNORE_LABEL)).any()
+    last = bounds[1 : 1 + len(batch.sample_ids)] - 1
+    assert (batch.labels[last] == IGNORE_LABEL).all()  # no loss crosses from one sample to the next
+    inside = ~batch.is_padding
+    trained = batch.loss_index
+    assert torch.equal(batch.labels[trained], batch.input_ids[trained + 1])
+    for media in (batch.vision, batch.audio):
+        assert inside[media.token_index].all()
+    both = torch.cat([batch.vision.token_index, batch.audio.token_index])
+    assert len(both.unique()) == len(both)  # no row is filled twice
+
+
+@pytest.fixture(scope="module")
+def demo_steps(checkpoint, demo, tmp_path_factory) -> list:
+    words = ("data.pack_tokens=512", "train.packs_per_step=2", "data.workers=0", "data.window=8")
+    return load_all(checkpoint, [demo], tmp_path_factory.mktemp("run"), *words)
+
+
+def test_media_rows_become_batches_that_fit_together(demo, demo_steps):
+    assert not [bad for step in demo_steps for bad in step.bad]
+    packs = [pack for step in demo_steps for pack in step.packs]
+    assert sum(len(pack.batch.sample_ids) for pack in packs) == 21
+    for pack in packs:
+        check_batch(pack.batch)
+        assert pack.weight_sum == pytest.approx(float(pack.batch.loss_weights.double().sum()), rel=1e-12)
+    planned = [sample for step in demo_steps for pack in step.plan.packs for sample in pack.samples]
+    stats = [step.agreement.stats for step in demo_steps]
+    assert sum(item.num_tokens for item in stats) == sum(int((~pack.batch.is_padding).sum()) for pack in packs)
+    assert sum(item.num_loss_tokens for item in stats) == sum(len(pack.batch.loss_index) for pack in packs)
+    rows = [json.loads(line) for line in demo.read_text().splitlines()]
+    assert sum(item.num_images for item in stats) == sum("images" in row for row in rows) > 0
+    assert sum(sample.extent.weight_sum for sample in planned) == sum(pack.weight_sum for pack in packs)
+
+
+def test_workers_give_the_same_tensors_of_real_media(checkpoint, demo, demo_steps, tmp_path):
+    words = ("data.pack_tokens=512", "train.packs_per_step=2", "data.workers=2", "data.window=8")
+    for step, whole in zip(load_all(checkpoint, [demo], tmp_path, *words), demo_steps, strict=True):
+        assert step.plan == whole.plan
+        for pack, expected in zip(step.packs, whole.packs, strict=True):
+            ours, theirs = tensors_of(pack.batch), tensors_of(expected.batch)
+            assert ours.keys() == theirs.keys()
+            for name in ours:
+                assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_a_broken_file_costs_its_own_row_only(checkpoint, demo, tmp_path):
+    rows = [json.loads(line) for line in demo.read_text().splitlines()]
+    victim = next(number for number, row in enumerate(rows) if row.get("images"))
+    rows[victim]["images"] = [str(tmp_path / "broken.png")]
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing more")
+    gone = next(number for number, row in enumerate(rows) if row.get("audios"))
+    rows[gone]["audios"] = ["media/no_such_file.flac"]
+    file = demo.with_name("damaged.jsonl")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = load_all(
+        checkpoint,
+        [file],
+        tmp_path / "run",
+        "data.pack_tokens=512",
+        "data.workers=0",
+        "data.max_bad_fraction=0.5",
+        "data.allow_outside_media_dir=true",
+    )
+    bad = {row.line - 1: row for step in steps for row in step.bad}
+    assert sorted(bad) == sorted((victim, gone))
+    assert "no_such_file" in bad[gone].reason
+    assert sum(step.agreement.stats.num_samples for step in steps) == 19
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real demo files are not here")
+def test_real_photographs_sound_and_video_load_as_planned(checkpoint, tmp_path):
+    files = [REAL / f"mllm_{name}.json" for name in ("demo", "audio_demo", "video_demo", "video_audio_demo")]
+    words = (f"data.media_dir={REAL}", "data.pack_tokens=2048", "train.packs_per_step=2", "data.workers=1")
+    # few pixels and frames, for speed
+    words += ("data.image.max_pixels=65536", "data.video.max_pixels=16384", "data.video.max_frames=8")
+    steps = load_all(checkpoint, files, tmp_path, *words)
+    assert not [bad for step in steps for bad in step.bad]
+    assert sum(step.agreement.stats.num_samples for step in steps) == 15
+    for step in steps:
+        for pack in step.packs:
+            check_batch(pack.batch)

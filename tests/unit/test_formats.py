@@ -1,0 +1,590 @@
+"""Every known way to write a row gives the conversation that it means, and nothing in it is lost."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omniloom.config import DataConfig, VideoConfig
+from omniloom.data.formats import FORMATS, RowOptions, describe_format, detect_format, parse_row, row_options
+from omniloom.data.row_media import MediaRules
+from omniloom.data.sources import open_sources
+from omniloom.types import Part, SampleError
+
+REAL = Path(__file__).parents[2] / ".." / "shared" / "real"
+CALL = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+CALL_2 = '{"name": "get_time", "arguments": {"zone": "CET"}}'
+TOOL = {"name": "get_weather", "description": "天气", "parameters": {"type": "object", "properties": {}}}
+WRAPPED = json.dumps({"type": "function", "function": TOOL}, ensure_ascii=False)
+ANSWER = {"role": "assistant", "content": "yes"}
+
+
+def parse(row, **options):
+    return parse_row(row, file="data/rows.json", line=7, options=RowOptions(**options))
+
+
+def words(conversation):
+    """Turns as (role, [(kind, text or file name)]) to compare with."""
+    return [
+        (turn.role, [(part.kind, part.text or name_of(part)) for part in turn.parts]) for turn in conversation.turns
+    ]
+
+
+def name_of(part):
+    return "" if part.media is None or part.media.path is None else Path(part.media.path).name
+
+
+def failure(row, **options):
+    with pytest.raises(SampleError) as caught:
+        parse(row, **options)
+    return f"{caught.value.field}: {caught.value.reason}"
+
+
+ROWS = {
+    "sharegpt": {
+        "conversations": [
+            {"from": "human", "value": "<image>What?"},
+            {"from": "function_call", "value": CALL},
+            {"from": "observation", "value": '{"t": 21}'},
+            {"from": "gpt", "value": "It is 21."},
+        ],
+        "images": ["a.jpg"],
+        "tools": json.dumps([TOOL]),
+        "system": "Be kind.",
+    },
+    "multimodal_tool": {
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "<image>What?"},
+            {"role": "tool_call", "content": f"<tool_call>\n{CALL}\n</tool_call>"},
+            {"role": "tool_response", "content": '{"t": 21}'},
+            {"role": "assistant", "content": "It is 21."},
+        ],
+        "images": "a.jpg",
+        "tools": [json.dumps(TOOL)],
+    },
+    "openai": {
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": "a.jpg"}}, {"type": "text", "text": "What?"}],
+            },
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {
+                        "id": "1",
+                        "type": "function",
+                        "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'},
+                    }
+                ],
+            },
+            {"role": "tool", "tool_call_id": "1", "content": '{"t": 21}'},
+            {"role": "assistant", "content": "It is 21."},
+        ],
+        "tools": [{"type": "function", "function": TOOL}],
+    },
+    "anthropic": {
+        "system": "Be kind.",
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "source": {"type": "url", "url": "a.jpg"}},
+                    {"type": "text", "text": "What?"},
+                ],
+            },
+            {
+                "role": "assistant",
+                "content": [{"type": "tool_use", "id": "1", "name": "get_weather", "input": {"city": "Paris"}}],
+            },
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": '{"t": 21}'}]},
+            {"role": "assistant", "content": "It is 21."},
+        ],
+        "tools": [{"name": "get_weather", "description": "天气", "input_schema": TOOL["parameters"]}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_one_dialogue_with_tools_is_the_same_in_every_format(name):
+    assert detect_format(ROWS[name]) == name
+    for chosen in ("auto", name):
+        conversation = parse(ROWS[name], format=chosen)
+        assert words(conversation) == [
+            ("system", [("text", "Be kind.")]),
+            ("user", [("image", "a.jpg"), ("text", "What?")]),
+            ("assistant", [("tool_call", CALL)]),
+            ("tool", [("text", '{"t": 21}')]),
+            ("assistant", [("text", "It is 21.")]),
+        ]
+        assert conversation.tools == (WRAPPED,)
+        assert (conversation.id, conversation.source) == ("data/rows.json:7", "data/rows.json:7")
+
+
+def test_plain_formats_are_detected_and_read():
+    rows = {
+        "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        "alpaca": {"instruction": "q", "input": "", "output": "a"},
+        "query_response": {"query": "q", "response": "a", "history": None},
+        "llava": {
+            "id": "000000033471",
+            "image": "x.jpg",
+            "conversations": [{"from": "human", "value": "q<image>"}, {"from": "gpt", "value": "a"}],
+        },
+        "sharegpt": {"id": 3, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    }
+    for name, row in rows.items():
+        assert detect_format(row) == name
+        conversation = parse(row)
+        assert [turn.role for turn in conversation.turns] == ["user", "assistant"]
+        assert [turn.parts[0] for turn in conversation.turns] == [Part(kind="text", text=text) for text in "qa"]
+        assert conversation.id == str(row.get("id", "data/rows.json:7"))
+    assert parse(rows["llava"]).turns[0].parts[1].media.path.endswith("/data/x.jpg")
+    assert set(rows) | set(ROWS) == set(FORMATS)
+
+
+def test_the_detected_mapping_reads_as_one_line():
+    row = {"id": 1, "image": "a.jpg", "conversations": [{"from": "gpt", "value": "a"}], "source": "x", "tools": None}
+    assert describe_format(row, RowOptions()) == (
+        "format llava (detected), read from id, image, conversations; not read: source"
+    )
+    options = row_options(DataConfig(format="messages", attr={"messages": "talk"}))
+    assert describe_format({"talk": []}, options) == "format messages (set by data.format), read from talk"
+
+
+def test_alpaca_and_query_put_history_and_input_where_they_belong():
+    row = {"instruction": "i", "input": "more", "output": "o", "history": [["q1", "a1"], ["q2", "a2"]], "system": "s"}
+    assert [(role, parts[0][1]) for role, parts in words(parse(row))] == [
+        ("system", "s"),
+        ("user", "q1"),
+        ("assistant", "a1"),
+        ("user", "q2"),
+        ("assistant", "a2"),
+        ("user", "i\nmore"),
+        ("assistant", "o"),
+    ]
+    assert "history[0]: expected a pair" in failure({"query": "q", "response": "a", "history": [["only"]]})
+    assert "response: expected text, got int" in failure({"query": "q", "response": 3})
+
+
+def test_renamed_fields_and_roles_are_found():
+    row = {
+        "talk": [{"who": "Q", "said": "<image>a"}, {"who": "A", "said": "b"}],
+        "pictures": ["1.png"],
+        "functions": [TOOL],
+    }
+    attr = {
+        "messages": "talk",
+        "role_tag": "who",
+        "content_tag": "said",
+        "user_tag": "Q",
+        "assistant_tag": "A",
+        "images": "pictures",
+        "tools": "functions",
+        "system": None,
+        "videos": None,
+    }
+    options = row_options(DataConfig(attr=attr))
+    conversation = parse_row(row, file="f.json", line=1, options=options)
+    assert words(conversation) == [("user", [("image", "1.png"), ("text", "a")]), ("assistant", [("text", "b")])]
+    assert conversation.tools == (WRAPPED,)
+    with pytest.raises(ValueError, match=r"role_tga.*did you mean role_tag"):
+        row_options(DataConfig(attr={"role_tga": "who"}))
+    with pytest.raises(ValueError, match="did you mean sharegpt"):
+        row_options(DataConfig(format="sharegtp"))
+    assert row_options(DataConfig(attr={"formatting": "multimodal_tool"})).format == "multimodal_tool"
+
+
+# ---------------------------------------------------------------------------------------- tools
+
+
+def test_text_beside_tool_calls_and_the_order_of_parallel_calls_are_kept():
+    calls = [{"function": json.loads(CALL)}, {"function": json.loads(CALL_2)}]
+    expected = ("assistant", [("text", "Let me see."), ("tool_call", CALL), ("tool_call", CALL_2)])
+    for messages in (
+        [{"role": "assistant", "content": "Let me see.", "tool_calls": calls}],
+        [
+            {"role": "assistant", "content": "Let me see."},
+            *({"role": "tool_call", "content": c} for c in (CALL, CALL_2)),
+        ],
+        [{"role": "assistant", "content": "Let me see."}, {"role": "tool_call", "content": f"[{CALL}, {CALL_2}]"}],
+        [
+            {
+                "role": "tool_call",
+                "content": f"Let me see.\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{CALL_2}\n</tool_call>",
+            }
+        ],
+        [
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "text", "text": "Let me see."},
+                    {"type": "tool_use", "name": "get_weather", "input": {"city": "Paris"}},
+                    {"type": "tool_use", "name": "get_time", "input": {"zone": "CET"}},
+                ],
+            }
+        ],
+    ):
+        assert words(parse({"messages": [{"role": "user", "content": "q"}, *messages]}))[1:] == [expected]
+
+
+def test_inline_calls_in_an_answer_stay_word_for_word():
+    text = f"First.\n<tool_call>\n{CALL}\n</tool_call>\nthen <tool_call>{CALL_2}</tool_call> done"
+    assert words(parse({"messages": [{"role": "assistant", "content": text}]})) == [("assistant", [("text", text)])]
+
+
+def test_tool_calls_of_unlike_weight_are_not_merged():
+    messages = [
+        {"role": "assistant", "content": "a"},
+        {"role": "tool_call", "content": CALL, "loss": False},
+        {"role": "tool_call", "content": CALL_2, "loss": False},
+    ]
+    turns = parse({"messages": messages}).turns
+    assert [(len(turn.parts), turn.weight) for turn in turns] == [(1, None), (2, 0.0)]
+
+
+def test_arguments_given_as_text_keep_their_spacing():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1,  "ü":"\\u00fc"}'}}
+    turn = parse({"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}).turns[0]
+    assert turn.parts == (Part(kind="tool_call", text='{"name": "f", "arguments": {"a":1,  "ü":"\\u00fc"}}'),)
+
+
+@pytest.mark.parametrize("spelling", [str, list, "strings", "one", "wrapped"])
+def test_tools_are_read_in_every_spelling(spelling):
+    tools = {
+        str: json.dumps([TOOL, TOOL]),
+        list: [TOOL, TOOL],
+        "strings": [json.dumps(TOOL), json.dumps(TOOL)],
+        "one": TOOL,
+        "wrapped": [{"type": "function", "function": TOOL}, json.loads(WRAPPED)],
+    }[spelling]
+    assert parse({"messages": [ANSWER], "tools": tools}).tools == (WRAPPED,) * (1 if spelling == "one" else 2)
+
+
+@pytest.mark.parametrize("tools", [None, "", "[]", [], "  "])
+def test_no_tools_means_none_and_brings_no_system_turn(tools):
+    conversation = parse({"messages": [ANSWER], "tools": tools})
+    assert conversation.tools == ()
+    assert [turn.role for turn in conversation.turns] == ["assistant"]
+
+
+def test_broken_tools_and_calls_are_named():
+    assert "tools: not JSON" in failure({"messages": [ANSWER], "tools": "[{"})
+    assert "tools[1]: not JSON" in failure({"messages": [ANSWER], "tools": [json.dumps(TOOL), "{'name': 'a'}"]})
+    assert "tools[0]: expected a tool with a name" in failure({"messages": [ANSWER], "tools": [{"a": 1}]})
+    assert "tools: expected a list" in failure({"messages": [ANSWER], "tools": 5})
+    assert "messages[0]: not JSON" in failure({"messages": [{"role": "tool_call", "content": "get_weather(Paris)"}]})
+    assert "without its </tool_call>" in failure({"messages": [{"role": "tool_call", "content": f"<tool_call>{CALL}"}]})
+    assert "expected a tool call" in failure({"messages": [{"role": "tool_call", "content": '{"a": 1}'}]})
+    assert "at least one tool call" in failure({"messages": [{"role": "tool_call", "content": "[]"}]})
+    bad = {"function": {"name": "f", "arguments": "city=Paris"}}
+    assert "arguments: not JSON" in failure({"messages": [{"role": "assistant", "content": "", "tool_calls": [bad]}]})
+
+
+def test_anthropic_results_become_tool_turns_in_order_beside_what_the_user_says():
+    content = [
+        {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "21"}]},
+        {"type": "tool_result", "tool_use_id": "2", "content": {"t": 5}},
+        {"type": "text", "text": "And now?"},
+    ]
+    assert words(parse({"messages": [{"role": "user", "content": content}, ANSWER]}))[:-1] == [
+        ("tool", [("text", "21")]),
+        ("tool", [("text", '{"t": 5}')]),
+        ("user", [("text", "And now?")]),
+    ]
+
+
+# ---------------------------------------------------------------------------------------- reasoning, weights, system
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "<think>\nhm\nhm\n</think>\n\nyes"},
+        {"content": "yes", "reasoning_content": "hm\nhm"},
+        {"content": [{"type": "thinking", "thinking": "hm\nhm"}, {"type": "text", "text": "yes"}]},
+    ],
+)
+def test_reasoning_is_a_part_of_its_own(message):
+    turn = parse({"messages": [{"role": "assistant", **message}]}).turns[0]
+    assert turn.parts == (Part(kind="reasoning", text="hm\nhm"), Part(kind="text", text="yes"))
+
+
+def test_think_tags_that_do_not_open_an_answer_are_text():
+    for role, text in (("assistant", "I write <think>x</think>."), ("user", "<think>x</think>y")):
+        turns = parse({"messages": [{"role": role, "content": text}, ANSWER]}).turns
+        assert turns[0].parts == (Part(kind="text", text=text),)
+
+
+def test_loss_and_loss_scale_weight_turns_of_every_role():
+    messages = [
+        {"role": "system", "content": "s", "loss": True},
+        {"role": "user", "content": "u", "loss": 1},
+        {"role": "assistant", "content": "a", "loss": False},
+        {"role": "tool", "content": "t", "loss_scale": 0.5},
+        {"role": "assistant", "content": "a", "loss": True, "loss_scale": 2.0},
+        {"role": "assistant", "content": "a", "loss": None},
+    ]
+    conversation = parse({"messages": messages, "weight": 0.25})
+    assert [turn.weight for turn in conversation.turns] == [1.0, 1.0, 0.0, 0.5, 2.0, None]
+    assert conversation.weight == 0.25
+    for bad in (-1, "yes", float("nan"), float("inf")):
+        assert "messages[0].loss: expected" in failure({"messages": [{**ANSWER, "loss": bad}]})
+    assert "weight: expected" in failure({"messages": [ANSWER], "weight": -2})
+
+
+def test_a_system_prompt_comes_from_a_turn_or_a_field_but_not_from_both():
+    turn = [{"role": "system", "content": "turn"}, ANSWER]
+    assert words(parse({"messages": turn, "system": ""}))[0] == ("system", [("text", "turn")])
+    assert words(parse({"messages": [ANSWER], "system": "field"}))[0] == ("system", [("text", "field")])
+    assert words(parse({"messages": [ANSWER], "system": ""}))[0][0] == "assistant"
+    assert "both a system field and a system turn" in failure({"messages": turn, "system": "field"})
+
+
+# ---------------------------------------------------------------------------------------- media
+
+
+def media_of(row, **options):
+    return [part.media for turn in parse(row, **options).turns for part in turn.parts if part.media is not None]
+
+
+def user_row(text, **more):
+    return {"messages": [{"role": "user", "content": text}, ANSWER], **more}
+
+
+def test_placeholders_take_clips_of_their_kind_in_order_across_turns():
+    messages = [
+        {"role": "user", "content": "<image>one<video><image>"},
+        {"role": "assistant", "content": "see <image>"},
+        {"role": "tool", "content": "<audio>"},
+    ]
+    row = {"messages": messages, "images": ["1.png", "2.png", "3.png"], "videos": ["v.mp4"], "audios": "a.wav"}
+    assert words(parse(row)) == [
+        ("user", [("image", "1.png"), ("text", "one"), ("video", "v.mp4"), ("image", "2.png")]),
+        ("assistant", [("text", "see "), ("image", "3.png")]),
+        ("tool", [("audio", "a.wav")]),
+    ]
+
+
+def test_unbalanced_placeholders_name_both_counts():
+    assert failure(user_row("<image><image>", images=["a"])).startswith(
+        "images: 2 <image> placeholders in the text but 1 image in the row"
+    )
+    assert "videos: 0 <video> placeholders in the text but 2 videos" in failure(user_row("q", videos=["a", "b"]))
+    assert "audios: 1 <audio> placeholder in the text but 0 audios" in failure(user_row("<audio>"))
+
+
+def test_a_placeholder_is_only_a_word_where_clips_stand_in_the_content():
+    content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what does <image> mean?"}]
+    assert words(parse(user_row(content)))[0] == ("user", [("image", "a.png"), ("text", "what does <image> mean?")])
+
+
+def test_a_typed_block_without_a_payload_marks_a_place():
+    content = [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "image"}]
+    row = user_row(content, images=["1.png", "2.png"])
+    assert words(parse(row))[0][1] == [("image", "1.png"), ("text", "a"), ("image", "2.png")]
+
+
+def test_bytes_data_uris_and_base64_are_the_file_itself():
+    data = b"\x89PNG not really"
+    text = base64.b64encode(data).decode()
+    for item in (data, {"bytes": data, "path": "a.png"}, {"bytes": text}, f"data:image/png;base64,{text}"):
+        (source,) = media_of(user_row("<image>", images=[item]))
+        assert (source.data, source.path) == (data, None)
+    for block in (
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": text}},
+        {"type": "image", "base64": text},
+        {"type": "input_audio", "input_audio": {"data": text, "format": "wav"}},
+        {"type": "audio_url", "audio_url": f"data:audio/wav;base64,{text}"},
+        {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{text}"}},
+    ):
+        (source,) = media_of(user_row([block]))
+        assert (source.data, source.path) == (data, None)
+    assert "not base64" in failure(user_row("<image>", images=["data:image/png;base64,@@"]))
+    assert "expected data:" in failure(user_row("<image>", images=["data:image/png,raw"]))
+    assert "got none" in failure(user_row("<image>", images=[{"bytes": b""}]))
+
+
+def test_a_list_of_frames_is_one_video_at_the_sampling_rate():
+    rules = MediaRules(frame_list_fps=3.0)
+    (video,) = media_of(user_row("<video>", videos=[["1.jpg", "2.jpg"]]), media=rules)
+    assert [Path(frame).name for frame in video.frames] == ["1.jpg", "2.jpg"]
+    assert (video.path, video.fps) == (None, 3.0)
+    (video,) = media_of(user_row([{"type": "video", "video": ["1.jpg", b"raw"], "fps": 1}]), media=rules)
+    assert video.fps == 1
+    assert video.frames[1] == "data:;base64," + base64.b64encode(b"raw").decode()
+    assert "only a video may be a list" in failure(user_row("<image>", images=[["1.jpg"]]))
+    assert "empty list" in failure(user_row("<video>", videos=[[]]))
+
+
+def test_options_beside_a_clip_travel_with_it():
+    options = {"fps": 0.5, "min_pixels": 100, "max_pixels": 200, "max_frames": 8}
+    for row in (
+        user_row("<video>", videos=[{"video": "a.mp4", **options}]),
+        user_row("<video>", videos=[{"path": "a.mp4", **options}]),
+        user_row([{"type": "video", "video": "a.mp4", **options}]),
+        user_row([{"type": "video_url", "video_url": {"url": "a.mp4"}, **options}]),
+    ):
+        (source,) = media_of(row)
+        assert {key: getattr(source, key) for key in options} == options
+    assert "fps: expected a positive number" in failure(user_row("<video>", videos=[{"path": "a", "fps": 0}]))
+    assert "min_pixels 9 is more than" in failure(
+        user_row("<image>", images=[{"path": "a", "min_pixels": 9, "max_pixels": 4}])
+    )
+
+
+def test_sound_is_joined_to_its_video_only_where_interleaving_is_asked_for():
+    row = user_row("<video><audio>q", videos=["v.mp4"], audios=["a.mp3"])
+    assert words(parse(row))[0][1] == [("video", "v.mp4"), ("audio", "a.mp3"), ("text", "q")]
+    for joined in (
+        parse({**row, "use_audio_in_video": True}),
+        parse(row, media=MediaRules(use_audio=True)),
+        parse_row(row, file="f", line=1, options=row_options(DataConfig(video=VideoConfig(use_audio=True)))),
+    ):
+        video, text = joined.turns[0].parts
+        assert (video.media.use_audio, Path(video.media.audio_path).name, text.text) == (True, "a.mp3", "q")
+    assert len(parse({**row, "use_audio_in_video": False}, media=MediaRules(use_audio=True)).turns[0].parts) == 3
+
+
+def test_sound_that_does_not_follow_directly_stays_a_clip_of_its_own():
+    row = user_row("<video> <audio>", videos=["v.mp4"], audios=["a.mp3"], use_audio_in_video=True)
+    video, _, audio = parse(row).turns[0].parts
+    assert (video.media.use_audio, video.media.audio_path, audio.kind) == (True, None, "audio")
+    row = user_row("<video><audio><audio>", videos=["v.mp4"], audios=["a.mp3", "b.mp3"], use_audio_in_video=True)
+    assert [name_of(part) for part in parse(row).turns[0].parts] == ["v.mp4", "b.mp3"]
+    row = user_row("<video><audio>", videos=["v.mp4"], audios=[b"RIFF"], use_audio_in_video=True)
+    assert "must be a file" in failure(row)
+
+
+def test_use_of_sound_can_be_said_per_clip():
+    row = user_row("<video><video>", videos=[{"path": "1.mp4", "use_audio_in_video": True}, "2.mp4"])
+    assert [source.use_audio for source in media_of(row)] == [True, False]
+
+
+def test_paths_stay_under_the_media_folder_unless_allowed(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "secret.png").write_bytes(b"x")
+    (inside / "link.png").symlink_to(outside / "secret.png")
+    (inside / "folder").symlink_to(outside)
+    (tmp_path / "alias").symlink_to(inside)
+    (tmp_path / "inside.png").write_bytes(b"x")
+    rules = {"media_dir": str(tmp_path / "alias")}  # the folder itself may be a link
+    for good in ("a.png", "./b/../a.png", str(inside / "a.png"), f"file://{inside}/a.png"):
+        assert media_of(user_row("<image>", images=[good]), media=MediaRules(**rules))
+    for bad in ("../out/secret.png", str(outside / "secret.png"), "link.png", "folder/secret.png", "../inside.png"):
+        row = user_row("<image>", images=[bad])
+        assert "outside the media folder" in failure(row, media=MediaRules(**rules))
+        (source,) = media_of(row, media=MediaRules(**rules, allow_outside_media_dir=True))
+        assert Path(source.path).is_file()
+    assert "NUL" in failure(user_row("<image>", images=["a\0b"]), media=MediaRules(**rules))
+    row = user_row("<video>", videos=[["a.png", "../out/secret.png"]])
+    assert "videos[0][1]" in failure(row, media=MediaRules(**rules))
+
+
+def test_urls_are_refused_unless_allowed():
+    for url in ("http://example.com/a.png", "HTTPS://example.com/a.png", "s3://bucket/a.png"):
+        assert "data.allow_urls" in failure(user_row("<image>", images=[url]))
+    (source,) = media_of(user_row("<image>", images=["https://example.com/a.png"]), media=MediaRules(allow_urls=True))
+    assert source.path == "https://example.com/a.png"
+    assert "expected an http" in failure(user_row("<image>", images=["ftp://a/b"]), media=MediaRules(allow_urls=True))
+
+
+# ---------------------------------------------------------------------------------------- bad rows
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"text": "a"}, "no known format has the keys text"),
+        ({}, "(none)"),
+        ({"messages": []}, "expected a list of turns"),
+        ({"messages": "hi"}, "expected a list of turns"),
+        ({"messages": ["hi"]}, "messages[0]: expected an object"),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, "messages[0].role: unknown role 'narrator'; known"),
+        ({"messages": [{"content": "a"}]}, "unknown role None"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no assistant answer"),
+        ({"messages": [{"role": "assistant", "content": ""}]}, "no assistant answer"),
+        ({"messages": [{"role": "assistant", "content": 5}]}, "expected text or a list of blocks, got int"),
+        ({"messages": [{"role": "user", "content": [{"type": "pdf"}]}, ANSWER]}, "unknown block type 'pdf'"),
+        ({"messages": [{"role": "user", "content": [5]}, ANSWER]}, "expected a block with a type"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}, ANSWER]}, "surrogate"),
+        ({"messages": [ANSWER], "images": 5}, "images: expected a list of images"),
+        ({"messages": [{"role": "user", "content": "<image>"}, ANSWER], "images": [5]}, "images[0]: expected a path"),
+        ({"messages": [{"role": "user", "content": "<image>"}, ANSWER], "images": [{"a": 1}]}, "got the keys a"),
+        ({"messages": [ANSWER], "use_audio_in_video": "yes"}, "expected true or false"),
+    ],
+)
+def test_a_bad_row_is_refused_with_field_and_reason(row, reason):
+    assert reason in failure(row)
+
+
+def test_a_format_set_by_hand_that_the_row_lacks_is_named():
+    assert "the sharegpt format needs it" in failure({"query": "q", "response": "a"}, format="sharegpt")
+    assert "instruction: expected text" in failure({"messages": [ANSWER]}, format="alpaca")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | st.sampled_from(["", "a", "<image>", CALL, "a/b"]),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.sampled_from(["name", "arguments", "url"]), children)
+    ),
+    max_leaves=4,
+)
+
+
+def odd(**usual):
+    """Dicts whose values are mostly of the usual kind, sometimes anything; keys may be missing."""
+    return st.fixed_dictionaries({}, optional={key: VALUES | value | value for key, value in usual.items()})
+
+
+BLOCK_TYPES = ["text", "image", "image_url", "video", "tool_use", "tool_result", "thinking", "input_audio"]
+BLOCKS = st.lists(odd(type=st.sampled_from(BLOCK_TYPES), text=st.just("t"), image=VALUES, content=VALUES, data=VALUES))
+ROLES = st.sampled_from(["user", "assistant", "system", "tool", "tool_call", "tool_response"])
+MESSAGES = odd(role=ROLES, content=st.just("a") | BLOCKS, tool_calls=VALUES, loss=VALUES, reasoning_content=VALUES)
+ODD_ROWS = odd(
+    messages=st.lists(MESSAGES, max_size=4), images=VALUES, videos=VALUES, tools=VALUES, system=VALUES
+) | odd(conversations=st.lists(odd(**{"from": ROLES, "value": st.just("a")})), image=VALUES, id=VALUES, weight=VALUES)
+PAIRS = odd(query=st.just("q"), response=st.just("r"), history=VALUES, instruction=VALUES, output=VALUES, input=VALUES)
+
+
+@settings(deadline=None, max_examples=300)
+@given(row=ODD_ROWS | ODD_ROWS | PAIRS)
+def test_no_row_however_odd_raises_anything_but_sample_error(row):
+    try:
+        conversation = parse(row)
+    except SampleError:
+        return
+    assert any(turn.role == "assistant" for turn in conversation.turns)
+
+
+@settings(deadline=None, max_examples=60)
+@given(texts=st.lists(st.text(min_size=1).filter(lambda text: "<" not in text), min_size=2, max_size=6))
+def test_plain_text_passes_unchanged(texts):
+    messages = [{"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(texts)]
+    assert [turn.parts[0].text for turn in parse({"messages": messages}).turns] == texts
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real demo data is absent")
+def test_the_real_demo_rows_parse():
+    counts = {}
+    for path in sorted(REAL.glob("*.json")):
+        source = open_sources((str(path),))
+        for index in range(len(source)):
+            row, file, line = source.read(index)
+            conversation = parse_row(row, file=file, line=line, options=RowOptions())
+            for turn in conversation.turns:
+                for part in turn.parts:
+                    assert part.media is None or Path(part.media.path).is_file()
+                    counts[part.kind] = counts.get(part.kind, 0) + 1
+        assert index + 1 == len(source)
+    assert counts["tool_call"] == 77
+    assert (counts["video"], counts["audio"]) == (6, 6)

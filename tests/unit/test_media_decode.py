@@ -1,0 +1,223 @@
+"""Decoded pixels and sound are what the file shows and plays, in the planned size."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from omniloom.data.media import MediaLimits
+from omniloom.data.media_decode import decode_audio, decode_clip, decode_image, decode_video_frames, resampled_length
+from omniloom.data.media_headers import read_header
+from omniloom.ops.media_features import resize_bicubic, sample_frame_indices
+from omniloom.types import ClipGeometry, MediaSource, SampleError
+from tests.unit.media_files import picture, tone, truth_of_video, write_audio, write_video
+
+LIMITS = MediaLimits()
+
+
+def source_of(path, **options):
+    return MediaSource(path=str(path), **options)
+
+
+# ---------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
+def test_pictures_of_every_mode_are_converted_as_transformers_converts_them(tmp_path, mode):
+    from transformers.image_transforms import convert_to_rgb
+
+    rng = np.random.default_rng(0)
+    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    if mode == "I;16":
+        grey = rng.integers(0, 65536, (20, 30)).astype(np.uint16)
+        Image.fromarray(grey).save(path)
+        expected = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)  # transformers would clip to white
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (20, 30, 4), dtype=np.uint8), "RGBA")
+        image = image.convert("RGB").convert(mode) if mode in ("CMYK", "P", "1") else image.convert(mode)
+        if mode == "P":
+            image.info["transparency"] = 3
+        image.save(path)
+        with Image.open(path) as reopened:
+            expected = convert_to_rgb(reopened, return_numpy=True)
+    pixels = decode_image(source_of(path), LIMITS)
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, expected)
+
+
+def test_pixels_of_no_defined_brightness_are_refused(tmp_path):
+    Image.fromarray(np.ones((5, 5), np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(SampleError, match="floating point"):
+        decode_image(source_of(tmp_path / "a.tiff"), LIMITS)
+
+
+def test_embedded_bytes_decode_like_the_file(tmp_path):
+    Image.fromarray(picture(3, 30, 20)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    assert np.array_equal(decode_image(MediaSource(data=data), LIMITS), picture(3, 30, 20))
+
+
+# ---------------------------------------------------------------------------------------- videos
+
+
+def test_only_the_frames_asked_for_are_kept_and_they_are_the_right_ones(tmp_path):
+    path = write_video(tmp_path / "a.mp4", num_frames=40, options={"bf": "2"})
+    truth = truth_of_video(path)
+    indices = sample_frame_indices(40, 25.0, 5.0, 768)
+    assert len(indices) == 8
+    assert np.array_equal(decode_video_frames(source_of(path), indices, LIMITS), truth[indices])
+    repeated = [0, 0, 7, 7, 7, 39]
+    assert np.array_equal(decode_video_frames(source_of(path), repeated, LIMITS), truth[repeated])
+
+
+def test_pictures_can_be_shrunk_as_they_are_decoded(tmp_path):
+    path = write_video(tmp_path / "a.mp4", num_frames=10)
+    shrunk = decode_video_frames(
+        source_of(path), [0, 5], LIMITS, each_frame=lambda frame: resize_bicubic(frame, 24, 32)
+    )
+    assert np.array_equal(shrunk, np.stack([resize_bicubic(frame, 24, 32) for frame in truth_of_video(path)[[0, 5]]]))
+
+
+def test_up_to_100_ms_of_missing_frames_repeat_the_last_and_more_is_an_error(tmp_path):
+    path = write_video(tmp_path / "a.mp4", num_frames=10, fps=25)
+    truth = truth_of_video(path)
+    frames = decode_video_frames(source_of(path), [0, 10, 11], LIMITS)  # frame 11 lies 80 ms beyond the end
+    assert np.array_equal(frames, truth[[0, 9, 9]])
+    with pytest.raises(SampleError, match="frame 12 was planned by its header, only 10 can be decoded"):
+        decode_video_frames(source_of(path), [0, 12], LIMITS)
+
+
+def test_a_stream_that_changes_its_size_keeps_the_first(tmp_path):
+    small = write_video(tmp_path / "small.ts", "mpeg2video", 5, options={"g": "1"})
+    large = write_video(tmp_path / "large.ts", "mpeg2video", 5, size=(128, 96), options={"g": "1"})
+    path = tmp_path / "both.ts"
+    path.write_bytes(small.read_bytes() + large.read_bytes())
+    header = read_header(source_of(path), "video", LIMITS)
+    assert (header.width, header.height) == (64, 48)
+    frames = decode_video_frames(source_of(path), range(header.num_frames), LIMITS)
+    assert header.num_frames > 5
+    assert np.abs(frames[-1].astype(int) - frames[4]).mean() < 20  # the same kind of picture, scaled
+
+
+def test_a_planned_clip_decodes_to_its_geometry(tmp_path):
+    video = write_video(tmp_path / "a.mp4", num_frames=50, sound=tone(2 * 44100, 44100, 2))
+    source = source_of(video, use_audio=True)
+    header = read_header(source, "video", LIMITS)
+    clip = ClipGeometry(
+        kind="video",
+        num_tokens=1,
+        num_frames=4,
+        num_source_frames=header.num_frames,
+        num_audio_samples=header.num_audio_samples,
+    )
+    decoded = decode_clip(source, clip, LIMITS)
+    assert np.array_equal(decoded.pixels, truth_of_video(video)[sample_frame_indices(50, 25.0, 2.0, 768)])
+    assert decoded.waveform.shape == (header.num_audio_samples,)
+    Image.fromarray(picture(0, 30, 20)).save(tmp_path / "a.png")
+    decoded = decode_clip(source_of(tmp_path / "a.png"), ClipGeometry(kind="image", num_tokens=1), LIMITS)
+    assert decoded.pixels.shape == (20, 30, 3)
+    assert decoded.waveform is None
+    sound = write_audio(tmp_path / "a.wav", "pcm_s16le", 16000, tone(4000, 16000))
+    clip = ClipGeometry(kind="audio", num_tokens=1, num_audio_samples=4000)
+    decoded = decode_clip(source_of(sound), clip, LIMITS)
+    assert decoded.pixels is None
+    assert decoded.waveform.shape == (4000,)
+
+
+# ---------------------------------------------------------------------------------------- sound
+
+
+@pytest.mark.parametrize("codec", ["pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le", "pcm_u8"])
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_sound_is_the_mean_of_its_channels_on_the_scale_of_one(tmp_path, codec, channels):
+    samples = tone(3000, 16000, channels)
+    path = write_audio(tmp_path / "a.wav", codec, 16000, samples)
+    waveform = decode_audio(source_of(path), LIMITS)
+    assert waveform.dtype == np.float32
+    step = {"pcm_u8": 1 / 128, "pcm_s16le": 1 / 32768}.get(codec, 1e-6)  # one quantisation step
+    assert np.abs(waveform - samples.mean(axis=0)).max() <= step
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 96000])
+def test_resampling_in_chunks_equals_resampling_at_once(tmp_path, rate):
+    import soxr
+
+    samples = tone(rate * 2 + 13, rate)
+    path = write_audio(tmp_path / "a.wav", "pcm_f32le", rate, samples)
+    waveform = decode_audio(source_of(path), LIMITS)
+    length = resampled_length(samples.shape[1], rate, 16000)
+    expected = soxr.resample(samples[0], rate, 16000, quality="HQ")
+    assert waveform.shape == (length,)
+    shared = min(length, len(expected))
+    assert abs(length - len(expected)) <= 1  # we round up, soxr to the nearest
+    assert np.array_equal(waveform[:shared], expected[:shared])
+
+
+def test_long_sound_is_not_cut(tmp_path):
+    path = write_audio(tmp_path / "a.flac", "flac", 8000, tone(8000 * 301, 8000))
+    assert read_header(source_of(path), "audio", LIMITS).num_audio_samples == 301 * 16000
+    assert len(decode_audio(source_of(path), LIMITS)) == 301 * 16000
+
+
+def test_up_to_100_ms_are_padded_or_trimmed_and_more_is_an_error(tmp_path):
+    path = write_audio(tmp_path / "a.wav", "pcm_f32le", 16000, tone(8000, 16000))
+    whole = decode_audio(source_of(path), LIMITS)
+    padded = decode_audio(source_of(path), LIMITS, num_samples=9600)
+    assert np.array_equal(padded, np.pad(whole, (0, 1600)))
+    assert np.array_equal(decode_audio(source_of(path), LIMITS, num_samples=6400), whole[:6400])
+    for planned in (9601, 6399):
+        with pytest.raises(SampleError, match=f"{planned} samples were planned by its header, 8000 can be decoded"):
+            decode_audio(source_of(path), LIMITS, num_samples=planned)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_samples_that_are_not_finite_are_refused(tmp_path, poison):
+    samples = tone(5000, 16000)
+    samples[0, 4000] = poison
+    path = write_audio(tmp_path / "a.wav", "pcm_f32le", 16000, samples)
+    with pytest.raises(SampleError, match="not finite"):
+        decode_audio(source_of(path), LIMITS)
+
+
+@pytest.mark.parametrize("channels", [7, 8, 9, 16])
+def test_frames_of_many_planes_decode_whole(tmp_path, channels):
+    import av
+
+    samples = tone(4000, 16000, 1) * np.linspace(1, 0.1, channels, dtype=np.float32)[:, None]
+    path, layout = tmp_path / "a.wv", {7: "6.1", 8: "7.1"}.get(channels, f"{channels} channels")
+    with av.open(str(path), "w") as container:  # wavpack decodes to one plane per channel
+        stream = container.add_stream("wavpack", rate=16000)
+        stream.codec_context.layout = layout
+        packed = np.ascontiguousarray(samples.T.reshape(1, -1))
+        frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=layout)
+        frame.sample_rate, frame.pts, frame.time_base = 16000, 0, Fraction(1, 16000)
+        stream.codec_context.open()
+        resampler = av.AudioResampler(format=stream.codec_context.format.name, layout=layout, rate=16000)
+        fifo = av.AudioFifo()
+        for part in resampler.resample(frame):
+            part.pts = None
+            fifo.write(part)
+        pts = 0
+        while (part := fifo.read(stream.codec_context.frame_size or 1024) or fifo.read(0, True)) and part.samples:
+            part.pts, part.time_base = pts, Fraction(1, 16000)
+            pts += part.samples
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        frame = next(container.decode(audio=0))
+        assert frame.format.is_planar
+        assert frame.layout.nb_channels == channels
+    waveform = decode_audio(source_of(path), LIMITS)
+    assert waveform.shape == (4000,)
+    # wavpack's encoder is not lossless at float input of this wheel; a lost or doubled channel would show tenfold
+    assert np.abs(waveform - samples.mean(axis=0)).max() < 0.01
+
+
+def test_a_rate_that_changes_midway_is_refused(tmp_path):
+    first = write_audio(tmp_path / "1.ts", "mp2", 48000, tone(20_000, 48000))
+    second = write_audio(tmp_path / "2.ts", "mp2", 32000, tone(20_000, 32000))
+    path = tmp_path / "both.ts"
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(SampleError, match="changes its rate from 48000 to 32000 Hz"):
+        decode_audio(source_of(path), LIMITS)

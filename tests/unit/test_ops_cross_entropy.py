@@ -1,0 +1,89 @@
+"""Chunked cross entropy of a head: against all logits at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omniloom.ops.cross_entropy import choose_chunk_tokens, linear_cross_entropy, linear_cross_entropy_reference
+
+
+def inputs(num_tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, 8, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(23, 8, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, 23, (num_tokens,), generator=generator)
+    weights = torch.rand(num_tokens, generator=generator) * 3
+    return hidden, head, labels, weights
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_tokens=st.integers(0, 20), chunk=st.sampled_from([1, 3, 8, 64, None]), seed=st.integers(0, 99))
+def test_loss_and_gradients_equal_the_reference_whatever_the_chunk(num_tokens, chunk, seed):
+    hidden, head, labels, weights = inputs(num_tokens, seed)
+    loss = linear_cross_entropy(hidden, head, labels, weights, chunk_tokens=chunk)
+    wanted = linear_cross_entropy_reference(hidden, head, labels, weights)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    # an upstream gradient other than 1, as dividing by the step's weight sum makes it
+    for got, reference in zip(
+        torch.autograd.grad(loss * 0.37, (hidden, head)),
+        torch.autograd.grad(wanted * 0.37, (hidden, head)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_no_tokens_give_zero_loss_and_zero_gradients():
+    hidden, head, labels, weights = inputs(0)
+    loss = linear_cross_entropy(hidden, head, labels, weights)
+    loss.backward()
+    assert loss.item() == 0
+    assert loss.dtype == torch.float32
+    assert hidden.grad.shape == (0, 8)
+    assert not head.grad.any()
+
+
+def test_bfloat16_loss_is_as_good_as_its_logits():
+    hidden, head, labels, weights = inputs(40, dtype=torch.bfloat16)
+    loss = linear_cross_entropy(hidden, head, labels, weights, chunk_tokens=8)
+    exact = linear_cross_entropy_reference(hidden.double(), head.double(), labels, weights)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact.float(), rtol=5e-3, atol=0)  # logits carry 8 bits, errors average out
+    got = torch.autograd.grad(loss, (hidden, head))
+    wanted = torch.autograd.grad(exact, (hidden, head))
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.float() - b.float()).norm() < 0.02 * b.float().norm()
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_side_gets_no_gradient_and_leaves_the_other_right(frozen):
+    arguments = inputs(9)
+    arguments[frozen].requires_grad_(False)
+    live = arguments[1 - frozen]
+    got = torch.autograd.grad(linear_cross_entropy(*arguments, chunk_tokens=4), live)
+    wanted = torch.autograd.grad(linear_cross_entropy_reference(*arguments), live)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_without_gradients_only_the_loss_is_computed():
+    arguments = inputs(9)
+    with torch.no_grad():
+        loss = linear_cross_entropy(*arguments, chunk_tokens=4)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, linear_cross_entropy_reference(*arguments).detach())
+
+
+def test_very_large_logits_do_not_overflow():
+    hidden, head, labels, weights = inputs(6)
+    loss = linear_cross_entropy(hidden * 1e4, head, labels, weights)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(torch.autograd.grad(loss, head)[0]).all()
+
+
+def test_the_chunk_is_the_largest_power_of_two_within_the_budget():
+    assert choose_chunk_tokens(1000, budget_bytes=4 * 1000 * 64) == 64
+    assert choose_chunk_tokens(1000, budget_bytes=4 * 1000 * 127) == 64
+    assert choose_chunk_tokens(1000, budget_bytes=1) == 1

@@ -1,0 +1,57 @@
+"""Degrees: what fits, what is refused, and that a refusal names what would do."""
+
+from __future__ import annotations
+
+import pytest
+
+from omniloom.config import ParallelConfig
+from omniloom.parallel.context import check_heads
+from omniloom.parallel.mesh import Degrees, resolve_degrees
+
+
+def test_shard_auto_fills_the_world() -> None:
+    degrees = resolve_degrees(ParallelConfig(replicate=2, context=2), 16, packs_per_step=8)
+    assert degrees == Degrees(replicate=2, shard=4, context=2)
+    assert degrees.world == 16
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "packs", "words"),
+    [
+        (ParallelConfig(shard=3), 4, 8, ("parallel", "3 ranks, but 4 were started", "set parallel.shard to 4 or auto")),
+        (ParallelConfig(context=3), 4, 8, ("degrees from [1, 2, 4]", "or start 3 ranks")),
+        (ParallelConfig(expert=3), 4, 8, ("parallel.expert: 3 does not divide", "choose from [1, 2, 4]")),
+        (ParallelConfig(), 4, 3, ("train.packs_per_step: 3", "4 data-parallel ranks", "at least 4")),
+        (ParallelConfig(replicate=8, shard=1), 4, 8, ("8 ranks, but 4 were started",)),
+        (ParallelConfig(tensor=2), 4, 8, ("parallel.tensor: 2 is not supported yet",)),
+        (ParallelConfig(pipeline=2), 4, 8, ("parallel.pipeline: 2 is not supported yet",)),
+    ],
+)
+def test_a_degree_that_does_not_fit_is_refused_with_what_would(
+    parallel: ParallelConfig, world: int, packs: int, words: tuple[str, ...]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        resolve_degrees(parallel, world, packs_per_step=packs)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_fault_is_reported_at_once() -> None:
+    with pytest.raises(ValueError) as caught:
+        resolve_degrees(ParallelConfig(shard=4, expert=3), 4, packs_per_step=2)
+    assert "parallel.expert" in str(caught.value)
+    assert "train.packs_per_step" in str(caught.value)
+
+
+def test_heads_that_do_not_divide_are_refused_and_key_value_heads_may() -> None:
+    check_heads(12, 2, 4)  # two key-value heads over four ranks: repeated
+    check_heads(12, 6, 4)  # six over four: repeated up to twelve
+    with pytest.raises(
+        ValueError, match=r"12 attention heads do not divide over 5 .* choose from \[1, 2, 3, 4, 6, 12\]"
+    ):
+        check_heads(12, 4, 5)
+
+
+def test_description_names_the_axes_in_use() -> None:
+    assert Degrees(shard=4, context=2, expert=8).describe() == "shard 4 x context 2 x expert 8"
+    assert Degrees().describe() == "one rank"

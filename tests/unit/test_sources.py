@@ -1,0 +1,219 @@
+"""Every row of every kind of file comes back as written, by row number, in any process."""
+
+import json
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omniloom.data.sources import Subset, open_sources
+from omniloom.types import SampleError
+
+ROWS = [{"id": str(index), "text": text} for index, text in enumerate(["a", "äöü", "中文\n二", "😀", "]},{"])]
+
+
+def write_kinds(folder, rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    paths = {}
+    for name, text in {
+        "compact.json": json.dumps(rows),
+        "pretty.json": json.dumps(rows, indent=2, ensure_ascii=False),
+        "rows.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        "spaced.jsonl": "\n\n".join(json.dumps(row) for row in rows) + "\r\n\n",
+    }.items():
+        paths[name] = folder / name
+        paths[name].write_bytes(text.encode())
+        paths["bom_" + name] = folder / ("bom_" + name)
+        paths["bom_" + name].write_bytes(b"\xef\xbb\xbf" + text.encode())
+    table = pyarrow.Table.from_pylist(rows)
+    paths["parquet"] = folder / "rows.parquet"
+    pyarrow.parquet.write_table(table, paths["parquet"], row_group_size=2)
+    paths["arrow"] = folder / "rows.arrow"
+    with pyarrow.OSFile(str(paths["arrow"]), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    paths["stream"] = folder / "stream.arrow"
+    with pyarrow.OSFile(str(paths["stream"]), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return {name: str(path) for name, path in paths.items()}
+
+
+def test_every_kind_of_file_gives_the_same_rows_in_any_order_and_process(tmp_path):
+    for name, path in write_kinds(tmp_path, ROWS).items():
+        source = open_sources((path,))
+        source.read(0)  # opened before it is pickled
+        source = pickle.loads(pickle.dumps(source))
+        assert len(source) == len(ROWS), name
+        for index in (3, 0, 4, 1, 2):
+            row, file, line = source.read(index)
+            assert row == ROWS[index], name
+            assert file == path
+            assert (file, line) == source.locate(index)
+
+
+def test_a_pickled_source_does_not_carry_the_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"text": "x" * 10_000} for _ in range(100)]))
+    assert len(pickle.dumps(open_sources((str(path),)))) < 10_000
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=3), st.text() | st.integers() | st.none()), min_size=1, max_size=6),
+    indent=st.none() | st.integers(0, 3),
+    ascii_only=st.booleans(),
+)
+def test_json_arrays_round_trip_with_true_line_numbers(tmp_path_factory, rows, indent, ascii_only):
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+    path.write_bytes(text.encode("utf-8", errors="replace"))
+    source = open_sources((str(path),))
+    assert len(source) == len(rows)
+    lines = path.read_bytes().split(b"\n")
+    for index in range(len(rows)):
+        row, _, line = source.read(index)
+        written = json.loads(json.dumps(rows[index], ensure_ascii=False).encode("utf-8", errors="replace"))
+        if indent is None and len(rows) > 1 and written.get("id") is None:
+            written["id"] = f"{path}:1#{index + 1}"
+        assert row == written
+        assert lines[line - 1].lstrip().startswith(b"{") or b"{" in lines[line - 1]
+
+
+def test_rows_that_share_a_line_get_ids_of_their_own_and_others_are_left_alone(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1}, {"a": 2, "id": "mine"}, {"a": 3},\n{"a": 4}]')
+    source = open_sources((str(path),))
+    ids = [source.read(row)[0].get("id") for row in range(4)]
+    assert ids == [f"{path}:1#1", "mine", f"{path}:1#3", None]
+    assert open_sources((str(path),), max_samples=1).read(0)[0] == {"a": 1}
+
+
+def test_lines_are_counted_from_one_and_blank_lines_count(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n\n\n{"a": 2}\n')
+    source = open_sources((str(path),))
+    assert [source.read(row)[2] for row in range(len(source))] == [1, 4]
+    path = tmp_path / "a.json"
+    path.write_text('[\n {"a": 1},\n\n {"a": \n2}, {"a": 3}\n]\n')
+    source = open_sources((str(path),))
+    assert [source.read(row)[2] for row in range(len(source))] == [2, 4, 5]
+
+
+def test_files_chain_and_max_samples_counts_per_file(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("".join(f'{{"file": "{name}", "n": {n}}}\n' for n in range(5)))
+    paths = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    source = open_sources(paths, max_samples=2)
+    assert [source.read(row)[0] for row in range(len(source))] == [
+        {"file": name, "n": n} for name in ("a.jsonl", "b.jsonl") for n in range(2)
+    ]
+    assert len(open_sources(paths)) == 10
+
+
+def test_max_samples_applies_to_every_kind_of_file(tmp_path):
+    for name, path in write_kinds(tmp_path, ROWS).items():
+        source = open_sources((path,), max_samples=3)
+        assert len(source) == 3, name
+        assert [source.read(row)[0] for row in range(3)] == ROWS[:3], name
+
+
+def test_a_subset_maps_its_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"n": {n}}}\n' for n in range(5)))
+    source = open_sources((str(path),))
+    subset = Subset(source, [4, 0, 2])
+    assert [subset.read(row)[0]["n"] for row in range(len(subset))] == [4, 0, 2]
+    assert subset.locate(0) == (str(path), 5)
+    assert subset.fingerprint != Subset(source, [4, 2, 0]).fingerprint
+
+
+def test_a_broken_line_costs_only_its_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [b'{"n": 0}', b'{"n": 1', b'{"n": "\xff"}', b"[1, 2]", b"7", b"[" * 100_000, b'{"n": 6}']
+    path.write_bytes(b"\n".join(lines))
+    source = open_sources((str(path),))
+    assert len(source) == 7
+    assert source.read(0)[0] == {"n": 0}
+    assert source.read(6)[0] == {"n": 6}
+    for row, words in {1: "not JSON", 2: "UTF-8", 3: "object", 4: "object", 5: "nested|not JSON"}.items():
+        assert source.locate(row) == (str(path), row + 1)
+        with pytest.raises(SampleError, match=words):
+            source.read(row)
+
+
+def test_json_lines_of_bare_message_lists_are_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    messages = [{"role": "user", "content": "a"}]
+    path.write_text("".join(json.dumps(messages) + "\n" for _ in range(3)))
+    source = open_sources((str(path),))
+    assert [source.read(row)[0] for row in range(len(source))] == [{"messages": messages}] * 3
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'[{"a": 1},\n {"a": 2]', "line 2, column 9"),
+        (b'[{"a": 1}\n{"a": 2}]', "line 2, column 1.*1 good rows"),
+        (b'[{"a": 1}, ]', "column 12"),
+        (b'[{"a": 1}] x', "after the array"),
+        (b'[{"a": 1}', "expected ',' or ']'"),
+        (b"[]", "empty array"),
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf \n", "is empty"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "neither JSON"),
+        (b"id,text\n1,a\n", "neither JSON"),
+        (b'{\n "data": [\n  {"a": 1}\n ]\n}', "spread over lines"),
+        ('[{"a": "ü"}]'.encode("latin-1"), "not UTF-8"),
+        ('[{"a": 1}]'.encode("utf-16"), "neither JSON"),
+        (b"PAR1 but not really", "Parquet"),
+        (b"ARROW1 but not really", "Arrow"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path, content, words):
+    path = tmp_path / "rows.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        open_sources((str(path),))
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"no such data file: .*train.json; did you mean .*train\.jsonl"):
+        open_sources((str(tmp_path / "train.json"),))
+    with pytest.raises(ValueError, match=r"is a directory.*it holds train\.jsonl"):
+        open_sources((str(tmp_path),))
+    with pytest.raises(ValueError, match="does not exist"):
+        open_sources((str(tmp_path / "no" / "train.json"),))
+    with pytest.raises(ValueError, match="no data files"):
+        open_sources(())
+
+
+def test_the_fingerprint_follows_the_content_not_the_path(tmp_path):
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+        rows = ROWS if folder != "c" else [*ROWS[:-1], {"id": "4", "text": "other"}]
+        write_kinds(tmp_path / folder, rows)
+    for file in (tmp_path / "a").iterdir():
+        prints = [open_sources((str(tmp_path / folder / file.name),)).fingerprint for folder in ("a", "b", "c")]
+        assert prints[0] == prints[1], file.name
+        assert prints[0] != prints[2], file.name
+    both = [str(tmp_path / "a" / name) for name in ("compact.json", "rows.jsonl")]
+    assert open_sources(tuple(both)).fingerprint != open_sources(tuple(both[::-1])).fingerprint
+
+
+def test_a_parquet_row_keeps_bytes_and_drops_absent_columns(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"images": [{"bytes": b"\x00\xff", "path": None}]}, {"text": "a"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=None), tmp_path / "a.parquet")
+    table = pyarrow.table(
+        {"images": [[{"bytes": b"\x00\xff", "path": None}], None], "text": pyarrow.array([None, "a"])}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    source = open_sources((str(tmp_path / "a.parquet"),))
+    assert source.read(0)[0] == {"images": [{"bytes": b"\x00\xff", "path": None}]}
+    assert source.read(1)[0] == {"text": "a"}
