@@ -17,7 +17,7 @@ class ShardingPlan:
     groups: tuple[tuple[str, ...], ...] = ()
     experts: tuple[str, ...] = ()  # modules whose every parameter is stacked [E, ...]
     dispatches: tuple[str, ...] = ()  # parameter-free: (hidden, expert_index, expert_weights, is_padding, experts)
-    grouped_linears: tuple[str, ...] = ()  # parameter-free: (rows, stacked weight, offsets)
+    expert_products: tuple[str, ...] = ()  # parameter-free: (rows, stacked weights..., offsets)
     router_choices: tuple[str, ...] = ()  # parameter-free: probabilities to expert_index; never made anew in backward
     router_counts: tuple[str, ...] = ()  # parameter-free: reduces a pack's expert counts over who shares the pack
     attention_cores: tuple[str, ...] = ()  # parameter-free: (q, k, v, segments), decoder only

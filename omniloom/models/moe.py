@@ -1,6 +1,6 @@
 """Mixture of experts: the router's choice, stacked experts, and what brings tokens to them.
 
-`dispatch`, `experts.linear`, `reduce_counts` and `router.choose` have no parameters: expert parallelism replaces the
+`dispatch`, `experts.product`, `reduce_counts` and `router.choose` have no parameters: expert parallelism replaces the
 first two, parallelism over tokens the third, recompute the last. Everything is computed from that one choice, so a
 recomputing backward that keeps it cannot send a token elsewhere.
 
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omniloom.models.layers import ACTIVATIONS
-from omniloom.ops.grouped_gemm import combine_copies, gather_copies, group_multiple, grouped_linear, sort_by_group
+from omniloom.ops.gated_experts import Copies, gated_experts, routed_experts
+from omniloom.ops.grouped_gemm import group_multiple, sort_by_group
 
 
 class TopK(nn.Module):
@@ -75,12 +75,16 @@ class LocalCounts(nn.Module):
         return counts
 
 
-class GroupedLinear(nn.Module):
-    """Grouped GEMM as a module without parameters, so that weights may be shards."""
+class GatedProduct(nn.Module):
+    """All experts' feed-forwards as a module without parameters, so that weights may be shards."""
 
-    def forward(self, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        """rows [N, C], weight [E, O, C], offsets int32 [E] -> [N, O]."""
-        return grouped_linear(rows, weight, offsets)
+    def forward(
+        self, rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, copies: Copies | None = None
+    ) -> Tensor:
+        """rows [N, C], gate_up [E, 2 I, C], down [E, C, I], offsets int32 [E] -> [N, C]."""
+        if copies is None:
+            return gated_experts(rows, gate_up, down, offsets)
+        return routed_experts(rows, gate_up, down, offsets, copies)
 
 
 class Experts(nn.Module):
@@ -88,15 +92,18 @@ class Experts(nn.Module):
 
     def __init__(self, *, num_experts: int, hidden_size: int, intermediate_size: int, activation: str) -> None:
         super().__init__()
+        if activation != "silu":
+            raise ValueError(f"hidden_act {activation!r} of a model with experts is not supported; expected silu")
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
-        self.act = ACTIVATIONS[activation]
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
-        self.linear = GroupedLinear()
+        self.product = GatedProduct()
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """rows [N, C] sorted by expert, offsets int32 [E] where each expert's rows end -> [N, C]."""
-        gate, up = self.linear(rows, self.gate_up, offsets).chunk(2, dim=-1)
-        return self.linear(self.act(gate) * up, self.down, offsets)
+    def forward(self, rows: Tensor, offsets: Tensor, copies: Copies | None = None) -> Tensor:
+        """rows [N, C] sorted by expert, offsets int32 [E] where each expert's rows end -> [N, C].
+
+        With `copies`, rows are tokens in their own order, and what comes back are the weighted sums of their copies.
+        """
+        return self.product(rows, self.gate_up, self.down, offsets, copies)
 
 
 class LocalDispatch(nn.Module):
@@ -113,12 +120,9 @@ class LocalDispatch(nn.Module):
 
         Padding rows come with experts like all others, and what is returned for them does not matter.
         """
-        num_copies = expert_index.shape[1]
         multiple = group_multiple(hidden.device.type, hidden.dtype)
         slot, row, counts = sort_by_group(expert_index.flatten(), self.num_experts, multiple)
-        offsets = counts.cumsum(0).to(torch.int32)
-        rows = experts(gather_copies(hidden, slot, row, num_copies), offsets)
-        return combine_copies(rows, expert_weights, slot, row)
+        return experts(hidden, counts.cumsum(0).to(torch.int32), Copies(slot, row, expert_weights))
 
 
 class MoE(nn.Module):

@@ -21,7 +21,7 @@ def standard_sharding(
         groups=tied if text.tie_word_embeddings else (("text.embed",), ("text.loss_head",)),
         experts=(f"{moe}.experts",) if moe else (),
         dispatches=(f"{moe}.dispatch",) if moe else (),
-        grouped_linears=(f"{moe}.experts.linear",) if moe else (),
+        expert_products=(f"{moe}.experts.product",) if moe else (),
         router_choices=(f"{moe}.router.choose",) if moe else (),
         router_counts=(f"{moe}.reduce_counts",) if moe else (),
         attention_cores=("text.layers.*.attention.core",),

@@ -208,11 +208,13 @@ def _save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> Non
     q, k, v, cu_seqlens, causal = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
     ctx.causal = causal
-    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # the second output has no gradient, and zeros in its shape cost a pass
 
 
 def _register(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> None:
-    def differentiate(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None
         q, k, v, out, log_sums, cu_seqlens = ctx.saved_tensors
         return *backward(grad.contiguous(), q, k, v, out, log_sums, cu_seqlens, ctx.causal), None, None
 

@@ -68,7 +68,7 @@ def apply_parallelism(
         group = layout.expert.get_group()
         for name in match_modules(model, plan.dispatches):
             model.set_submodule(name, ExpertDispatch(plan.num_experts, group))
-        for name in match_modules(model, plan.grouped_linears):
+        for name in match_modules(model, plan.expert_products):
             model.set_submodule(name, LocalWeights(model.get_submodule(name)))
     for name in match_modules(model, (*plan.router_choices, *_agreed(layout, plan))):
         model.set_submodule(name, Kept(model.get_submodule(name)))

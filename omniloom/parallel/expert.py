@@ -1,7 +1,7 @@
 """Expert parallelism: each rank holds a share of the experts, and token rows travel to them and back.
 
-Replaces the dispatch between router and experts and the grouped linear inside them. Every row that was sent to an
-expert is computed; none is dropped. Knows of the model only the signatures of `moe.dispatch` and `experts.linear`.
+Replaces the dispatch between router and experts and the products inside them. Every row that was sent to an
+expert is computed; none is dropped. Knows of the model only the signatures of `moe.dispatch` and `experts.product`.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ class ExchangeSizes(nn.Module):
 
 
 class LocalWeights(nn.Module):
-    """Wraps the grouped linear: takes this rank's experts out of a stacked weight that is spread over ranks."""
+    """Wraps the experts' products: takes this rank's experts out of stacked weights that are spread over ranks."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, product: nn.Module) -> None:
         super().__init__()
-        self.linear = linear
+        self.product = product
 
-    def forward(self, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        """rows [N, C] of local experts, weight [E, O, C] global or [E / n, O, C] local, offsets int32 [E / n]."""
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        return self.linear(rows, local, offsets)
+    def forward(self, rows: Tensor, *weights_and_offsets: Tensor | None) -> Tensor:
+        """rows [N, C] of local experts; weights [E, ...] global or [E / n, ...] local, then offsets int32 [E / n]."""
+        local = (x.to_local() if isinstance(x, DTensor) else x for x in weights_and_offsets)
+        return self.product(rows, *local)
 
 
 class SumOverGroup(nn.Module):

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omniloom.config import LoraConfig, PolicyRule
+from omniloom.ops.gated_experts import Copies
+from omniloom.ops.grouped_gemm import combine_copies, gather_copies, grouped_linear
 from omniloom.training.policy import ParameterPolicy, covers
 from omniloom.types import Adapter
 
@@ -78,14 +80,21 @@ class LoraLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
+class GroupedLinear(nn.Module):
+    """Grouped GEMM as a module without parameters, so that weights may be shards."""
+
+    def forward(self, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """rows [N, C], weight [E, O, C], offsets int32 [E] -> [N, O]."""
+        return grouped_linear(rows, weight, offsets)
+
+
 class LoraExperts(nn.Module):
     """Stacked gated experts with frozen weights and a low-rank addition to one or both of their products."""
 
     def __init__(self, base: nn.Module, adapters: Mapping[str, Adapter], dtype: torch.dtype) -> None:
         """`adapters` by the base's own name, `gate_up` or `down`."""
         super().__init__()
-        self.act = base.act
-        self.linear = base.linear
+        self.product = GroupedLinear()
         self.gate_up = base.gate_up
         self.down = base.down
         self.scalings = {name: adapter.scaling for name, adapter in adapters.items()}
@@ -97,20 +106,23 @@ class LoraExperts(nn.Module):
             self.register_parameter(f"{name}_lora_a", nn.Parameter(weight.new_empty(a_shape, dtype=dtype)))
             self.register_parameter(f"{name}_lora_b", nn.Parameter(weight.new_empty(b_shape, dtype=dtype)))
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """rows [N, C] sorted by expert, offsets int32 [E] where each expert's rows end -> [N, C]."""
-        gate, up = self._product("gate_up", rows, offsets).chunk(2, dim=-1)
-        return self._product("down", self.act(gate) * up, offsets)
+    def forward(self, rows: Tensor, offsets: Tensor, copies: Copies | None = None) -> Tensor:
+        """As the experts' own: sorted rows [N, C] -> [N, C], or with `copies` tokens [T, C] -> their sums [T, C]."""
+        if copies is not None:
+            rows = gather_copies(rows, copies.slot, copies.row, copies.weights.shape[1])
+            return combine_copies(self(rows, offsets), copies.weights, copies.slot, copies.row)
+        gate, up = self._adapted("gate_up", rows, offsets).chunk(2, dim=-1)
+        return self._adapted("down", F.silu(gate) * up, offsets)
 
-    def _product(self, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
-        out = self.linear(rows, getattr(self, name), offsets)
+    def _adapted(self, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
+        out = self.product(rows, getattr(self, name), offsets)
         if name not in self.scalings:
             return out
         lora_a, lora_b = getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
         lora_a, lora_b = lora_a.to(rows.dtype), lora_b.to(rows.dtype)
         if missing := -lora_a.shape[1] % (ROW_BYTES // rows.element_size()):
             lora_a, lora_b = F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))
-        low = self.linear(self.linear(self.dropouts[name](rows), lora_a, offsets), lora_b, offsets)
+        low = self.product(self.product(self.dropouts[name](rows), lora_a, offsets), lora_b, offsets)
         return out + self.scalings[name] * low
 
 

@@ -1,0 +1,69 @@
+"""The fused feed-forward of routed experts against its steps one after another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omniloom.ops.gated_experts import Copies, gated_experts, routed_experts, routed_experts_reference
+from omniloom.ops.grouped_gemm import combine_copies, gather_copies, sort_by_group
+
+NUM_EXPERTS, HIDDEN, INNER = 5, 7, 3
+
+
+def make(
+    num_tokens: int, num_copies: int, *, dtype: torch.dtype = torch.float64, multiple: int = 1, seed: int = 0
+) -> tuple[list[torch.Tensor], torch.Tensor, Copies]:
+    """tokens, gate_up, down and weights, all wanting gradients; offsets; copies. The last expert gets no token."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (num_tokens, HIDDEN), (NUM_EXPERTS, 2 * INNER, HIDDEN), (NUM_EXPERTS, HIDDEN, INNER)
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in (*shapes, (num_tokens, num_copies))]
+    chosen = torch.randint(NUM_EXPERTS - 1, (num_tokens * num_copies,), generator=generator)
+    slot, row, counts = sort_by_group(chosen, NUM_EXPERTS, multiple)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    return leaves, counts.cumsum(0).to(torch.int32), Copies(slot, row, leaves[3])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 3), st.sampled_from([1, 4]), st.integers(0, 99))
+def test_results_and_gradients_equal_the_steps_one_after_another(num_tokens, num_copies, multiple, seed):
+    leaves, offsets, copies = make(num_tokens, num_copies, multiple=multiple, seed=seed)
+    got, wanted = (f(*leaves[:3], offsets, copies) for f in (routed_experts, routed_experts_reference))
+    torch.testing.assert_close(got, wanted)
+    upstream = torch.randn(got.shape, dtype=got.dtype)
+    grads = [torch.autograd.grad(out, leaves, upstream) for out in (got, wanted)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_steps_of_accelerators_give_the_same():
+    leaves, offsets, copies = make(8, 2, dtype=torch.float32)
+    wide = [
+        torch.nn.functional.pad(leaf, (0, -leaf.shape[-1] % 4)) for leaf in leaves[:2]
+    ]  # grouped GEMM wants 16 bytes
+    down = torch.nn.functional.pad(leaves[2], (0, 1, 0, 1))
+    gate_up = torch.nn.functional.pad(wide[1].unflatten(1, (2, INNER)), (0, 0, 0, 1)).flatten(1, 2)
+    rows = gather_copies(wide[0], copies.slot, copies.row, 2)
+    out = combine_copies(gated_experts(rows, gate_up, down, offsets), copies.weights, copies.slot, copies.row)
+    wanted = routed_experts_reference(*leaves[:3], offsets, copies)
+    torch.testing.assert_close(out[:, :HIDDEN], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2, 3])
+def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(frozen):
+    leaves, offsets, copies = make(6, 2)
+    wanted = torch.autograd.grad(routed_experts_reference(*leaves[:3], offsets, copies).square().sum(), leaves)
+    leaves[frozen].requires_grad_(False)
+    routed_experts(*leaves[:3], offsets, copies).square().sum().backward()
+    for number, (leaf, grad) in enumerate(zip(leaves, wanted, strict=True)):
+        assert leaf.grad is None if number == frozen else torch.allclose(leaf.grad, grad)
+
+
+def test_bfloat16_is_as_close_as_its_rounding():
+    leaves, offsets, copies = make(64, 2, dtype=torch.bfloat16, multiple=64)
+    exact = [leaf.detach().double() for leaf in leaves]
+    wanted = routed_experts_reference(*exact[:3], offsets, copies._replace(weights=exact[3]))
+    got = routed_experts(*leaves[:3], offsets, copies).double()
+    assert (got - wanted).norm() < 0.02 * wanted.norm()  # bfloat16 keeps 8 bits
