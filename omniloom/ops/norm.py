@@ -1,7 +1,7 @@
 """RMS norm: PyTorch's fused kernel where there is one, else one of few steps.
 
-On CPU autograd takes PyTorch's own apart into a dozen passes over the rows; the gradient written out takes a quarter of
-the time and keeps no copies of them.
+On CPU autograd takes PyTorch's own apart into a dozen passes over the rows. Here both directions take some rows at a
+time through all their steps, so that what is between the steps stays in the cache, and no copies are kept.
 """
 
 from __future__ import annotations
@@ -28,20 +28,40 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
+BLOCK_ELEMENTS = 2**17  # of the rows that go through all steps together: half a MiB of each float32 intermediate
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+        rows = x.flatten(0, -2)
+        out, scale = torch.empty_like(rows), rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
+        wide_weight = weight.float()
+        for block in _blocks(rows):
+            wide = rows[block].float()
+            # faster by far than the mean of the squares
+            root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            scale[block] = root
+            out[block] = (wide * root).mul_(wide_weight)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight.float()).to(x.dtype)
+        return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        normed, wide = x.float() * scale, grad.float()
-        weight_grad = (normed * wide).flatten(0, -2).sum(dim=0).to(weight.dtype)
-        wide = wide * weight.float()
-        along = (normed * wide).mean(dim=-1, keepdim=True)  # the part that would only change the length of x
-        return torch.addcmul(wide, normed, along, value=-1).mul_(scale).to(x.dtype), weight_grad, None
+        rows, upstream, wide_weight = x.flatten(0, -2), grad.flatten(0, -2), weight.float()
+        rows_grad, weight_grad = torch.empty_like(rows), torch.zeros_like(wide_weight)
+        for block in _blocks(rows):
+            normed, wide = rows[block].float() * scale[block], upstream[block].float()
+            product = normed * wide
+            weight_grad += product.sum(dim=0)
+            along = (product @ wide_weight).div_(-x.shape[-1])  # the part that would only change the length of x
+            wide = wide * wide_weight
+            rows_grad[block] = wide.addcmul_(normed, along[:, None]).mul_(scale[block])
+        return rows_grad.view(x.shape), weight_grad.to(weight.dtype), None
+
+
+def _blocks(rows: Tensor) -> list[slice]:
+    size = max(1, BLOCK_ELEMENTS // rows.shape[1])
+    return [slice(start, start + size) for start in range(0, rows.shape[0], size)]

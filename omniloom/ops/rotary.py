@@ -95,9 +95,13 @@ class _Turn(torch.autograd.Function):
 
 
 def _turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide, half = heads.float(), cos.shape[-1]
-    both_cos, both_sin = torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
-    return torch.addcmul(wide * both_cos, wide.roll(half, dims=-1), both_sin).to(heads.dtype)
+    first, second = heads.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]  # [T, 1, D / 2]
+    out = torch.empty_like(heads, memory_format=torch.contiguous_format)
+    low, high = out.chunk(2, dim=-1)
+    low.copy_((first * cos).addcmul_(second, sin, value=-1))
+    high.copy_((second * cos).addcmul_(first, sin))
+    return out
 
 
 def apply_rotary_reference(heads: Tensor, rotary: Rotary) -> Tensor:

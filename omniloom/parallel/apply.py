@@ -97,4 +97,11 @@ def _agreed(layout: Layout, plan: ShardingPlan) -> list[str]:
 
 def materialize(model: nn.Module, layout: Layout, *, cpu_offload: bool = False) -> None:
     """Give a sharded meta model memory for this rank's shards only; values are undefined until they are loaded."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     model.to_empty(device="cpu" if cpu_offload else layout.device)
+    for first, *others in names.values():  # tied weights came out as tensors of their own
+        for name in others:
+            owner, _, key = name.rpartition(".")
+            setattr(model.get_submodule(owner), key, model.get_parameter(first))
