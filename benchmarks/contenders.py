@@ -20,6 +20,7 @@ import torch
 from omniloom.types import IGNORE_LABEL
 
 LEARNING_RATE, BETAS, EPSILON, CLIP_NORM = 1e-5, (0.9, 0.95), 1e-8, 1.0
+LORA_RANK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +33,16 @@ class Setting:
     num_warmup_steps: int
     rows_per_batch: int = 0  # transformers: padded rows of one forward pass
     grouped_by_length: bool = False
-    experts: Literal["grouped_mm", "eager", ""] = ""
+    experts: Literal["grouped_mm", "eager", ""] = ""  # "" for models without experts
+    lora: bool = False
 
     @property
     def name(self) -> str:
         if self.loop == "omniloom":
             return f"omniloom {self.precision}"
         order = "length-grouped" if self.grouped_by_length else "shuffled"
-        return f"transformers {self.precision}, {self.experts}, {self.rows_per_batch} {order} rows"
+        what = ["transformers", *(["peft"] if self.lora else []), self.precision]
+        return f"{' '.join(what)}, {self.experts + ', ' if self.experts else ''}{self.rows_per_batch} {order} rows"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,7 @@ class Result:
     loss: float  # mean over answer tokens of the timed steps
     peak_memory_bytes: int  # most that was resident from the first step on, libraries included
     resident_before_bytes: int  # model and optimizer made, no step taken
+    num_trained: int  # parameters
 
 
 class Meter:
@@ -71,7 +75,9 @@ class Meter:
         self.seconds += time.perf_counter() - self._start[0]
         self.cpu_seconds += time.process_time() - self._start[1]
 
-    def result(self, setting: Setting, *, num_steps: int, useful: int, computed: int, loss: float) -> Result:
+    def result(
+        self, setting: Setting, *, num_steps: int, useful: int, computed: int, loss: float, trained: int
+    ) -> Result:
         return Result(
             name=setting.name,
             num_steps=num_steps,
@@ -82,6 +88,7 @@ class Meter:
             loss=loss,
             peak_memory_bytes=_resident("VmHWM"),
             resident_before_bytes=self.resident_before,
+            num_trained=trained,
         )
 
 
@@ -104,14 +111,15 @@ def train_omniloom(prepared: Path, setting: Setting) -> Result:
     from omniloom.training.optimizer import build_optimizer
 
     dtype = {"float32": "float32", "mixed": "bf16"}[setting.precision]
-    config = load_config(None, [f"model.path={prepared / 'checkpoint'}", f"model.dtype={dtype}"])
+    words = [f"model.path={prepared / 'checkpoint'}", f"model.dtype={dtype}"]
+    config = load_config(None, words + (lora_words(prepared) if setting.lora else []))
     workshop = open_workshop(config)
     ranks = init_distributed()
     layout = build_layout(resolve_degrees(config.parallel, ranks.world_size, packs_per_step=1), ranks)
     model, policies = build_model(workshop, layout)
     load_weights(workshop, model)
     pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), "group")
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = build_optimizer(parameters.items(), policies, betas=BETAS, epsilon=EPSILON)
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
@@ -133,26 +141,51 @@ def train_omniloom(prepared: Path, setting: Setting) -> Result:
             totals["computed"] += sum(pack.batch.input_ids.numel() for pack in packs)
             loss_sum, weight_sum = loss_sum + float(sum(losses)), weight_sum + weights
     close_distributed()
+    totals["trained"] = sum(parameter.numel() for parameter in parameters.values())
     num_timed = len(files) - setting.num_warmup_steps
     return meter.result(setting, num_steps=num_timed, loss=loss_sum / weight_sum, **totals)
+
+
+def lora_words(prepared: Path) -> list[str]:
+    """Adapters on the decoder's attention, everything else frozen."""
+    towers = ["vision", *(["audio"] if "omni" in architecture(prepared).lower() else [])]
+    return [
+        f"policy.text.lora.rank={LORA_RANK}",
+        f"policy.text.lora.alpha={2 * LORA_RANK}",
+        "policy.text.lora.modules=[q_proj, k_proj, v_proj, o_proj]",
+        *(f"policy.{name}.freeze=true" for name in ("lm_head", *towers)),
+    ]
+
+
+def architecture(prepared: Path) -> str:
+    """transformers' class for the part of a checkpoint that answers in text."""
+    from omniloom.tools.generate import TEXT_CLASSES
+
+    name = json.loads((prepared / "checkpoint" / "config.json").read_text())["architectures"][0]
+    return TEXT_CLASSES.get(name, name)
 
 
 # ---------------------------------------------------------------------------------------- transformers
 
 
 def train_transformers(prepared: Path, setting: Setting) -> Result:
-    """A plain loop over transformers' thinker: padded rows, its own loss, a step of as many rows as ours."""
-    from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
+    """A plain loop over transformers' own model: padded rows, its own loss, a step of as many rows as ours."""
+    import transformers
 
-    model = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(
+    model = getattr(transformers, architecture(prepared)).from_pretrained(
         prepared / "checkpoint",
         dtype=torch.bfloat16 if setting.precision == "bf16" else torch.float32,
         attn_implementation="sdpa",
-        experts_implementation=setting.experts,
-    ).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True
+        **({"experts_implementation": setting.experts} if setting.experts else {}),
     )
+    if setting.lora:
+        from peft import LoraConfig, get_peft_model
+
+        attention = r"model\.(language_model\.)?layers\.\d+\.self_attn\.[qkvo]_proj"
+        model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=attention))
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True)
     meter, totals = Meter(), {"useful": 0, "computed": 0}
     loss_sum, num_labels = 0.0, 0
     files = sorted((prepared / "padded").glob("*.pt"))
@@ -167,13 +200,14 @@ def train_transformers(prepared: Path, setting: Setting) -> Result:
                     loss = model(**batch, use_cache=False, num_items_in_batch=wanted).loss
                 loss.backward()
                 losses.append(loss.detach())
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
             optimizer.step()
             optimizer.zero_grad()
         if timed:
             totals["useful"] += sum(int(batch["attention_mask"].sum()) for batch in batches)
             totals["computed"] += sum(batch["input_ids"].numel() for batch in batches)
             loss_sum, num_labels = loss_sum + float(sum(losses)) * wanted, num_labels + wanted
+    totals["trained"] = sum(parameter.numel() for parameter in trained)
     num_timed = len(files) - setting.num_warmup_steps
     return meter.result(setting, num_steps=num_timed, loss=loss_sum / num_labels, **totals)
 

@@ -25,12 +25,17 @@ SAMPLE_RATE = 16_000
 VIDEO_FPS = 4
 
 
-def write_rows(directory: Path, *, num_rows: int, seed: int = 0) -> Path:
-    """Write `rows.jsonl` in the messages format and its media under `directory`; return the file."""
+def write_rows(directory: Path, *, num_rows: int, seed: int = 0, audio: bool = True) -> Path:
+    """Write `rows.jsonl` in the messages format and its media under `directory`; return the file.
+
+    Without `audio`, for models that do not hear, the other kinds share its rows.
+    """
     (directory / "media").mkdir(parents=True, exist_ok=True)
     path = directory / "rows.jsonl"
     rng = np.random.default_rng(seed)
-    kinds = rng.choice(list(KINDS), size=num_rows, p=list(KINDS.values()))
+    shares = {kind: share for kind, share in KINDS.items() if audio or kind != "audio"}
+    total = sum(shares.values())
+    kinds = rng.choice(list(shares), size=num_rows, p=[share / total for share in shares.values()])
     path.write_text("".join(json.dumps(_row(directory, n, str(k), rng)) + "\n" for n, k in enumerate(kinds)), "utf-8")
     return path
 

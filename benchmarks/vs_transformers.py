@@ -1,12 +1,14 @@
 """Our training step against transformers' on the same checkpoint and the same rows of mixed length and media.
 
     python benchmarks/vs_transformers.py                      # the whole comparison on this machine's CPU
-    python benchmarks/vs_transformers.py --quick              # our loop and transformers' likely best, few steps
+    python benchmarks/vs_transformers.py --quick              # our loop and transformers' likely best
+    python benchmarks/vs_transformers.py --family qwen3_vl --lora   # another model; adapters, against peft
 
-Each contender is a process of its own (`contenders.py`), one after another. Printed for each: useful tokens per second
-(tokens of rows, padding not counted), the share of what the decoder computed that was padding, peak resident memory,
-model FLOPs over the matmul peak that this machine reaches in the same precision. Ratios compare our loop with the best
-of transformers' settings of the same precision.
+Each contender is a process of its own (`contenders.py`), one after another; with `--rounds` all of them in turn several
+times, and each counts with its fastest round, the one that other work on the machine disturbed least. Printed for each:
+useful tokens per second (tokens of rows, padding not counted), the share of what the decoder computed that was padding,
+peak resident memory, model FLOPs over the matmul peak that this machine reaches in the same precision. Ratios compare
+our loop with the best of transformers' settings of the same precision.
 
 Features are computed once, by our processor, for both; the step alone is timed. With `--end-to-end` the real command,
 `omniloom train`, runs on the same files too: decoding, packing and feature extraction included.
@@ -38,7 +40,7 @@ from omniloom.data.planner import Planner, plan_options
 from omniloom.data.rows import RowReader
 from omniloom.rows import open_data, open_rows
 from omniloom.tools.tiny import make_tiny
-from omniloom.training.flops import measure_matmul_peak, model_flops_utilisation
+from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation
 from omniloom.types import Example, StepPlan
 
 PACK_TOKENS, PACKS_PER_STEP, NUM_ROWS = 4096, 3, 600
@@ -54,7 +56,7 @@ class Prepared:
     steps: tuple[list[Example], ...]
     token_ids: dict[str, int]
     pack_fill: float
-    timed_megaflops: int  # forward, of the timed rows
+    timed_megaflops: float  # forward and backward, of the timed rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +70,11 @@ class Line:
     peak_share: float  # model FLOPs per second over the matmul peak in the same precision
 
 
-def prepare(directory: Path, *, num_warmup_steps: int, num_steps: int) -> Prepared:
+def prepare(directory: Path, *, family: str, lora: bool, num_warmup_steps: int, num_steps: int) -> Prepared:
     """Write checkpoint, media and rows; plan, encode and collate what will be trained."""
-    make_tiny("qwen3_omni", directory / "checkpoint", size="20m")
-    rows_file = write_rows(directory / "data", num_rows=NUM_ROWS)
+    make_tiny(family, directory / "checkpoint", size="20m")
+    rows_file = write_rows(directory / "data", num_rows=NUM_ROWS, audio="omni" in family)
+    work = TrainingWork(decoder_weights=not lora, towers=not lora)
     config = load_config(None, [*config_words(directory, rows_file), f"train.steps={num_warmup_steps + num_steps}"])
     workshop = open_workshop(config)
     reader, plans = _plan(config, workshop)
@@ -89,7 +92,9 @@ def prepare(directory: Path, *, num_warmup_steps: int, num_steps: int) -> Prepar
         steps=tuple(steps),
         token_ids=_token_ids(workshop),
         pack_fill=_fill(plans),
-        timed_megaflops=sum(s.extent.cost for plan in plans[num_warmup_steps:] for p in plan.packs for s in p.samples),
+        timed_megaflops=work.megaflops(
+            sample.extent for plan in plans[num_warmup_steps:] for pack in plan.packs for sample in pack.samples
+        ),
     )
 
 
@@ -128,8 +133,9 @@ def _encode(reader: RowReader, row: int, clips: tuple) -> Example:
 
 
 def _token_ids(workshop: Workshop) -> dict[str, int]:
-    thinker = workshop.config_json["thinker_config"]
-    return {"video": thinker["video_token_id"], "pad": thinker["text_config"].get("pad_token_id") or 0}
+    config = workshop.config_json.get("thinker_config", workshop.config_json)
+    video = config.get("video_token_id", config.get("video_token_index"))
+    return {"video": video, "pad": config["text_config"].get("pad_token_id") or 0}
 
 
 def _fill(plans: Sequence[StepPlan]) -> float:
@@ -142,12 +148,14 @@ def _fill(plans: Sequence[StepPlan]) -> float:
 
 def settings(options: argparse.Namespace) -> list[Setting]:
     """Ours, then transformers' with every batch size, order and experts implementation."""
-    shared = {"num_threads": options.threads, "num_warmup_steps": options.warmup_steps}
+    shared = {"num_threads": options.threads, "num_warmup_steps": options.warmup_steps, "lora": options.lora}
+    has_experts = options.family in ("qwen3_omni", "qwen3_vl_moe")
+    implementations = (("grouped_mm",) if options.quick else ("grouped_mm", "eager")) if has_experts else ("",)
     chosen = []
     for precision in options.precisions:
         if precision != "bf16":
             chosen.append(Setting(loop="omniloom", precision=precision, **shared))
-        for experts in ("grouped_mm",) if options.quick else ("grouped_mm", "eager"):
+        for experts in implementations:
             for grouped in (True,) if options.quick else (False, True):
                 for rows in options.rows_per_batch:
                     chosen.append(
@@ -222,9 +230,10 @@ def describe(lines: Sequence[Line], prepared: Prepared, peaks: dict[str, float],
         f"Command: `python benchmarks/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`  ",
         f"Machine: {machine()}, {options.threads} threads; load average when started {options.load:.1f}  ",
         f"Versions: torch {torch.__version__}, transformers {_version('transformers')}, commit {_commit()}  ",
-        "Model: Qwen3-Omni thinker, 20M parameters, 16 experts of which 4 per token  ",
+        f"Model: {options.family}, 20M parameters, " + ("LoRA on attention" if options.lora else "all trained") + "  ",
         f"Rows: {sum(map(len, prepared.steps))} of text, image, audio and video; {options.steps} timed steps of "
-        f"{PACKS_PER_STEP} packs of {PACK_TOKENS} tokens, pack fill {prepared.pack_fill:.3f}  ",
+        f"{PACKS_PER_STEP} packs of {PACK_TOKENS} tokens, pack fill {prepared.pack_fill:.3f}; fastest of "
+        f"{options.rounds} rounds each  ",
         "Matmul peak: " + ", ".join(f"{name} {peak / 1e9:.0f} GFLOP/s" for name, peak in peaks.items()),
         "",
         "| loop | useful tokens/s | per CPU second | padding | of matmul peak | peak memory MB | loss |",
@@ -280,11 +289,16 @@ def _commit() -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--family", default="qwen3_omni", choices=["qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe"]
+    )
+    parser.add_argument("--lora", action="store_true", help="train adapters only; transformers with peft")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--steps", type=int, default=3, help="timed steps")
+    parser.add_argument("--rounds", type=int, default=1, help="times that each contender runs")
     parser.add_argument("--warmup-steps", type=int, default=1)
     parser.add_argument("--precisions", nargs="+", default=["float32", "mixed"], choices=list(DTYPES))
-    parser.add_argument("--rows-per-batch", nargs="+", type=int, default=[4, 8, 16])
+    parser.add_argument("--rows-per-batch", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--quick", action="store_true", help="of transformers only grouped_mm and length-grouped rows")
     parser.add_argument("--end-to-end", action="store_true", help="also run `omniloom train` on the files")
     parser.add_argument("--out", type=Path, help="write PATH.md and, with the raw numbers, PATH.json")
@@ -298,12 +312,20 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     peaks = {name: measure_matmul_peak(torch.device("cpu"), DTYPES[name], seconds=2) for name in options.precisions}
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(Path(folder), num_warmup_steps=options.warmup_steps, num_steps=options.steps)
-        lines = []
-        for setting in settings(options):
-            lines.append(run(prepared, setting, peaks[setting.precision]))
-            line = lines[-1]
-            print(f"{line.result.name}: {line.tokens_per_second:.0f} useful tokens/s", file=sys.stderr, flush=True)
+        prepared = prepare(
+            Path(folder),
+            family=options.family,
+            lora=options.lora,
+            num_warmup_steps=options.warmup_steps,
+            num_steps=options.steps,
+        )
+        rounds: dict[str, list[Line]] = {}
+        for _ in range(options.rounds):
+            for setting in settings(options):
+                line = run(prepared, setting, peaks[setting.precision])
+                rounds.setdefault(setting.name, []).append(line)
+                print(f"{setting.name}: {line.tokens_per_second:.0f} useful tokens/s", file=sys.stderr, flush=True)
+        lines = [max(of_one, key=lambda line: line.tokens_per_second) for of_one in rounds.values()]
         text = describe(lines, prepared, peaks, options)
         end_to_end = run_end_to_end(prepared, options) if options.end_to_end else None
     if end_to_end is not None:
@@ -315,7 +337,11 @@ def main() -> None:
     print(text)
     if options.out is not None:
         options.out.with_suffix(".md").write_text(text, encoding="utf-8")
-        raw = {"lines": [asdict(line) for line in lines], "end_to_end": end_to_end, "matmul_peak": peaks}
+        raw = {
+            "rounds": {name: [asdict(line) for line in of_one] for name, of_one in rounds.items()},
+            "end_to_end": end_to_end,
+            "matmul_peak": peaks,
+        }
         options.out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
 
 

@@ -92,7 +92,7 @@ def report(run: Path) -> None:
 @app.command()
 def generate(
     model: Path,
-    prompt: Annotated[str | None, typer.Argument()] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT] [A.B=C]...")] = None,
     image: Annotated[list[Path] | None, typer.Option()] = None,
     audio: Annotated[list[Path] | None, typer.Option()] = None,
     video: Annotated[list[Path] | None, typer.Option()] = None,
@@ -103,7 +103,8 @@ def generate(
     from omniloom.tools.generate import print_answers
 
     media = {"image": image or [], "audio": audio or [], "video": video or []}
-    print_answers(model, prompt, media, data=data, max_new_tokens=max_new_tokens)
+    prompt, overrides = (None, words) if data is not None else ((words or [None])[0], (words or [])[1:])
+    print_answers(model, prompt, media, data=data, max_new_tokens=max_new_tokens, overrides=overrides or [])
 
 
 @app.command()

@@ -92,6 +92,7 @@ class DataConfig:
     system: str | None = None  # for rows that have no system turn
     train_on_prompt: bool = False
     last_turn_only: bool = False
+    enable_thinking: bool = True  # thinking templates: train the empty <think> block of answers without reasoning
     pack_tokens: int = 8192
     window: int = 2048  # rows planned together
     overlong: Literal["drop", "shrink", "error"] = "drop"

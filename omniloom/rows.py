@@ -151,6 +151,7 @@ def open_rows(workshop: Workshop, source: Source, *, cache: bool = True) -> Open
             system=data.system,
             train_on_prompt=data.train_on_prompt,
             last_turn_only=data.last_turn_only,
+            enable_thinking=data.enable_thinking,
             image_min_pixels=data.image.min_pixels,
             image_max_pixels=data.image.max_pixels,
             video_min_pixels=data.video.min_pixels,

@@ -6,13 +6,12 @@ which order they act within a step, and is the place where all of them meet.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,14 +22,13 @@ from omniloom.checkpoint import dcp
 from omniloom.checkpoint.adapters import fingerprint
 from omniloom.checkpoint.hf import gather_full
 from omniloom.checkpoint.run_lock import hold_run_lock
-from omniloom.config import Config, ConfigError, save_config
+from omniloom.config import Config, ConfigError
 from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner, plan_options
 from omniloom.data.sources import Source
 from omniloom.data.stream import BadSampleFile, LoadedStep, StepStream
 from omniloom.evaluate import Evaluation, EvaluationReport
 from omniloom.ops.attention import resolve_kernel
-from omniloom.parallel.device import peak_memory_bytes
 from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import (
@@ -43,15 +41,15 @@ from omniloom.parallel.mesh import (
 )
 from omniloom.parallel.step import Objective, forward_backward
 from omniloom.parallel.watchdog import Watchdog
+from omniloom.records import RunRecords
 from omniloom.results import export_adapter, export_model
 from omniloom.rows import describe_first_row, open_data, open_rows, planned_options
 from omniloom.tools.launch import LOST_RANK
 from omniloom.tools.report import write_report
-from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation
+from omniloom.training.flops import TrainingWork
 from omniloom.training.lora import find_dropouts
-from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepMetrics
+from omniloom.training.metrics import StepFigures
 from omniloom.training.optimizer import build_optimizer, set_learning_rate
-from omniloom.training.policy import table_lines, trainable_table
 from omniloom.training.profile import Profile
 from omniloom.training.schedule import decay_progress, schedule_factor
 from omniloom.types import RunError
@@ -119,8 +117,7 @@ class Trainer:
         self.config, self.layout, self.workshop, self.watchdog = config, layout, workshop, watchdog
         self.run_dir, self.train_rows = Path(config.train.run_dir), train_rows
         self.model_fingerprint = fingerprint(workshop.checkpoint)
-        # draws random numbers, so before the generators are seeded or restored
-        self.peak_flops = measure_matmul_peak(layout.device, workshop.compute_dtype)
+        self.records = RunRecords(config, layout, workshop.compute_dtype, stack)
         self._make_deterministic()
         self.planner, self.loader = self._open_planner(train_rows)
         stack.callback(self.loader.close)
@@ -142,9 +139,10 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.parameters.items(), self.policies, betas=config.train.betas, epsilon=config.train.epsilon
         )
-        self.screen = Screen(enabled=layout.is_first, total_steps=config.train.steps, every=config.log.every)
-        stack.callback(self.screen.close)
-        self.saver = dcp.Saver(self.run_dir, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous)
+        settings = config.checkpoint
+        self.saver = dcp.Saver(
+            self.run_dir, keep=settings.keep, asynchronous=settings.asynchronous, timeout=layout.ranks.timeout
+        )
         stack.callback(self.saver.close)
         stored = self._find_checkpoint()
         self.bad_samples = BadSampleFile(self.run_dir / "bad_samples.jsonl") if layout.is_first else None
@@ -156,12 +154,12 @@ class Trainer:
         self.stream.prepare()  # before the weights: rows that cannot be used are said within seconds
         self.watchdog.enter(0, "loading weights")
         self.first_step = self._load(stored)
-        self.log = None
-        if layout.is_first:
-            self._write_run_files(train_rows)
-            self.log = MetricsLog(self.run_dir, first_step=self.first_step, tensorboard=config.log.tensorboard)
-            stack.callback(self.log.close)
-        self.spikes = SpikeDetector()
+        self.records.begin(
+            self.first_step,
+            self._about(train_rows),
+            self.policies,
+            {name: parameter.numel() for name, parameter in self.parameters.items()},
+        )
         self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json")
         self.started = time.monotonic()
         self.stop_requested = False
@@ -176,12 +174,12 @@ class Trainer:
             self.watchdog.enter(step, "waiting for data")
             for loaded in self.stream:
                 with self.profile.step(loaded.plan.step):
-                    metrics, stop = self._step(loaded)
+                    figures, stop = self._step(loaded)
                 step = loaded.plan.step + 1
                 report = None
                 if self.evaluation is not None and eval_every and step % eval_every == 0:
                     report, evaluated = self._evaluate(step), step
-                self._report(metrics, loaded, report)
+                self.records.step(figures, loaded, self.work, report)
                 if stop or (every and step % every == 0):
                     self._save(step)
                     saved = step
@@ -192,7 +190,7 @@ class Trainer:
                         if self.config.checkpoint.resume == "auto"
                         else "checkpoint.resume=auto goes"
                     )
-                    self.screen.say(f"stopped after step {step}; {way} on from there")
+                    self.records.say(f"stopped after step {step}; {way} on from there")
                     return STOPPED_EARLY
                 self.watchdog.enter(step, "waiting for data")
         if saved != step:
@@ -203,11 +201,11 @@ class Trainer:
         if self.config.checkpoint.export or self.workshop.adapters:
             self._export(step)
         if self.layout.is_first:
-            self.screen.say(f"wrote {write_report(self.run_dir)}")
+            self.records.say(f"wrote {write_report(self.run_dir)}")
         return 0
 
-    def _step(self, loaded: LoadedStep) -> tuple[dict[str, float], bool]:
-        """One optimizer step. Returns its scalars and whether any rank was asked to stop."""
+    def _step(self, loaded: LoadedStep) -> tuple[StepFigures, bool]:
+        """One optimizer step. Returns its figures and whether any rank was asked to stop."""
         start = time.perf_counter()
         train, layout, agreement = self.config.train, self.layout, loaded.agreement
         objective = Objective(
@@ -233,28 +231,28 @@ class Trainer:
             )
             totals[0] += terms.loss_sum
             totals[1] += terms.router_loss
-            counts = terms.expert_counts
-            expert_counts = counts if expert_counts is None else expert_counts + counts
+            expert_counts = terms.expert_counts if expert_counts is None else expert_counts + terms.expert_counts
         self.watchdog.enter(loaded.plan.step, "gradient norm and optimizer")
         norm = clip_gradients(self.parameters.values(), train.clip_norm, layout.device)
         totals[2] = self._wants_to_stop()
-        layout.sum_over_ranks(totals)
-        loss_sum, router_sum, stop = totals.tolist()  # the step's one wait for the device
-        router_loss = router_sum / max(agreement.num_nonempty_packs, 1)  # ranks that share a pack share it too
-        metrics = {
-            "loss": loss_sum / objective.weight_sum,
-            "router_loss": router_loss,
-            "grad_norm": float(norm),
-            "learning_rate": self._set_learning_rate(loaded),
-        }
-        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        counts = totals.new_empty(0, 0) if expert_counts is None else expert_counts.double()
+        num_layers, width = counts.shape
+        sums = layout.sum_over_ranks(torch.cat([totals, counts.flatten()]))
+        # the step's one wait for the device
+        loss_sum, router_sum, stop, *loads, grad_norm = torch.cat([sums, norm.double()[None]]).tolist()
+        figures = StepFigures(
+            loss=loss_sum / objective.weight_sum,
+            # ranks that share a pack share its router loss too
+            router_loss=router_sum / max(agreement.num_nonempty_packs, 1),
+            grad_norm=grad_norm,
+            learning_rate=self._set_learning_rate(loaded),
+            expert_load=tuple(tuple(map(int, loads[row * width :][:width])) for row in range(num_layers)),
+        )
+        if math.isfinite(figures.loss) and math.isfinite(figures.grad_norm):
             self.optimizer.step()
         else:
-            self._handle_nonfinite(loaded, metrics)
-        if expert_counts is not None and expert_counts.numel():
-            metrics["expert_imbalance"] = self._imbalance(expert_counts)
-        metrics["step_seconds"] = time.perf_counter() - start + loaded.data_wait_seconds
-        return metrics, stop > 0
+            self._handle_nonfinite(loaded, figures)
+        return replace(figures, step_seconds=time.perf_counter() - start + loaded.data_wait_seconds), stop > 0
 
     def _set_learning_rate(self, loaded: LoadedStep) -> float:
         train, plan = self.config.train, loaded.plan
@@ -274,31 +272,15 @@ class Trainer:
         )
         return set_learning_rate(self.optimizer, factor)
 
-    def _handle_nonfinite(self, loaded: LoadedStep, metrics: dict[str, float]) -> None:
-        """Write out which samples were in the step; stop, or go on without it. Raises: NonFiniteError."""
-        step = loaded.plan.step + 1
-        rows = [
-            {"row": sample.row, "epoch": sample.epoch, "source": "{}:{}".format(*self.train_rows.locate(sample.row))}
-            for pack in loaded.plan.packs
-            for sample in pack.samples
-        ]
-        path = self.run_dir / f"nonfinite_step_{step:08d}.json"
-        if self.layout.is_first:
-            path.write_text(json.dumps({"step": step, **metrics, "samples": rows}, indent=1), encoding="utf-8")
-        what = f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; its samples are in {path}"
+    def _handle_nonfinite(self, loaded: LoadedStep, figures: StepFigures) -> None:
+        """Stop, or go on without this step. Raises: NonFiniteError."""
+        what = self.records.not_finite(figures, loaded, self.train_rows)
         if self.config.train.nonfinite == "stop":
             raise NonFiniteError(
                 f"{what}. The weights are as before this step and earlier checkpoints are intact; lower "
                 "train.learning_rate, look at the samples, or set train.nonfinite=skip"
             )
-        self.screen.say(f"warning: {what}; the step is skipped")
-
-    def _imbalance(self, counts: Tensor) -> float:
-        """Busiest expert over the mean, averaged over layers; 1 is perfect. Counts are summed over packs and ranks."""
-        counts = counts.double()
-        self.layout.sum_over_ranks(counts)
-        mean = counts.mean(dim=1).clamp(min=1e-9)
-        return float((counts.amax(dim=1) / mean).mean())
+        self.records.say(f"warning: {what}; the step is skipped")
 
     # ------------------------------------------------------------------------------------ stopping
 
@@ -363,7 +345,7 @@ class Trainer:
         if settings.resume == "auto":
             stored, passed_over = dcp.find_latest(self.run_dir, group=group)
             for words in passed_over:
-                self.screen.say(f"warning: {words}")
+                self.records.say(f"warning: {words}")
         elif settings.resume != "none":
             stored = dcp.open_stored(settings.resume, group=group)
         if stored is not None:
@@ -386,7 +368,7 @@ class Trainer:
             dcp.load_optimizer_state(stored, self.parameters, self.optimizer)
         if settings.load_rng:
             dcp.load_rng_state(stored)
-        self.screen.say(f"resumed after step {stored.step} from {stored.directory}")
+        self.records.say(f"resumed after step {stored.step} from {stored.directory}")
         return stored.step
 
     def _check_same_model(self, stored: dcp.StoredCheckpoint) -> None:
@@ -397,17 +379,12 @@ class Trainer:
                 "that model, set another train.run_dir, or start anew with checkpoint.resume=none"
             )
 
-    def _write_run_files(self, source: Source) -> None:
-        save_config(self.config, self.run_dir / "config.yaml")
-        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
-        table = trainable_table(self.policies, sizes)
-        rows = [asdict(row) for row in table]
-        (self.run_dir / "trainable.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    def _about(self, source: Source) -> list[str]:
         kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
-        self.screen.say(f"model  {self.workshop.spec.name} on {self.layout.degrees.describe()}, attention {kernels}")
-        self.screen.say(f"data   {len(source):,} rows, {describe_first_row(source, self.config)}")
-        for words in table_lines(table):
-            self.screen.say(words)
+        return [
+            f"model  {self.workshop.spec.name} on {self.layout.degrees.describe()}, attention {kernels}",
+            f"data   {len(source):,} rows, {describe_first_row(source, self.config)}",
+        ]
 
     # ------------------------------------------------------------------------------------ leaving results
 
@@ -420,43 +397,12 @@ class Trainer:
         state |= dcp.rng_state()
         self.saver.save(step, state, {"data": self.stream.state_dict(), "model": self.model_fingerprint})
 
-    def _report(self, metrics: dict[str, float], loaded: LoadedStep, report: EvaluationReport | None) -> None:
-        stats, seconds = loaded.agreement.stats, metrics["step_seconds"]
-        extents = [sample.extent for pack in loaded.plan.packs for sample in pack.samples]
-        line = StepMetrics(
-            step=loaded.plan.step,
-            loss=metrics["loss"],
-            grad_norm=metrics["grad_norm"],
-            learning_rate=metrics["learning_rate"],
-            num_tokens=stats.num_tokens,
-            num_loss_tokens=stats.num_loss_tokens,
-            num_samples=stats.num_samples,
-            num_images=stats.num_images,
-            video_frames=stats.video_frames,
-            audio_seconds=stats.audio_seconds,
-            tokens_per_second=stats.num_tokens / seconds,
-            mfu=model_flops_utilisation(self.work.megaflops(extents), seconds, self.peak_flops, self.layout.world_size),
-            data_wait_fraction=loaded.data_wait_seconds / seconds,
-            peak_memory_bytes=peak_memory_bytes(self.layout.device),
-            step_seconds=seconds,
-            pack_fill=stats.num_tokens / (len(loaded.plan.packs) * self.config.data.pack_tokens),
-            num_bad_samples=len(loaded.bad),
-            router_loss=metrics["router_loss"],
-            expert_imbalance=metrics.get("expert_imbalance"),
-            evaluation=None if report is None else report.figures(),
-        )
-        if self.log is not None:
-            self.log.write(line)
-        self.screen.step(line, progress=loaded.progress)
-        if (usual := self.spikes.check(line.loss)) is not None:
-            self.screen.say(f"warning: loss {line.loss:.3f} at step {line.step + 1} is a spike, usual is {usual:.3f}")
-
     def _evaluate(self, step: int) -> EvaluationReport:
         assert self.evaluation is not None
         self.model.eval()  # without dropout
         report = self.evaluation.run(self.model, self.pool, lambda: self.watchdog.enter(step, "evaluation"))
         self.model.train()
-        self.screen.say(report.words())
+        self.records.say(report.words())
         if self.layout.is_first:
             report.write(self.run_dir, step)
         return report
@@ -475,9 +421,9 @@ class Trainer:
             directory = export_adapter(
                 self.workshop, self.run_dir / "adapter", self.changed, gather_next, overwrite=True, group=group
             )
-            self.screen.say(f"wrote {directory}")
+            self.records.say(f"wrote {directory}")
         if self.config.checkpoint.export:
             report = export_model(
                 self.workshop, self.run_dir / "hf", self.changed, gather_next, overwrite=True, group=group
             )
-            self.screen.say(f"wrote {report.directory}")
+            self.records.say(f"wrote {report.directory}")

@@ -302,7 +302,6 @@ class PackStats:
     num_images: int = 0
     video_frames: int = 0
     audio_seconds: float = 0.0
-    load_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

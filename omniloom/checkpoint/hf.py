@@ -6,9 +6,7 @@ DTensor says itself which slice is local. Errors come from headers, before any t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -19,17 +17,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from omniloom.checkpoint.tensor_files import MAX_LISTED, HFCheckpoint, open_checkpoint
 from omniloom.keymap import Box, KeyMap, Read, Recipe, Tied, whole
 
-__all__ = ["HFCheckpoint", "LoadReport", "check_names", "load_model", "local_region", "open_checkpoint", "read_tensor"]
+__all__ = ["HFCheckpoint", "check_names", "load_model", "local_region", "open_checkpoint", "read_tensor"]
 
 CHUNK_BYTES = 64 << 20  # of a parameter, read at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadReport:
-    num_tensors: int
-    num_bytes: int  # of the parameters filled on this rank
-    seconds: float
-    unread: tuple[str, ...]  # tensors of ours that the checkpoint has and this rank does not hold
 
 
 def load_model(
@@ -40,7 +30,7 @@ def load_model(
     device: torch.device | str = "cpu",
     fresh: Collection[str] = (),
     unbuilt: Collection[str] = (),
-) -> LoadReport:
+) -> None:
     """Fill all parameters and persistent buffers of `model`, plain or DTensor, in their own dtype.
 
     A model on the meta device is first materialised on `device`; what no checkpoint holds (non-persistent buffers,
@@ -50,22 +40,14 @@ def load_model(
 
     Raises: ValueError listing all tensors that are missing, extra or of another shape, before anything is read.
     """
-    begin = time.perf_counter()
     recipes = key_map.recipes(checkpoint.shapes)
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in fresh}
     check_names({name: tuple(tensor.shape) for name, tensor in tensors.items()}, recipes, key_map, unbuilt=unbuilt)
     if any(tensor.is_meta for tensor in tensors.values()):
         materialise(model, device)
         tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in fresh}
-    num_bytes = 0
     for name, tensor in tensors.items():
-        num_bytes += _load_tensor(tensor, recipes[name], checkpoint)
-    return LoadReport(
-        num_tensors=len(tensors),
-        num_bytes=num_bytes,
-        seconds=time.perf_counter() - begin,
-        unread=tuple(name for name in recipes if name not in tensors),
-    )
+        _load_tensor(tensor, recipes[name], checkpoint)
 
 
 def check_names(
@@ -149,15 +131,14 @@ def gather_full(state: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
 
 
 @torch.no_grad()
-def _load_tensor(tensor: Tensor, recipe: Recipe, checkpoint: HFCheckpoint) -> int:
+def _load_tensor(tensor: Tensor, recipe: Recipe, checkpoint: HFCheckpoint) -> None:
     region = local_region(tensor)
     if region is None:
-        return 0
+        return
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     for chunk in _row_chunks(region, local.element_size()):
         start, stop = (chunk[0][0] - region[0][0], chunk[0][1] - region[0][0]) if chunk else (0, 0)
         read_tensor(recipe, checkpoint, local[start:stop] if chunk else local, chunk)
-    return local.numel() * local.element_size()
 
 
 def _row_chunks(region: Box, itemsize: int) -> Iterator[Box]:

@@ -59,7 +59,6 @@ class PackReport:
     index: int
     weight_sums: tuple[float, ...]  # per sample
     bad: tuple[tuple[int, BadSample], ...]  # by the sample's position in the pack
-    load_seconds: float
 
 
 def agree(
@@ -84,12 +83,10 @@ def settle(
     """The second half of `agree`: the same numbers on every rank from the same reports."""
     failed: dict[int, dict[int, BadSample]] = {}
     sums: dict[int, tuple[float, ...]] = {}
-    load_seconds = 0.0
     for report in (report for reports in gathered for report in reports):
         failed.setdefault(report.index, {}).update(report.bad)
         known = sums.setdefault(report.index, report.weight_sums)
         sums[report.index] = tuple(map(max, known, report.weight_sums))  # a failure reports 0, the others what it is
-        load_seconds += report.load_seconds
     missing = [pack.index for pack in step.packs if pack.index not in sums]
     assert not missing, f"no rank loaded packs {missing} of step {step.step}"
     good = {
@@ -105,7 +102,7 @@ def settle(
         ),
         num_nonempty_packs=sum(bool(positions) for positions in good.values()),
         bad=tuple(failed[pack.index][position] for pack in step.packs for position in sorted(failed[pack.index])),
-        stats=count_samples(samples, load_seconds=load_seconds),
+        stats=count_samples(samples),
     )
     return agreement, tuple(_blank(pack, failed[pack.index], scales.get(pack.index, 1.0)) for pack in packs)
 
@@ -117,7 +114,6 @@ def report_pack(pack: LoadedPack) -> PackReport:
         index=pack.index,
         weight_sums=sample_weight_sums(pack.batch),
         bad=tuple(zip(positions, pack.bad, strict=True)),  # both in the order of the pack
-        load_seconds=pack.stats.load_seconds,
     )
 
 

@@ -90,6 +90,7 @@ class RowOptions:
     format: str = "auto"
     names: FieldNames = field(default_factory=FieldNames)
     media: MediaRules = field(default_factory=MediaRules)
+    needs_answer: bool = True  # to train on; not where the model is to give it
 
 
 def row_options(config: DataConfig) -> RowOptions:
@@ -196,7 +197,7 @@ def parse_row(row: Mapping[str, Any], *, file: str, line: int, options: RowOptio
     if system and any(turn.role == "system" for turn in turns[1:2]):
         raise SampleError("system", "the row has both a system field and a system turn; keep one")
     media.check_all_taken()
-    if not any(turn.role == "assistant" and turn.parts for turn in turns):
+    if options.needs_answer and not any(turn.role == "assistant" and turn.parts for turn in turns):
         raise SampleError("messages", "no assistant answer in the row: there is nothing to train on")
     source = f"{file}:{line}"
     return Conversation(

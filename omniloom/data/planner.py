@@ -213,13 +213,6 @@ class Planner:
         assert self.total_rows is not None
         return step.rows_planned / self.total_rows
 
-    def is_last(self, state: PlannerState) -> bool:
-        """Whether no row is left after `state`. Bad rows may be all that is left where this is False."""
-        if self.options.steps is not None:
-            ahead = state.steps[0].step if state.steps else state.position.step
-            return ahead >= self.options.steps
-        return not state.steps and self._at_end(state.position)
-
     def close(self, *, timeout_seconds: float = 30.0, failed: bool = False) -> None:
         """End the planning that runs ahead. All ranks call it, and none is left in an exchange that others left out.
 

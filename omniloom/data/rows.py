@@ -7,7 +7,6 @@ refuses a row. Knows no process, no rank and no plan beyond the pack it is given
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -116,7 +115,6 @@ class RowReader:
         report: Callable[[int], None],
     ) -> LoadedPack:
         """Tensors of one pack; of its media only the clips in `decode_clips` (sample, clip) are decoded, or all."""
-        begin = time.perf_counter()
         examples: list[Example | FailedSlot] = []
         bad: list[BadSample] = []
         for position, sample in enumerate(plan.samples):
@@ -142,7 +140,7 @@ class RowReader:
             index=plan.index,
             batch=batch,
             weight_sum=weight_sum(batch),
-            stats=count_samples(loaded, load_seconds=time.perf_counter() - begin),
+            stats=count_samples(loaded),
             bad=tuple(bad),
         )
 
@@ -205,7 +203,7 @@ class LockedRows:
             return self._rows.load(plan, decode_clips, {}, lambda row: None)
 
 
-def count_samples(samples: Sequence[PlannedSample], *, load_seconds: float = 0.0) -> PackStats:
+def count_samples(samples: Sequence[PlannedSample]) -> PackStats:
     """What the metrics say of samples that were loaded, from their extents."""
     clips = [clip for sample in samples for clip in sample.extent.clips]
     return PackStats(
@@ -215,7 +213,6 @@ def count_samples(samples: Sequence[PlannedSample], *, load_seconds: float = 0.0
         num_images=sum(clip.kind == "image" for clip in clips),
         video_frames=sum(clip.num_frames for clip in clips if clip.kind == "video"),
         audio_seconds=sum(clip.num_mel_frames for clip in clips) / MEL_FRAMES_PER_SECOND,
-        load_seconds=load_seconds,
     )
 
 

@@ -45,7 +45,6 @@ class LoadedStep:
     agreement: StepAgreement
     bad: tuple[BadSample, ...]  # of all ranks: rows found bad while planning, then samples that failed to load
     progress: float  # share of the run that is done after this step, for schedules
-    is_last: bool  # nothing is planned after it; where only bad rows were left, the run just ends after it
     data_wait_seconds: float  # how long the loop stood still for it
 
 
@@ -146,7 +145,6 @@ class StepStream:
             agreement=item.agreement,
             bad=bad,
             progress=self._planner.progress(item.plan),
-            is_last=self._planner.is_last(item.state),
             data_wait_seconds=waited,
         )
 

@@ -85,37 +85,6 @@ class FamilyMedia(Protocol):
         """Media arguments of transformers' `generate`, by their names there; `input_ids` int64 [t]."""
 
 
-class Processor(Protocol):
-    """What data loading and generation see of a family. `ChatProcessor` is the implementation."""
-
-    def geometry(
-        self, conversation: Conversation, headers: Sequence[MediaHeader], scale: float = 1.0
-    ) -> tuple[ClipGeometry, ...]: ...
-
-    def measure(
-        self,
-        conversation: Conversation,
-        headers: Sequence[MediaHeader],
-        clips: tuple[ClipGeometry, ...] | None = None,
-    ) -> Extent: ...
-
-    def shrink(
-        self, conversation: Conversation, headers: Sequence[MediaHeader], max_tokens: int
-    ) -> tuple[ClipGeometry, ...] | None: ...
-
-    def encode(
-        self, conversation: Conversation, clips: tuple[ClipGeometry, ...], decoded: Sequence[DecodedClip | None]
-    ) -> Example: ...
-
-    def prompt(
-        self, conversation: Conversation, headers: Sequence[MediaHeader], decoded: Sequence[DecodedClip]
-    ) -> dict[str, Any]: ...
-
-    def collate_vision(self, clips: Sequence[VisionClip]) -> VisionBatch: ...
-
-    def collate_audio(self, clips: Sequence[AudioClip]) -> AudioBatch | None: ...
-
-
 class ChatProcessor:
     """A family's processor: one tokenizer, one template, the family's media rules."""
 

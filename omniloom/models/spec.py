@@ -48,7 +48,7 @@ class ModelSpec:
     key_map: Callable[[Any], KeyMap]
     sharding: Callable[[Any], ShardingPlan]
     component_of: Callable[[str], str]  # parameter name -> component
-    make_processor: Callable[..., Any]  # (checkpoint_dir, config, options) -> Processor
+    make_processor: Callable[..., Any]  # (checkpoint_dir, config, options) -> ChatProcessor
 
 
 COMPONENTS = (

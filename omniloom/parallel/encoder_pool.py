@@ -131,42 +131,33 @@ def route_tower(
 ) -> TowerRoute:
     """Plan one tower's traffic. Every rank calls it with the same `metas`, `seats` and `loads` and its own `me`."""
     placed = _place(metas, seats, loads)
-    fixed = any(meta.is_fixed for meta in metas)
-    ranks = range(len(seats))
-    arriving = {
-        rank: [
-            segment for source in ranks for segment in placed if segment.source == source and segment.encoder == rank
-        ]
-        for rank in ranks
-    }
-    mine = metas[me].sizes
-    leaving = [[s for s in arriving[rank] if s.source == me] for rank in ranks]
-    units = [[np.arange(mine.units[s.index], mine.units[s.index + 1]) for s in segments] for segments in leaving]
-    unit_send = [sum(map(len, parts)) for parts in units]
-    received = [[s for s in arriving[me] if s.source == source] for source in ranks]
-    tokens, owners, tower_rows = zip(
-        *(_rows_of(arriving[rank], metas, seats, rank, fixed) for rank in ranks), strict=True
-    )
-    order = np.argsort(owners[me], kind="stable")
-    landing = [tokens[rank][owners[rank] == me] for rank in ranks]
+    fixed, ranks, mine = any(meta.is_fixed for meta in metas), range(len(seats)), metas[me].sizes
+    encoded_here = [segment for segment in placed if segment.encoder == me]
+    leaving: list[list[np.ndarray]] = [[] for _ in ranks]
+    for segment in placed:
+        if segment.source == me:
+            leaving[segment.encoder].append(np.arange(mine.units[segment.index], mine.units[segment.index + 1]))
+    receive = [0] * len(seats)
+    for segment in encoded_here:
+        receive[segment.source] += _length(metas[segment.source].sizes.units, segment.index)
+    lengths = [
+        _length(metas[s.source].sizes.rows if by_rows else metas[s.source].sizes.units, s.index) for s in encoded_here
+    ]
+    token, owner, encoder, tower_row = _follow_rows(placed, metas, seats, fixed)
+    leaves, lands = encoder == me, owner == me
+    order = np.argsort(owner[leaves], kind="stable")
     return TowerRoute(
         is_fixed=fixed,
         moves=any(segment.source != segment.encoder for segment in placed),
-        unit_order=_concatenate([part for parts in units for part in parts]),
-        unit_send=unit_send,
-        unit_receive=[sum(_length(metas[s.source].sizes.units, s.index) for s in parts) for parts in received],
-        lengths=np.array(
-            [
-                _length(metas[s.source].sizes.rows if by_rows else metas[s.source].sizes.units, s.index)
-                for s in arriving[me]
-            ],
-            dtype=np.int64,
-        ),
+        unit_order=_concatenate([part for parts in leaving for part in parts]),
+        unit_send=[sum(map(len, parts)) for parts in leaving],
+        unit_receive=receive,
+        lengths=np.array(lengths, dtype=np.int64),
         num_null=mine.num_null,
-        row_order=tower_rows[me][order],
-        row_send=np.bincount(owners[me], minlength=len(seats)).tolist(),
-        row_receive=[len(part) for part in landing],
-        token_index=_concatenate(landing) - seats[me].first_token,
+        row_order=tower_row[leaves][order],
+        row_send=np.bincount(owner[leaves], minlength=len(seats)).tolist(),
+        row_receive=np.bincount(encoder[lands], minlength=len(seats)).tolist(),
+        token_index=token[lands] - seats[me].first_token,
     )
 
 
@@ -185,26 +176,29 @@ def _place(metas: Sequence[TowerMeta], seats: Sequence[Seat], loads: list[int]) 
     for place, encoder in zip(places, encoders, strict=True):
         source, index = next((item for item in place if item[0] == encoder), place[0])
         placed.append(_Placed(source=source, index=index, encoder=encoder))
-    return sorted(placed, key=lambda segment: (segment.source, segment.index))
+    return sorted(placed, key=lambda segment: (segment.encoder, segment.source, segment.index))
 
 
-def _rows_of(
-    arriving: list[_Placed], metas: Sequence[TowerMeta], seats: Sequence[Seat], rank: int, fixed: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the rows that a rank encodes for others or itself: token row, owner in the pool, and place in its tower."""
-    owner_of = {(seat.data_rank, seat.first_token // seat.num_tokens): owner for owner, seat in enumerate(seats)}
-    tokens, owners, rows, start = [], [], [], 0
-    for segment in arriving:
+def _follow_rows(
+    placed: Sequence[_Placed], metas: Sequence[TowerMeta], seats: Sequence[Seat], fixed: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each row of embeddings, in the order of the towers that make them: its token row, the owner of that, the rank
+    that encodes it, and its place in that rank's tower."""
+    owner_of = np.full((1 + max(seat.data_rank for seat in seats), len(seats)), -1)
+    for rank, seat in enumerate(seats):
+        owner_of[seat.data_rank, seat.first_token // seat.num_tokens] = rank
+    tokens, owners, places, ends = [], [], [], [0] * len(seats)
+    for segment in placed:
         sizes, seat = metas[segment.source].sizes, seats[segment.source]
         low, high = sizes.rows[segment.index], sizes.rows[segment.index + 1]
-        part = sizes.token_index[low:high]
-        slices = part // seat.num_tokens
-        tokens.append(part)
-        owners.append(np.array([owner_of[seat.data_rank, place] for place in slices.tolist()], dtype=np.int64))
+        tokens.append(sizes.token_index[low:high])
+        owners.append(owner_of[seat.data_rank, tokens[-1] // seat.num_tokens])
         # a fixed tower encodes all that its rank holds, in the order it was loaded
-        rows.append(np.arange(low, high) if fixed else np.arange(start, start + high - low))
-        start += high - low
-    return _concatenate(tokens), _concatenate(owners), _concatenate(rows)
+        start = low if fixed else ends[segment.encoder]
+        places.append(np.arange(start, start + high - low))
+        ends[segment.encoder] += high - low
+    encoders = np.repeat([segment.encoder for segment in placed], list(map(len, tokens)))
+    return _concatenate(tokens), _concatenate(owners), encoders.astype(np.int64), _concatenate(places)
 
 
 def _concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -239,12 +233,14 @@ class EncoderPool:
         self.patches_per_row, self.rows_per_chunk = plan.patches_per_row, plan.audio_rows_per_chunk
         if scope == "data":
             self.members = list(range(layout.world_size))
-            self.group, self.host_group = dist.group.WORLD, dist.new_group(backend="gloo")
+            self.group = dist.group.WORLD
+            self.host_group = dist.new_group(backend="gloo", timeout=layout.ranks.timeout)
         else:
             first = layout.rank - layout.context_rank
             self.members = list(range(first, first + degree))
             self.group = layout.context_group
-            self.host_group = dist.new_subgroups(degree, backend="gloo")[0] if degree > 1 else None
+            made = dist.new_subgroups(degree, backend="gloo", timeout=layout.ranks.timeout) if degree > 1 else None
+            self.host_group = made[0] if made else None
         self.me = self.members.index(layout.rank)
 
     @property

@@ -86,14 +86,3 @@ class SumOverGroup(nn.Module):
         total = counts.detach().clone()
         dist.all_reduce(total, group=self.group)
         return total
-
-
-def expert_imbalance(expert_counts: Tensor) -> Tensor:
-    """How much busier the busiest expert is than the average one, worst layer: float32 scalar, 1 is even.
-
-    `expert_counts` int64 [layers, E], summed over the step and all ranks; [0, 0] gives 1.
-    """
-    if expert_counts.numel() == 0:
-        return torch.ones((), device=expert_counts.device)
-    counts = expert_counts.float()
-    return (counts.amax(dim=1) / counts.mean(dim=1).clamp(min=1e-9)).clamp(min=1.0).max()

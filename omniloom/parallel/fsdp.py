@@ -42,9 +42,11 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
 def shard_parameters(model: nn.Module, layout: Layout, plan: ShardingPlan, options: FsdpOptions) -> None:
     """Shard every parameter of `model` in place; afterwards all are DTensors. Collective over all ranks.
 
-    A single rank that computes in the parameters' own float32 has nothing to gather, cast or offload: there they stay
-    plain, which saves a twentieth of a step of small models. Experts go to `layout.expert` and `layout.expert_fsdp`, everything else to `layout.fsdp`. Roots that the model
+    Experts go to `layout.expert` and `layout.expert_fsdp`, everything else to `layout.fsdp`. Roots that the model
     was built without are passed over. Raises: ValueError where the number of experts does not divide.
+
+    A single rank that computes in the parameters' own float32 has nothing to gather, cast or offload: there they stay
+    plain, which saves a twentieth of a step of small models.
     """
     if layout.world_size == 1 and options.compute_dtype == torch.float32 and not options.cpu_offload:
         return

@@ -73,6 +73,12 @@ def resolve_degrees(config: ParallelConfig, world_size: int, *, packs_per_step: 
             f"parallel.expert: {config.expert} does not divide shard x context x tensor = {inner}; "
             f"choose from {_divisors(inner)}"
         )
+    group = config.reshard_after_forward
+    if not isinstance(group, bool) and (group < 2 or (group < inner and inner % group)):
+        faults.append(
+            f"parallel.reshard_after_forward: groups of {group} ranks do not divide the {inner} that share parameters; "
+            f"choose true, false or one of {[d for d in _divisors(inner) if 1 < d < inner]}"
+        )
     data = given["replicate"] * shard
     if data > packs_per_step:
         faults.append(
@@ -98,6 +104,7 @@ class Ranks:
     local_rank: int
     device: torch.device
     store: dist.Store
+    timeout: timedelta = timedelta(minutes=30)  # of collectives; groups made later do not inherit it
 
 
 def init_distributed(*, timeout_seconds: float = 1800.0, device: torch.device | None = None) -> Ranks:
@@ -120,7 +127,7 @@ def init_distributed(*, timeout_seconds: float = 1800.0, device: torch.device | 
         timeout=timeout,
         device_id=None if device.type == "cpu" else device,
     )
-    return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, device=device, store=store)
+    return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, device=device, store=store, timeout=timeout)
 
 
 def close_distributed() -> None:
@@ -191,12 +198,6 @@ class Layout:
         dist.all_gather_object(gathered, value, group=self.channels[channel])
         return gathered
 
-    def broadcast(self, value: Any, channel: Channel = "main") -> Any:
-        """Rank 0's picklable object on every rank. Collective over all ranks."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.channels[channel])
-        return box[0]
-
     def barrier(self, channel: Channel = "main") -> None:
         """Wait on the host until every rank is here."""
         dist.barrier(group=self.channels[channel])
@@ -231,9 +232,11 @@ def build_layout(degrees: Degrees, ranks: Ranks) -> Layout:
         fsdp=fsdp,
         expert_fsdp=expert_fsdp,
         expert=expert,
-        context_group=dist.new_subgroups(degrees.context)[0] if degrees.context > 1 else None,
+        context_group=dist.new_subgroups(degrees.context, timeout=ranks.timeout)[0] if degrees.context > 1 else None,
         channels={
-            name: dist.group.WORLD if name == "main" and on_host else dist.new_group(backend="gloo")
+            name: dist.group.WORLD
+            if name == "main" and on_host
+            else dist.new_group(backend="gloo", timeout=ranks.timeout)
             for name in CHANNELS
         },
     )

@@ -34,10 +34,6 @@ class SegmentSizes:
     token_index: np.ndarray  # [rows[-1]], token row of each tower row
     num_null: int  # length of the null segment as the tower's attention counts it
 
-    @property
-    def num_segments(self) -> int:
-        return len(self.cost)
-
 
 def measure_vision(batch: VisionBatch, patches_per_row: int) -> SegmentSizes:
     """Frames of a batch on the host."""

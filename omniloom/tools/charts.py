@@ -75,6 +75,22 @@ def line_chart(
     return "".join(parts)
 
 
+def heat_map(rows: Sequence[Sequence[float]], *, label: str) -> str:
+    """An `<svg>` of a cell for each value, darker for more: full colour is twice the mean of its row, or beyond."""
+    width, height = (WIDTH - LEFT - RIGHT) / max(map(len, rows)), (HEIGHT - TOP - BOTTOM) / len(rows)
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
+    for down, row in enumerate(rows):
+        mean = sum(row) / len(row) or 1.0
+        for across, value in enumerate(row):
+            x, y, share = LEFT + across * width, TOP + down * height, min(value / mean / 2, 1.0)
+            box = f'x="{x:.2f}" y="{y:.2f}" width="{width * 0.94:.2f}" height="{height * 0.94:.2f}"'
+            parts.append(f'<rect class="cell" {box} fill-opacity="{share:.2f}"><title>{fmt(value)}</title></rect>')
+    for down in sorted({0, len(rows) - 1}):
+        y = TOP + (down + 0.5) * height + 3
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y:.1f}" text-anchor="end">layer {down}</text>')
+    return "".join([*parts, "</svg>"])
+
+
 def _log(value: float) -> float:
     return math.log10(value) if math.isfinite(value) else value
 

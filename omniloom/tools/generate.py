@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omniloom.config import Config, DataConfig, ModelConfig
+from omniloom.config import Config, DataConfig, ModelConfig, load_config
 from omniloom.data.rows import RowReader, Source
 from omniloom.types import Conversation, MediaSource, Part, PartKind, SampleError, Turn
 
@@ -36,13 +36,17 @@ class Prompt:
 
 
 def open_reader(model_dir: Path, data: DataConfig, source: Source) -> RowReader:
-    """The row reader of a checkpoint; `data` as it was in training. Raises: ValueError for no known checkpoint."""
+    """The row reader of a checkpoint; `data` as it was in training. Rows need no answer.
+
+    Raises: ValueError for no known checkpoint.
+    """
     from omniloom.build import open_workshop
     from omniloom.rows import open_rows
 
     config = Config(model=ModelConfig(path=str(model_dir)), data=data)
     workshop = open_workshop(config)
-    return open_rows(workshop, source, cache=False)()
+    recipe = open_rows(workshop, source, cache=False)
+    return replace(recipe, rows=replace(recipe.rows, needs_answer=False))()
 
 
 def read_prompts(reader: RowReader) -> list[Prompt]:
@@ -140,21 +144,24 @@ def print_answers(
     *,
     data: Path | None,
     max_new_tokens: int,
+    overrides: Sequence[str] = (),
 ) -> None:
     """`omniloom generate`: the answer to one prompt, or one JSON line per row of a file.
 
+    `overrides` say how rows and media are read (`data.video.fps=4`), as in training.
     Raises: ValueError unless exactly one of `prompt` and `data` is given.
     """
     from omniloom.data.sources import open_sources
 
     if (prompt is None) == (data is None):
         raise ValueError("expected either a prompt or --data FILE; give one of the two")
+    config = load_config(None, overrides).data
     if data is not None:
-        reader = open_reader(model_dir, DataConfig(), open_sources((str(data),)))
+        reader = open_reader(model_dir, config, open_sources((str(data),)))
         prompts = read_prompts(reader)
     else:
         assert prompt is not None
-        reader = open_reader(model_dir, DataConfig(), _NoRows())
+        reader = open_reader(model_dir, config, _NoRows())
         prompts = [read_prompt(reader, _conversation(prompt, media), "command line")]
     processor: Any = reader.processor
     answers = answer(load_model(model_dir), processor.tokenizer, prompts, max_new_tokens=max_new_tokens)

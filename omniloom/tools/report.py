@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omniloom.tools.charts import Series, fmt, line_chart
+from omniloom.tools.charts import Series, fmt, heat_map, line_chart
 from omniloom.tools.thumbnails import Thumbnail, make_thumbnail
 
 MAX_SAMPLES = 16
@@ -45,6 +45,7 @@ class RunFiles:
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     bad_samples: list[dict[str, Any]]
+    expert_load: list[dict[str, Any]]
     trainable: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     summary: dict[str, Any]
@@ -134,6 +135,7 @@ def read_run(run: Path) -> RunFiles:
         config=config if isinstance(config, dict) else {},
         metrics=metrics,
         bad_samples=_read_lines(run / "bad_samples.jsonl"),
+        expert_load=_read_lines(run / "expert_load.jsonl"),
         trainable=[row for row in _read_json(run / "trainable.json", []) if isinstance(row, dict)],
         samples=_read_lines(run / "samples.jsonl"),
         summary=_read_json(run / "summary.json", {}),
@@ -165,7 +167,7 @@ def render(files: RunFiles, *, now: float) -> str:
         accuracy=_accuracy_groups(files.summary),
         accuracy_chart=_accuracy_chart(files.summary),
         accuracy_details=_accuracy_details(files.summary),
-        charts=_charts(files.metrics),
+        charts=_charts(files.metrics) + _expert_charts(files.expert_load),
         mix=_mix(files.metrics),
         mix_charts=_mix_charts(files.metrics),
         bad_reasons=_bad_reasons(files.bad_samples),
@@ -367,6 +369,15 @@ def _charts(metrics: Sequence[Line]) -> list[Chart]:
         if any(value for _, value in _values(metrics, key)):
             charts.append(_chart(metrics, title, key, unit=unit, floor=0.0, raw=True))
     return charts
+
+
+def _expert_charts(lines: Sequence[Line]) -> list[Chart]:
+    """How many tokens went to each expert at the last step that was written down."""
+    if not lines or not lines[-1].get("tokens"):
+        return []
+    last = lines[-1]
+    svg = heat_map(last["tokens"], label="Tokens sent to each expert, by layer")
+    return [Chart(title="Load of each expert, by layer", svg=svg, last=f"step {last['step'] + 1}")]
 
 
 def _loss_chart(metrics: Sequence[Line]) -> Chart:

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from omniloom.types import RunError
+
+EXPERT_LOAD = "expert_load.jsonl"  # of a run directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFigures:
+    """What one step's arithmetic gave, over all ranks."""
+
+    loss: float
+    router_loss: float
+    grad_norm: float
+    learning_rate: float
+    expert_load: tuple[tuple[int, ...], ...] = ()  # tokens sent to each expert, by MoE layer
+    step_seconds: float = 0.0
+
+    @property
+    def expert_imbalance(self) -> float | None:
+        """The busiest expert's load over the mean, averaged over layers; 1 is even. None without experts."""
+        if not self.expert_load:
+            return None
+        return sum(max(layer) * len(layer) / max(sum(layer), 1) for layer in self.expert_load) / len(self.expert_load)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,47 +65,60 @@ class StepMetrics:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard. Lines past the resumed step are dropped, so steps never repeat."""
+    """Appends to `metrics.jsonl`, `expert_load.jsonl` and TensorBoard.
 
-    def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool) -> None:
+    Lines past the resumed step are dropped, so steps never repeat. The load of every expert is a long line, so only
+    each `load_every`-th step has one.
+    """
+
+    def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool, load_every: int = 1) -> None:
         self.path = run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] < first_step]
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        scratch.replace(self.path)
-        self._file = self.path.open("ab", buffering=0)  # a buffer that cannot be written would raise at close again
+        self._load_every = load_every
+        self._files = {path: _reopen(path, first_step) for path in (self.path, run_dir / EXPERT_LOAD)}
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
-    def write(self, metrics: StepMetrics) -> None:
+    def write(self, metrics: StepMetrics, expert_load: Sequence[Sequence[int]] = ()) -> None:
         line = {item.name: getattr(metrics, item.name) for item in fields(metrics)}
         line |= line.pop("evaluation") or {}
         line = {key: value for key, value in line.items() if value is not None}
-        self._append((json.dumps(line) + "\n").encode())
+        self._append(self.path, line)
+        if expert_load and metrics.step % self._load_every == 0:
+            self._append(self.path.with_name(EXPERT_LOAD), {"step": metrics.step, "tokens": expert_load})
         if self._board is not None:
             for key, value in line.items():
                 if key != "step":
                     self._board.add_scalar(key, value, metrics.step)
 
-    def _append(self, text: bytes) -> None:
+    def _append(self, path: Path, line: Mapping[str, Any]) -> None:
         """Raises: RunError where the disk takes no more."""
+        text = (json.dumps(line) + "\n").encode()
         try:
-            fault = None if self._file.write(text) == len(text) else "only a part fitted"
+            fault = None if self._files[path].write(text) == len(text) else "only a part fitted"
         except OSError as error:
             fault = error.strerror
         if fault is not None:
             raise RunError(
-                f"cannot write {self.path}: {fault}; make room on the disk, then the same command goes on from the "
+                f"cannot write {path}: {fault}; make room on the disk, then the same command goes on from the "
                 "last checkpoint"
             )
 
     def close(self) -> None:
-        self._file.close()
+        for file in self._files.values():
+            file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _reopen(path: Path, first_step: int) -> io.RawIOBase:
+    kept = [line for line in read_metrics(path) if line["step"] < first_step]
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    scratch.replace(path)
+    return path.open("ab", buffering=0)  # a buffer that cannot be written would raise at close again
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -103,6 +138,7 @@ class SpikeDetector:
     """Notices a loss far above the median of the steps before it."""
 
     FACTOR = 3.0
+    LEAST = 0.1  # above the usual: a run that has learnt its data by heart has no spikes worth a word
     WINDOW = 50  # steps; half of them must have been seen before anything counts as usual
 
     def __init__(self) -> None:
@@ -113,7 +149,7 @@ class SpikeDetector:
         usual = median(self._recent) if len(self._recent) >= self.WINDOW // 2 else math.inf
         if math.isfinite(loss):
             self._recent.append(loss)
-        return usual if loss > self.FACTOR * usual else None
+        return usual if loss > max(self.FACTOR * usual, usual + self.LEAST) else None
 
 
 class Screen:

@@ -48,6 +48,9 @@ class Case:
     seed: int = 0
     shares_decoding: bool = False  # each rank of a group loads its own clips only
     holds_values: bool = False  # sharded from full values instead of from meta
+    pack_tokens: int = PACK_TOKENS
+    num_samples: int = 3  # of a pack
+    num_packs: int = 4
 
     def packs(self, config: Qwen3OmniConfig, share: tuple[int, int] = (0, 1)) -> list[PackedBatch]:
         """Full, without images, without any media, and empty: each data rank has to cope with what it gets."""
@@ -58,8 +61,15 @@ class Case:
             {"empty": True},
         ]
         return [
-            make_pack(config, seed=100 * self.seed + i, pack_tokens=PACK_TOKENS, share=share, **kind)
-            for i, kind in enumerate(kinds)
+            make_pack(
+                config,
+                seed=100 * self.seed + i,
+                pack_tokens=self.pack_tokens,
+                num_samples=self.num_samples,
+                share=share,
+                **kind,
+            )
+            for i, kind in enumerate(kinds[: self.num_packs])
         ]
 
 
@@ -108,7 +118,9 @@ def run_reference(case: Case) -> Reference:
     model = make_reference(case)
     packs = case.packs(make_config(case.dims))
     weight_sum = sum(float(pack.loss_weights.double().sum()) for pack in packs)
-    objective = Objective(weight_sum=weight_sum, num_packs=3, router_coefficient=ROUTER_COEFFICIENT)
+    objective = Objective(
+        weight_sum=weight_sum, num_packs=min(case.num_packs, 3), router_coefficient=ROUTER_COEFFICIENT
+    )
     loss = router_loss = 0.0
     for pack in packs:
         terms = model(pack)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from layout_worker import TRAINED, Case, Outcome, run_job
-from tiny_omni import Dims
+from tiny_omni import Dims, random_dims
 
 from omniloom.config import MemoryConfig, ParallelConfig
 
@@ -36,6 +36,8 @@ ODD = Dims(
     vocab_size=53,
 )
 TIED = Dims(tie=True, num_experts=8, experts_per_tok=3, key_value_heads=4)
+
+SMALL = Dims(hidden_size=8, num_layers=1, num_experts=4, experts_per_tok=1, moe_width=4, vision_depth=1)
 
 LAYOUTS = {
     "fsdp4": {},
@@ -61,6 +63,10 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
         cases[f"odd_{name}"] = (Case(dims=ODD, seed=1), ParallelConfig(**LAYOUTS[name]), plain)
     for name in ("hsdp2x2", "expert4"):
         cases[f"tied_{name}"] = (Case(dims=TIED, seed=2), ParallelConfig(**LAYOUTS[name]), plain)
+    for seed, name in enumerate(LAYOUTS, start=10):
+        cases[f"random_{name}"] = (Case(dims=random_dims(seed), seed=seed), ParallelConfig(**LAYOUTS[name]), plain)
+    long = Case(dims=SMALL, seed=5, pack_tokens=2**18, num_samples=600, num_packs=1)
+    cases["context4_of_256k_tokens"] = (long, ParallelConfig(context=4), plain)
     frozen_towers = Case(frozen=("vision.", "audio."), seed=3)
     frozen_below = Case(frozen=("vision.patch", "vision.pos", "vision.layers", "audio.stem", "text."), seed=4)
     for name in ("fsdp4", "context2_expert2"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -33,6 +34,28 @@ class Dims:
     audio_width: int = 12
     vocab_size: int = 61
     tie: bool = False
+
+
+def random_dims(seed: int) -> Dims:
+    """Dims that 4 ranks can divide, and otherwise anything."""
+    draw = random.Random(seed)
+    depth, num_layers = draw.randint(1, 3), draw.randint(1, 3)
+    num_levels = draw.randint(0, min(depth, num_layers))  # a level for each of the first layers
+    return Dims(
+        hidden_size=4 * draw.randint(2, 9),  # grouped GEMM wants rows of whole 16 bytes, here and in moe_width
+        heads=draw.choice((4, 8)),
+        key_value_heads=draw.choice((1, 2, 4)),
+        num_layers=num_layers,
+        num_experts=4 * draw.randint(1, 3),
+        experts_per_tok=draw.randint(1, 4),
+        moe_width=4 * draw.randint(1, 5),
+        vision_hidden=8 * draw.randint(1, 4),
+        vision_depth=depth,
+        deepstack=tuple(sorted(draw.sample(range(depth), num_levels))),
+        audio_width=2 * draw.randint(2, 9),
+        vocab_size=draw.randint(30, 90),
+        tie=draw.random() < 0.3,
+    )
 
 
 def make_config(dims: Dims) -> Qwen3OmniConfig:

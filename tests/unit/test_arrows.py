@@ -38,7 +38,7 @@ def test_torch_distributed_is_used_only_where_ranks_are_known(path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_slow_packages_are_imported_only_at_use(path) -> None:
-    slow = ("transformers", "datasets", "pydantic", "av", "soxr", "matplotlib", "peft", "pyarrow", "jinja2")
+    slow = ("transformers", "datasets", "pydantic", "av", "soxr", "peft", "pyarrow", "jinja2")
     names = {name.split(".")[0] for name in top_level_imports(_without_type_checking(ast.parse(path.read_text())))}
     assert not names & set(slow), f"{path} imports {names & set(slow)} at its top"
 
@@ -60,7 +60,7 @@ def test_no_model_or_operator_imports_transformers() -> None:
 def test_the_training_core_runs_with_torch_numpy_and_safetensors_alone() -> None:
     code = (
         "import sys\n"
-        "for name in ('transformers','pydantic','av','soxr','datasets','pyarrow','matplotlib','tensorboard'):\n"
+        "for name in ('transformers','pydantic','av','soxr','datasets','pyarrow','tensorboard'):\n"
         "    sys.modules[name] = None\n"
         "import omniloom.build, omniloom.parallel.step, omniloom.parallel.encoder_pool, omniloom.training.optimizer\n"
         "import omniloom.checkpoint.dcp, omniloom.data.collate, omniloom.models.registry\n"

@@ -62,6 +62,7 @@ def tensors_of(value, path: str = "") -> dict[str, torch.Tensor]:
     [
         ("data.system=be brief", {"data.system": "be brief"}),
         ("data.last_turn_only=true", {"data.last_turn_only": True}),
+        ("data.enable_thinking=false", {"data.enable_thinking": False}),
         ("data.video.max_frames=8", {"data.video.max_frames": 8}),
         ("data.image.limit_pixels=1000", {"data.image.limit_pixels": 1000}),
         ("data.media_dir=elsewhere", {}),

@@ -107,6 +107,16 @@ def test_a_file_is_answered_line_by_line(
     assert lines[1]["expected"] == "no"
 
 
+def test_rows_without_an_answer_are_answered_and_data_options_hold(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"ask": [{"role": "user", "content": "Which colour?"}]}) + "\n")
+    capsys.readouterr()
+    generate.print_answers(model_dir, None, {}, data=rows, max_new_tokens=3, overrides=["data.attr.messages=ask"])
+    assert json.loads(capsys.readouterr().out)["expected"] == ""
+
+
 def test_bad_input_is_refused_in_words(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="either a prompt or --data"):
         generate.print_answers(model_dir, None, {}, data=None, max_new_tokens=3)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from omniloom.training.metrics import MetricsLog, SpikeDetector, StepMetrics, read_metrics
+from omniloom.training.metrics import MetricsLog, SpikeDetector, StepFigures, StepMetrics, read_metrics
 from omniloom.types import RunError
 
 
@@ -46,6 +46,24 @@ def test_a_spike_is_a_loss_three_times_the_usual_once_there_is_a_usual() -> None
     assert spikes.check(6.1) == 2.0
     assert spikes.check(float("nan")) is None
     assert spikes.check(6.1) == 2.0
+
+
+def test_a_loss_learnt_by_heart_has_no_spikes() -> None:
+    spikes = SpikeDetector()
+    assert not any(spikes.check(0.001) for _ in range(30))
+    assert spikes.check(0.02) is None
+    assert spikes.check(0.2) == 0.001
+
+
+def test_the_load_of_every_expert_is_kept_and_its_imbalance_averaged_over_layers(tmp_path) -> None:
+    figures = StepFigures(loss=1.0, router_loss=0.0, grad_norm=1.0, learning_rate=1.0, expert_load=((6, 2), (4, 4)))
+    assert figures.expert_imbalance == pytest.approx((6 / 4 + 1) / 2)
+    log = MetricsLog(tmp_path, first_step=0, tensorboard=False, load_every=2)
+    for step in range(4):
+        log.write(line(step), figures.expert_load)
+    log.close()
+    lines = [json.loads(text) for text in (tmp_path / "expert_load.jsonl").read_text().splitlines()]
+    assert lines == [{"step": step, "tokens": [[6, 2], [4, 4]]} for step in (0, 2)]
 
 
 def test_a_disk_that_is_full_is_one_clear_error(tmp_path) -> None:

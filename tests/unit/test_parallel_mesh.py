@@ -23,6 +23,7 @@ def test_shard_auto_fills_the_world() -> None:
         (ParallelConfig(expert=3), 4, 8, ("parallel.expert: 3 does not divide", "choose from [1, 2, 4]")),
         (ParallelConfig(), 4, 3, ("train.packs_per_step: 3", "4 data-parallel ranks", "at least 4")),
         (ParallelConfig(replicate=8, shard=1), 4, 8, ("8 ranks, but 4 were started",)),
+        (ParallelConfig(reshard_after_forward=3), 4, 8, ("groups of 3 ranks do not divide the 4", "one of [2]")),
         (ParallelConfig(tensor=2), 4, 8, ("parallel.tensor: 2 is not supported yet",)),
         (ParallelConfig(pipeline=2), 4, 8, ("parallel.pipeline: 2 is not supported yet",)),
     ],

@@ -202,7 +202,6 @@ def test_raised_epochs_go_on_where_a_part_of_an_epoch_ended(before, after, stop)
     assert len(rows) == len(set(rows)) == round(after * 400)
     assert [sum(epoch == number for epoch, _ in rows) for number in range(int(after))] == [400] * int(after)
     assert steps[-1].rows_planned == round(after * 400)
-    assert second.is_last(second.state)
 
 
 def test_lowered_epochs_end_the_run():
@@ -211,7 +210,6 @@ def test_lowered_epochs_end_the_run():
     second = make(epochs=0.25)
     second.load_state_dict(first.state_dict())
     assert len(rows_of(drain(second))) < 200
-    assert second.is_last(second.state)
 
 
 def test_epochs_are_shuffled_by_seed_and_epoch():
@@ -463,12 +461,10 @@ def test_evaluation_plan_holds_all_rows_once_in_a_fixed_order():
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 1.3}, {"epochs": None, "steps": 7}])
-def test_only_the_last_step_says_that_it_is_the_last(changes):
+def test_progress_rises_to_one(changes):
     planner = make(**changes)
-    flags, shares = [], []
+    shares = []
     while (step := planner.next_step()) is not None:
-        flags.append(planner.is_last(planner.state))
         shares.append(planner.progress(step))
-    assert flags == [False] * (len(flags) - 1) + [True]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
