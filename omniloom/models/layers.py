@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omniloom.ops.attention import Kernel, segment_attention
+from omniloom.ops.gated_mlp import gated_mlp
 from omniloom.ops.norm import rms_norm
 from omniloom.ops.rotary import Rotary, apply_rotary
 from omniloom.types import Segments
@@ -119,8 +120,12 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.act = ACTIVATIONS[activation]
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.is_plain = activation == "silu" and not bias
 
     def forward(self, hidden: Tensor) -> Tensor:
+        projections = (self.gate_proj, self.up_proj, self.down_proj)
+        if self.is_plain and all(isinstance(projection, nn.Linear) for projection in projections):  # no adapters
+            return gated_mlp(hidden, *(projection.weight for projection in projections))
         return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 

@@ -1,0 +1,75 @@
+"""The gated feed-forward (SwiGLU) of dense models.
+
+On CPU some rows at a time go through all three products, so that what is between them stays in the cache: as wide as
+feed-forwards are, passes over all rows, and fresh memory for each, cost as much as the products themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK_ELEMENTS = 2**20  # of the wide intermediate: 4 MiB of float32
+
+
+def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down (silu(gate x) * up x): x [N, C], gate and up [I, C], down [C, I] -> [N, C].
+
+    Source: Shazeer 2020 (arXiv 2002.05202).
+    """
+    if x.device.type != "cpu":
+        return gated_mlp_reference(x, gate, up, down)
+    return _GatedMLP.apply(x, gate, up, down)
+
+
+def gated_mlp_reference(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """What `gated_mlp` computes, each step for all rows before the next."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        out = x.new_empty(x.shape[0], down.shape[0])
+        kept: list[Tensor] = []  # block by block: what one large tensor would take, the allocator cannot reuse
+        for block in _blocks(x, gate):
+            gated, upped = x[block] @ gate.T, x[block] @ up.T  # [n, I]
+            torch.mm(F.silu(gated).mul_(upped), down.T, out=out[block])
+            kept += (gated, upped)
+        ctx.save_for_backward(x, gate, up, down, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, up, down, *kept = ctx.saved_tensors
+        x_wanted, *wanted = ctx.needs_input_grad
+        x_grad = torch.empty_like(x) if x_wanted else None
+        # at least float32, since in bfloat16 the sum over many blocks would lose the small ones
+        wide = torch.promote_types(gate.dtype, torch.float32)
+        sums = [
+            torch.zeros_like(weight, dtype=wide) if want else None
+            for weight, want in zip((gate, up, down), wanted, strict=True)
+        ]
+        for number, block in enumerate(_blocks(x, gate)):
+            gated, upped = kept[2 * number : 2 * number + 2]
+            active, inner_grad = F.silu(gated), grad[block] @ down  # [n, I]
+            if sums[2] is not None:
+                sums[2] += grad[block].T @ (active * upped)
+            up_grad = active.mul_(inner_grad)
+            gate_grad = torch.ops.aten.silu_backward(inner_grad.mul_(upped), gated)
+            for total, wide_grad in ((sums[0], gate_grad), (sums[1], up_grad)):
+                if total is not None:
+                    total += wide_grad.T @ x[block]
+            if x_grad is not None:
+                torch.mm(gate_grad, gate, out=x_grad[block])
+                x_grad[block].addmm_(up_grad, up)
+        grads = (None if total is None else total.to(gate.dtype) for total in sums)
+        return x_grad, *grads
+
+
+def _blocks(x: Tensor, gate: Tensor) -> list[slice]:
+    size = max(1, BLOCK_ELEMENTS // gate.shape[0])
+    return [slice(start, start + size) for start in range(0, x.shape[0], size)]

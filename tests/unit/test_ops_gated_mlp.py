@@ -1,0 +1,43 @@
+"""The fused feed-forward of dense models against its steps one after another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from omniloom.ops import gated_mlp as module
+from omniloom.ops.gated_mlp import gated_mlp, gated_mlp_reference
+
+
+def make(num_rows: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(num_rows)
+    shapes = (num_rows, 5), (9, 5), (9, 5), (5, 9)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 4, 11])
+def test_results_and_gradients_equal_the_steps_one_after_another(num_rows, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 4 * 9)  # blocks of four rows, the last one short
+    tensors = make(num_rows)
+    got, wanted = gated_mlp(*tensors), gated_mlp_reference(*tensors)
+    torch.testing.assert_close(got, wanted)
+    upstream = torch.randn(got.shape, dtype=got.dtype)
+    grads = [torch.autograd.grad(out, tensors, upstream) for out in (got, wanted)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2, 3])
+def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(frozen):
+    tensors = make(6)
+    wanted = torch.autograd.grad(gated_mlp_reference(*tensors).square().sum(), tensors)
+    tensors[frozen].requires_grad_(False)
+    gated_mlp(*tensors).square().sum().backward()
+    for number, (tensor, grad) in enumerate(zip(tensors, wanted, strict=True)):
+        assert tensor.grad is None if number == frozen else torch.allclose(tensor.grad, grad)
+
+
+def test_bfloat16_is_as_close_as_its_rounding():
+    tensors = make(64, torch.bfloat16)
+    wanted = gated_mlp_reference(*(tensor.double() for tensor in tensors))
+    assert (gated_mlp(*tensors).double() - wanted).norm() < 0.02 * wanted.norm()  # bfloat16 keeps 8 bits
