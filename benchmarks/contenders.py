@@ -148,12 +148,15 @@ def train_omniloom(prepared: Path, setting: Setting) -> Result:
 
 def lora_words(prepared: Path) -> list[str]:
     """Adapters on the decoder's attention, everything else frozen."""
-    towers = ["vision", *(["audio"] if "omni" in architecture(prepared).lower() else [])]
+    config = json.loads((prepared / "checkpoint" / "config.json").read_text())
+    others = ["vision", *(["audio"] if "omni" in config["model_type"] else [])]
+    if not config.get("tie_word_embeddings"):
+        others.append("lm_head")
     return [
         f"policy.text.lora.rank={LORA_RANK}",
         f"policy.text.lora.alpha={2 * LORA_RANK}",
         "policy.text.lora.modules=[q_proj, k_proj, v_proj, o_proj]",
-        *(f"policy.{name}.freeze=true" for name in ("lm_head", *towers)),
+        *(f"policy.{name}.freeze=true" for name in others),
     ]
 
 
