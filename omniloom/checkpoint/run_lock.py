@@ -33,7 +33,10 @@ class RunLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             stream = self.path.open("a+", encoding="utf-8")
         except OSError as error:
-            raise ValueError(f"cannot write the run directory {self.path.parent}: {error.strerror}") from None
+            raise ValueError(
+                f"cannot write the run directory {self.path.parent}: {error.strerror}; name one that can be "
+                "written as train.run_dir"
+            ) from None
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

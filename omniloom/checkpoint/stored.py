@@ -110,7 +110,10 @@ def open_stored(path: str | Path, *, group: ProcessGroup | None = None) -> Store
             stored, _ = find_latest(directory, group=group)
             if stored is not None:
                 return stored
-        raise ValueError(f"{directory}: no complete checkpoint here ({MARKER_NAME} is missing)")
+        raise ValueError(
+            f"{directory}: no complete checkpoint here ({MARKER_NAME} is missing); name a run directory, or a step "
+            "of its checkpoints/"
+        )
     marker = read_marker(directory)
     names = sorted(marker["files"])
     mine = names[rank(group) :: num_ranks(group)]

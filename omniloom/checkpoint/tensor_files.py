@@ -202,7 +202,10 @@ def _describe_missing(directory: Path) -> str:
     names = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
     near = difflib.get_close_matches(directory.name, names, n=1)
     hint = f"; did you mean {parent / near[0]}?" if near else ""
-    return f"no such model directory: {directory}{hint}"
+    return (
+        f"no such model directory: {directory}{hint}; expected a published checkpoint with its config.json: "
+        "download it first, or give its hub id"
+    )
 
 
 def _read_box(file: IO[bytes], start: int, shape: Shape, box: Box, out: Tensor) -> None:
