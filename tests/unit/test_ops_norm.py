@@ -6,11 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from omniloom.ops import norm
 from omniloom.ops.norm import rms_norm, rms_norm_reference
 
 
+@pytest.mark.parametrize("block_elements", [norm.BLOCK_ELEMENTS, 32])  # 32: blocks of few rows, the last one short
 @pytest.mark.parametrize("shape", [(5, 16), (3, 4, 8), (0, 8)])
-def test_output_and_gradients_equal_the_reference(shape):
+def test_output_and_gradients_equal_the_reference(shape, block_elements, monkeypatch):
+    monkeypatch.setattr(norm, "BLOCK_ELEMENTS", block_elements)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, requires_grad=True)
     weight = torch.randn(shape[-1], generator=generator, requires_grad=True)
