@@ -224,6 +224,7 @@ def run_end_to_end(prepared: Prepared, options: argparse.Namespace) -> dict[str,
 
 def describe(lines: Sequence[Line], prepared: Prepared, peaks: dict[str, float], options: argparse.Namespace) -> str:
     """The result as Markdown."""
+    heard = "audio, " if "omni" in options.family else ""
     out = [
         f"# Training step against transformers, {datetime.date.today().isoformat()}",
         "",
@@ -231,7 +232,7 @@ def describe(lines: Sequence[Line], prepared: Prepared, peaks: dict[str, float],
         f"Machine: {machine()}, {options.threads} threads; load average when started {options.load:.1f}  ",
         f"Versions: torch {torch.__version__}, transformers {_version('transformers')}, commit {_commit()}  ",
         f"Model: {options.family}, 20M parameters, " + ("LoRA on attention" if options.lora else "all trained") + "  ",
-        f"Rows: {sum(map(len, prepared.steps))} of text, image, audio and video; {options.steps} timed steps of "
+        f"Rows: {sum(map(len, prepared.steps))} of text, image, {heard}video; {options.steps} timed steps of "
         f"{PACKS_PER_STEP} packs of {PACK_TOKENS} tokens, pack fill {prepared.pack_fill:.3f}; fastest of "
         f"{options.rounds} rounds each  ",
         "Matmul peak: " + ", ".join(f"{name} {peak / 1e9:.0f} GFLOP/s" for name, peak in peaks.items()),

@@ -136,18 +136,8 @@ def _fake(
     return out, tokens.new_empty(slot.shape[0], gate_up.shape[1])
 
 
-def _fake_backward(
-    grad: Tensor,
-    tokens: Tensor,
-    wide: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    offsets: Tensor,
-    slot: Tensor,
-    row: Tensor,
-    weights: Tensor,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(_grad: Tensor, tokens: Tensor, _wide: Tensor, gate_up: Tensor, down: Tensor, *others):
+    *_, weights, wanted = others
     first, second, third = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if want else x.new_empty(0)
         for x, want in zip((tokens, gate_up, down), wanted, strict=True)
