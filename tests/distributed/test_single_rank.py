@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Iterator
 
 import pytest
@@ -52,6 +53,12 @@ def test_one_rank_gives_what_a_plain_model_gives(layout: Layout) -> None:
         found = model.get_parameter(name).grad
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * reference.norm)
     assert model.get_parameter("vision.patch_embed.weight").grad is None
+
+
+def test_groups_made_later_wait_as_long_as_the_job_does(layout: Layout) -> None:
+    for name in ("planning", "agreement", "checkpoint"):
+        options = layout.channels[name]._get_backend(torch.device("cpu")).options
+        assert options._timeout == layout.ranks.timeout == datetime.timedelta(seconds=30)
 
 
 def test_gradients_that_are_not_finite_are_seen_and_left_alone(layout: Layout) -> None:

@@ -77,6 +77,14 @@ def test_the_plan_holds_on_to_every_option_that_changes_what_a_row_becomes(check
     assert found == json.loads(json.dumps({**usual, **named}))
 
 
+def test_thinking_that_is_switched_off_reaches_the_processor(checkpoint, demo):
+    words = [f"model.path={checkpoint}", f"data.train={demo}", "train.run_dir=runs/none"]
+    source = open_sources((str(demo),))
+    for word, enabled in (("data.enable_thinking=true", True), ("data.enable_thinking=false", False)):
+        recipe = open_rows(open_workshop(load_config(None, [*words, word])), source, cache=False)
+        assert recipe().processor.options.enable_thinking is enabled
+
+
 def check_batch(batch: PackedBatch) -> None:
     bounds = batch.segments.cu_seqlens
     starts = bounds[: len(batch.sample_ids)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from omniloom import cli
 from omniloom.config import DataConfig, ImageConfig, VideoConfig
 from omniloom.data.sources import open_sources
 from omniloom.tools import generate
@@ -115,6 +116,28 @@ def test_rows_without_an_answer_are_answered_and_data_options_hold(
     capsys.readouterr()
     generate.print_answers(model_dir, None, {}, data=rows, max_new_tokens=3, overrides=["data.attr.messages=ask"])
     assert json.loads(capsys.readouterr().out)["expected"] == ""
+
+
+def test_the_command_line_tells_the_prompt_from_data_options(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"ask": [{"role": "user", "content": "Which colour?"}]}) + "\n")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["omniloom", "generate", str(model_dir), *words, "--max-new-tokens", "2"])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        written = capsys.readouterr()
+        return stop.value.code or 0, written.out, written.err
+
+    assert run("Which colour?", "data.video.fps=1")[0] == 0
+    code, out, _ = run("--data", str(rows), "data.attr.messages=ask")
+    assert (code, json.loads(out)["expected"]) == (0, "")
+    code, _, err = run("Which colour?", "data.vidio.fps=1")
+    assert code == 2
+    assert "did you mean" in err
 
 
 def test_bad_input_is_refused_in_words(model_dir: Path, tmp_path: Path) -> None:

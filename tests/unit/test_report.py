@@ -170,6 +170,17 @@ def test_a_full_run_shows_all_that_it_holds(full_run: Path) -> None:
     assert page.tags.count("svg") == 1 + 7 + 3  # accuracy, curves with MFU, mix
 
 
+def test_the_newest_load_of_every_expert_is_drawn_darker_for_more(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    loads = [{"step": 0, "tokens": [[1, 1], [1, 1]]}, {"step": 5, "tokens": [[6, 2], [0, 4]]}]
+    (run / "expert_load.jsonl").write_text("".join(json.dumps(line) + "\n" for line in loads))
+    page = write_report(run).read_text()
+    assert "Load of each expert, by layer" in page
+    assert "step 6" in page
+    shades = [cell.split('fill-opacity="')[1].split('"')[0] for cell in page.split('class="cell"')[1:]]
+    assert shades == ["0.75", "0.25", "0.00", "1.00"]  # of twice the layer's mean
+
+
 def test_the_page_needs_no_network_and_no_script(full_run: Path) -> None:
     page = read_page(full_run)
     text = (full_run / "report.html").read_text()
