@@ -12,6 +12,7 @@ from omniloom.training.metrics import read_metrics
 from tests.mixed_rows import write_rows
 
 STEPS = 20
+EXPERTS_PER_TOKEN = 2  # of the tiny model
 # DESIGN: loss within 1e-5 relative for the first 20 steps; sums over ranks round differently, nothing else may differ
 TOLERANCE = 1e-5
 
@@ -47,7 +48,9 @@ def curves(tmp_path_factory) -> dict[str, list[dict]]:
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
-        found[name] = read_metrics(run_dir / "metrics.jsonl")
+        loads = {line["step"]: line["tokens"] for line in read_metrics(run_dir / "expert_load.jsonl")}
+        lines = read_metrics(run_dir / "metrics.jsonl")
+        found[name] = [line | {"expert_load": loads.get(line["step"])} for line in lines]
         bad = (run_dir / "bad_samples.jsonl").read_text()
         assert "missing.png" in bad
         assert "7.png" in bad
@@ -67,6 +70,15 @@ def test_every_layout_sees_the_same_data(curves, layout) -> None:
     keys = ("num_tokens", "num_loss_tokens", "num_samples", "num_images", "audio_seconds", "num_bad_samples")
     for one, many in zip(curves["1 rank"], curves[layout], strict=True):
         assert {key: one[key] for key in keys} == {key: many[key] for key in keys}
+
+
+@pytest.mark.parametrize("layout", ["1 rank", *MANY])
+def test_every_choice_of_an_expert_is_counted_once(curves, layout) -> None:
+    logged = [line for line in curves[layout] if line["expert_load"] is not None]
+    assert logged
+    for line in logged:
+        assert {sum(layer) for layer in line["expert_load"]} == {EXPERTS_PER_TOKEN * line["num_tokens"]}
+    assert curves[layout][0]["expert_load"] == curves["1 rank"][0]["expert_load"]
 
 
 def test_training_moves_the_loss(curves) -> None:
