@@ -25,6 +25,7 @@ from omniloom.data.planner import plan_all
 from omniloom.data.sources import Source
 from omniloom.data.stream import BadSampleFile
 from omniloom.models.omni import OmniModel
+from omniloom.models.rendering import split_reasoning
 from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.step import evaluate
@@ -143,7 +144,7 @@ class Evaluation:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         assert self.tokenizer is not None
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+        return split_reasoning(self.tokenizer.decode(list(tokens), skip_special_tokens=True))[1]
 
     def _load(
         self, packs: list[PackPlan], on_pack: Callable[[], None]

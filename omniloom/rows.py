@@ -61,6 +61,12 @@ def describe_first_row(source: Source, config: Config) -> str:
         return f"the first of them bad: {error}"
 
 
+def describe_template(workshop: Workshop, source: Source) -> str:
+    """The chat template that rows are rendered with, and a warning if the checkpoint's own writes something else."""
+    processor: Any = open_rows(workshop, source, cache=False)().processor
+    return processor.style.name + ("" if processor.departure is None else f"; warning: {processor.departure}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpenRows:
     """Builds a `RowReader` in whatever process calls it. Holds only what pickles cheaply."""

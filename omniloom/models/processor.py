@@ -96,13 +96,18 @@ class ChatProcessor:
         media: FamilyMedia,
         towers: TowerInputs,
         options: ProcessorOptions,
+        departure: str | None = None,
     ) -> None:
-        """`tokenizer`: the checkpoint's, as `tokenizers.Tokenizer` (fast, picklable, gives offsets)."""
+        """`tokenizer`: the checkpoint's, as `tokenizers.Tokenizer` (fast, picklable, gives offsets).
+
+        `departure`: how the checkpoint's own chat template departs from `style`, in words.
+        """
         self.tokenizer = tokenizer
         self.style = style
         self.media = media
         self.towers = towers
         self.options = options
+        self.departure = departure
 
     # ------------------------------------------------------------------------------------ sizes
 
@@ -338,10 +343,12 @@ def open_processor(
     tokenizer = load_tokenizer(checkpoint_dir)
     settings = read_media_settings(checkpoint_dir, options)
     towers = TowerInputs(vision=vision, audio=audio, text=text, settings=settings, options=options)
+    style, departure = choose_template(checkpoint_dir, tokenizer, options, plain=plain, thinking=thinking)
     return ChatProcessor(
         tokenizer=tokenizer.backend_tokenizer,
-        style=choose_template(checkpoint_dir, tokenizer, options.template, plain=plain, thinking=thinking),
+        style=style,
         media=make_media(towers, tokenizer),
         towers=towers,
         options=options,
+        departure=departure,
     )

@@ -7,11 +7,12 @@ Families' `make_processor` start here.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from omniloom.models.rendering import TemplateStyle, find_template
+from omniloom.models.rendering import TemplateStyle, find_template, render
+from omniloom.types import Conversation, Part, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +69,76 @@ def find_word(tokenizer: Any, field: str, token_id: int, word: str) -> str:
 
 
 def choose_template(
-    checkpoint_dir: str | Path, tokenizer: Any, name: str, *, plain: str, thinking: str | None = None
-) -> TemplateStyle:
-    """The named template, or for "auto" the family's: `thinking` if the checkpoint's own template is, else `plain`.
+    checkpoint_dir: str | Path, tokenizer: Any, options: ProcessorOptions, *, plain: str, thinking: str | None = None
+) -> tuple[TemplateStyle, str | None]:
+    """The template to render with, and in words how the checkpoint's own chat template departs from it, if it does.
 
-    A chat template counts as thinking if it gives an answer without reasoning a <think> block.
+    For "auto" the family's: `thinking` if the checkpoint's own gives an answer without reasoning a <think> block, else
+    `plain`. Answers are opened as the checkpoint's own opens them, since servers of the export will.
+    Raises: ValueError for a name that is unknown or of another family.
     """
-    if name != "auto":
-        return find_template(name)
+    names = (plain,) if thinking is None else (plain, thinking)
+    if options.template != "auto" and find_template(options.template).name not in names:
+        raise ValueError(
+            f"data.template={options.template} is of another family; {checkpoint_dir} takes {' or '.join(names)}, "
+            "and auto finds out which"
+        )
     template = _read_chat_template(Path(checkpoint_dir)) or tokenizer.chat_template
-    if template and thinking is not None:
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        if "<think>" in tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False):
-            return find_template(thinking)
-    return find_template(plain)
+    if not template:
+        return find_template(plain if options.template == "auto" else options.template), None
+
+    def write(messages: list[dict[str, Any]], **settings: Any) -> str:
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **settings)
+
+    thinks = thinking is not None and "<think>" in write(_SHORT)
+    name = options.template if options.template != "auto" else thinking if thinks else plain
+    asked, settings = _SHORT[:1], {"enable_thinking": options.enable_thinking}
+    before, after = write(asked, **settings), write(asked, add_generation_prompt=True, **settings)
+    assert name is not None
+    style = find_template(name)
+    if after.startswith(before):
+        style = replace(style, opening=after.removeprefix(before))
+    probes = [(_SHORT, None), *([(_WITH_TOOLS, [_TOOL])] if "tools" in template else [])]
+    for messages, tools in probes:
+        theirs, ours = write(messages, tools=tools), _render_probe(messages, tools, style)
+        if theirs != ours:
+            return style, _first_difference(theirs, ours, style.name)
+    return style, None
+
+
+_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+_SHORT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+_WITH_TOOLS = [
+    {"role": "system", "content": "s"},
+    *_SHORT,
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+    {"role": "tool", "content": "e"},
+    {"role": "assistant", "content": "g"},
+]
+
+
+def _render_probe(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, style: TemplateStyle) -> str:
+    turns = []
+    for message in messages:
+        calls = [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
+        parts = [Part(kind="text", text=message["content"]), *(Part(kind="tool_call", text=call) for call in calls)]
+        turns.append(Turn(role=message["role"], parts=tuple(parts)))
+    spelled = tuple(json.dumps(tool) for tool in tools or ())
+    probe = Conversation(id="probe", source="probe", turns=tuple(turns), tools=spelled)
+    return "".join(span.text for span in render(probe, style))
+
+
+def _first_difference(theirs: str, ours: str, name: str) -> str:
+    at = next(
+        (i for i, (one, other) in enumerate(zip(theirs, ours, strict=False)) if one != other),
+        min(map(len, (theirs, ours))),
+    )
+    start = max(at - 20, 0)
+    return (
+        f"the checkpoint's own chat template writes {theirs[start : at + 20]!r} where {name} writes "
+        f"{ours[start : at + 20]!r}; training uses {name}, whoever serves the export the checkpoint's"
+    )
 
 
 def _read_chat_template(directory: Path) -> str | None:

@@ -32,6 +32,7 @@ class TemplateStyle:
     name: str
     thinking: bool  # the last answer always has a <think> block, an empty one if need be
     default_system: str | None = None  # written where a conversation has no system turn
+    opening: str = "<|im_start|>assistant\n"  # what an answer to be generated follows; thinking ones may add <think>
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def render(
             writer.write("\n\n" + _tools_block(conversation.tools), weight)
         writer.write("<|im_end|>", weight)
         writer.write("\n", outside)
-    writer.write("<|im_start|>assistant\n" if generation_prompt else "", outside)
+    writer.write(style.opening if generation_prompt else "", outside)
     return tuple(writer.spans)
 
 
@@ -204,6 +205,12 @@ def _split_inline_reasoning(content: list[str | None]) -> tuple[str, list[str | 
     reasoning = text.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
     answer = text.split("</think>")[-1].lstrip("\n")
     return reasoning, [piece for piece in (answer, *content[1:]) if piece != ""]
+
+
+def split_reasoning(answer: str) -> tuple[str, str]:
+    """A generated answer as (reasoning, words); no reasoning where the model has not finished one."""
+    reasoning, _, words = answer.rpartition("</think>")
+    return reasoning.strip().removeprefix("<think>").strip(), words.strip()
 
 
 def _tools_block(tools: tuple[str, ...]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from omniloom.config import Config, DataConfig, ModelConfig, load_config
 from omniloom.data.rows import RowReader, Source
+from omniloom.models.rendering import split_reasoning
 from omniloom.types import Conversation, MediaSource, Part, PartKind, SampleError, Turn
 
 # transformers' class that answers in text, where it is not the one that config.json names
@@ -168,8 +169,11 @@ def print_answers(
     if data is None:
         print(answers[0])
         return
-    for one, words in zip(prompts, answers, strict=True):
-        print(json.dumps({"id": one.id, "answer": words, "expected": one.expected}, ensure_ascii=False))
+    for one, text in zip(prompts, answers, strict=True):
+        reasoning, words = split_reasoning(text)
+        thought = {"reasoning": reasoning} if reasoning else {}
+        line = {"id": one.id, "answer": words, **thought, "expected": one.expected}
+        print(json.dumps(line, ensure_ascii=False))
 
 
 class _NoRows:

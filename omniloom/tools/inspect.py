@@ -16,7 +16,7 @@ from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner, plan_options
 from omniloom.data.rows import RowReader
 from omniloom.data.sources import Source
-from omniloom.rows import open_data, open_rows
+from omniloom.rows import describe_template, open_data, open_rows
 from omniloom.training.policy import trainable_table
 from omniloom.types import SampleError, StepPlan
 
@@ -34,6 +34,7 @@ def check_config(words: list[str]) -> None:
     table = trainable_table(workshop.policies(list(parameters)), {name: p.numel() for name, p in parameters.items()})
     print(f"model      {workshop.spec.name}, {sum(row.num_parameters for row in table):,} parameters built, "
           f"{sum(row.num_trainable for row in table):,} trainable")  # fmt: skip
+    print(f"template   {describe_template(workshop, source)}")
     with _loader(config, workshop, source) as loader:
         rows = range(min(len(source), CHECKED_ROWS))
         measured = loader.measure(rows)

@@ -464,6 +464,40 @@ def test_the_template_is_inferred_from_the_checkpoints_own(checkpoint, config, p
     assert make_processor(thinking, config, ProcessorOptions(template="qwen3_omni_nothink")).style.thinking is False
     with pytest.raises(ValueError, match="unknown template"):
         make_processor(checkpoint, config, ProcessorOptions(template="qwen3"))
+    with pytest.raises(ValueError, match=r"qwen2_omni is of another family; .* takes qwen3_omni_nothink or qwen3_omni"):
+        make_processor(checkpoint, config, ProcessorOptions(template="qwen2_omni"))
+
+
+OPENING = "{{- '<|im_start|>assistant\\n' }}"
+THINKING_OPENING = """{{- '<|im_start|>assistant\\n<think>\\n' if enable_thinking is not defined or enable_thinking
+    else '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}"""
+
+
+@pytest.mark.parametrize("enable_thinking", [True, False])
+def test_answers_are_opened_as_the_checkpoints_own_template_opens_them(checkpoint, config, tmp_path, enable_thinking):
+    thinking = _copy(checkpoint, tmp_path / "thinking", "chat_template.json")
+    template = json.loads((checkpoint / "chat_template.json").read_text())["chat_template"]
+    before, found, after = template.rpartition(OPENING)
+    assert found
+    (thinking / "chat_template.jinja").write_text(before + THINKING_OPENING + after)
+    processor = make_processor(thinking, config, ProcessorOptions(enable_thinking=enable_thinking))
+    ids = processor.prompt(one_turn(), (), ())["input_ids"][0].tolist()
+    text = processor.tokenizer.decode(ids, skip_special_tokens=False)
+    block = "<think>\n" if enable_thinking else "<think>\n\n</think>\n\n"
+    assert text == f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n{block}"
+
+
+def test_a_checkpoint_whose_own_template_writes_something_else_is_told_of(checkpoint, config, processor, tmp_path):
+    assert processor.departure is None
+    other = _copy(checkpoint, tmp_path / "other", "chat_template.json")
+    template = json.loads((checkpoint / "chat_template.json").read_text())["chat_template"]
+    for written in (template.replace("# Tools", "# Functions"), template.replace("<|im_end|>", "<|im_stop|>")):
+        assert written != template
+        (other / "chat_template.jinja").write_text(written)
+        departure = make_processor(other, config).departure
+        assert departure is not None
+        assert "# Functions" in departure or "<|im_stop|>" in departure
+    assert make_processor(checkpoint, config, ProcessorOptions(template="qwen3_omni")).departure is not None
 
 
 def test_processor_settings_are_read_from_either_layout(checkpoint, config, processor, tmp_path):
