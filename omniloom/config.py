@@ -88,6 +88,7 @@ class DataConfig:
     media_dir: str | None = None  # None: the folder of each data file
     allow_outside_media_dir: bool = False
     allow_urls: bool = False
+    unplaced_media: Literal["error", "front"] = "error"  # clips without a placeholder; front: before the first question
     template: str = "auto"
     system: str | None = None  # for rows that have no system turn
     train_on_prompt: bool = False

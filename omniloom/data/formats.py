@@ -116,6 +116,7 @@ def row_options(config: DataConfig) -> RowOptions:
             allow_urls=config.allow_urls,
             use_audio=config.video.use_audio,
             frame_list_fps=config.video.fps,
+            unplaced=config.unplaced_media,
         ),
     )
 
@@ -196,7 +197,7 @@ def parse_row(row: Mapping[str, Any], *, file: str, line: int, options: RowOptio
     turns += _TurnReader(names, media).read(messages)
     if system and any(turn.role == "system" for turn in turns[1:2]):
         raise SampleError("system", "the row has both a system field and a system turn; keep one")
-    media.check_all_taken()
+    turns = media.place_rest(turns)
     if options.needs_answer and not any(turn.role == "assistant" and turn.parts for turn in turns):
         raise SampleError("messages", "no assistant answer in the row: there is nothing to train on")
     source = f"{file}:{line}"

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from omniloom.types import MediaSource, Part, SampleError
+from omniloom.types import MediaSource, Part, SampleError, Turn
 
 MediaKind = Literal["image", "video", "audio"]
 KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
@@ -33,6 +33,7 @@ class MediaRules:
     allow_urls: bool = False
     use_audio: bool = False  # interleave the sound of videos
     frame_list_fps: float = 2.0  # rate at which a video given as a list of images is taken to be sampled
+    unplaced: Literal["error", "front"] = "error"  # clips of a kind for which the text has no placeholder at all
 
 
 class RowMedia:
@@ -70,20 +71,32 @@ class RowMedia:
     def next_clip(self, kind: MediaKind) -> Part:
         index = self._num_taken[kind]
         self._num_taken[kind] += 1
-        if index >= len(self._items[kind]):  # `check_all_taken` will name both counts
+        if index >= len(self._items[kind]):  # `place_rest` will name both counts
             return Part(kind=kind, media=MediaSource())
         return self.clip(kind, self._items[kind][index], f"{kind}s[{index}]")
 
-    def check_all_taken(self) -> None:
-        """Raises: SampleError where the placeholders of a kind are not as many as its clips."""
+    def place_rest(self, turns: list[Turn]) -> list[Turn]:
+        """The turns, clips without any placeholder put before the first question where the rules say so.
+
+        Raises: SampleError where the placeholders of a kind are not as many as its clips.
+        """
+        asked = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
+        front: list[Part] = []
         for kind in KINDS:
             num_taken, num_clips = self._num_taken[kind], len(self._items[kind])
-            if num_taken != num_clips:
+            if num_taken == 0 and self._rules.unplaced == "front" and asked is not None:
+                front += [self.next_clip(kind) for _ in range(num_clips)]
+            elif num_taken != num_clips:
+                way = "" if num_taken else ", or set data.unplaced_media=front to put them before the first question"
                 raise SampleError(
                     f"{kind}s",
                     f"{num_taken} <{kind}> placeholder{'s' * (num_taken != 1)} in the text but {num_clips} "
-                    f"{kind}{'s' * (num_clips != 1)} in the row; write one <{kind}> where each clip belongs",
+                    f"{kind}{'s' * (num_clips != 1)} in the row; write one <{kind}> where each clip belongs{way}",
                 )
+        if not front:
+            return turns
+        assert asked is not None
+        return [*turns[:asked], replace(turns[asked], parts=(*front, *turns[asked].parts)), *turns[asked + 1 :]]
 
     def clip(self, kind: MediaKind, item: Any, field: str) -> Part:
         """One clip from a path, bytes, a list of frames (video), or a dict of these with options."""

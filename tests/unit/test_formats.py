@@ -380,6 +380,20 @@ def test_unbalanced_placeholders_name_both_counts():
     assert "audios: 1 <audio> placeholder in the text but 0 audios" in failure(user_row("<audio>"))
 
 
+def test_clips_without_a_placeholder_go_before_the_first_question_where_asked_for():
+    front = RowOptions(media=MediaRules(unplaced="front"))
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "<image>q"}]
+    row = {"messages": [*turns, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]}
+    row |= {"images": ["i"], "audios": "a.wav", "videos": ["v", "w"]}
+    conversation = parse_row(row, file="/d/f.json", line=1, options=front)
+    assert [part.kind for part in conversation.turns[1].parts] == ["video", "video", "audio", "image", "text"]
+    assert [part.media.path for part in conversation.turns[1].parts[:3]] == ["/d/v", "/d/w", "/d/a.wav"]
+    assert "data.unplaced_media=front" in failure(row)
+    row["images"] = ["i", "j"]  # placed, but not as many: still wrong
+    with pytest.raises(SampleError, match="1 <image> placeholder in the text but 2 images"):
+        parse_row(row, file="/d/f.json", line=1, options=front)
+
+
 def test_a_placeholder_is_only_a_word_where_clips_stand_in_the_content():
     content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what does <image> mean?"}]
     assert words(parse(user_row(content)))[0] == ("user", [("image", "a.png"), ("text", "what does <image> mean?")])
