@@ -113,6 +113,15 @@ def test_what_transformers_saves_is_read_as_what_qwen_published(family, tmp_path
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_that_transformers_holds_are_read_too(family):
+    _, config_json, reference, model, spec = make_pair(family, 13)
+    key_map = spec.key_map(spec.read_config(config_json))
+    weights = builders.assemble(key_map, reference.state_dict())
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
 def test_the_config_that_transformers_writes_back_is_the_published_one():
     import json
 
