@@ -135,7 +135,7 @@ def _encode(reader: RowReader, row: int, clips: tuple) -> Example:
 def _token_ids(workshop: Workshop) -> dict[str, int]:
     config = workshop.config_json.get("thinker_config", workshop.config_json)
     video = config.get("video_token_id", config.get("video_token_index"))
-    return {"video": video, "pad": config["text_config"].get("pad_token_id") or 0}
+    return {"video": video, "pad": config.get("text_config", config).get("pad_token_id") or 0}
 
 
 def _fill(plans: Sequence[StepPlan]) -> float:
