@@ -135,7 +135,7 @@ def _encode(reader: RowReader, row: int, clips: tuple) -> Example:
 def _token_ids(workshop: Workshop) -> dict[str, int]:
     config = workshop.config_json.get("thinker_config", workshop.config_json)
     video = config.get("video_token_id", config.get("video_token_index"))
-    return {"video": video, "pad": config["text_config"].get("pad_token_id") or 0}
+    return {"video": video, "pad": config.get("text_config", config).get("pad_token_id") or 0}
 
 
 def _fill(plans: Sequence[StepPlan]) -> float:
@@ -291,7 +291,9 @@ def _commit() -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--family", default="qwen3_omni", choices=["qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe"]
+        "--family",
+        default="qwen3_omni",
+        choices=["qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl"],
     )
     parser.add_argument("--lora", action="store_true", help="train adapters only; transformers with peft")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

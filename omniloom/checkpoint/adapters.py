@@ -1,7 +1,7 @@
 """PEFT adapters on disk: `adapter_config.json` and `adapter_model.safetensors`, written and read.
 
-Owns PEFT's names, layouts and settings. Tensors are written under published names, which PEFT maps onto every class of
-transformers that holds the model. What is adapted and with which rank comes in as `Adapter` records; where a weight of
+Owns PEFT's names, layouts and settings. Tensors are written under names that PEFT finds in every class of transformers
+that holds the model. What is adapted and with which rank comes in as `Adapter` records; where a weight of
 ours lies in the published model comes from the key map's recipes.
 """
 
@@ -52,11 +52,17 @@ class Target:
         module = transformers_name(self.published)
         return module if self.parameter is None else f"{module}.{self.parameter}"
 
+    @property
+    def key(self) -> str:
+        """In an adapter's file: published names where PEFT maps them onto several classes, else those in memory."""
+        return self.published if self.published.startswith("thinker.") else transformers_name(self.published)
+
 
 def transformers_name(name: str) -> str:
     """A published name of module or tensor as transformers 5 has it in memory, without `thinker.`. Idempotent.
 
-    Source: transformers.conversion_mapping, Qwen2_5OmniThinkerForConditionalGeneration; Qwen3-VL is published so.
+    Source: transformers.conversion_mapping, Qwen2_5OmniThinkerForConditionalGeneration and, the same but for sound,
+    Qwen2VLForConditionalGeneration; Qwen3-VL is published so.
     """
     name = name.removeprefix("thinker.")
     if name.startswith(("visual.", "audio_tower.")):
@@ -119,12 +125,12 @@ class _Part:
 
 
 def _parts(adapters: Collection[Adapter], targets: Mapping[str, tuple[Target, ...]]) -> list[_Part]:
-    """All tensors of an adapter, under published names."""
+    """All tensors of an adapter, by their keys in its file."""
     modules = Counter(target.published for adapter in adapters for target in targets[adapter.base])
     parts = []
     for adapter in adapters:
         for target in targets[adapter.base]:
-            stem = f"{PREFIX}{target.published}"
+            stem = f"{PREFIX}{target.key}"
             if target.parameter is not None:
                 # PEFT wraps the module once per parameter; the first in the module's order is the inner one
                 inner = ".base_layer" if modules[target.published] > 1 and target.parameter == "gate_up_proj" else ""

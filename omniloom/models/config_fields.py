@@ -262,7 +262,8 @@ def reduce_layers(
 ) -> dict[str, Any]:
     """The config of a model with so many layers of each component, from the front; None keeps all.
 
-    `parent` names the section that holds text_config and the towers' (None: the file itself). Lists of layers lose what
+    `parent` names the section that holds text_config and the towers' (None: the file itself); the decoder's fields may
+    lie beside the towers' sections, without one of their own. Lists of layers lose what
     lies past the cut: deepstack levels, layers without experts, tower layers of full attention, layer types.
     Raises: ValueError for more layers than there are, and for a component that the model has not.
     """
@@ -275,7 +276,7 @@ def reduce_layers(
     ):
         if count is None:
             continue
-        section = sections.get(f"{component}_config")
+        section = sections.get(f"{component}_config", sections if component == "text" else None)
         if section is None:
             raise ValueError(f"model.num_layers.{component}: the checkpoint has no such tower; remove the key")
         if not 1 <= count <= section[key]:
@@ -284,7 +285,7 @@ def reduce_layers(
             )
         for name in {key, "num_hidden_layers"} & section.keys():  # some configs say it twice
             section[name] = count
-    vision_json, text_json = sections["vision_config"], sections["text_config"]
+    vision_json, text_json = sections["vision_config"], sections.get("text_config", sections)
     for section, count, key in (
         (vision_json, vision_json["depth"], "deepstack_visual_indexes"),
         (vision_json, vision_json["depth"], "fullatt_block_indexes"),

@@ -144,7 +144,12 @@ class TowerInputs:
         )
 
     def video_geometry(
-        self, source: MediaSource, header: MediaHeader, scale: float, default_pixels: tuple[int, int]
+        self,
+        source: MediaSource,
+        header: MediaHeader,
+        scale: float,
+        default_pixels: tuple[int, int],
+        min_frames: int = 2,
     ) -> ClipGeometry:
         """A video by Qwen2-VL's rules: so many frames per second, bounds on each frame's pixels.
 
@@ -154,10 +159,10 @@ class TowerInputs:
         fps, most = self.video_rate(source)
         temporal = self.vision.temporal_patch_size
         rate = header.fps or fps  # a list of frames without a rate of its own is taken as already sampled
-        indices = sample_frame_indices(header.num_frames, rate, fps, most, multiple=temporal)
+        indices = sample_frame_indices(header.num_frames, rate, fps, most, min_frames, temporal)
         if scale < 1:
             most = max(int(len(indices) * math.sqrt(scale)), temporal)
-            indices = sample_frame_indices(header.num_frames, rate, fps, most, multiple=temporal)
+            indices = sample_frame_indices(header.num_frames, rate, fps, most, min_frames, temporal)
         grid = (len(indices) // temporal, *self.grid(source, header, pixels, math.sqrt(scale)))
         seconds = header.duration_seconds or header.num_frames / rate
         # As published, a grid lasts temporal / fps; only where a bound kept fewer frames, as long as it truly does.

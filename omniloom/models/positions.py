@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 
-def sample_positions(runs: Sequence[int | np.ndarray]) -> Tensor:
+def sample_positions(runs: Sequence[int | np.ndarray], *, past_time: bool = True) -> Tensor:
     """Positions int64 [3, t] of a sample given as runs: a number of text tokens, or a clip's block float32 [3, n].
 
-    Blocks hold positions relative to their own start. Runs of no tokens are allowed.
-    Source: transformers, Qwen3OmniMoeThinkerForConditionalGeneration.get_rope_index.
+    Blocks hold positions relative to their own start. Runs of no tokens are allowed. Without `past_time` a run starts
+    past the rows and columns of the one before it, even where those are fewer than its time steps.
+    Source: transformers, Qwen3OmniMoeThinkerForConditionalGeneration.get_rope_index; without `past_time`,
+    Qwen2_5_VLModel.get_rope_index.
     """
+    first_axis = 0 if past_time else 1
     start = np.float32(0)
     parts = [np.zeros((3, 0), np.float32)]
     for run in runs:
@@ -32,7 +35,7 @@ def sample_positions(runs: Sequence[int | np.ndarray]) -> Tensor:
             parts.append(block + start)
             # The last token, not the block, as published: sound shorter than a frame is wide ends before the frame
             # does. In a picture the last token is the largest on every axis.
-            start = parts[-1][:, -1].max() + np.float32(1)
+            start = parts[-1][first_axis:, -1].max() + np.float32(1)
     return torch.from_numpy(np.floor(np.concatenate(parts, axis=1)).astype(np.int64))
 
 

@@ -96,17 +96,20 @@ class ChatProcessor:
         media: FamilyMedia,
         towers: TowerInputs,
         options: ProcessorOptions,
+        past_time: bool = True,
         departure: str | None = None,
     ) -> None:
         """`tokenizer`: the checkpoint's, as `tokenizers.Tokenizer` (fast, picklable, gives offsets).
 
-        `departure`: how the checkpoint's own chat template departs from `style`, in words.
+        `past_time`: see `positions.sample_positions`. `departure`: how the checkpoint's own chat template departs from
+        `style`, in words.
         """
         self.tokenizer = tokenizer
         self.style = style
         self.media = media
         self.towers = towers
         self.options = options
+        self.past_time = past_time
         self.departure = departure
 
     # ------------------------------------------------------------------------------------ sizes
@@ -205,7 +208,7 @@ class ChatProcessor:
             input_ids=torch.from_numpy(tokens.ids),
             labels=torch.from_numpy(labels),
             loss_weights=torch.from_numpy(weights),
-            position_ids=sample_positions(tokens.runs),
+            position_ids=sample_positions(tokens.runs, past_time=self.past_time),
             vision=tuple(vision),
             audio=tuple(audio),
         )
@@ -333,11 +336,13 @@ def open_processor(
     make_media: Callable[[TowerInputs, Any], FamilyMedia],
     plain: str,
     thinking: str | None = None,
+    past_time: bool = True,
 ) -> ChatProcessor:
     """A checkpoint's processor, from its files and what its family adds.
 
     `make_media` gets the towers' inputs and the tokenizer as transformers loads it; `plain` and `thinking` name the
-    family's templates. Raises: ValueError where the checkpoint lacks a file or a field.
+    family's templates; `past_time`: see `positions.sample_positions`.
+    Raises: ValueError where the checkpoint lacks a file or a field.
     """
     options = ProcessorOptions() if options is None else options
     tokenizer = load_tokenizer(checkpoint_dir)
@@ -350,5 +355,6 @@ def open_processor(
         media=make_media(towers, tokenizer),
         towers=towers,
         options=options,
+        past_time=past_time,
         departure=departure,
     )

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from omniloom.models.qwen2_5_omni.spec import SPEC as QWEN2_5_OMNI
+from omniloom.models.qwen2_5_vl.spec import SPEC as QWEN2_5_VL
 from omniloom.models.qwen3_omni.spec import SPEC as QWEN3_OMNI
 from omniloom.models.qwen3_vl.spec import SPEC as QWEN3_VL
 from omniloom.models.qwen3_vl_moe.spec import SPEC as QWEN3_VL_MOE
 from omniloom.models.spec import ModelSpec
 
-SPECS: tuple[ModelSpec, ...] = (QWEN3_OMNI, QWEN2_5_OMNI, QWEN3_VL, QWEN3_VL_MOE)
+SPECS: tuple[ModelSpec, ...] = (QWEN3_OMNI, QWEN2_5_OMNI, QWEN3_VL, QWEN3_VL_MOE, QWEN2_5_VL)
 
 
 def find_spec(config_json: Mapping[str, Any], *, where: str = "config.json") -> ModelSpec:

@@ -47,6 +47,7 @@ class Span:
 TEMPLATES: Mapping[str, TemplateStyle] = {
     style.name: style
     for style in (
+        TemplateStyle(name="qwen2_vl", thinking=False, default_system="You are a helpful assistant."),
         TemplateStyle(name="qwen2_omni", thinking=False, default_system="You are a helpful assistant."),
         TemplateStyle(name="qwen3_omni", thinking=True),
         TemplateStyle(name="qwen3_omni_nothink", thinking=False),

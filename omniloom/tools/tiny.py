@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omniloom.tools import tiny_qwen2_5_omni, tiny_qwen3_omni, tiny_qwen3_vl, tiny_tokenizer
+from omniloom.tools import tiny_qwen2_5_omni, tiny_qwen2_5_vl, tiny_qwen3_omni, tiny_qwen3_vl, tiny_tokenizer
 from omniloom.tools.tiny_recipe import SIZES, Recipe
 
 RECIPES: Mapping[str, Recipe] = {
@@ -22,6 +22,7 @@ RECIPES: Mapping[str, Recipe] = {
     "qwen2_5_omni": tiny_qwen2_5_omni.RECIPE,
     "qwen3_vl": tiny_qwen3_vl.DENSE,
     "qwen3_vl_moe": tiny_qwen3_vl.EXPERTS,
+    "qwen2_5_vl": tiny_qwen2_5_vl.RECIPE,
 }
 FAMILIES = tuple(RECIPES)
 

@@ -13,7 +13,7 @@ _SPEAKER_SIZE, _MEL_BINS = 16, 80
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Size:
+class Size:
     heads: int
     kv_heads: int
     head_dim: int
@@ -29,8 +29,8 @@ class _Size:
         return self.heads * self.head_dim
 
 
-_SIZES = {
-    "tiny": _Size(
+SIZES = {
+    "tiny": Size(
         heads=4,
         kv_heads=2,
         head_dim=16,
@@ -41,7 +41,7 @@ _SIZES = {
         tower_layers=3,
         full_attention=[1],
     ),
-    "20m": _Size(
+    "20m": Size(
         heads=8,
         kv_heads=2,
         head_dim=32,
@@ -56,7 +56,7 @@ _SIZES = {
 
 
 def _config(size: str, ids: dict[str, int], vocab_size: int) -> dict[str, Any]:
-    sizes = _SIZES[size]
+    sizes = SIZES[size]
     return {
         "architectures": ["Qwen2_5OmniModel"],
         "enable_audio_output": True,
@@ -98,7 +98,7 @@ def _media_tokens(ids: dict[str, int]) -> dict[str, int]:
     }
 
 
-def _text(sizes: _Size, vocab_size: int) -> dict[str, Any]:
+def _text(sizes: Size, vocab_size: int) -> dict[str, Any]:
     return {
         "attention_dropout": 0.0,
         "hidden_act": "silu",
@@ -122,7 +122,7 @@ def _text(sizes: _Size, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _vision(sizes: _Size) -> dict[str, Any]:
+def _vision(sizes: Size) -> dict[str, Any]:
     return {
         "depth": sizes.tower_layers,
         "embed_dim": sizes.tower_hidden,
@@ -145,7 +145,7 @@ def _vision(sizes: _Size) -> dict[str, Any]:
     }
 
 
-def _audio(sizes: _Size) -> dict[str, Any]:
+def _audio(sizes: Size) -> dict[str, Any]:
     layers = max(2, sizes.tower_layers - 1)
     return {
         "activation_dropout": 0.0,
@@ -168,7 +168,7 @@ def _audio(sizes: _Size) -> dict[str, Any]:
     }
 
 
-def _talker(sizes: _Size, ids: dict[str, int]) -> dict[str, Any]:
+def _talker(sizes: Size, ids: dict[str, int]) -> dict[str, Any]:
     return {
         "architectures": ["Qwen2OmniTalkerForConditionalGeneration"],
         "attention_dropout": 0.0,
@@ -246,28 +246,31 @@ _TOKEN2WAV = {
     "model_type": "qwen2_5_omni_token2wav",
 }
 
-_PREPROCESSOR = {
-    "chunk_length": 300,
-    "dither": 0.0,
-    "feature_extractor_type": "WhisperFeatureExtractor",
-    "feature_size": 128,
-    "hop_length": 160,
+PICTURES = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_processor_type": "Qwen2VLImageProcessor",
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "max_pixels": 12845056,
     "merge_size": 2,
     "min_pixels": 3136,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+}
+_PREPROCESSOR = {
+    **PICTURES,
+    "chunk_length": 300,
+    "dither": 0.0,
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "feature_size": 128,
+    "hop_length": 160,
     "n_fft": 400,
     "n_samples": 4800000,
     "nb_max_frames": 30000,
     "padding_side": "left",
     "padding_value": 0.0,
-    "patch_size": 14,
     "processor_class": "Qwen2_5OmniProcessor",
     "return_attention_mask": True,
     "sampling_rate": 16000,
-    "temporal_patch_size": 2,
 }
 
 

@@ -52,6 +52,8 @@ QWEN3_OMNI_TOKENS: tuple[tuple[str, bool], ...] = (
 
 QWEN3_VL_TOKENS = tuple(token for token in QWEN3_OMNI_TOKENS if "audio" not in token[0] and "tts" not in token[0])
 
+QWEN2_5_VL_TOKENS = tuple(token for token in QWEN3_VL_TOKENS if "think" not in token[0] and "response" not in token[0])
+
 # in the order in which Qwen2.5-Omni numbers them
 QWEN2_5_OMNI_TOKENS: tuple[tuple[str, bool], ...] = (
     ("<|endoftext|>", True),

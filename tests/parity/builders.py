@@ -192,6 +192,7 @@ class Sample:
     videos: tuple[VisionClip, ...] = ()
     audio: tuple[AudioClip, ...] = ()
     use_audio_in_video: bool = False
+    seconds_per_grid: tuple[float, ...] = ()  # of the videos, where transformers is to find the positions
 
 
 @dataclass

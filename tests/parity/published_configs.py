@@ -87,6 +87,51 @@ def _experts(width: int) -> dict[str, Any]:
     }
 
 
+def _window_vision(out: int, intermediate: int = 3420) -> dict[str, Any]:
+    return {
+        "depth": 32,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "in_chans": 3,
+        "intermediate_size": intermediate,
+        "num_heads": 16,
+        "out_hidden_size": out,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "window_size": 112,
+    }
+
+
+def _qwen2_5_vl(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, *, tower: int, tied: bool = False
+) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "image_token_id": 151655,
+        "intermediate_size": intermediate,
+        "max_position_embeddings": 128000,
+        "model_type": "qwen2_5_vl",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_section": [16, 24, 24], "type": "mrope"},
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": tied,
+        "use_sliding_window": False,
+        "video_token_id": 151656,
+        "vision_config": _window_vision(hidden, tower),
+        "vision_end_token_id": 151653,
+        "vision_start_token_id": 151652,
+        "vocab_size": 151936 if tied else 152064,
+    }
+
+
 def _qwen2_5_omni(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab_size: int
 ) -> dict[str, Any]:
@@ -129,22 +174,7 @@ def _qwen2_5_omni(
                 "vocab_size": vocab_size,
             },
             "video_token_index": 151656,
-            "vision_config": {
-                "depth": 32,
-                "embed_dim": 1280,
-                "fullatt_block_indexes": [7, 15, 23, 31],
-                "hidden_act": "silu",
-                "hidden_size": 1280,
-                "in_chans": 3,
-                "intermediate_size": 3420,
-                "model_type": "qwen2_5_omni_vision_encoder",
-                "num_heads": 16,
-                "out_hidden_size": hidden,
-                "patch_size": 14,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-                "window_size": 112,
-            },
+            "vision_config": {**_window_vision(hidden), "model_type": "qwen2_5_omni_vision_encoder"},
             "vision_end_token_id": 151653,
             "vision_start_token_id": 151652,
         },
@@ -210,6 +240,10 @@ PUBLISHED = {
     "Qwen3-VL-235B-A22B": Published(
         config=_vl(4096, 12288, 94, 64, kv_heads=4, experts=_experts(1536)), billions="236"
     ),
+    "Qwen2.5-VL-3B": Published(config=_qwen2_5_vl(2048, 11008, 36, 16, 2, tower=3420, tied=True), billions="3.75"),
+    "Qwen2.5-VL-7B": Published(config=_qwen2_5_vl(3584, 18944, 28, 28, 4, tower=3420), billions="8.29"),
+    "Qwen2.5-VL-32B": Published(config=_qwen2_5_vl(5120, 27648, 64, 40, 8, tower=3456), billions="33.5"),
+    "Qwen2.5-VL-72B": Published(config=_qwen2_5_vl(8192, 29568, 80, 64, 8, tower=3456), billions="73.4"),
     "Qwen2.5-Omni-3B": Published(config=_qwen2_5_omni(2048, 11008, 36, 16, 2, 151936), billions=None),
     "Qwen2.5-Omni-7B": Published(config=_qwen2_5_omni(3584, 18944, 28, 28, 4, 152064), billions=None),
     "Qwen3-Omni-30B-A3B": Published(config=_QWEN3_OMNI_30B, billions=None),

@@ -84,7 +84,7 @@ def test_what_does_not_train_is_carried_bit_for_bit(finished) -> None:
         if not torch.equal(old.view(torch.uint8), after[name].view(torch.uint8)):
             changed.add(name)
     assert not [name for name in changed if name.startswith(("talker.", "token2wav."))]
-    assert not [name for name in changed if ".visual." in name and ".merger." not in name]
+    assert not [name for name in changed if "visual." in name and ".merger." not in name]
     assert any(".merger." in name for name in changed)
     assert any("layers.0.self_attn.q_proj.weight" in name for name in changed)
     copied = {path.name for path in (finished / "model").iterdir()}
@@ -136,7 +136,7 @@ def test_a_tower_that_is_not_asked_for_is_not_built_and_yet_exported(finished, t
     assert run(load_config(None, [*paths, *WORDS, *text_only])) == 0
     before, after = tensors_of(finished / "model"), tensors_of(tmp_path / "hf")
     assert before.keys() == after.keys()
-    towers = [name for name in before if ".visual." in name or ".audio_tower." in name]
+    towers = [name for name in before if "visual." in name or ".audio_tower." in name]
     assert towers
     assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in towers)
 
@@ -145,5 +145,5 @@ def test_modalities_that_a_family_lacks_are_refused(finished) -> None:
     directory = finished / "model"
     if "audio" in find_spec(json.loads((directory / "config.json").read_text())).modalities:
         pytest.skip("this family has them all")
-    with pytest.raises(ValueError, match=r"model\.modalities: qwen3_vl\w* knows text, image, video; remove audio"):
+    with pytest.raises(ValueError, match=r"model\.modalities: qwen\w+_vl\w* knows text, image, video; remove audio"):
         open_workshop(load_config(None, [f"model.path={directory}", "model.modalities=[text, audio]"]))

@@ -298,6 +298,7 @@ CLASSES = {
     "qwen2_5_omni": ("Qwen2_5OmniThinkerForConditionalGeneration",),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration",),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
 }
 
 

@@ -131,7 +131,7 @@ def expected_ids(processor, conversation, headers, clips):
     return processor.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def expected_positions(model, ids, clips):
+def expected_positions(model, ids, clips, **times):
     kinds = (ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int()
     grids = {kind: [clip.grid_thw for clip in clips if clip.kind == kind] for kind in ("image", "video")}
     positions, _ = model.get_rope_index(
@@ -139,6 +139,7 @@ def expected_positions(model, ids, clips):
         kinds[None],
         torch.tensor(grids["image"]) if grids["image"] else None,
         torch.tensor(grids["video"]) if grids["video"] else None,
+        **times,
     )
     return positions[:, 0]
 

@@ -27,6 +27,12 @@ def test_a_clip_starts_past_the_text_and_the_text_past_the_clip():
     assert width == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7]
 
 
+def test_text_may_go_on_past_rows_and_columns_only():
+    video = vision_block((3, 4, 4), 2, 1.0, 5)
+    assert sample_positions([1, video, 1])[:, -1].tolist() == [12] * 3  # the third grid has time 1 + 10
+    assert sample_positions([1, video, 1], past_time=False)[:, -1].tolist() == [3] * 3
+
+
 def test_positions_stay_whole_and_exact_far_out():
     positions = sample_positions([2**20, vision_block((1, 4, 4), 2, 0.0, 13), 2**20])
     assert positions.dtype == torch.int64

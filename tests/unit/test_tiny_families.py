@@ -85,8 +85,9 @@ def test_missing_fields_are_named_all_at_once(checkpoint):
     spec = find_spec(config_json)
     broken = spec.reduce_config(config_json)
     sections = broken.get("thinker_config", broken)
-    del sections["text_config"]["num_attention_heads"], sections["vision_config"]["depth"]
-    with pytest.raises(ValueError, match=r"missing .*vision_config\.depth.*text_config\.num_attention_heads"):
+    text = sections.get("text_config", sections)
+    del text["num_attention_heads"], sections["vision_config"]["depth"]
+    with pytest.raises(ValueError, match=r"missing .*vision_config\.depth.*\bnum_attention_heads"):
         spec.read_config(broken)
 
 

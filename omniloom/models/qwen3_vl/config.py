@@ -31,6 +31,7 @@ class Qwen3VLConfig:
     vision_end_token_id: int
 
 
+TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 reduce_config = partial(reduce_layers, parent=None)
 
 
@@ -51,10 +52,7 @@ def read_config(
             mrope_layout="interleaved",
             tie_word_embeddings=bool(config_json.get("tie_word_embeddings", False)),
         ),
-        image_token_id=reader.field(config_json, "image_token_id"),
-        video_token_id=reader.field(config_json, "video_token_id"),
-        vision_start_token_id=reader.field(config_json, "vision_start_token_id"),
-        vision_end_token_id=reader.field(config_json, "vision_end_token_id"),
+        **reader.fields(config_json, TOKEN_IDS),
     )
     reader.finish()
     reader.require(vision_rules(config.vision, config.text) | decoder_rules(config.text))

@@ -47,14 +47,12 @@ def make_processor(
     )
 
 
-class Qwen3VLMedia:
-    """The family's `FamilyMedia`."""
+class PictureTokens:
+    """The tokens that stand for images and videos, in a family that hears nothing."""
 
-    def __init__(self, config: Qwen3VLConfig, towers: TowerInputs, tokenizer: Any) -> None:
-        self.config = config
-        self.towers = towers
-        self.pad_ids = frozenset((config.image_token_id, config.video_token_id))
-        self._start, self._image, self._video, self._end = (
+    def __init__(self, config: Qwen3VLConfig, tokenizer: Any) -> None:
+        self.ids = {"image": config.image_token_id, "video": config.video_token_id}
+        self.start, image, video, self.end = (
             find_word(tokenizer, field, token_id, word)
             for field, token_id, word in (
                 ("vision_start_token_id", config.vision_start_token_id, "<|vision_start|>"),
@@ -63,6 +61,30 @@ class Qwen3VLMedia:
                 ("vision_end_token_id", config.vision_end_token_id, "<|vision_end|>"),
             )
         )
+        self._pads = {"image": image, "video": video}
+
+    def wrapped(self, kind: str) -> str:
+        return self.start + self._pads[kind] + self.end
+
+    def generation_inputs(
+        self, input_ids: Tensor, clips: Sequence[ClipGeometry], features: Sequence[Features]
+    ) -> dict[str, Any]:
+        """Pictures as transformers' `generate` takes them, and which of `input_ids` int64 [t] stand for them."""
+        kinds = torch.zeros_like(input_ids)
+        kinds[input_ids == self.ids["image"]] = 1
+        kinds[input_ids == self.ids["video"]] = 2
+        return {"mm_token_type_ids": kinds[None]} | vision_inputs(clips, features)
+
+
+class Qwen3VLMedia:
+    """The family's `FamilyMedia`."""
+
+    def __init__(self, config: Qwen3VLConfig, towers: TowerInputs, tokenizer: Any) -> None:
+        self.config = config
+        self.towers = towers
+        self.tokens = PictureTokens(config, tokenizer)
+        self.pad_ids = frozenset(self.tokens.ids.values())
+        self.generation_inputs = self.tokens.generation_inputs
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
         """Frames from the first to the last, at least four; bounds on the pixels of all of them together."""
@@ -111,9 +133,9 @@ class Qwen3VLMedia:
     def placeholder(self, clip: ClipGeometry) -> str:
         """A video keeps the wrappers of the chat template around those of its grids, as transformers 5 leaves them."""
         if clip.kind == "image":
-            return self._start + self._image + self._end
-        grids = (f"<{seconds:.1f} seconds>{self._start}{self._video}{self._end}" for seconds in self.timestamps(clip))
-        return self._start + "".join(grids) + self._end
+            return self.tokens.wrapped("image")
+        grids = (f"<{seconds:.1f} seconds>{self.tokens.wrapped('video')}" for seconds in self.timestamps(clip))
+        return self.tokens.start + "".join(grids) + self.tokens.end
 
     def timestamps(self, clip: ClipGeometry) -> list[float]:
         """Seconds at the middle of each temporal grid, between its first frame and its last."""
@@ -128,13 +150,4 @@ class Qwen3VLMedia:
         assert clip.grid_thw is not None
         num_grids, height, width = clip.grid_thw
         block = vision_block((1, height, width), self.config.vision.spatial_merge_size, 0.0, 0.0)
-        token_id = self.config.image_token_id if clip.kind == "image" else self.config.video_token_id
-        return (vision_layout(token_id, block),) * num_grids
-
-    def generation_inputs(
-        self, input_ids: Tensor, clips: Sequence[ClipGeometry], features: Sequence[Features]
-    ) -> dict[str, Any]:
-        kinds = torch.zeros_like(input_ids)
-        kinds[input_ids == self.config.image_token_id] = 1
-        kinds[input_ids == self.config.video_token_id] = 2
-        return {"mm_token_type_ids": kinds[None]} | vision_inputs(clips, features)
+        return (vision_layout(self.tokens.ids[clip.kind], block),) * num_grids

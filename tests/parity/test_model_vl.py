@@ -1,4 +1,4 @@
-"""Our Qwen3-VL, dense and with experts, against transformers' on random tiny models, in float32."""
+"""Our Qwen3-VL, dense and with experts, and Qwen2.5-VL against transformers' on random tiny models, in float32."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from omniloom.models.omni import Kernels
 from omniloom.models.registry import spec_named
 from tests.parity import builders, compare
-from tests.parity import builders_qwen3_vl as vl
+from tests.parity import builders_vl as vl
 from tests.parity.compare import SMALLEST_GAP, assert_equal, run_ours, smallest_router_gap
 
-FAMILIES = ("qwen3_vl", "qwen3_vl_moe")
+FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
 KINDS = {
     "text": (),
     "image": ("image",),
@@ -37,7 +37,7 @@ def _one_thread():
 def make_pair(family, seed, *, attention="eager", kernels=None):
     """A random config.json, transformers' model, ours with its weights, and our family."""
     rng, spec = random.Random(seed), spec_named(family)
-    config_json = vl.random_config(rng, experts=family == "qwen3_vl_moe")
+    config_json = vl.random_config(rng, family)
     reference = vl.reference_model(config_json, seed=seed, attention=attention)
     return rng, config_json, reference, builders.our_model(config_json, reference, kernels=kernels, spec=spec), spec
 
@@ -109,6 +109,15 @@ def test_what_transformers_saves_is_read_as_what_qwen_published(family, tmp_path
     turned = [name for name in saved if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
     assert bool(turned) == (family == "qwen3_vl_moe")
     weights = builders.assemble(spec.key_map(spec.read_config(config_json)), saved)
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_that_transformers_holds_are_read_too(family):
+    _, config_json, reference, model, spec = make_pair(family, 13)
+    key_map = spec.key_map(spec.read_config(config_json))
+    weights = builders.assemble(key_map, reference.state_dict())
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 

@@ -1,4 +1,4 @@
-"""Random tiny Qwen3-VL models, dense and with experts, and rows for them; what `builders.py` is for Qwen3-Omni."""
+"""Random tiny models of the families that see only, and rows for them; what `builders.py` is for Qwen3-Omni."""
 
 from __future__ import annotations
 
@@ -10,13 +10,33 @@ import torch
 from torch import Tensor
 
 from omniloom.types import IGNORE_LABEL, VisionClip
+from tests.parity import builders_qwen2_5_omni
 from tests.parity.builders import NUM_WORDS, VOCAB_SIZE, Sample, randomise
 
 TOKENS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
 
 
-def random_config(rng: random.Random, *, experts: bool) -> dict[str, Any]:
+def random_config(rng: random.Random, family: str) -> dict[str, Any]:
     """A config.json of odd sizes, in the published spelling."""
+    return _qwen2_5_vl(rng) if family == "qwen2_5_vl" else _qwen3_vl(rng, experts=family == "qwen3_vl_moe")
+
+
+def _qwen2_5_vl(rng: random.Random) -> dict[str, Any]:
+    """Qwen2.5-Omni's decoder and tower; the decoder's fields lie in the file itself."""
+    thinker = builders_qwen2_5_omni.random_config(rng)["thinker_config"]
+    text = thinker["text_config"]
+    return {
+        **text,
+        "model_type": "qwen2_5_vl",
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "rope_scaling": {"mrope_section": text["rope_scaling"]["mrope_section"], "type": "mrope"},
+        "tie_word_embeddings": thinker["tie_word_embeddings"],
+        "vision_config": {**thinker["vision_config"], "model_type": "qwen2_5_vl", "tokens_per_second": 2},
+        **TOKENS,
+    }
+
+
+def _qwen3_vl(rng: random.Random, *, experts: bool) -> dict[str, Any]:
     num_layers, depth, vision_heads = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 3)
     sections, key_value_heads = [rng.randint(1, 3) for _ in range(3)], rng.randint(1, 2)
     hidden_size, num_experts = 8 * rng.randint(2, 4), rng.randint(2, 6)
@@ -88,26 +108,34 @@ def reference_model(config_json: Mapping[str, Any], *, seed: int = 0, attention:
 
 
 def random_sample(rng: random.Random, reference: Any, media: Sequence[str] = (), *, seed: int = 0) -> Sample:
-    """A row with the given images and videos in order, words between them; each grid of a video stands alone."""
+    """A row with the given images and videos in order, words between them.
+
+    Qwen3-VL has each grid of a video stand alone; Qwen2.5-VL has a rate for each video instead.
+    """
     generator = torch.Generator().manual_seed(seed)
     vision = reference.config.vision_config
     tokens = [1, *_words(rng, 5)]
     images: list[VisionClip] = []
     videos: list[VisionClip] = []
+    seconds: list[float] = []
+    alone = reference.config.model_type != "qwen2_5_vl"
     start, end = TOKENS["vision_start_token_id"], TOKENS["vision_end_token_id"]
     for kind in media:
         grid = (1 if kind == "image" else rng.randint(1, 3), 2 * rng.randint(1, 4), 2 * rng.randint(1, 4))
-        per_grid = grid[1] * grid[2] // 4
         rows: list[int] = []
-        if kind == "video":
+        num_blocks = grid[0] if alone else 1
+        per_block = grid[0] * grid[1] * grid[2] // 4 // num_blocks
+        if kind == "video" and alone:
             tokens.append(start)
-        for _ in range(grid[0]):
-            tokens += _words(rng, 3) if kind == "video" else []  # the time
+        for _ in range(num_blocks):
+            tokens += _words(rng, 3) if kind == "video" and alone else []  # the time
             tokens.append(start)
-            rows += range(len(tokens), len(tokens) + per_grid)
-            tokens += [TOKENS[f"{kind}_token_id"]] * per_grid + [end]
-        if kind == "video":
+            rows += range(len(tokens), len(tokens) + per_block)
+            tokens += [TOKENS[f"{kind}_token_id"]] * per_block + [end]
+        if kind == "video" and alone:
             tokens.append(end)
+        if kind == "video" and not alone:
+            seconds.append(rng.choice([1.0, 0.5, 0.08, 2 / 3, 1.5, 7.3]))
         patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         patches = torch.randn(grid[0] * grid[1] * grid[2], patch_dim, generator=generator)
         clip = VisionClip(patches=patches, grid_thw=grid, token_index=torch.tensor(rows))
@@ -117,9 +145,9 @@ def random_sample(rng: random.Random, reference: Any, media: Sequence[str] = (),
     labels = torch.cat((ids[1:], torch.tensor([IGNORE_LABEL])))
     trained = torch.tensor([place == 0 or rng.random() < 0.6 for place in range(len(tokens))]) & (labels >= 0)
     weights = torch.tensor([rng.choice([0.25, 1.0, 2.0]) for _ in tokens])
-    inputs = _media_inputs(ids, images, videos)
-    grids = {key: value for key, value in inputs.items() if key.endswith("grid_thw")}
-    positions, _ = reference.model.get_rope_index(ids[None], inputs["mm_token_type_ids"], **grids)
+    inputs = _media_inputs(ids, images, videos, seconds)
+    sizes = {key: value for key, value in inputs.items() if not key.startswith("pixel_values")}
+    positions, _ = reference.model.get_rope_index(ids[None], **sizes)
     return Sample(
         input_ids=ids,
         labels=torch.where(trained, labels, IGNORE_LABEL),
@@ -127,6 +155,7 @@ def random_sample(rng: random.Random, reference: Any, media: Sequence[str] = (),
         position_ids=positions[:, 0],
         images=tuple(images),
         videos=tuple(videos),
+        seconds_per_grid=tuple(seconds),
     )
 
 
@@ -134,7 +163,9 @@ def _words(rng: random.Random, most: int) -> list[int]:
     return [rng.randrange(1, NUM_WORDS) for _ in range(rng.randint(1, most))]
 
 
-def _media_inputs(ids: Tensor, images: Sequence[VisionClip], videos: Sequence[VisionClip]) -> dict[str, Tensor]:
+def _media_inputs(
+    ids: Tensor, images: Sequence[VisionClip], videos: Sequence[VisionClip], seconds: Sequence[float]
+) -> dict[str, Tensor]:
     kinds = (ids == TOKENS["image_token_id"]).long() + 2 * (ids == TOKENS["video_token_id"]).long()
     inputs = {"mm_token_type_ids": kinds[None]}
     for clips, values, grids in (
@@ -144,11 +175,11 @@ def _media_inputs(ids: Tensor, images: Sequence[VisionClip], videos: Sequence[Vi
         if clips:
             inputs[values] = torch.cat([clip.patches for clip in clips])
             inputs[grids] = torch.tensor([clip.grid_thw for clip in clips])
-    return inputs
+    return inputs | ({"second_per_grid_ts": torch.tensor(seconds)} if seconds else {})
 
 
 def reference_logits(reference: Any, sample: Sample) -> Any:
     """transformers' output for one row; it finds the positions itself."""
     reference.model.rope_deltas = None
-    inputs = _media_inputs(sample.input_ids, sample.images, sample.videos)
+    inputs = _media_inputs(sample.input_ids, sample.images, sample.videos, sample.seconds_per_grid)
     return reference(input_ids=sample.input_ids[None], use_cache=False, **inputs)
