@@ -21,6 +21,7 @@ from omniloom.tools.generate import load_model
 from omniloom.tools.score import score_file
 from omniloom.tools.tiny import make_tiny
 from omniloom.train import run
+from tests.parity.vllm_layout import check_vllm_layout
 from tests.unit.media_files import tone, write_audio, write_video
 
 FAMILIES = [spec.name for spec in SPECS if spec.name != "qwen3_omni"]  # of which test_trained_export tells
@@ -89,6 +90,10 @@ def test_what_does_not_train_is_carried_bit_for_bit(finished) -> None:
     assert any("layers.0.self_attn.q_proj.weight" in name for name in changed)
     copied = {path.name for path in (finished / "model").iterdir()}
     assert copied <= {path.name for path in (finished / "run" / "hf").iterdir()}
+
+
+def test_vllm_finds_its_model_in_the_export(finished) -> None:
+    check_vllm_layout(finished / "run" / "hf")
 
 
 def test_scores_are_transformers_losses_of_the_exported_model(finished, capsys) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from omniloom.config import load_config
 from omniloom.rows import open_rows
@@ -18,6 +19,7 @@ from omniloom.tools.tiny import make_tiny
 from omniloom.train import run
 from omniloom.types import DecodedClip
 from tests.mixed_rows import write_rows
+from tests.parity.vllm_layout import check_vllm_layout
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -65,6 +67,30 @@ def test_the_files_of_the_source_come_along(finished) -> None:
     source = {path.name for path in (finished / "model").iterdir()}
     assert source <= {path.name for path in (finished / "run" / "hf").iterdir()}
     assert (finished / "model" / "config.json").read_bytes() == (finished / "run" / "hf" / "config.json").read_bytes()
+
+
+def test_vllm_finds_its_model_in_the_export(finished, tmp_path) -> None:
+    export = finished / "run" / "hf"
+    check_vllm_layout(export)
+    index = json.loads((export / "model.safetensors.index.json").read_text())
+    other = tmp_path / "other"
+    for change in ("a tensor is missing", "a tensor too many", "a shape is wrong", "a shard is missing"):
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(export, other)
+        name = "thinker.model.layers.1.mlp.experts.2.up_proj.weight"
+        shard = other / index["weight_map"][name]
+        tensors = load_file(shard)
+        if change == "a tensor too many":
+            tensors["thinker.model.layers.1.mlp.experts.99.down_proj.bias"] = torch.zeros(1)
+        elif change == "a shape is wrong":
+            tensors[name] = torch.zeros(1, *tensors[name].shape).flatten(1).T.contiguous()
+        else:
+            del tensors[name]
+        save_file(tensors, shard)
+        if change == "a shard is missing":
+            shard.unlink()
+        with pytest.raises((AssertionError, KeyError)):
+            check_vllm_layout(other)
 
 
 def test_exporting_the_checkpoint_gives_the_bytes_of_the_run_s_own_export(finished) -> None:
