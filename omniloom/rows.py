@@ -64,7 +64,8 @@ def describe_first_row(source: Source, config: Config) -> str:
 def describe_template(workshop: Workshop, source: Source) -> str:
     """The chat template that rows are rendered with, and a warning if the checkpoint's own writes something else."""
     processor: Any = open_rows(workshop, source, cache=False)().processor
-    return processor.style.name + ("" if processor.departure is None else f"; warning: {processor.departure}")
+    silent = "" if processor.style.writes_reasoning else " (writes no reasoning)"
+    return processor.style.name + silent + ("" if processor.departure is None else f"; warning: {processor.departure}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -283,8 +283,11 @@ class _TurnReader:
                 new = [Turn(role="tool", parts=tuple(_tool_content(content, where, self._media)), weight=weight)]
             else:
                 new = self._said(kind, content, where, weight)
-            if kind == "tool_call" and previous in ("assistant", "tool_call") and turns[-1].weight == weight:
-                turns[-1] = replace(turns[-1], parts=turns[-1].parts + new[0].parts)  # calls beside text, or parallel
+            if kind == "tool_call" and previous in ("assistant", "tool_call"):  # calls beside text, or parallel
+                calls = new[0].parts
+                if weight != turns[-1].weight:
+                    calls = tuple(replace(part, weight=1.0 if weight is None else weight) for part in calls)
+                turns[-1] = replace(turns[-1], parts=turns[-1].parts + calls)
             else:
                 turns += new
             previous = kind

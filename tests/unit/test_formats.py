@@ -12,6 +12,7 @@ from omniloom.config import DataConfig, VideoConfig
 from omniloom.data.formats import FORMATS, RowOptions, describe_format, detect_format, parse_row, row_options
 from omniloom.data.row_media import MediaRules
 from omniloom.data.sources import open_sources
+from omniloom.models.rendering import find_template, render
 from omniloom.types import Part, SampleError
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "real"
@@ -239,14 +240,33 @@ def test_inline_calls_in_an_answer_stay_word_for_word():
     assert words(parse({"messages": [{"role": "assistant", "content": text}]})) == [("assistant", [("text", text)])]
 
 
-def test_tool_calls_of_unlike_weight_are_not_merged():
+def test_calls_join_the_answer_before_them_and_keep_their_own_weight():
     messages = [
-        {"role": "assistant", "content": "a"},
+        {"role": "assistant", "content": "a", "loss_scale": 0.5},
         {"role": "tool_call", "content": CALL, "loss": False},
-        {"role": "tool_call", "content": CALL_2, "loss": False},
+        {"role": "tool_call", "content": CALL_2, "loss_scale": 0.5},
+        {"role": "tool_call", "content": CALL},
     ]
-    turns = parse({"messages": messages}).turns
-    assert [(len(turn.parts), turn.weight) for turn in turns] == [(1, None), (2, 0.0)]
+    (turn,) = parse({"messages": messages}).turns
+    assert turn.weight == 0.5
+    assert [part.weight for part in turn.parts] == [None, 0.0, None, 1.0]
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([None, 0, 1, True, False, 0.25, 3]), min_size=8, max_size=8))
+def test_weights_of_turns_change_no_word(losses):
+    roles = ("user", "assistant", "tool_call", "tool_call", "tool_response", "assistant", "tool_call", "assistant")
+    content = {"tool_call": CALL, "user": "q", "assistant": "a", "tool_response": "r"}
+    plain = [{"role": role, "content": content[role]} for role in roles]
+    weighted = [turn | ({} if loss is None else {"loss": loss}) for turn, loss in zip(plain, losses, strict=True)]
+    style = find_template("qwen3_omni_nothink")
+    expected, got = (render(parse({"messages": turns}), style) for turns in (plain, weighted))
+    assert "".join(span.text for span in got) == "".join(span.text for span in expected)
+    calls = [span.weight for span in got if CALL in span.text]
+    of_calls = [
+        1.0 if loss is None else float(loss) for role, loss in zip(roles, losses, strict=True) if role == "tool_call"
+    ]
+    assert sorted(set(calls)) == sorted(set(of_calls))
 
 
 def test_arguments_given_as_text_keep_their_spacing():
