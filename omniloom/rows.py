@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,13 @@ class OpenRows:
     pack_tokens: int
     shrink: bool
     cache_dir: Path | None
+    last_answer_only: bool = False  # whatever weights and options say: for rows that the model is to answer
 
     def __call__(self) -> RowReader:
-        processor = spec_named(self.family_name).make_processor(self.model_dir, self.family, self.processor)
+        options = self.processor
+        if self.last_answer_only:
+            options = replace(options, train_on_prompt=False, last_turn_only=True)
+        processor = spec_named(self.family_name).make_processor(self.model_dir, self.family, options)
         return RowReader(
             source=self.source,
             parse=self._parse,
@@ -108,13 +112,21 @@ class OpenRows:
                     if kind not in self.modalities:
                         has = ", ".join(self.modalities)
                         raise SampleError(f"{kind}s", f"the row has {kind}, this run only {has} (model.modalities)")
-        return conversation
+        return _without_weights(conversation) if self.last_answer_only else conversation
 
     def _read_header(self, source: MediaSource, kind: Any) -> MediaHeader:
         return read_header(source, kind, self.limits)
 
     def _decode(self, source: MediaSource, clip: ClipGeometry) -> DecodedClip:
         return decode_clip(source, clip, self.limits)
+
+
+def _without_weights(conversation: Conversation) -> Conversation:
+    turns = (
+        replace(turn, weight=None, parts=tuple(replace(part, weight=None) for part in turn.parts))
+        for turn in conversation.turns
+    )
+    return replace(conversation, turns=tuple(turns), weight=1.0)
 
 
 def planned_options(workshop: Workshop) -> dict[str, Any]:

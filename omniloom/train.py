@@ -70,6 +70,11 @@ def run(config: Config) -> int:
     timeout_seconds = config.train.step_timeout_seconds
     workshop = open_workshop(config)
     train_rows, eval_rows = open_data(config.data, config.train.seed)
+    if eval_rows is None:
+        asked = [name for name in ("eval_every", "eval_answers") if getattr(config.train, name)]
+        if asked:
+            faults = [f"train.{name}: nothing is held out to evaluate; set data.eval or data.split" for name in asked]
+            raise ConfigError(faults, "the configuration")
     ranks = init_distributed(timeout_seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
     try:
         degrees = resolve_degrees(config.parallel, ranks.world_size, packs_per_step=config.train.packs_per_step)
