@@ -103,6 +103,15 @@ class Subset:
         return int(self._rows[row])
 
 
+class _SharedLine(int):
+    """A line number that reads as `1 (row 3)`, where the number alone would name several rows of an array."""
+
+    row: int
+
+    def __str__(self) -> str:
+        return f"{int(self)} (row {self.row})"
+
+
 class TextRows:
     """Rows of a JSON array or of a JSONL file, by byte offset."""
 
@@ -118,7 +127,12 @@ class TextRows:
 
     def locate(self, row: int) -> tuple[str, int]:
         _check_row(row, len(self))
-        return self._path, int(self._lines[row])
+        line = int(self._lines[row])
+        if (self._lines[max(0, row - 1) : row + 2] == line).sum() == 1:
+            return self._path, line
+        shared = _SharedLine(line)
+        shared.row = row + 1
+        return self._path, shared
 
     def read(self, row: int) -> tuple[Row, str, int]:
         path, line = self.locate(row)
@@ -138,13 +152,7 @@ class TextRows:
             raise SampleError("row", "nested too deeply to be read") from None
         except ValueError as error:  # an integer of thousands of digits
             raise SampleError("row", f"not JSON that can be read: {error}") from None
-        found = _as_row(value)
-        if found.get("id") is None and self._shares_line(row):
-            found["id"] = f"{path}:{line}#{row + 1}"  # file and line alone would name its neighbours too
-        return found, path, line
-
-    def _shares_line(self, row: int) -> bool:
-        return bool((self._lines[max(0, row - 1) : row + 2] == self._lines[row]).sum() > 1)
+        return _as_row(value), path, line
 
 
 class ArrowRows:
