@@ -39,6 +39,9 @@ class Source(Protocol):
     def locate(self, row: int) -> tuple[str, int]:
         """File and line of a row without reading it, to name a row that cannot be read."""
 
+    def first_rows(self) -> list[int]:
+        """The first row of each file."""
+
 
 def open_sources(paths: tuple[str, ...], *, max_samples: int | None = None) -> Source:
     """Open data files and chain their rows; `max_samples` keeps the first rows of each file only.
@@ -72,6 +75,9 @@ class Concatenated:
         source, offset = self._find(row)
         return source.locate(offset)
 
+    def first_rows(self) -> list[int]:
+        return [0, *self._ends[:-1]]
+
     def _find(self, row: int) -> tuple[Source, int]:
         _check_row(row, len(self))
         index = bisect.bisect_right(self._ends, row)
@@ -97,6 +103,10 @@ class Subset:
 
     def locate(self, row: int) -> tuple[str, int]:
         return self._source.locate(self._map(row))
+
+    def first_rows(self) -> list[int]:
+        file_of_row = np.searchsorted(self._source.first_rows(), self._rows, side="right")
+        return np.unique(file_of_row, return_index=True)[1].tolist()
 
     def _map(self, row: int) -> int:
         _check_row(row, len(self))
@@ -133,6 +143,9 @@ class TextRows:
         shared = _SharedLine(line)
         shared.row = row + 1
         return self._path, shared
+
+    def first_rows(self) -> list[int]:
+        return [0]
 
     def read(self, row: int) -> tuple[Row, str, int]:
         path, line = self.locate(row)
@@ -176,6 +189,9 @@ class ArrowRows:
     def locate(self, row: int) -> tuple[str, int]:
         _check_row(row, len(self))
         return self._path, row + 1
+
+    def first_rows(self) -> list[int]:
+        return [0]
 
     def read(self, row: int) -> tuple[Row, str, int]:
         import pyarrow
