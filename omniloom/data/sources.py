@@ -61,7 +61,7 @@ class Concatenated:
         self._ends = np.cumsum([len(source) for source in sources]).tolist()
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     @property
     def fingerprint(self) -> str:
