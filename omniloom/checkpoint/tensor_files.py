@@ -210,8 +210,8 @@ def _hint(directory: Path) -> str:
     """What to name in place of a directory that is no model."""
     if (directory / "hf").is_dir():
         return f"it is a run, whose model is {directory / 'hf'}"
-    if (directory / "checkpoints").is_dir():
-        return f"it is a run without hf/: `omniloom export {directory} DIR` writes its model to DIR"
+    if (directory / "config.yaml").is_file() or directory.parent.name == "checkpoints":
+        return f"it belongs to a run: `omniloom export {directory} DIR` writes the model to DIR"
     if (directory / "adapter_config.json").is_file():
         return "it holds adapters alone: name their base model, or merge them by `omniloom export RUN DIR` and name DIR"
     return "is it a model directory?"

@@ -203,12 +203,13 @@ def test_a_hub_id_is_resolved_once(
 
 
 def test_a_run_and_adapters_are_refused_with_what_to_name_instead(tmp_path: Path) -> None:
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "done" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "done" / "hf").mkdir()
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    hints = {"run": "omniloom export .*run DIR", "done": "whose model is .*done/hf", "adapter": "holds adapters alone"}
+    step = "run/checkpoints/step_00000001"
+    for folder in (step, "done/hf", "adapter"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("run/config.yaml", "done/config.yaml", "adapter/adapter_config.json"):
+        (tmp_path / file).write_text("{}")
+    hints = {"run": "omniloom export .*run DIR", step: f"omniloom export .*{step} DIR"}
+    hints |= {"done": "whose model is .*done/hf", "adapter": "holds adapters alone"}
     for name, hint in hints.items():
         with pytest.raises(ValueError, match=hint):
             generate.print_answers(tmp_path / name, "hi", {}, data=None, max_new_tokens=1)
