@@ -65,7 +65,7 @@ def describe_files(source: Source, config: Config) -> list[str]:
         except SampleError as error:
             lines.append(f"{file}: its first row is bad: {error}")
     more = len(first_rows) - len(lines)
-    return [*lines, f"and {more} more files"] if more else lines
+    return [*lines, f"and {more} more"] if more else lines
 
 
 def describe_template(workshop: Workshop, source: Source) -> str:

@@ -64,12 +64,10 @@ def open_reader(model_dir: Path, data: DataConfig, source: Source) -> RowReader:
 
 def read_prompts(reader: RowReader) -> list[Prompt]:
     """Every row of the reader's source, its media decoded. Raises: ValueError naming file and line of a bad row."""
-    prompts = []
-    for found in read_rows(reader, range(len(reader.source))):
-        if isinstance(found, BadRow):
-            raise ValueError(found.error)
-        prompts.append(found)
-    return prompts
+    found = read_rows(reader, range(len(reader.source)))
+    if bad := next((one for one in found if isinstance(one, BadRow)), None):
+        raise ValueError(bad.error)
+    return [one for one in found if isinstance(one, Prompt)]
 
 
 def read_rows(reader: RowReader, rows: Iterable[int]) -> list[Prompt | BadRow]:

@@ -74,7 +74,7 @@ def test_every_data_file_is_described(words, tmp_path, capsys) -> None:
     assert "format query_response (detected)" in lines[0]
     assert "its first row is bad: row: no known format" in lines[1]
     assert len(lines) == 9
-    assert lines[8] == "and 3 more files"
+    assert lines[8] == "and 3 more"
     assert [line.partition(":")[0] for line in describe_files(Subset(source, [1, 5, 6]), config)] == [
         str(files[index]) for index in (1, 4, 5)
     ]
