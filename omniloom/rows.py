@@ -21,6 +21,7 @@ from omniloom.models.processor_settings import ProcessorOptions
 from omniloom.models.registry import spec_named
 from omniloom.types import ClipGeometry, Conversation, DecodedClip, MediaHeader, MediaSource, SampleError
 
+DESCRIBED_FILES = 8
 # Of `data`, what does not change the sample that a row becomes: the planner itself holds on to which rows there are and
 # how they are packed; the rest is where files lie, what may be opened, speed, and evaluation.
 _OTHER_OPTIONS = frozenset(
@@ -52,13 +53,19 @@ def open_data(config: DataConfig, seed: int) -> tuple[Source, Source | None]:
     return Subset(rows, np.sort(order[num_held_out:])), Subset(rows, np.sort(order[:num_held_out]))
 
 
-def describe_first_row(source: Source, config: Config) -> str:
-    """How rows are read, by the first one, for the log."""
-    try:
-        row, file, _ = source.read(0)
-        return f"{file}: {describe_format(row, row_options(config.data))}"
-    except SampleError as error:
-        return f"the first of them bad: {error}"
+def describe_files(source: Source, config: Config) -> list[str]:
+    """How the rows of each data file are read, by its first one: a line each for the log."""
+    options = row_options(config.data)
+    first_rows = source.first_rows()
+    lines = []
+    for index in first_rows[:DESCRIBED_FILES]:
+        file, _ = source.locate(index)
+        try:
+            lines.append(f"{file}: {describe_format(source.read(index)[0], options)}")
+        except SampleError as error:
+            lines.append(f"{file}: its first row is bad: {error}")
+    more = len(first_rows) - len(lines)
+    return [*lines, f"and {more} more"] if more else lines
 
 
 def describe_template(workshop: Workshop, source: Source) -> str:

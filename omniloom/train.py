@@ -43,7 +43,7 @@ from omniloom.parallel.step import Objective, forward_backward
 from omniloom.parallel.watchdog import Watchdog
 from omniloom.records import RunRecords
 from omniloom.results import export_adapter, export_model
-from omniloom.rows import describe_first_row, describe_template, open_data, open_rows, planned_options
+from omniloom.rows import describe_files, describe_template, open_data, open_rows, planned_options
 from omniloom.tools.launch import LOST_RANK
 from omniloom.tools.report import write_report
 from omniloom.training.flops import TrainingWork
@@ -388,8 +388,8 @@ class Trainer:
         kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
         return [
             f"model  {self.workshop.spec.name} on {self.layout.degrees.describe()}, attention {kernels}",
-            f"data   {len(source):,} rows, {describe_first_row(source, self.config)}, "
-            f"template {describe_template(self.workshop, source)}",
+            f"data   {len(source):,} rows, template {describe_template(self.workshop, source)}",
+            *(f"       {line}" for line in describe_files(source, self.config)),
         ]
 
     # ------------------------------------------------------------------------------------ leaving results

@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.config import DataConfig, VideoConfig
-from omniloom.data.formats import FORMATS, RowOptions, describe_format, detect_format, parse_row, row_options
+from omniloom.config import DataConfig, VideoConfig, load_config
+from omniloom.data.formats import (
+    FORMATS,
+    FieldNames,
+    RowOptions,
+    describe_format,
+    detect_format,
+    parse_row,
+    row_options,
+)
 from omniloom.data.row_media import MediaRules
 from omniloom.data.sources import open_sources
 from omniloom.models.rendering import find_template, render
@@ -200,6 +208,33 @@ def test_renamed_fields_and_roles_are_found():
     with pytest.raises(ValueError, match="did you mean sharegpt"):
         row_options(DataConfig(format="sharegtp"))
     assert row_options(DataConfig(attr={"formatting": "multimodal_tool"})).format == "multimodal_tool"
+    with pytest.raises(ValueError, match=r"data\.attr\.formatting: unknown format 'sharegtp'; did you mean sharegpt"):
+        row_options(DataConfig(attr={"formatting": "sharegtp"}))
+
+
+def test_every_key_of_the_guides_attr_is_taken_or_refused_in_words():
+    plain = dict.fromkeys(("system", "images", "videos", "chosen", "rejected", "kto_tag", "formatting"))
+    config = load_config(None, [f"data.attr={json.dumps({**plain, 'ranking': False, 'audios': 'audios'})}"])
+    assert row_options(config.data) == RowOptions(names=FieldNames(audios="audios"))
+    for attr in ({"ranking": True}, {"chosen": "better"}):
+        with pytest.raises(ValueError, match="preference data are not trained here"):
+            row_options(DataConfig(attr=attr))
+    with pytest.raises(ValueError, match=r"data\.attr\.images: expected the name that the rows use"):
+        row_options(DataConfig(attr={"images": False}))
+
+
+@pytest.mark.parametrize(
+    "row", [{"query": "hi"}, {"instruction": "hi"}, {"prompt": "hi"}, {"prompt": "hi", "input": ""}]
+)
+def test_a_question_without_an_answer_can_be_asked_but_not_trained_on(row):
+    history = {"history": [["a", "b"]]}
+    assert words(parse(row, needs_answer=False)) == [("user", [("text", "hi")])]
+    asked = parse({**row, **history, "images": ["1.png"], "system": "<image>"}, needs_answer=False)
+    assert [turn.role for turn in asked.turns] == ["system", "user", "assistant", "user"]
+    assert "no answer to train on" in failure(row)
+    assert "no answer to train on" in failure({**row, **history})
+    answer = "response" if "query" in row else "output"
+    assert words(parse({**row, answer: "ho"}))[-1] == ("assistant", [("text", "ho")])
 
 
 # ---------------------------------------------------------------------------------------- tools
