@@ -22,14 +22,14 @@ from omniloom.checkpoint.hf import HFCheckpoint, check_names, load_model, open_c
 from omniloom.checkpoint.hub import resolve_model_path
 from omniloom.checkpoint.tensor_files import read_json
 from omniloom.config import Config
-from omniloom.keymap import KeyMap, Recipe
+from omniloom.keymap import KeyMap, Recipe, Tied
 from omniloom.models.omni import Kernels, OmniModel
 from omniloom.models.registry import find_spec
 from omniloom.models.spec import ModelSpec
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.mesh import Layout
 from omniloom.training.lora import adapter_policies, initial_lora_a, install_lora
-from omniloom.training.policy import ParameterPolicy, recompute_rule, resolve_policy
+from omniloom.training.policy import ParameterPolicy, check_rates, recompute_rule, resolve_policy
 from omniloom.types import Adapter
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
@@ -74,15 +74,24 @@ class Workshop:
         """The policy of each of our parameters. Raises: ValueError for rules that match nothing."""
         of_adapters = {name for adapter in self.adapters for name in adapter.names}
         policies = self._base_policies([name for name in names if name not in of_adapters])
-        return policies | adapter_policies(self.adapters, policies)
+        policies |= adapter_policies(self.adapters, policies)
+        check_rates(self.config.policy, policies)
+        return policies
 
     def _base_policies(self, names: Sequence[str]) -> dict[str, ParameterPolicy]:
+        component_of = self.spec.component_of
         return resolve_policy(
             self.config.policy,
-            {name: self.spec.component_of(name) for name in names},
+            {name: component_of(name) for name in names},
             learning_rate=self.config.train.learning_rate,
             weight_decay=self.config.train.weight_decay,
-            known=tuple({self.spec.component_of(name) for name in self.unbuilt}),
+            roots=self.spec.sharding(self.family).roots,
+            known=tuple({component_of(name) for name in self.unbuilt}),
+            tied={
+                component_of(rule.ours): component_of(rule.same_as)
+                for rule in self.key_map.rules
+                if isinstance(rule, Tied)
+            },
         )
 
     def _install(self, model: OmniModel) -> tuple[Adapter, ...]:

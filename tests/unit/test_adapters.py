@@ -158,14 +158,16 @@ def test_frozen_weights_are_kept_in_the_dtype_of_compute(folder: Path, monkeypat
         (("policy.audio.lora.modules=[quark_proj]",), "its modules: .*q_proj"),
         (("policy.lm_head={lora: {rank: 4}}",), "policy.lm_head.lora matches nothing"),
         (("policy.text.lora.dora=true",), "DoRA in PEFT; set policy.text.experts.freeze: true"),
+        (("policy.text.embed.learning_rate=1e-4",), r"embed\.learning_rate: nothing .* by policy\.text\.lora"),
+        (("policy.text.experts.recompute=true",), r"only vision, audio, text can be .*; set policy\.text\.recompute"),
         (("policy.vision.lora={dtype: bf16}",), "all that trains in vision must have one dtype"),
         (("policy.txet.lora={}",), "did you mean text"),
     ],
 )
 def test_rules_that_cannot_hold_are_refused(folder: Path, overrides: tuple[str, ...], words: str) -> None:
     workshop = open_workshop(load_config(None, [f"model.path={folder / 'model'}", *LORA, *overrides]))
-    with pytest.raises(ValueError, match=words):
-        workshop.build()
+    with pytest.raises(ValueError, match=words), torch.device("meta"):
+        workshop.policies([name for name, _ in workshop.build().named_parameters()])
 
 
 @pytest.mark.parametrize(
