@@ -101,8 +101,8 @@ class Workshop:
         policies = self._base_policies([name for name, _ in model.named_parameters()])
         # the head is used by its weight, in chunks of the loss, and never called as a module
         adaptable = {
-            name: places[0].name
-            for name, places in adapter_targets(self.recipes).items()
+            name: target.name
+            for name, target in adapter_targets(self.recipes).items()
             if name in policies and policies[name].component != "lm_head"
         }
         return install_lora(model, policies, adaptable, rules)
