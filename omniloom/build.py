@@ -99,12 +99,7 @@ class Workshop:
         if all(rule.lora is None for rule in rules.values()):
             return ()
         policies = self._base_policies([name for name, _ in model.named_parameters()])
-        # the head is used by its weight, in chunks of the loss, and never called as a module
-        adaptable = {
-            name: target.name
-            for name, target in adapter_targets(self.recipes).items()
-            if name in policies and policies[name].component != "lm_head"
-        }
+        adaptable = {name: target.name for name, target in adapter_targets(self.recipes).items() if name in policies}
         return install_lora(model, policies, adaptable, rules)
 
     def _build(self, family: Any, modalities: tuple[str, ...]) -> OmniModel:

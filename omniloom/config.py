@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -141,7 +142,8 @@ class LoraConfig:
     rslora: bool = False
     dora: bool = False
     dtype: Literal["bf16", "float32"] = "float32"  # of the adapters and their optimizer states
-    modules: tuple[str, ...] | None = None  # ends of transformers' module names (q_proj); None: every linear
+    # transformers' module names: their ends (q_proj), or regular expressions of whole names; None: every linear
+    modules: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +319,8 @@ def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> N
         node = child
     if value is None and text.strip():
         node.pop(keys[-1], None)
+        if keys[0] == "policy" and len(keys) == 3 and not node:  # a rule without keys would be refused
+            del tree["policy"][keys[1]]
     else:
         node[keys[-1]] = value
 
@@ -461,6 +465,13 @@ def _find_bad_values(config: Config) -> list[str]:
             faults.append(f"policy.{name}: lora trains in place of the weights, freeze: false trains them; keep one")
         if rule.lora is not None and rule.lora.modules == ():
             faults.append(f"policy.{name}.lora.modules: expected at least one name; leave it out for every linear")
+        for entry in (rule.lora and rule.lora.modules) or ():
+            try:
+                re.compile(entry)
+            except re.error as error:
+                faults.append(
+                    f"policy.{name}.lora.modules: {entry!r} is neither a name nor a regular expression: {error}"
+                )
     shards = config.parallel.context * config.parallel.tensor
     if shards > 0 and config.data.pack_tokens % shards:
         faults.append(

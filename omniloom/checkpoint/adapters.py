@@ -52,9 +52,15 @@ class Target:
         return module if self.parameter is None else f"{module}.{self.parameter}"
 
     @property
-    def key(self) -> str:
-        """In an adapter's file: published names where PEFT maps them onto several classes, else those in memory."""
-        return self.published if self.published.startswith("thinker.") else transformers_name(self.published)
+    def keys(self) -> tuple[str, ...]:
+        """In an adapter's file: published names where PEFT maps them onto several classes, else those in memory.
+
+        PEFT takes `thinker.` off, but undoes that where nothing else changes: the head goes under both.
+        """
+        name = transformers_name(self.published)
+        if not self.published.startswith("thinker."):
+            return (name,)
+        return (self.published, name) if self.published.endswith(f".{name}") else (self.published,)
 
 
 def transformers_name(name: str) -> str:
@@ -121,16 +127,14 @@ def _parts(adapters: Collection[Adapter], targets: Mapping[str, Target]) -> list
     parts = []
     for adapter in adapters:
         target = targets[adapter.base]
-        stem, layouts = f"{PREFIX}{target.key}", ("same", "same")
-        if target.parameter is not None:
-            layouts = ("experts_a", "experts_b")
-            # PEFT wraps the module once per parameter; the first in the module's order is the inner one
-            if modules[target.published] > 1 and target.parameter == "gate_up_proj":
-                stem += ".base_layer"
-        parts.append(_Part(key=f"{stem}.lora_A.weight", parameter=adapter.lora_a, layout=layouts[0]))
-        parts.append(_Part(key=f"{stem}.lora_B.weight", parameter=adapter.lora_b, layout=layouts[1]))
-        if adapter.magnitude is not None:
-            parts.append(_Part(key=f"{stem}.lora_magnitude_vector", parameter=adapter.magnitude))
+        layouts = ("same", "same") if target.parameter is None else ("experts_a", "experts_b")
+        # PEFT wraps the module once per parameter; the first in the module's order is the inner one
+        inner = ".base_layer" if modules[target.published] > 1 and target.parameter == "gate_up_proj" else ""
+        for stem in (f"{PREFIX}{key}{inner}" for key in target.keys):
+            parts.append(_Part(key=f"{stem}.lora_A.weight", parameter=adapter.lora_a, layout=layouts[0]))
+            parts.append(_Part(key=f"{stem}.lora_B.weight", parameter=adapter.lora_b, layout=layouts[1]))
+            if adapter.magnitude is not None:
+                parts.append(_Part(key=f"{stem}.lora_magnitude_vector", parameter=adapter.magnitude))
     return parts
 
 
@@ -253,6 +257,8 @@ def _peft_config(
         "bias": "none",
         "fan_in_fan_out": False,
         "target_modules": sorted(modules),
+        # the talker has a list of modules called lm_head
+        "exclude_modules": r"talker\..*" if any(len(targets[a.base].keys) > 1 for a in adapters) else None,
         "target_parameters": sorted(parameters) or None,
         "rank_pattern": ranks,
         "alpha_pattern": alpha_patterns,

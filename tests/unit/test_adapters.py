@@ -28,7 +28,7 @@ LORA = (
     "policy.vision.merger.freeze=false",
     "policy.audio.lora={rank: 2, modules: [q_proj, v_proj]}",
     "policy.audio.projector.freeze=true",
-    "policy.lm_head.freeze=true",
+    "policy.lm_head.lora={rank: 3, dropout: 0.1}",
 )
 
 
@@ -77,12 +77,13 @@ def test_the_table_tells_ranks_and_counts_adapters(finished: Path) -> None:
         "text": 4,
         "text.experts": 4,
         "audio": 2,
+        "lm_head": 3,
     }
     tensors = load_file(finished / "adapter" / TENSORS_NAME)
     of_audio = sum(value.numel() for name, value in tensors.items() if "audio_tower" in name)
     assert rows["audio"]["num_trainable"] == of_audio > 0
     assert rows["vision.merger"]["num_trainable"] == rows["vision.merger"]["num_parameters"]
-    assert rows["text.router"]["num_trainable"] == rows["lm_head"]["num_trainable"] == 0
+    assert rows["text.router"]["num_trainable"] == 0
 
 
 def test_a_checkpoint_holds_only_what_trains(finished: Path) -> None:
@@ -116,12 +117,15 @@ def test_merging_changes_what_is_adapted_and_nothing_else(folder: Path, finished
     before, after = tensors_of(folder / "model"), tensors_of(finished / "hf")
     changed = {name for name, old in before.items() if not torch.equal(old, after[name])}
     assert all(
-        name.startswith(("thinker.model.layers", "thinker.visual.merger.", "thinker.audio_tower.layers."))
+        name.startswith(
+            ("thinker.model.layers", "thinker.visual.merger.", "thinker.audio_tower.layers.", "thinker.lm_")
+        )
         for name in changed
     )
     assert not [name for name in changed if "mlp.gate." in name or "norm" in name]
     assert any("mlp.experts.0.gate_proj" in name for name in changed)
     assert any("self_attn.o_proj" in name for name in changed)
+    assert "thinker.lm_head.weight" in changed
 
 
 def test_training_goes_on_from_an_adapter_of_its_own(folder: Path, finished: Path) -> None:
@@ -141,7 +145,7 @@ def test_frozen_weights_are_kept_in_the_dtype_of_compute(folder: Path, monkeypat
         return 0
 
     monkeypatch.setattr(Trainer, "run", look)
-    train(folder, "looked_at", "policy.text.lora.dtype=bf16")
+    train(folder, "looked_at", "policy.text.lora.dtype=bf16", "policy.lm_head.lora.dtype=bf16")
     for name, (dtype, trains) in seen.items():
         assert trains == ("lora_" in name or name.startswith("vision.merger."))
         float32 = name.startswith("vision.merger.") or ("lora_" in name and name.startswith("audio."))
@@ -156,8 +160,13 @@ def test_frozen_weights_are_kept_in_the_dtype_of_compute(folder: Path, monkeypat
             "policy.text.router.lora matches nothing",
         ),
         (("policy.audio.lora.modules=[quark_proj]",), "its modules: .*q_proj"),
-        (("policy.lm_head={lora: {rank: 4}}",), "policy.lm_head.lora matches nothing"),
-        (("policy.text.lora.dora=true",), "DoRA in PEFT; set policy.text.experts.freeze: true"),
+        (
+            ("policy.audio.lora.modules=[q_proj, quark_proj, '.*k_prj']",),
+            r"policy.audio.lora.modules: quark_proj, \.\*k_prj matches nothing",
+        ),
+        (("policy.text.embed.lora.rank=4",), "policy.text.embed.lora matches nothing; it holds no linear"),
+        (("policy.lm_head={lora: {dora: true}}",), r"the head has no DoRA here; set policy.lm_head to {freeze: true}"),
+        (("policy.text.lora.dora=true",), "DoRA in PEFT; set policy.text.experts to {freeze: true}"),
         (("policy.text.embed.learning_rate=1e-4",), r"embed\.learning_rate: nothing .* by policy\.text\.lora"),
         (("policy.text.experts.recompute=true",), r"only vision, audio, text can be .*; set policy\.text\.recompute"),
         (("policy.vision.lora={dtype: bf16}",), "all that trains in vision must have one dtype"),
@@ -177,12 +186,22 @@ def test_rules_that_cannot_hold_are_refused(folder: Path, overrides: tuple[str, 
         ("policy.text.lora.dropout=1", "policy.text.lora.dropout"),
         ("policy.text.lora.alpha=0", "policy.text.lora.alpha"),
         ("policy.text.freeze=false", "keep one"),
+        ("policy.text.lora.modules=['*.q_proj']", r"'\*.q_proj' is neither a name nor a regular expression: nothing"),
         ("policy.text.lora.rnak=3", "did you mean policy.text.lora.rank"),
     ],
 )
 def test_settings_out_of_range_are_refused(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_config(None, [*LORA, override])
+
+
+def test_modules_may_be_regular_expressions_of_whole_names(folder: Path) -> None:
+    modules = r"policy.text.lora.modules=['.*layers\.1\..*\.(q_proj|v_proj)', o_proj]"
+    words = [f"model.path={folder / 'model'}", *LORA, modules, "policy.audio.lora=null"]
+    found = {adapter.base for adapter in open_workshop(load_config(None, words)).adapters}
+    names = {f"text.layers.1.attention.{name}.weight" for name in ("q_proj", "v_proj")}
+    assert {name for name in found if "o_proj" not in name and "head" not in name} == names
+    assert "text.layers.0.attention.o_proj.weight" in found
 
 
 def test_an_adapter_of_another_base_is_refused(folder: Path, finished: Path, tmp_path: Path) -> None:

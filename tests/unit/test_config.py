@@ -63,6 +63,7 @@ def test_a_section_left_empty_in_the_file_is_refused_and_null_on_the_command_lin
     assert [fault.split(";")[0] for fault in caught.value.faults] == ["policy.text.lora: empty", "policy.vision: empty"]
     rules = load_config(tmp_path / "c.yaml", ["policy.text.lora=null", "policy.vision=null"]).policy
     assert rules == {"text": PolicyRule(freeze=True)}
+    assert load_config(None, ["policy.text.lora.rank=4", "policy.text.lora=null"]).policy == {}
 
 
 def test_steps_and_epochs_exclude_each_other() -> None:
