@@ -372,11 +372,26 @@ class Trainer:
         return stored.step
 
     def _check_same_model(self, stored: dcp.StoredCheckpoint) -> None:
-        """A checkpoint keeps only what trained; the rest is the published model's. Raises: ValueError for another."""
+        """A checkpoint keeps only what trained; the rest is the published model's and the policy's.
+
+        Raises: ValueError for a checkpoint of another model, or whose adapters had another effect.
+        """
         if stored.extras["model"] != self.model_fingerprint:
             raise ValueError(
                 f"{stored.directory} belongs to a run on another model than model.path={self.config.model.path}; name "
                 "that model, set another train.run_dir, or start anew with checkpoint.resume=none"
+            )
+        before = stored.extras.get("adapters", {})
+        changed = {
+            (self.policies[adapter.base].component, key, then, now)
+            for adapter in self.workshop.adapters
+            for key, now in adapter.settings.items()
+            if (then := before.get(adapter.base, adapter.settings)[key]) != now
+        }
+        for component, key, then, now in sorted(changed)[:1]:
+            raise ValueError(
+                f"{stored.directory}: lora.{key} of {component} is {then} there and {now} in the policy, which makes "
+                f"another model of the same weights; set it to {then}, or start anew with checkpoint.resume=none"
             )
 
     def _about(self, source: Source) -> list[str]:
@@ -396,7 +411,9 @@ class Trainer:
         if settings.save_optimizer:
             state |= dcp.optimizer_state(self.parameters, self.optimizer)
         state |= dcp.rng_state()
-        self.saver.save(step, state, {"data": self.stream.state_dict(), "model": self.model_fingerprint})
+        adapters = {adapter.base: adapter.settings for adapter in self.workshop.adapters}
+        extras = {"data": self.stream.state_dict(), "model": self.model_fingerprint, "adapters": adapters}
+        self.saver.save(step, state, extras)
 
     def _evaluate(self, step: int) -> EvaluationReport:
         assert self.evaluation is not None

@@ -283,3 +283,23 @@ def test_an_adapter_names_the_model_it_was_trained_on(folder: Path, finished: Pa
     tensors = {name: value + 1 for name, value in load_file(shard).items()}
     save_file(tensors, shard, metadata={"format": "pt"})
     assert note["base"] != fingerprint(open_checkpoint(moved))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("policy.text.lora.alpha=9",), r"lora\.alpha of text is 8\.0 there and 9\.0 in the policy, .* set it to 8\.0"),
+        (("policy.audio.lora.rslora=true",), r"lora\.rslora of audio is False there and True in the policy"),
+    ],
+)
+def test_resuming_with_adapters_of_another_effect_is_refused(
+    folder: Path, finished: Path, overrides: tuple[str, ...], words: str
+) -> None:
+    resume = f"checkpoint.resume={finished / 'checkpoints' / 'step_00000002'}"
+    with pytest.raises(ValueError, match=words):
+        train(folder, "other_effect", resume, *overrides)
+
+
+def test_resuming_with_another_dropout_goes_on(folder: Path, finished: Path) -> None:
+    resume = f"checkpoint.resume={finished / 'checkpoints' / 'step_00000002'}"
+    train(folder, "other_dropout", resume, "policy.text.lora.dropout=0", "train.steps=3")
