@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -53,6 +54,11 @@ class Workshop:
     @property
     def compute_dtype(self) -> torch.dtype:
         return DTYPES[self.config.model.dtype]
+
+    @property
+    def base_name(self) -> str:
+        """The published model as others find it: the hub's id where `model.path` is one, else the directory."""
+        return re.sub(r"^(modelscope|hf):", "", self.config.model.path)
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
@@ -153,7 +159,7 @@ def open_workshop(config: Config) -> Workshop:
         adapter=None if config.model.adapter is None else open_adapter(config.model.adapter),
     )
     if workshop.adapter is not None:
-        check_base(workshop.adapter, checkpoint)
+        check_base(workshop.adapter, checkpoint, workshop.base_name)
         if not workshop.adapters:
             raise ValueError(
                 f"model.adapter is set, but no rule of policy has lora; what it needs: {workshop.adapter.needs}"

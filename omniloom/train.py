@@ -42,7 +42,7 @@ from omniloom.parallel.mesh import (
 from omniloom.parallel.step import Objective, forward_backward
 from omniloom.parallel.watchdog import Watchdog
 from omniloom.records import RunRecords
-from omniloom.results import export_adapter, export_model
+from omniloom.results import NO_ADAPTER, export_adapter, export_model
 from omniloom.rows import describe_first_row, describe_template, open_data, open_rows, planned_options
 from omniloom.tools.launch import LOST_RANK
 from omniloom.tools.report import write_report
@@ -69,6 +69,10 @@ def run(config: Config) -> int:
         raise ConfigError([f"{name}: not set; every run needs it" for name in missing], "the configuration")
     timeout_seconds = config.train.step_timeout_seconds
     workshop = open_workshop(config)
+    if workshop.cut and workshop.adapters and not config.checkpoint.export:
+        raise ValueError(
+            f"checkpoint.export: false would leave nothing of this run, since {NO_ADAPTER}; set it to true"
+        )
     train_rows, eval_rows = open_data(config.data, config.train.seed)
     ranks = init_distributed(timeout_seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
     try:
@@ -388,7 +392,8 @@ class Trainer:
             for key, now in adapter.settings.items()
             if (then := before.get(adapter.base, adapter.settings)[key]) != now
         }
-        for component, key, then, now in sorted(changed)[:1]:
+        if changed:
+            component, key, then, now = min(changed)
             raise ValueError(
                 f"{stored.directory}: lora.{key} of {component} is {then} there and {now} in the policy, which makes "
                 f"another model of the same weights; set it to {then}, or start anew with checkpoint.resume=none"
@@ -426,7 +431,7 @@ class Trainer:
         return report
 
     def _export(self, step: int) -> None:
-        """The model, adapters merged in, as a Hugging Face directory in `hf/`; adapters alone in `adapter/`."""
+        """The model, adapters merged in, as a Hugging Face directory in `hf/`; adapters in `adapter/`, if they fit."""
         gather = gather_full(self.parameters)
 
         def gather_next(name: str) -> Tensor:
@@ -435,7 +440,9 @@ class Trainer:
 
         self.watchdog.enter(step, "export")
         group = self.saver.group
-        if self.workshop.adapters:
+        if self.workshop.adapters and self.workshop.cut:
+            self.records.say(f"no adapter/, since {NO_ADAPTER}; hf/ has the adapters merged in")
+        elif self.workshop.adapters:
             directory = export_adapter(
                 self.workshop, self.run_dir / "adapter", self.changed, gather_next, overwrite=True, group=group
             )

@@ -149,6 +149,7 @@ def write_adapter(
     adapters: Collection[Adapter],
     gather: Callable[[str], Tensor],
     *,
+    base_name: str,
     trained: Collection[str] = (),
     overwrite: bool = False,
     group: ProcessGroup | None = None,
@@ -156,6 +157,7 @@ def write_adapter(
     """Write adapters, and weights of ours in `trained` that train beside them, as PEFT loads them. Returns the folder.
 
     Called by all ranks of `group` alike: `gather(name)` may be a collective and gives the full tensor on rank 0.
+    `base_name` is what others call the published model: its directory, or the hub's id.
     Weights in `trained` are saved as PEFT's `modules_to_save`, which fit the class in config.json's `architectures`.
 
     Raises: ValueError on every rank if the directory holds something else (unless `overwrite`) or cannot be written.
@@ -181,7 +183,7 @@ def write_adapter(
             tensors[f"{PREFIX}{root}{part.key}"] = values.clone(memory_format=torch.contiguous_format)
     fault = None
     if first:
-        config = _peft_config(source, config_json, adapters, targets, sorted(modules_to_save))
+        config = _peft_config(base_name, config_json, adapters, targets, sorted(modules_to_save))
         fault = _write(directory, config, tensors, fingerprint(source))
     agree(fault, group)
     return directory
@@ -211,7 +213,7 @@ def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor], 
 
 
 def _peft_config(
-    source: HFCheckpoint,
+    base_name: str,
     config_json: Mapping[str, Any],
     adapters: Collection[Adapter],
     targets: Mapping[str, Target],
@@ -246,7 +248,7 @@ def _peft_config(
             "base_model_class": (config_json.get("architectures") or [None])[0],
             "parent_library": f"transformers.models.{model_type}.modeling_{model_type}",
         },
-        "base_model_name_or_path": str(source.directory),
+        "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": rank_default,
         "lora_alpha": alpha_default,
@@ -336,16 +338,16 @@ def open_adapter(directory: str | Path) -> StoredAdapter:
     )
 
 
-def check_base(stored: StoredAdapter, source: HFCheckpoint) -> None:
-    """Raises: ValueError if the adapter says that it was trained on another model than `source`."""
+def check_base(stored: StoredAdapter, source: HFCheckpoint, name: str) -> None:
+    """Raises: ValueError if the adapter says that it was trained on another model than `source`, called `name`."""
     if stored.base is not None:
         if stored.base != fingerprint(source):
-            raise ValueError(f"model.adapter: {stored.directory} was trained on another model than {source.directory}")
+            raise ValueError(f"model.adapter: {stored.directory} was trained on another model than {name}")
         return
     told = stored.config.get("base_model_name_or_path")
-    if told and Path(told).name != source.directory.resolve().name:
+    if told and Path(told).name not in (Path(name).name, source.directory.resolve().name):
         raise ValueError(
-            f"model.adapter: {stored.directory} was trained on {told}, model.path is {source.directory}; if they are "
+            f"model.adapter: {stored.directory} was trained on {told}, model.path is {name}; if they are "
             f"the same model, correct base_model_name_or_path in its {CONFIG_NAME}"
         )
 

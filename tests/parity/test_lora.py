@@ -196,6 +196,7 @@ def _as_peft(workshop: Workshop, values: dict[str, Tensor], scratch: Path) -> di
         workshop.recipes,
         workshop.adapters,
         lambda name: values[name],
+        base_name="tiny",
     )
     return {_key(name): value for name, value in safetensors.torch.load_file(scratch / "values" / TENSORS_NAME).items()}
 

@@ -303,3 +303,55 @@ def test_resuming_with_adapters_of_another_effect_is_refused(
 def test_resuming_with_another_dropout_goes_on(folder: Path, finished: Path) -> None:
     resume = f"checkpoint.resume={finished / 'checkpoints' / 'step_00000002'}"
     train(folder, "other_dropout", resume, "policy.text.lora.dropout=0", "train.steps=3")
+
+
+def test_fewer_layers_leave_the_merged_model_and_no_adapter(
+    folder: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = train(folder, "cut", "model.num_layers.text=1", "train.steps=1")
+    assert not (run_dir / "adapter").exists()
+    assert "no adapter/, since model.num_layers cuts the model" in capsys.readouterr().out.replace("\n", " ")
+    merged = tensors_of(run_dir / "hf")
+    assert not torch.equal(merged["thinker.lm_head.weight"], tensors_of(folder / "model")["thinker.lm_head.weight"])
+    assert not [name for name in merged if name.startswith("thinker.model.layers.1.")]
+    with pytest.raises(ValueError, match="export that instead"):
+        export_checkpoint(run_dir, folder / "cut_alone", adapter=True)
+    with pytest.raises(ValueError, match=r"checkpoint\.export: false would leave nothing .* set it to true"):
+        train(folder, "cut_without", "model.num_layers.text=1", "checkpoint.export=false")
+    with pytest.raises(
+        ValueError, match=r"it has model\.language_model\.layers\.1\..*, which the policy does not adapt"
+    ):
+        train(folder, "cut_after", f"model.adapter={finished / 'adapter'}", "model.num_layers.text=1")
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of Hugging Face that has the model under an id."""
+    repo = tmp_path / "hub" / "models--org--tinyq"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    shutil.copytree(folder / "model", repo / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_an_adapter_keeps_the_hub_id_of_its_base(folder: Path, hub: Path) -> None:
+    for number, path in enumerate(("org/tinyq", "hf:org/tinyq")):
+        run_dir = train(folder, f"of_hub{number}", f"model.path={path}", "train.steps=1", "checkpoint.export=false")
+        config = json.loads((run_dir / "adapter" / CONFIG_NAME).read_text())
+        assert config["base_model_name_or_path"] == "org/tinyq"
+
+
+@pytest.mark.parametrize("base", ["org/tinyq", "elsewhere/tinyq", "org/other"])
+def test_an_adapter_of_peft_is_known_by_the_hub_id(folder: Path, finished: Path, hub: Path, base: str) -> None:
+    foreign = shutil.copytree(finished / "adapter", hub / "padapter")
+    (foreign / NOTE_NAME).unlink()
+    config = json.loads((foreign / CONFIG_NAME).read_text()) | {"base_model_name_or_path": base}
+    (foreign / CONFIG_NAME).write_text(json.dumps(config))
+    words = ["model.path=org/tinyq", f"model.adapter={foreign}", *LORA]
+    if base == "org/other":
+        with pytest.raises(ValueError, match=r"trained on org/other, model\.path is org/tinyq"):
+            open_workshop(load_config(None, words))
+    else:
+        assert open_workshop(load_config(None, words)).adapter is not None
