@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from omniloom.models.spec import ModelSpec
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.mesh import Layout
 from omniloom.training.lora import adapter_policies, initial_lora_a, install_lora
-from omniloom.training.policy import ParameterPolicy, check_rates, recompute_rule, resolve_policy
+from omniloom.training.policy import ParameterPolicy, check_rates, resolve_policy
 from omniloom.types import Adapter
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
@@ -195,7 +195,7 @@ def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str
         parallel=config.parallel,
         memory=config.memory,
         compute_dtype=workshop.compute_dtype,
-        recompute_rule=partial(recompute_rule, config.policy),
+        recompute={root: rule.recompute for root, rule in config.policy.items() if rule.recompute is not None},
     )
     materialize(model, layout, cpu_offload=config.parallel.cpu_offload)
     return model, policies

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 import re
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -396,58 +398,41 @@ def _all_keys(kind: Any, path: str) -> list[str]:
     return keys
 
 
-# allowed values: in words, as a test, and of which keys; `*` stands for every name or place
-RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (
-        "at least 1",
-        lambda value: value >= 1,
-        "model.num_layers.text model.num_layers.vision model.num_layers.audio data.pack_tokens data.window "
-        "data.prefetch_packs data.max_samples data.image.min_pixels data.image.max_pixels data.image.limit_pixels "
-        "data.video.min_pixels data.video.max_pixels train.steps train.packs_per_step train.eval_answer_tokens "
-        "train.step_timeout_seconds policy.*.lora.rank parallel.replicate parallel.shard parallel.tensor "
-        "parallel.context parallel.expert parallel.pipeline parallel.reshard_after_forward memory.recompute "
-        "memory.loss_chunk_tokens checkpoint.keep log.every",
-    ),
-    ("at least 2", lambda value: value >= 2, "data.video.max_frames"),
-    (
-        "at least 0",
-        lambda value: value >= 0,
-        "data.workers train.warmup_steps train.min_learning_rate train.weight_decay train.clip_norm train.router_loss "
-        "train.eval_every train.eval_answers policy.*.weight_decay parallel.prefetch checkpoint.every",
-    ),
-    (
-        "more than 0",
-        lambda value: value > 0,
-        "data.video.fps data.video.limit_seconds data.audio.limit_seconds train.learning_rate train.epochs "
-        "train.time_limit_minutes train.epsilon policy.*.learning_rate policy.*.lora.alpha",
-    ),
-    ("a share from 0 to 1", lambda value: 0 <= value <= 1, "data.split data.max_bad_fraction"),
-    ("from 0 up to, not including, 1", lambda value: 0 <= value < 1, "train.betas.* policy.*.lora.dropout"),
-)
+OPERATORS = {"at least": operator.ge, "more than": operator.gt, "at most": operator.le, "less than": operator.lt}
+BOUNDS = {  # and the keys that they hold for
+    "at least 2": "data.video.max_frames",
+    "at least 1": "model.num_layers.* data.pack_tokens data.window data.prefetch_packs data.max_samples data.*_pixels "
+    "train.steps train.packs_per_step train.eval_answer_tokens train.step_timeout_seconds policy.*.lora.rank "
+    "parallel.replicate parallel.shard parallel.tensor parallel.context parallel.expert parallel.pipeline "
+    "parallel.reshard_after_forward memory.recompute memory.loss_chunk_tokens checkpoint.keep log.every",
+    "at least 0": "data.split data.max_bad_fraction data.workers train.warmup_steps train.min_learning_rate "
+    "train.weight_decay train.clip_norm train.router_loss train.eval_every train.eval_answers train.betas.* "
+    "policy.*.weight_decay policy.*.lora.dropout parallel.prefetch checkpoint.every",
+    "more than 0": "data.*.fps data.*.limit_seconds train.learning_rate train.epochs train.time_limit_minutes "
+    "train.epsilon policy.*.learning_rate policy.*.lora.alpha",
+    "at most 1": "data.split data.max_bad_fraction",
+    "less than 1": "train.betas.* policy.*.lora.dropout",
+}
 
 
-def _values(node: Any, keys: list[str], path: str = "") -> Iterator[tuple[str, Any]]:
-    """What lies at a path of RANGES, each with its full path; nothing where a section or value is None."""
-    if node is None or not keys:
-        yield from () if node is None else ((path, node),)
-    elif keys[0] != "*":
-        yield from _values(getattr(node, keys[0]), keys[1:], f"{path}.{keys[0]}".lstrip("."))
-    elif isinstance(node, dict):
-        for key, item in node.items():
-            yield from _values(item, keys[1:], f"{path}.{key}")
-    else:
-        for index, item in enumerate(node):
-            yield from _values(item, keys[1:], f"{path}[{index}]")
+def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a tree with their paths."""
+    if isinstance(node, dict | list):
+        for key, item in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _numbers(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, int | float) and not isinstance(node, bool):
+        yield path, node
 
 
 def _find_bad_values(config: Config) -> list[str]:
     """Range checks and rules between keys. Each fault names its key, what is allowed and what came."""
+    numbers = list(_numbers(config_to_dict(config)))
     faults = [
         f"{path}: expected {words}, got {value!r}"
-        for words, allows, paths in RANGES
-        for name in paths.split()
-        for path, value in _values(config, name.split("."))
-        if not isinstance(value, str | bool) and not allows(value)
+        for words, keys in BOUNDS.items()
+        for pattern in keys.split()
+        for path, value in numbers
+        if fnmatchcase(path, pattern) and not OPERATORS[words[:-2]](value, int(words[-1]))
     ]
     if config.log.profile is not None and not 1 <= config.log.profile[0] <= config.log.profile[1]:
         faults.append(f"log.profile: expected [first step, last step] from 1 on, got {list(config.log.profile)}")

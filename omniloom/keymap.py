@@ -107,10 +107,6 @@ class Piece:
     box: Box  # region of our tensor; one dim more than the laid-out piece if `stacked`
     stacked: bool
 
-    def laid_out_shape(self) -> Shape:
-        """The piece's shape in our layout, without the stacked dim."""
-        return _lay_out(self.shape, self.layout)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Read:
@@ -233,24 +229,21 @@ class KeyMap:
                 found[rule.published] = rule.same_as
         return found
 
-    def published_names(self, ours: str, num_stacked: int | None = None) -> tuple[str, ...]:
-        """The published names that `ours` is made of, for messages; `*` for a stacked index of unknown extent.
+    def published_names(self, ours: str) -> tuple[str, ...]:
+        """The published names that `ours` is made of, for messages; `*` for a stacked index.
 
         Empty if no rule makes `ours`.
         """
         for rule in self.rules:
             if isinstance(rule, Tied):
                 if rule.ours == ours:
-                    return self.published_names(rule.same_as, num_stacked)
+                    return self.published_names(rule.same_as)
                 continue
             form = _form(rule)
             values = _match(form.ours, ours)
-            if values is None:
-                continue
-            if form.index is None:
-                return tuple(_fill(template, values) for template in form.published)
-            rows: list[int | str] = ["*"] if num_stacked is None else [*range(num_stacked)]
-            return tuple(_fill(template, {**values, form.index: row}) for row in rows for template in form.published)
+            if values is not None:
+                row = {} if form.index is None else {form.index: "*"}
+                return tuple(_fill(template, {**values, **row}) for template in form.published)
         return ()
 
     def _with_tied(self, recipes: dict[str, Recipe]) -> dict[str, Recipe]:

@@ -126,6 +126,12 @@ class Trainer:
         self.planner, self.loader = self._open_planner(train_rows)
         stack.callback(self.loader.close)
         self.model, self.policies = build_model(workshop, layout)
+        self.adapter_settings = {  # that decide, beside their weights, what adapters do
+            f"policy.{policy.component}.lora.{key}": getattr(policy.lora, key)
+            for policy in self.policies.values()
+            if policy.lora is not None and policy.trainable
+            for key in ("alpha", "rslora", "dora")
+        }
         self.parameters = dict(self.model.named_parameters())
         self.changed = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         self.dropouts = find_dropouts(self.model)
@@ -376,28 +382,20 @@ class Trainer:
         return stored.step
 
     def _check_same_model(self, stored: dcp.StoredCheckpoint) -> None:
-        """A checkpoint keeps only what trained; the rest is the published model's and the policy's.
-
-        Raises: ValueError for a checkpoint of another model, or whose adapters had another effect.
-        """
+        """What a checkpoint does not keep must be as it was. Raises: ValueError for another model or policy."""
         if stored.extras["model"] != self.model_fingerprint:
             raise ValueError(
                 f"{stored.directory} belongs to a run on another model than model.path={self.config.model.path}; name "
                 "that model, set another train.run_dir, or start anew with checkpoint.resume=none"
             )
         before = stored.extras.get("adapters", {})
-        changed = {
-            (self.policies[adapter.base].component, key, then, now)
-            for adapter in self.workshop.adapters
-            for key, now in adapter.settings.items()
-            if (then := before.get(adapter.base, adapter.settings)[key]) != now
-        }
-        if changed:
-            component, key, then, now = min(changed)
-            raise ValueError(
-                f"{stored.directory}: lora.{key} of {component} is {then} there and {now} in the policy, which makes "
-                f"another model of the same weights; set it to {then}, or start anew with checkpoint.resume=none"
-            )
+        for key in sorted(self.adapter_settings, key=len):  # what a rule is named for before what lies below
+            now = self.adapter_settings[key]
+            if (then := before.get(key, now)) != now:
+                raise ValueError(
+                    f"{stored.directory}: {key} is {then} there and {now} here, which makes another model of the same "
+                    f"weights; set it to {then}, or start anew with checkpoint.resume=none"
+                )
 
     def _about(self, source: Source) -> list[str]:
         kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
@@ -416,9 +414,8 @@ class Trainer:
         if settings.save_optimizer:
             state |= dcp.optimizer_state(self.parameters, self.optimizer)
         state |= dcp.rng_state()
-        adapters = {adapter.base: adapter.settings for adapter in self.workshop.adapters}
-        extras = {"data": self.stream.state_dict(), "model": self.model_fingerprint, "adapters": adapters}
-        self.saver.save(step, state, extras)
+        own = {"model": self.model_fingerprint, "adapters": self.adapter_settings}
+        self.saver.save(step, state, {"data": self.stream.state_dict(), **own})
 
     def _evaluate(self, step: int) -> EvaluationReport:
         assert self.evaluation is not None

@@ -338,11 +338,6 @@ class Adapter:
         return tuple(name for name in (self.lora_a, self.lora_b, self.magnitude) if name is not None)
 
     @property
-    def settings(self) -> dict[str, float | bool]:
-        """What decides its effect beside its weights, by the policy's keys."""
-        return {"alpha": self.alpha, "rslora": self.rslora, "dora": self.magnitude is not None}
-
-    @property
     def scaling(self) -> float:
         """Source: Hu et al. 2021 (arXiv 2106.09685); with `rslora` Kalajdzievski 2023 (arXiv 2312.03732)."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)

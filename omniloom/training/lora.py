@@ -256,22 +256,16 @@ def _check_choice(
         ours = [linears[name] for name in under if name in linears]
         ends = ", ".join(sorted({target.rpartition(".")[2] for target in ours}))
         known = f"its modules: {ends}, in full such as {ours[0]}" if ours else "it holds no linear that LoRA can adapt"
-        entries = rule.lora.modules if under and ours and rule.lora.modules else ()
+        entries = (rule.lora.modules or ()) if ours else ()
         if absent := [entry for entry in entries if not any(_is_named(target, (entry,)) for target in ours)]:
             faults.append(f"policy.{rule_name}.lora.modules: {', '.join(absent)} matches nothing; {known}")
         elif under and not any(policies[name].lora == rule.lora for name in under if name in chosen):
             faults.append(f"policy.{rule_name}.lora matches nothing; {known}")
     if any(settings.dora for settings in chosen.values()):
-        without = {
-            component: "stacked experts have no DoRA in PEFT" if stacked else "the head has no DoRA here"
-            for name in chosen
-            if (stacked := model.get_parameter(name).ndim == 3) or (policies[name].component == "lm_head")
-            for component in (policies[name].component,)
-        }
-        faults += [
-            f"lora.dora: {why}; set policy.{component} to {{freeze: true}}"
-            for component, why in sorted(without.items())
-        ]
+        stacked = {policies[name].component for name in chosen if model.get_parameter(name).ndim == 3}
+        for component in sorted(stacked | {"lm_head"} & {policies[name].component for name in chosen}):
+            reason = "stacked experts have no DoRA in PEFT" if component in stacked else "the head has no DoRA here"
+            faults.append(f"lora.dora: {reason}; set policy.{component} to {{freeze: true}}")
         if not all(settings.dora for settings in chosen.values()):
             faults.append("lora.dora: a PEFT adapter has DoRA everywhere or nowhere; set it alike in all rules")
     for root in dict.fromkeys(name.split(".")[0] for name in chosen):

@@ -115,11 +115,6 @@ def check_rates(rules: Mapping[str, PolicyRule], policies: Mapping[str, Paramete
         raise ValueError("\n".join(faults))
 
 
-def recompute_rule(rules: Mapping[str, PolicyRule], component: str) -> bool | None:
-    """The `recompute` of the most specific rule that covers a component; None where no rule speaks of it."""
-    return _merge(rules, component).recompute
-
-
 def trainable_table(policies: Mapping[str, ParameterPolicy], sizes: Mapping[str, int]) -> list[TrainableRow]:
     """Sum the parameters (global sizes by name) per component, in order of first appearance."""
     rows: dict[str, TrainableRow] = {}

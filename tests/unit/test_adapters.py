@@ -288,8 +288,8 @@ def test_an_adapter_names_the_model_it_was_trained_on(folder: Path, finished: Pa
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("policy.text.lora.alpha=9",), r"lora\.alpha of text is 8\.0 there and 9\.0 in the policy, .* set it to 8\.0"),
-        (("policy.audio.lora.rslora=true",), r"lora\.rslora of audio is False there and True in the policy"),
+        (("policy.text.lora.alpha=9",), r"policy\.text\.lora\.alpha is 8\.0 there and 9\.0 here, .* set it to 8\.0"),
+        (("policy.audio.lora.rslora=true",), r"policy\.audio\.lora\.rslora is False there and True here"),
     ],
 )
 def test_resuming_with_adapters_of_another_effect_is_refused(

@@ -35,8 +35,8 @@ def test_a_key_in_the_wrong_section_names_the_right_one() -> None:
     [
         ("data.pack_tokens=0", "at least 1, got 0"),
         ("train.learning_rate=0", "more than 0, got 0"),
-        ("data.split=1.5", "a share from 0 to 1, got 1.5"),
-        ("train.betas=[0.9, 1.0]", "train.betas[1]"),
+        ("data.split=1.5", "data.split: expected at most 1, got 1.5"),
+        ("train.betas=[0.9, 1.0]", "train.betas.1: expected less than 1, got 1.0"),
         ("train.min_learning_rate=1", "is above"),
         ("parallel.context=3", "does not divide by parallel.context x parallel.tensor = 3; the next that does is 8193"),
         ("train=5", "expected a section"),

@@ -51,7 +51,6 @@ def take_apart(recipe, ours):
     for piece in recipe.pieces:
         part = ours[slices(piece.box)]
         part = part[0] if piece.stacked else part
-        assert part.shape == piece.laid_out_shape()
         yield piece.published, (part.swapaxes(-1, -2) if piece.layout == "transpose" else part).reshape(piece.shape)
 
 
@@ -168,10 +167,6 @@ def test_a_tied_head_is_read_from_the_embedding_and_may_be_published_or_not():
 
 def test_published_names_of_ours_are_found_without_a_checkpoint():
     assert RULES.published_names("text.layers.3.norm.weight") == ("thinker.layers.3.norm.weight",)
-    assert RULES.published_names("text.layers.3.experts.down", 2) == (
-        "thinker.layers.3.experts.0.down.weight",
-        "thinker.layers.3.experts.1.down.weight",
-    )
     assert RULES.published_names("text.layers.3.experts.down") == ("thinker.layers.3.experts.*.down.weight",)
     assert RULES.published_names("text.head.weight") == ("thinker.embed.weight",)
     assert RULES.published_names("text.nothing") == ()
