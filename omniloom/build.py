@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,14 +23,14 @@ from omniloom.checkpoint.hf import HFCheckpoint, check_names, load_model, open_c
 from omniloom.checkpoint.hub import resolve_model_path
 from omniloom.checkpoint.tensor_files import read_json
 from omniloom.config import Config
-from omniloom.keymap import KeyMap, Recipe
+from omniloom.keymap import KeyMap, Recipe, Tied
 from omniloom.models.omni import Kernels, OmniModel
 from omniloom.models.registry import find_spec
 from omniloom.models.spec import ModelSpec
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.mesh import Layout
 from omniloom.training.lora import adapter_policies, initial_lora_a, install_lora
-from omniloom.training.policy import ParameterPolicy, recompute_rule, resolve_policy
+from omniloom.training.policy import ParameterPolicy, check_rates, resolve_policy
 from omniloom.types import Adapter
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
@@ -54,6 +55,11 @@ class Workshop:
     def compute_dtype(self) -> torch.dtype:
         return DTYPES[self.config.model.dtype]
 
+    @property
+    def base_name(self) -> str:
+        """The published model as others find it: the hub's id where `model.path` is one, else the directory."""
+        return re.sub(r"^(modelscope|hf):", "", self.config.model.path)
+
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
         return self.key_map.recipes(self.checkpoint.shapes)
@@ -74,15 +80,24 @@ class Workshop:
         """The policy of each of our parameters. Raises: ValueError for rules that match nothing."""
         of_adapters = {name for adapter in self.adapters for name in adapter.names}
         policies = self._base_policies([name for name in names if name not in of_adapters])
-        return policies | adapter_policies(self.adapters, policies)
+        policies |= adapter_policies(self.adapters, policies)
+        check_rates(self.config.policy, policies)
+        return policies
 
     def _base_policies(self, names: Sequence[str]) -> dict[str, ParameterPolicy]:
+        component_of = self.spec.component_of
         return resolve_policy(
             self.config.policy,
-            {name: self.spec.component_of(name) for name in names},
+            {name: component_of(name) for name in names},
             learning_rate=self.config.train.learning_rate,
             weight_decay=self.config.train.weight_decay,
-            known=tuple({self.spec.component_of(name) for name in self.unbuilt}),
+            roots=self.spec.sharding(self.family).roots,
+            known=tuple({component_of(name) for name in self.unbuilt}),
+            tied={
+                component_of(rule.ours): component_of(rule.same_as)
+                for rule in self.key_map.rules
+                if isinstance(rule, Tied)
+            },
         )
 
     def _install(self, model: OmniModel) -> tuple[Adapter, ...]:
@@ -90,12 +105,7 @@ class Workshop:
         if all(rule.lora is None for rule in rules.values()):
             return ()
         policies = self._base_policies([name for name, _ in model.named_parameters()])
-        # the head is used by its weight, in chunks of the loss, and never called as a module
-        adaptable = {
-            name: places[0].name
-            for name, places in adapter_targets(self.recipes).items()
-            if name in policies and policies[name].component != "lm_head"
-        }
+        adaptable = {name: target.name for name, target in adapter_targets(self.recipes).items() if name in policies}
         return install_lora(model, policies, adaptable, rules)
 
     def _build(self, family: Any, modalities: tuple[str, ...]) -> OmniModel:
@@ -149,7 +159,7 @@ def open_workshop(config: Config) -> Workshop:
         adapter=None if config.model.adapter is None else open_adapter(config.model.adapter),
     )
     if workshop.adapter is not None:
-        check_base(workshop.adapter, checkpoint)
+        check_base(workshop.adapter, checkpoint, workshop.base_name)
         if not workshop.adapters:
             raise ValueError(
                 f"model.adapter is set, but no rule of policy has lora; what it needs: {workshop.adapter.needs}"
@@ -185,7 +195,7 @@ def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str
         parallel=config.parallel,
         memory=config.memory,
         compute_dtype=workshop.compute_dtype,
-        recompute_rule=partial(recompute_rule, config.policy),
+        recompute={root: rule.recompute for root, rule in config.policy.items() if rule.recompute is not None},
     )
     materialize(model, layout, cpu_offload=config.parallel.cpu_offload)
     return model, policies

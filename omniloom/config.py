@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,7 +144,8 @@ class LoraConfig:
     rslora: bool = False
     dora: bool = False
     dtype: Literal["bf16", "float32"] = "float32"  # of the adapters and their optimizer states
-    modules: tuple[str, ...] | None = None  # ends of transformers' module names (q_proj); None: every linear
+    # transformers' module names: their ends (q_proj), or regular expressions of whole names; None: every linear
+    modules: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +216,7 @@ class Config:
 
 
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read one YAML file (or none), apply dotted `a.b=value` overrides, check everything.
+    """Read one YAML file (or none), apply dotted `a.b=value` overrides (`null` removes a key), check everything.
 
     Raises: ConfigError listing every fault at once.
     """
@@ -265,6 +269,8 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
     tree = plain(dataclasses.asdict(config))
     assert isinstance(tree, dict)
+    # an empty lora section would be refused when it is read again
+    tree["policy"] = {name: {k: v for k, v in rule.items() if v is not None} for name, rule in tree["policy"].items()}
     return tree
 
 
@@ -313,7 +319,12 @@ def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> N
             faults.append(f"{name}: {key} holds a value, not a section")
             return
         node = child
-    node[keys[-1]] = value
+    if value is None and text.strip():
+        node.pop(keys[-1], None)
+        if keys[0] == "policy" and len(keys) == 3 and not node:  # a rule without keys would be refused
+            del tree["policy"][keys[1]]
+    else:
+        node[keys[-1]] = value
 
 
 def _normalise(tree: dict[str, Any]) -> dict[str, Any]:
@@ -357,14 +368,18 @@ def _find_unknown_keys(tree: Any, kind: Any, path: str, faults: list[str]) -> No
             noun = "section" if not path else "key"
             faults.append(f"{full}: unknown {noun}; {hint}")
             continue
-        hint_type = hints[key]
         if full == "policy" and isinstance(value, dict):
-            for component, rule in value.items():
-                _find_unknown_keys(rule, PolicyRule, f"policy.{component}.", faults)
-        elif section := _dataclass_of(hint_type):
-            if value is not None and not isinstance(value, dict):
-                faults.append(f"{full}: expected a section with keys, got {value!r}")
-            _find_unknown_keys(value, section, f"{full}.", faults)
+            sections = [(f"policy.{component}", rule or None, PolicyRule) for component, rule in value.items()]
+        else:
+            sections = [(full, value, section)] if (section := _dataclass_of(hints[key])) else []
+        for where, inner, section in sections:
+            if inner is None:
+                faults.append(
+                    f"{where}: empty; give it keys ({', '.join(typing.get_type_hints(section))}) or remove it"
+                )
+            elif not isinstance(inner, dict):
+                faults.append(f"{where}: expected a section with keys, got {inner!r}")
+            _find_unknown_keys(inner, section, f"{where}.", faults)
 
 
 def _dataclass_of(kind: Any) -> Any:
@@ -383,51 +398,42 @@ def _all_keys(kind: Any, path: str) -> list[str]:
     return keys
 
 
+OPERATORS = {"at least": operator.ge, "more than": operator.gt, "at most": operator.le, "less than": operator.lt}
+BOUNDS = {  # and the keys that they hold for
+    "at least 2": "data.video.max_frames",
+    "at least 1": "model.num_layers.* data.pack_tokens data.window data.prefetch_packs data.max_samples data.*_pixels "
+    "train.steps train.packs_per_step train.eval_answer_tokens train.step_timeout_seconds policy.*.lora.rank "
+    "parallel.replicate parallel.shard parallel.tensor parallel.context parallel.expert parallel.pipeline "
+    "parallel.reshard_after_forward memory.recompute memory.loss_chunk_tokens checkpoint.keep log.every",
+    "at least 0": "data.split data.max_bad_fraction data.workers train.warmup_steps train.min_learning_rate "
+    "train.weight_decay train.clip_norm train.router_loss train.eval_every train.eval_answers train.betas.* "
+    "policy.*.weight_decay policy.*.lora.dropout parallel.prefetch checkpoint.every",
+    "more than 0": "data.*.fps data.*.limit_seconds train.learning_rate train.epochs train.time_limit_minutes "
+    "train.epsilon policy.*.learning_rate policy.*.lora.alpha",
+    "at most 1": "data.split data.max_bad_fraction",
+    "less than 1": "train.betas.* policy.*.lora.dropout",
+}
+
+
+def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a tree with their paths."""
+    if isinstance(node, dict | list):
+        for key, item in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _numbers(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, int | float) and not isinstance(node, bool):
+        yield path, node
+
+
 def _find_bad_values(config: Config) -> list[str]:
     """Range checks and rules between keys. Each fault names its key, what is allowed and what came."""
-    faults: list[str] = []
-
-    def at_least(path: str, bound: float, exclusive: bool = False) -> None:
-        value: Any = config
-        for part in path.split("."):
-            value = getattr(value, part)
-        if value is None or isinstance(value, str | bool):
-            return
-        if value < bound or (exclusive and value == bound):
-            faults.append(f"{path}: expected {'more than' if exclusive else 'at least'} {bound:g}, got {value!r}")
-
-    for path in ("data.pack_tokens", "data.window", "data.prefetch_packs", "train.packs_per_step", "log.every"):
-        at_least(path, 1)
-    for path in ("train.steps", "checkpoint.keep", "parallel.replicate", "parallel.shard", "parallel.tensor"):
-        at_least(path, 1)
-    for path in ("parallel.context", "parallel.expert", "parallel.pipeline", "data.max_samples"):
-        at_least(path, 1)
-    for path in ("data.workers", "checkpoint.every", "train.warmup_steps", "train.eval_every", "train.weight_decay"):
-        at_least(path, 0)
-    at_least("train.eval_answers", 0)
-    at_least("train.eval_answer_tokens", 1)
-    for path in ("train.clip_norm", "train.router_loss", "train.min_learning_rate", "parallel.prefetch"):
-        at_least(path, 0)
-    for path in ("train.learning_rate", "train.epochs", "train.time_limit_minutes", "train.epsilon", "data.video.fps"):
-        at_least(path, 0, exclusive=True)
-    for path in ("model.num_layers.text", "model.num_layers.vision", "model.num_layers.audio"):
-        at_least(path, 1)
-    at_least("data.video.max_frames", 2)
-    for path, share in (("data.split", config.data.split), ("data.max_bad_fraction", config.data.max_bad_fraction)):
-        if not 0 <= share <= 1:
-            faults.append(f"{path}: expected a share from 0 to 1, got {share!r}")
-    for index, beta in enumerate(config.train.betas):
-        if not 0 <= beta < 1:
-            faults.append(f"train.betas[{index}]: expected from 0 up to, not including, 1, got {beta!r}")
-    for path in ("memory.recompute", "memory.loss_chunk_tokens", "parallel.reshard_after_forward"):
-        at_least(path, 1)
-    for part in ("data.image", "data.video"):
-        for key in ("min_pixels", "max_pixels"):
-            at_least(f"{part}.{key}", 1)
-    for path in ("data.image.limit_pixels", "train.step_timeout_seconds"):
-        at_least(path, 1)
-    for path in ("data.video.limit_seconds", "data.audio.limit_seconds"):
-        at_least(path, 0, exclusive=True)
+    numbers = list(_numbers(config_to_dict(config)))
+    faults = [
+        f"{path}: expected {words}, got {value!r}"
+        for words, keys in BOUNDS.items()
+        for pattern in keys.split()
+        for path, value in numbers
+        if fnmatchcase(path, pattern) and not OPERATORS[words[:-2]](value, int(words[-1]))
+    ]
     if config.log.profile is not None and not 1 <= config.log.profile[0] <= config.log.profile[1]:
         faults.append(f"log.profile: expected [first step, last step] from 1 on, got {list(config.log.profile)}")
     if config.train.steps is not None and config.train.epochs is not None:
@@ -440,28 +446,21 @@ def _find_bad_values(config: Config) -> list[str]:
             f"train.learning_rate ({config.train.learning_rate:g})"
         )
     for name, rule in config.policy.items():
-        faults.extend(_find_bad_lora(f"policy.{name}", rule))
+        if rule.lora is not None and rule.freeze is False:
+            faults.append(f"policy.{name}: lora trains in place of the weights, freeze: false trains them; keep one")
+        if rule.lora is not None and rule.lora.modules == ():
+            faults.append(f"policy.{name}.lora.modules: expected at least one name; leave it out for every linear")
+        for entry in (rule.lora and rule.lora.modules) or ():
+            try:
+                re.compile(entry)
+            except re.error as error:
+                faults.append(
+                    f"policy.{name}.lora.modules: {entry!r} is neither a name nor a regular expression: {error}"
+                )
     shards = config.parallel.context * config.parallel.tensor
-    if config.data.pack_tokens % shards:
+    if shards > 0 and config.data.pack_tokens % shards:
         faults.append(
             f"data.pack_tokens: {config.data.pack_tokens} does not divide by parallel.context x parallel.tensor = "
             f"{shards}; the next that does is {-(-config.data.pack_tokens // shards) * shards}"
         )
-    return faults
-
-
-def _find_bad_lora(path: str, rule: PolicyRule) -> list[str]:
-    lora, faults = rule.lora, []
-    if lora is None:
-        return []
-    if rule.freeze is False:
-        faults.append(f"{path}: lora trains in place of the weights, freeze: false trains them; keep one")
-    if lora.rank < 1:
-        faults.append(f"{path}.lora.rank: expected at least 1, got {lora.rank!r}")
-    if lora.alpha <= 0:
-        faults.append(f"{path}.lora.alpha: expected more than 0, got {lora.alpha!r}")
-    if not 0 <= lora.dropout < 1:
-        faults.append(f"{path}.lora.dropout: expected from 0 up to, not including, 1, got {lora.dropout!r}")
-    if lora.modules is not None and not lora.modules:
-        faults.append(f"{path}.lora.modules: expected at least one name; leave it out for every linear")
     return faults

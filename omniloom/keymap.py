@@ -66,15 +66,6 @@ class Flatten:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Concat:
-    """Several published tensors laid one after the other along `dim` of ours."""
-
-    published: tuple[str, ...]
-    ours: str
-    dim: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Stack:
     """Published tensors numbered by `{index}`, stacked along a new dim 0 of ours.
 
@@ -100,7 +91,7 @@ class Tied:
     same_as: str
 
 
-Rule = Rename | Transpose | Flatten | Concat | Stack | Tied
+Rule = Rename | Transpose | Flatten | Stack | Tied
 
 
 # ---------------------------------------------------------------------------------------- recipes
@@ -115,10 +106,6 @@ class Piece:
     layout: Layout
     box: Box  # region of our tensor; one dim more than the laid-out piece if `stacked`
     stacked: bool
-
-    def laid_out_shape(self) -> Shape:
-        """The piece's shape in our layout, without the stacked dim."""
-        return _lay_out(self.shape, self.layout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +192,7 @@ class KeyMap:
         `shapes` are those of all published tensors of a checkpoint. Whether they are all that a model needs is
         for the caller to compare; here every name must be consumed by a rule or carried.
 
-        Raises: ValueError listing names that no rule knows, stacks and concatenations with holes, unlike shapes.
+        Raises: ValueError listing names that no rule knows, stacks with holes, unlike shapes.
         """
         forms = [_form(rule) for rule in self.rules if not isinstance(rule, Tied)]
         finder = _Finder([(template, (number, part)) for number, form in enumerate(forms) for part, template in
@@ -242,24 +229,21 @@ class KeyMap:
                 found[rule.published] = rule.same_as
         return found
 
-    def published_names(self, ours: str, num_stacked: int | None = None) -> tuple[str, ...]:
-        """The published names that `ours` is made of, for messages; `*` for a stacked index of unknown extent.
+    def published_names(self, ours: str) -> tuple[str, ...]:
+        """The published names that `ours` is made of, for messages; `*` for a stacked index.
 
         Empty if no rule makes `ours`.
         """
         for rule in self.rules:
             if isinstance(rule, Tied):
                 if rule.ours == ours:
-                    return self.published_names(rule.same_as, num_stacked)
+                    return self.published_names(rule.same_as)
                 continue
             form = _form(rule)
             values = _match(form.ours, ours)
-            if values is None:
-                continue
-            if form.index is None:
-                return tuple(_fill(template, values) for template in form.published)
-            rows: list[int | str] = ["*"] if num_stacked is None else [*range(num_stacked)]
-            return tuple(_fill(template, {**values, form.index: row}) for row in rows for template in form.published)
+            if values is not None:
+                row = {} if form.index is None else {form.index: "*"}
+                return tuple(_fill(template, {**values, **row}) for template in form.published)
         return ()
 
     def _with_tied(self, recipes: dict[str, Recipe]) -> dict[str, Recipe]:
@@ -277,20 +261,17 @@ class _Form:
     published: tuple[str, ...]
     ours: str
     layout: Layout = "same"
-    dim: int = 0  # of the laid-out pieces, along which they are concatenated
-    index: str | None = None
+    index: str | None = None  # of a stack; without one there is one published name
     unless: Shape | None = None  # of published tensors that need no laying out
 
     def layout_of(self, shape: Shape) -> Layout:
         return "same" if shape == self.unless else self.layout
 
 
-def _form(rule: Rename | Transpose | Flatten | Concat | Stack) -> _Form:
+def _form(rule: Rename | Transpose | Flatten | Stack) -> _Form:
     if isinstance(rule, Stack):
         published = (rule.published,) if isinstance(rule.published, str) else rule.published
         return _Form(published=published, ours=rule.ours, index=rule.index)
-    if isinstance(rule, Concat):
-        return _Form(published=rule.published, ours=rule.ours, dim=rule.dim)
     if isinstance(rule, Transpose):
         return _Form(published=(rule.published,), ours=rule.ours, layout="transpose", unless=rule.unless)
     layouts: dict[type, Layout] = {Rename: "same", Flatten: "flatten"}
@@ -311,57 +292,24 @@ def _assemble(form: _Form, ours: str, members: dict[tuple[int, int], str], shape
         raise ValueError(
             f"{ours}: {num_rows * len(form.published) - len(members)} of its tensors are missing: {', '.join(names)}"
         )
-    pieces: list[Piece] = []
-    row_shape: Shape = ()
+    pieces = []
     for row in range(num_rows):
-        parts = [(members[row, part], shapes[members[row, part]]) for part in range(len(form.published))]
-        for name, shape in parts:
-            _check_num_dims(form, name, shape)
-        laid_out = [_lay_out(shape, form.layout_of(shape)) for _, shape in parts]
-        row_shape = _concat_shape(laid_out, form.dim, [name for name, _ in parts]) if row == 0 else row_shape
-        if (got := _concat_shape(laid_out, form.dim, [name for name, _ in parts])) != row_shape:
-            raise ValueError(
-                f"{parts[0][0]}: expected the shape of its neighbours, {_dims(row_shape)}, got {_dims(got)}"
-            )
         offset = 0
-        for (name, shape), inner in zip(parts, laid_out, strict=True):
-            box = list(whole(inner))
-            if len(form.published) > 1:
-                box[form.dim] = (offset, offset + inner[form.dim])
-                offset += inner[form.dim]
-            if form.index is not None:
-                box.insert(0, (row, row + 1))
-            pieces.append(
-                Piece(
-                    published=name,
-                    shape=shape,
-                    layout=form.layout_of(shape),
-                    box=tuple(box),
-                    stacked=form.index is not None,
-                )
-            )
-    shape = row_shape if form.index is None else (num_rows, *row_shape)
-    return Recipe(ours=ours, shape=shape, pieces=tuple(pieces))
-
-
-def _check_num_dims(form: _Form, name: str, shape: Shape) -> None:
-    least = {"same": 0, "transpose": 2, "flatten": 2}[form.layout]
-    if len(form.published) > 1:
-        least = max(least, form.dim + 1)
-    if len(shape) < least:
-        raise ValueError(f"{name}: expected at least {least} dims, got shape {_dims(shape)}")
-
-
-def _concat_shape(shapes: list[Shape], dim: int, names: list[str]) -> Shape:
-    if len(shapes) == 1:
-        return shapes[0]
-    first = shapes[0]
-    for name, shape in zip(names, shapes, strict=True):
-        if len(shape) != len(first) or any(
-            a != b for d, (a, b) in enumerate(zip(shape, first, strict=True)) if d != dim
-        ):
-            raise ValueError(f"{name}: expected {_dims(first)} as {names[0]} has, up to dim {dim}, got {_dims(shape)}")
-    return (*first[:dim], sum(shape[dim] for shape in shapes), *first[dim + 1 :])
+        for part in range(len(form.published)):
+            name = members[row, part]
+            shape, layout = shapes[name], form.layout_of(shapes[name])
+            if len(shape) < (least := 1 if form.index is not None else 0 if layout == "same" else 2):
+                raise ValueError(f"{name}: expected at least {least} dims, got shape {_dims(shape)}")
+            # parts of a row differ in dim 0 at most, rows not at all
+            expected = (*shapes[members[0, part]][:1], *shapes[members[0, 0]][1:])
+            if shape != expected:
+                raise ValueError(f"{name}: expected {_dims(expected)} like its neighbours, got {_dims(shape)}")
+            box, stacked = whole(_lay_out(shape, layout)), form.index is not None
+            if stacked:
+                box = ((row, row + 1), (offset, offset + shape[0]), *box[1:])
+                offset += shape[0]
+            pieces.append(Piece(published=name, shape=shape, layout=layout, box=box, stacked=stacked))
+    return Recipe(ours=ours, shape=tuple(stop for _, stop in box), pieces=tuple(pieces))
 
 
 # ---------------------------------------------------------------------------------------- names

@@ -16,6 +16,8 @@ from omniloom.checkpoint.agreement import Group
 from omniloom.checkpoint.export import ExportReport, export
 from omniloom.training.lora import merging
 
+NO_ADAPTER = "model.num_layers cuts the model and peft would put an adapter onto all layers"
+
 
 def export_model(
     workshop: Workshop,
@@ -56,10 +58,12 @@ def export_adapter(
 ) -> Path:
     """Write the adapters, and what was trained beside them, as PEFT loads them onto the published model.
 
-    Raises: ValueError for a run without adapters.
+    Raises: ValueError for a run without adapters, or on fewer layers than the published model has.
     """
     if not workshop.adapters:
         raise ValueError("this run trained no adapter; export the whole model instead")
+    if workshop.cut:
+        raise ValueError(f"this run's adapters go with its merged model alone, since {NO_ADAPTER}; export that instead")
     of_adapters = {name for adapter in workshop.adapters for name in adapter.names}
     return write_adapter(
         directory,
@@ -68,6 +72,7 @@ def export_adapter(
         workshop.recipes,
         workshop.adapters,
         gather,
+        base_name=workshop.base_name,
         trained=[name for name in changed if name not in of_adapters],
         overwrite=overwrite,
         group=group,

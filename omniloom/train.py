@@ -42,7 +42,7 @@ from omniloom.parallel.mesh import (
 from omniloom.parallel.step import Objective, forward_backward
 from omniloom.parallel.watchdog import Watchdog
 from omniloom.records import RunRecords
-from omniloom.results import export_adapter, export_model
+from omniloom.results import NO_ADAPTER, export_adapter, export_model
 from omniloom.rows import describe_files, describe_template, open_data, open_rows, planned_options
 from omniloom.tools.launch import LOST_RANK
 from omniloom.tools.report import write_report
@@ -69,6 +69,10 @@ def run(config: Config) -> int:
         raise ConfigError([f"{name}: not set; every run needs it" for name in missing], "the configuration")
     timeout_seconds = config.train.step_timeout_seconds
     workshop = open_workshop(config)
+    if workshop.cut and workshop.adapters and not config.checkpoint.export:
+        raise ValueError(
+            f"checkpoint.export: false would leave nothing of this run, since {NO_ADAPTER}; set it to true"
+        )
     train_rows, eval_rows = open_data(config.data, config.train.seed)
     if eval_rows is None:
         asked = [name for name in ("eval_every", "eval_answers") if getattr(config.train, name)]
@@ -127,6 +131,12 @@ class Trainer:
         self.planner, self.loader = self._open_planner(train_rows)
         stack.callback(self.loader.close)
         self.model, self.policies = build_model(workshop, layout)
+        self.adapter_settings = {  # that decide, beside their weights, what adapters do
+            f"policy.{policy.component}.lora.{key}": getattr(policy.lora, key)
+            for policy in self.policies.values()
+            if policy.lora is not None and policy.trainable
+            for key in ("alpha", "rslora", "dora")
+        }
         self.parameters = dict(self.model.named_parameters())
         self.changed = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         self.dropouts = find_dropouts(self.model)
@@ -377,12 +387,20 @@ class Trainer:
         return stored.step
 
     def _check_same_model(self, stored: dcp.StoredCheckpoint) -> None:
-        """A checkpoint keeps only what trained; the rest is the published model's. Raises: ValueError for another."""
+        """What a checkpoint does not keep must be as it was. Raises: ValueError for another model or policy."""
         if stored.extras["model"] != self.model_fingerprint:
             raise ValueError(
                 f"{stored.directory} belongs to a run on another model than model.path={self.config.model.path}; name "
                 "that model, set another train.run_dir, or start anew with checkpoint.resume=none"
             )
+        before = stored.extras.get("adapters", {})
+        for key in sorted(self.adapter_settings, key=len):  # what a rule is named for before what lies below
+            now = self.adapter_settings[key]
+            if (then := before.get(key, now)) != now:
+                raise ValueError(
+                    f"{stored.directory}: {key} is {then} there and {now} here, which makes another model of the same "
+                    f"weights; set it to {then}, or start anew with checkpoint.resume=none"
+                )
 
     def _about(self, source: Source) -> list[str]:
         kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
@@ -401,7 +419,8 @@ class Trainer:
         if settings.save_optimizer:
             state |= dcp.optimizer_state(self.parameters, self.optimizer)
         state |= dcp.rng_state()
-        self.saver.save(step, state, {"data": self.stream.state_dict(), "model": self.model_fingerprint})
+        own = {"model": self.model_fingerprint, "adapters": self.adapter_settings}
+        self.saver.save(step, state, {"data": self.stream.state_dict(), **own})
 
     def _evaluate(self, step: int) -> EvaluationReport:
         assert self.evaluation is not None
@@ -414,7 +433,7 @@ class Trainer:
         return report
 
     def _export(self, step: int) -> None:
-        """The model, adapters merged in, as a Hugging Face directory in `hf/`; adapters alone in `adapter/`."""
+        """The model, adapters merged in, as a Hugging Face directory in `hf/`; adapters in `adapter/`, if they fit."""
         gather = gather_full(self.parameters)
 
         def gather_next(name: str) -> Tensor:
@@ -423,7 +442,9 @@ class Trainer:
 
         self.watchdog.enter(step, "export")
         group = self.saver.group
-        if self.workshop.adapters:
+        if self.workshop.adapters and self.workshop.cut:
+            self.records.say(f"no adapter/, since {NO_ADAPTER}; hf/ has the adapters merged in")
+        elif self.workshop.adapters:
             directory = export_adapter(
                 self.workshop, self.run_dir / "adapter", self.changed, gather_next, overwrite=True, group=group
             )

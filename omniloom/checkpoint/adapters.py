@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from omniloom.checkpoint.agreement import agree, rank
 from omniloom.checkpoint.hf import local_region
 from omniloom.checkpoint.tensor_files import DTYPES, MAX_LISTED, HFCheckpoint, TensorEntry, read_header, read_json
-from omniloom.keymap import Box, Piece, Recipe, whole
+from omniloom.keymap import Recipe
 from omniloom.types import Adapter
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -40,10 +40,9 @@ SAMPLED_TENSORS, SAMPLED_BYTES = 64, 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where the addition to one of our weights, or to some of its rows, goes in transformers' model."""
+    """Where the addition to one of our weights goes in transformers' model."""
 
     published: str  # name of the module
-    rows: tuple[int, int] | None  # of our weight; None for stacked experts
     parameter: str | None = None  # stacked experts: transformers' parameter of the module
 
     @property
@@ -53,9 +52,15 @@ class Target:
         return module if self.parameter is None else f"{module}.{self.parameter}"
 
     @property
-    def key(self) -> str:
-        """In an adapter's file: published names where PEFT maps them onto several classes, else those in memory."""
-        return self.published if self.published.startswith("thinker.") else transformers_name(self.published)
+    def keys(self) -> tuple[str, ...]:
+        """In an adapter's file: published names where PEFT maps them onto several classes, else those in memory.
+
+        PEFT takes `thinker.` off, but undoes that where nothing else changes: the head goes under both.
+        """
+        name = transformers_name(self.published)
+        if not self.published.startswith("thinker."):
+            return (name,)
+        return (self.published, name) if self.published.endswith(f".{name}") else (self.published,)
 
 
 def transformers_name(name: str) -> str:
@@ -70,28 +75,22 @@ def transformers_name(name: str) -> str:
     return re.sub(r"^model\.(?!(language_model|visual|audio_tower)\.)", "model.language_model.", name)
 
 
-def adapter_targets(recipes: Mapping[str, Recipe]) -> dict[str, tuple[Target, ...]]:
+def adapter_targets(recipes: Mapping[str, Recipe]) -> dict[str, Target]:
     """The places of all weights of ours that transformers holds as linears or as stacked experts, by our names.
 
     Matrices that are no linear's (embeddings, routers) are among them; kernels of convolutions are not.
     """
     targets = {}
     for name, recipe in recipes.items():
-        pieces = recipe.pieces
-        if len(recipe.shape) == 3 and any(".experts." in piece.published for piece in pieces):
-            module, _, _ = pieces[0].published.rpartition(".experts.")
-            leaves = {piece.published.removesuffix(".weight").rpartition(".")[2] for piece in pieces}
+        first = recipe.pieces[0]
+        if len(recipe.shape) == 3 and ".experts." in first.published:
+            module, _, _ = first.published.rpartition(".experts.")
+            leaves = {piece.published.removesuffix(".weight").rpartition(".")[2] for piece in recipe.pieces}
             parameter = "gate_up_proj" if leaves == {"gate_proj", "up_proj"} else leaves.pop()
-            targets[name] = (Target(published=f"{module}.experts", rows=None, parameter=parameter),)
-        elif len(recipe.shape) == 2 and all(_is_rows(piece, recipe) for piece in pieces):
-            targets[name] = tuple(
-                Target(published=piece.published.removesuffix(".weight"), rows=piece.box[0]) for piece in pieces
-            )
+            targets[name] = Target(published=f"{module}.experts", parameter=parameter)
+        elif len(recipe.shape) == 2 and first.layout == "same":
+            targets[name] = Target(published=first.published.removesuffix(".weight"))
     return targets
-
-
-def _is_rows(piece: Piece, recipe: Recipe) -> bool:
-    return piece.layout == "same" and piece.box[1] == (0, recipe.shape[1])
 
 
 # ---------------------------------------------------------------------------------------- PEFT's tensors
@@ -103,7 +102,6 @@ class _Part:
 
     key: str
     parameter: str
-    box: Box | None = None  # region of our parameter; None for all
     layout: str = "same"  # experts_a and experts_b: PEFT's of stacked experts; else a piece's
 
     def to_peft(self, tensor: Tensor) -> Tensor:
@@ -111,40 +109,32 @@ class _Part:
             return tensor.flatten(0, 1)
         if self.layout == "experts_b":  # [E, out, r] -> [out, r E]
             return tensor.permute(1, 2, 0).flatten(1)
-        part = tensor if self.box is None else tensor[tuple(slice(*bounds) for bounds in self.box)]
-        return part.transpose(-1, -2) if self.layout == "transpose" else part
+        return tensor
 
     def from_peft(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
-        """`shape` is that of our parameter, or of `box` of it."""
+        """`shape` is that of our parameter."""
         if self.layout == "experts_b":
             return tensor.reshape(shape[1], shape[2], shape[0]).permute(2, 0, 1)
-        return tensor.transpose(-1, -2) if self.layout == "transpose" else tensor.reshape(tuple(shape))
+        return tensor.reshape(tuple(shape))
 
     def shape_in_file(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(self.to_peft(torch.empty(tuple(shape), device="meta")).shape)
 
 
-def _parts(adapters: Collection[Adapter], targets: Mapping[str, tuple[Target, ...]]) -> list[_Part]:
+def _parts(adapters: Collection[Adapter], targets: Mapping[str, Target]) -> list[_Part]:
     """All tensors of an adapter, by their keys in its file."""
-    modules = Counter(target.published for adapter in adapters for target in targets[adapter.base])
+    modules = Counter(targets[adapter.base].published for adapter in adapters)
     parts = []
     for adapter in adapters:
-        for target in targets[adapter.base]:
-            stem = f"{PREFIX}{target.key}"
-            if target.parameter is not None:
-                # PEFT wraps the module once per parameter; the first in the module's order is the inner one
-                inner = ".base_layer" if modules[target.published] > 1 and target.parameter == "gate_up_proj" else ""
-                names = (f"{stem}{inner}.lora_A.weight", f"{stem}{inner}.lora_B.weight")
-                parts.append(_Part(key=names[0], parameter=adapter.lora_a, layout="experts_a"))
-                parts.append(_Part(key=names[1], parameter=adapter.lora_b, layout="experts_b"))
-                continue
-            assert target.rows is not None
-            parts.append(_Part(key=f"{stem}.lora_A.weight", parameter=adapter.lora_a))
-            box = (target.rows, (0, adapter.rank))
-            parts.append(_Part(key=f"{stem}.lora_B.weight", parameter=adapter.lora_b, box=box))
+        target = targets[adapter.base]
+        layouts = ("same", "same") if target.parameter is None else ("experts_a", "experts_b")
+        # PEFT wraps the module once per parameter; the first in the module's order is the inner one
+        inner = ".base_layer" if modules[target.published] > 1 and target.parameter == "gate_up_proj" else ""
+        for stem in (f"{PREFIX}{key}{inner}" for key in target.keys):
+            parts.append(_Part(key=f"{stem}.lora_A.weight", parameter=adapter.lora_a, layout=layouts[0]))
+            parts.append(_Part(key=f"{stem}.lora_B.weight", parameter=adapter.lora_b, layout=layouts[1]))
             if adapter.magnitude is not None:
-                key = f"{stem}.lora_magnitude_vector"
-                parts.append(_Part(key=key, parameter=adapter.magnitude, box=(target.rows,)))
+                parts.append(_Part(key=f"{stem}.lora_magnitude_vector", parameter=adapter.magnitude))
     return parts
 
 
@@ -159,6 +149,7 @@ def write_adapter(
     adapters: Collection[Adapter],
     gather: Callable[[str], Tensor],
     *,
+    base_name: str,
     trained: Collection[str] = (),
     overwrite: bool = False,
     group: ProcessGroup | None = None,
@@ -166,6 +157,7 @@ def write_adapter(
     """Write adapters, and weights of ours in `trained` that train beside them, as PEFT loads them. Returns the folder.
 
     Called by all ranks of `group` alike: `gather(name)` may be a collective and gives the full tensor on rank 0.
+    `base_name` is what others call the published model: its directory, or the hub's id.
     Weights in `trained` are saved as PEFT's `modules_to_save`, which fit the class in config.json's `architectures`.
 
     Raises: ValueError on every rank if the directory holds something else (unless `overwrite`) or cannot be written.
@@ -175,22 +167,23 @@ def write_adapter(
     first = rank(group) == 0
     agree(_refusal(directory) if first and not overwrite else None, group)
     tensors: dict[str, Tensor] = {}
-    parts = _parts(adapters, targets)
-    for name in dict.fromkeys(part.parameter for part in parts):
-        full = gather(name)
+    for part in _parts(adapters, targets):
+        full = gather(part.parameter)
         if first:
-            own = [part for part in parts if part.parameter == name]
-            tensors |= {part.key: part.to_peft(full).clone(memory_format=torch.contiguous_format) for part in own}
+            tensors[part.key] = part.to_peft(full).clone(memory_format=torch.contiguous_format)
     modules_to_save: set[str] = set()
     for name in trained:
         full = gather(name)
         if first:
-            saved = _whole_tensors(recipes[name], full, source)
-            modules_to_save |= {transformers_name(key.rpartition(".")[0].removeprefix(PREFIX)) for key in saved}
-            tensors |= saved
+            part, piece = _whole_part(recipes[name]), recipes[name].pieces[0]
+            modules_to_save.add(part.key.rpartition(".")[0])
+            root = "thinker." if piece.published.startswith("thinker.") else ""
+            values = part.to_peft(full).to(DTYPES[source.entries[piece.published].dtype])  # the published dtype
+            values = values.reshape(piece.shape if part.layout == "flatten" else values.shape)
+            tensors[f"{PREFIX}{root}{part.key}"] = values.clone(memory_format=torch.contiguous_format)
     fault = None
     if first:
-        config = _peft_config(source, config_json, adapters, targets, sorted(modules_to_save))
+        config = _peft_config(base_name, config_json, adapters, targets, sorted(modules_to_save))
         fault = _write(directory, config, tensors, fingerprint(source))
     agree(fault, group)
     return directory
@@ -219,33 +212,15 @@ def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor], 
     return None
 
 
-def _whole_tensors(recipe: Recipe, full: Tensor, source: HFCheckpoint) -> dict[str, Tensor]:
-    """A trained weight under transformers' names, in the published dtype; stacked experts stay stacked."""
-    dtype = DTYPES[source.entries[recipe.pieces[0].published].dtype]
-    root = "thinker." if recipe.pieces[0].published.startswith("thinker.") else ""
-    names = [transformers_name(piece.published) for piece in recipe.pieces]
-    target = adapter_targets({recipe.ours: recipe}).get(recipe.ours, ())
-    if target and target[0].parameter is not None:
-        names = [target[0].name]
-    shapes = {transformers_name(piece.published): piece.shape for piece in recipe.pieces}
-    parts = _whole_parts({recipe.ours: recipe}, names)
-    return {
-        f"{PREFIX}{root}{name}": part.to_peft(full).to(dtype).reshape(shapes.get(name, recipe.shape)).clone(
-            memory_format=torch.contiguous_format
-        )
-        for name, part in parts.items()
-    }  # fmt: skip
-
-
 def _peft_config(
-    source: HFCheckpoint,
+    base_name: str,
     config_json: Mapping[str, Any],
     adapters: Collection[Adapter],
-    targets: Mapping[str, tuple[Target, ...]],
+    targets: Mapping[str, Target],
     modules_to_save: list[str],
 ) -> dict[str, Any]:
     """The file's content. Where adapters differ, the most frequent rank and alpha are the default, others patterns."""
-    has_experts = any(target.parameter for places in targets.values() for target in places)
+    has_experts = any(target.parameter for target in targets.values())
     one_rule = len({adapter.rslora for adapter in adapters}) == 1
     rslora = one_rule and next(iter(adapters)).rslora
     # without rslora for all, alpha is given so that alpha / rank is the scaling
@@ -254,17 +229,17 @@ def _peft_config(
     alpha_default = Counter(alphas.values()).most_common(1)[0][0]
     modules, parameters, ranks, alpha_patterns = [], [], {}, {}
     for adapter in adapters:
-        for target in targets[adapter.base]:
-            name = target.name
-            if target.parameter is None and has_experts and name.rpartition(".")[2] in EXPERT_LEAVES:
-                name = f"{name}.weight"
-                parameters.append(name)
-            else:
-                (modules if target.parameter is None else parameters).append(name)
-            if adapter.rank != rank_default:
-                ranks[re.escape(name)] = adapter.rank
-            if alphas[adapter.base] != alpha_default:
-                alpha_patterns[re.escape(name)] = alphas[adapter.base]
+        target = targets[adapter.base]
+        name = target.name
+        if target.parameter is None and has_experts and name.rpartition(".")[2] in EXPERT_LEAVES:
+            name = f"{name}.weight"
+            parameters.append(name)
+        else:
+            (modules if target.parameter is None else parameters).append(name)
+        if adapter.rank != rank_default:
+            ranks[re.escape(name)] = adapter.rank
+        if alphas[adapter.base] != alpha_default:
+            alpha_patterns[re.escape(name)] = alphas[adapter.base]
     model_type = config_json.get("model_type", "")
     return {
         "peft_type": "LORA",
@@ -273,7 +248,7 @@ def _peft_config(
             "base_model_class": (config_json.get("architectures") or [None])[0],
             "parent_library": f"transformers.models.{model_type}.modeling_{model_type}",
         },
-        "base_model_name_or_path": str(source.directory),
+        "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": rank_default,
         "lora_alpha": alpha_default,
@@ -284,6 +259,8 @@ def _peft_config(
         "bias": "none",
         "fan_in_fan_out": False,
         "target_modules": sorted(modules),
+        # the talker has a list of modules called lm_head
+        "exclude_modules": r"talker\..*" if any(len(targets[a.base].keys) > 1 for a in adapters) else None,
         "target_parameters": sorted(parameters) or None,
         "rank_pattern": ranks,
         "alpha_pattern": alpha_patterns,
@@ -361,16 +338,16 @@ def open_adapter(directory: str | Path) -> StoredAdapter:
     )
 
 
-def check_base(stored: StoredAdapter, source: HFCheckpoint) -> None:
-    """Raises: ValueError if the adapter says that it was trained on another model than `source`."""
+def check_base(stored: StoredAdapter, source: HFCheckpoint, name: str) -> None:
+    """Raises: ValueError if the adapter says that it was trained on another model than `source`, called `name`."""
     if stored.base is not None:
         if stored.base != fingerprint(source):
-            raise ValueError(f"model.adapter: {stored.directory} was trained on another model than {source.directory}")
+            raise ValueError(f"model.adapter: {stored.directory} was trained on another model than {name}")
         return
     told = stored.config.get("base_model_name_or_path")
-    if told and Path(told).name != source.directory.resolve().name:
+    if told and Path(told).name not in (Path(name).name, source.directory.resolve().name):
         raise ValueError(
-            f"model.adapter: {stored.directory} was trained on {told}, model.path is {source.directory}; if they are "
+            f"model.adapter: {stored.directory} was trained on {told}, model.path is {name}; if they are "
             f"the same model, correct base_model_name_or_path in its {CONFIG_NAME}"
         )
 
@@ -389,26 +366,19 @@ def load_adapter(
     recipes = {name: recipe for name, recipe in recipes.items() if name in parameters}
     targets = adapter_targets(recipes)
     parts = {_canonical(part.key): part for part in _parts(adapters, targets)}
-    parts |= _whole_parts(recipes, [name for name in stored.entries if ".lora_" not in name])
+    whole = {part.key: part for part in map(_whole_part, recipes.values())}
+    parts |= {name: whole[name] for name in stored.entries if name in whole}  # modules_to_save
     _check_fit(stored, parts, parameters, targets, adapters)
     for name, part in parts.items():
         parameter = parameters[part.parameter]
-        box = whole(tuple(parameter.shape)) if part.box is None else part.box
-        fill(parameter, part.from_peft(stored.read(name), [stop - start for start, stop in box]), box)
+        fill(parameter, part.from_peft(stored.read(name), parameter.shape))
 
 
-def fill(parameter: Tensor, values: Tensor, box: Box | None = None) -> None:
-    """Copy values of a parameter (None: all of it, else of `box`) into it, plain or DTensor; each rank its slice."""
-    region = local_region(parameter)
-    if region is None:
-        return
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    box = whole(tuple(parameter.shape)) if box is None else box
-    common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, region, strict=True)]
-    if all(low < high for low, high in common):
-        here = tuple(slice(low - a, high - a) for (low, high), (a, _) in zip(common, region, strict=True))
-        there = tuple(slice(low - a, high - a) for (low, high), (a, _) in zip(common, box, strict=True))
-        local[here].copy_(values[there])
+def fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy all values of a parameter into it, plain or DTensor; each rank its slice."""
+    if (region := local_region(parameter)) is not None:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local.copy_(values[tuple(slice(*bounds) for bounds in region)])
 
 
 @torch.no_grad()
@@ -424,25 +394,20 @@ def _canonical(key: str) -> str:
     return transformers_name(key.removeprefix(PREFIX))
 
 
-def _whole_parts(recipes: Mapping[str, Recipe], names: Sequence[str]) -> dict[str, _Part]:
-    """Of an adapter's `modules_to_save`, which of our weights they are. Names that are nobody's are left out."""
-    found = {}
-    for ours, recipe in recipes.items():
-        for piece in recipe.pieces:
-            found[transformers_name(piece.published)] = _Part(
-                key=piece.published, parameter=ours, box=piece.box, layout=piece.layout
-            )
-    for ours, places in adapter_targets(recipes).items():
-        if places[0].parameter is not None:
-            found[places[0].name] = _Part(key=places[0].name, parameter=ours)
-    return {name: found[name] for name in names if name in found}
+def _whole_part(recipe: Recipe) -> _Part:
+    """A weight that trains beside adapters, under transformers' name; stacked experts stay stacked."""
+    target = adapter_targets({recipe.ours: recipe}).get(recipe.ours)
+    if target is not None and target.parameter is not None:
+        return _Part(key=target.name, parameter=recipe.ours)
+    piece = recipe.pieces[0]
+    return _Part(key=transformers_name(piece.published), parameter=recipe.ours, layout=piece.layout)
 
 
 def _check_fit(
     stored: StoredAdapter,
     parts: Mapping[str, _Part],
     parameters: Mapping[str, Tensor],
-    targets: Mapping[str, tuple[Target, ...]],
+    targets: Mapping[str, Target],
     adapters: Collection[Adapter],
 ) -> None:
     faults = [f"it has {name}, which the policy does not adapt" for name in stored.entries if name not in parts]
@@ -454,10 +419,10 @@ def _check_fit(
             if stored.entries[name].shape != shape and not flat:
                 faults.append(f"{name} is {list(stored.entries[name].shape)}, here {list(shape)}")
     for adapter in adapters:
-        for target in targets[adapter.base]:
-            scaling = stored.scaling(target.name, adapter.rank)
-            if abs(scaling - adapter.scaling) > 1e-6 * scaling:
-                faults.append(f"{target.name} is scaled by {scaling:g}, here by {adapter.scaling:g}")
+        name = targets[adapter.base].name
+        scaling = stored.scaling(name, adapter.rank)
+        if abs(scaling - adapter.scaling) > 1e-6 * scaling:
+            faults.append(f"{name} is scaled by {scaling:g}, here by {adapter.scaling:g}")
     if faults:
         more = f"\n  and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
         raise ValueError(

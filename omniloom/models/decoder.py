@@ -111,9 +111,11 @@ class CrossEntropy(nn.Module):
         super().__init__()
         self.chunk_tokens = chunk_tokens
 
-    def forward(self, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """hidden [L, C], head [V, C], labels int64 [L], weights float32 [L] -> float32 []."""
-        return linear_cross_entropy(hidden, head, labels, weights, chunk_tokens=self.chunk_tokens)
+    def forward(
+        self, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, low: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """hidden [L, C], head [V, C], labels int64 [L], weights float32 [L], low [L, R] and [V, R] -> float32 []."""
+        return linear_cross_entropy(hidden, head, labels, weights, low=low, chunk_tokens=self.chunk_tokens)
 
 
 class LossHead(nn.Module):
@@ -133,7 +135,8 @@ class LossHead(nn.Module):
         hidden = self.norm(hidden)
         if labels is None or weights is None:
             return self.head(hidden).float()
-        return self.cross_entropy(hidden, self.head.weight, labels, weights)
+        low = None if isinstance(self.head, nn.Linear) else self.head.low_rank(hidden)
+        return self.cross_entropy(hidden, self.head.weight, labels, weights, low)
 
 
 class Decoder(nn.Module):

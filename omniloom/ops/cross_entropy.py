@@ -21,7 +21,13 @@ def choose_chunk_tokens(vocab_size: int, budget_bytes: int = LOGIT_BUDGET_BYTES)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, *, chunk_tokens: int | None = None
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    low: tuple[Tensor, Tensor] | None = None,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Sum over tokens of weight x cross entropy of `hidden @ head.T` against `labels`, a float32 scalar.
 
@@ -30,10 +36,11 @@ def linear_cross_entropy(
         head: [V, C], same dtype.
         labels: int64 [L], all in 0..V-1 (rows without a label are not passed).
         weights: float32 [L]; no gradient flows to them.
+        low: an adapter's [L, R] and [V, R], whose product is added to the logits.
         chunk_tokens: tokens whose logits are held at a time; None chooses by LOGIT_BUDGET_BYTES.
     """
     chunk = choose_chunk_tokens(head.shape[0]) if chunk_tokens is None else chunk_tokens
-    return _LinearCrossEntropy.apply(hidden, head, labels, weights, chunk, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(labels, weights, chunk, torch.is_grad_enabled(), hidden, head, *(low or ()))
 
 
 def linear_cross_entropy_reference(hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -43,37 +50,43 @@ def linear_cross_entropy_reference(hidden: Tensor, head: Tensor, labels: Tensor,
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """`factors` are pairs of inputs [L, n] and weights [V, n], whose products add up to the logits."""
+
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, chunk_tokens: int, with_gradients: bool
+        ctx, labels: Tensor, weights: Tensor, chunk_tokens: int, with_gradients: bool, *factors: Tensor
     ) -> Tensor:
-        hidden_wanted = with_gradients and ctx.needs_input_grad[0]
-        head_wanted = with_gradients and ctx.needs_input_grad[1]
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        hidden_grad = torch.zeros_like(hidden) if hidden_wanted else None
-        # float32, since in bfloat16 the sum over many chunks would lose the small ones
-        head_grad = torch.zeros_like(head, dtype=torch.float32) if head_wanted else None
-        for start in range(0, hidden.shape[0], chunk_tokens):
+        inputs, heads = factors[::2], factors[1::2]
+        loss = weights.new_zeros((), dtype=torch.float32)
+        wanted = [with_gradients and needs for needs in ctx.needs_input_grad[4:]]
+        # of weights in float32, since in bfloat16 the sum over many chunks would lose the small ones
+        grads = [
+            torch.zeros_like(factor, dtype=torch.float32 if place % 2 else None) if wanted[place] else None
+            for place, factor in enumerate(factors)
+        ]
+        for start in range(0, len(labels), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            part, label, weight = hidden[rows], labels[rows, None], weights[rows, None]
-            logits = F.linear(part, head).float()
+            parts, label, weight = [each[rows] for each in inputs], labels[rows, None], weights[rows, None]
+            logits = F.linear(parts[0], heads[0]).float()
+            for part, head in zip(parts[1:], heads[1:], strict=True):
+                logits += F.linear(part, head)
             normaliser = logits.logsumexp(dim=-1, keepdim=True)
             loss += ((normaliser - logits.gather(1, label)) * weight).sum()
-            if not (hidden_wanted or head_wanted):
+            if not any(wanted):
                 continue
             logits_grad = logits.sub_(normaliser).exp_().mul_(weight)  # weight x softmax, in the logits' memory
             logits_grad.scatter_add_(1, label, -weight)
-            logits_grad = logits_grad.to(hidden.dtype)
-            if hidden_grad is not None:
-                torch.mm(logits_grad, head, out=hidden_grad[rows])
-            if head_grad is not None:
-                head_grad += logits_grad.T @ part
-        ctx.hidden_grad, ctx.head_grad, ctx.head_dtype = hidden_grad, head_grad, head.dtype
+            logits_grad = logits_grad.to(parts[0].dtype)
+            for part, head, input_grad, head_grad in zip(parts, heads, grads[::2], grads[1::2], strict=True):
+                if input_grad is not None:
+                    torch.mm(logits_grad, head, out=input_grad[rows])
+                if head_grad is not None:
+                    head_grad += logits_grad.T @ part
+        ctx.grads, ctx.dtypes = grads, [factor.dtype for factor in factors]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad = None if ctx.hidden_grad is None else (ctx.hidden_grad * loss_grad).to(ctx.hidden_grad.dtype)
-        head_grad = None if ctx.head_grad is None else (ctx.head_grad * loss_grad).to(ctx.head_dtype)
-        return hidden_grad, head_grad, None, None, None, None
+        pairs = zip(ctx.grads, ctx.dtypes, strict=True)
+        return (None,) * 4 + tuple(None if grad is None else (grad * loss_grad).to(dtype) for grad, dtype in pairs)

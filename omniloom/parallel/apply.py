@@ -6,7 +6,7 @@ no module class is named here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -18,8 +18,6 @@ from omniloom.parallel.fsdp import FsdpOptions, match_modules, shard_parameters
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.recompute import Kept, recompute_blocks
 from omniloom.plan import ShardingPlan
-
-RecomputeRule = Callable[[str], bool | None]
 
 
 def check_plan(plan: ShardingPlan, layout: Layout) -> None:
@@ -50,12 +48,12 @@ def apply_parallelism(
     parallel: ParallelConfig,
     memory: MemoryConfig,
     compute_dtype: torch.dtype,
-    recompute_rule: RecomputeRule | None = None,
+    recompute: Mapping[str, bool] | None = None,
 ) -> None:
     """Make `model` run in `layout`, in place. Collective over all ranks.
 
     The model may be on meta (afterwards `materialize` gives it memory) or hold values, equal on all ranks. Freeze
-    parameters before this call. `recompute_rule(component)` overrides `memory.recompute` for a root (policy table).
+    parameters before this call. `recompute` overrides `memory.recompute` for a root (policy table).
     Raises: ValueError for degrees that do not divide.
     """
     check_plan(plan, layout)
@@ -74,8 +72,8 @@ def apply_parallelism(
         model.set_submodule(name, Kept(model.get_submodule(name)))
     for root in plan.roots:
         blocks = [model.get_submodule(name) for name in match_modules(model, plan.blocks) if name.split(".")[0] == root]
-        said = recompute_rule(root) if recompute_rule is not None else None
-        recompute_blocks(blocks, memory.recompute if said is None else ("full" if said else "none"))
+        said = {None: memory.recompute, True: "full", False: "none"}[(recompute or {}).get(root)]
+        recompute_blocks(blocks, said)
     if memory.compile:
         for name in match_modules(model, plan.blocks):
             model.get_submodule(name).compile()

@@ -8,6 +8,7 @@ and key maps hold as they are. Knows no family: what may be adapted, and its nam
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -70,14 +71,17 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        lora_a, lora_b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
-        low = self.scaling * F.linear(F.linear(self.dropout(x), lora_a), lora_b)
+        low = F.linear(*self.low_rank(x))
         if self.magnitude is None:
             return F.linear(x, self.weight, self.bias) + low
         with torch.no_grad():
-            norms = row_norms(self.weight, self.scaling, lora_a, lora_b)
+            norms = row_norms(self.weight, self.scaling, self.lora_a.to(x.dtype), self.lora_b.to(x.dtype))
         out = (self.magnitude / norms.to(self.magnitude.dtype)).to(x.dtype) * (F.linear(x, self.weight) + low)
         return out if self.bias is None else out + self.bias
+
+    def low_rank(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., in] -> the addition's factors [..., rank] and [out, rank]; a head's loss multiplies them in chunks."""
+        return self.scaling * F.linear(self.dropout(x), self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype)
 
 
 class GroupedLinear(nn.Module):
@@ -249,14 +253,19 @@ def _check_choice(
         if rule.lora is None:
             continue
         under = [name for name, policy in policies.items() if covers(rule_name, policy.component)]
-        if under and not any(policies[name].lora == rule.lora for name in under if name in chosen):
-            ends = sorted({linears[name].rpartition(".")[2] for name in under if name in linears})
-            known = f"its modules: {', '.join(ends)}" if ends else "it holds no linear that LoRA can adapt"
+        ours = [linears[name] for name in under if name in linears]
+        ends = ", ".join(sorted({target.rpartition(".")[2] for target in ours}))
+        known = f"its modules: {ends}, in full such as {ours[0]}" if ours else "it holds no linear that LoRA can adapt"
+        entries = (rule.lora.modules or ()) if ours else ()
+        if absent := [entry for entry in entries if not any(_is_named(target, (entry,)) for target in ours)]:
+            faults.append(f"policy.{rule_name}.lora.modules: {', '.join(absent)} matches nothing; {known}")
+        elif under and not any(policies[name].lora == rule.lora for name in under if name in chosen):
             faults.append(f"policy.{rule_name}.lora matches nothing; {known}")
     if any(settings.dora for settings in chosen.values()):
-        stacked = sorted({policies[name].component for name in chosen if model.get_parameter(name).ndim == 3})
-        if stacked:
-            faults.append(f"lora.dora: stacked experts have no DoRA in PEFT; set policy.{stacked[0]}.freeze: true")
+        stacked = {policies[name].component for name in chosen if model.get_parameter(name).ndim == 3}
+        for component in sorted(stacked | {"lm_head"} & {policies[name].component for name in chosen}):
+            reason = "stacked experts have no DoRA in PEFT" if component in stacked else "the head has no DoRA here"
+            faults.append(f"lora.dora: {reason}; set policy.{component} to {{freeze: true}}")
         if not all(settings.dora for settings in chosen.values()):
             faults.append("lora.dora: a PEFT adapter has DoRA everywhere or nowhere; set it alike in all rules")
     for root in dict.fromkeys(name.split(".")[0] for name in chosen):
@@ -275,7 +284,9 @@ def _is_linear(model: nn.Module, name: str) -> bool:
 
 
 def _is_named(target: str, modules: tuple[str, ...] | None) -> bool:
-    return modules is None or any(target == end or target.endswith("." + end) for end in modules)
+    return modules is None or any(
+        target == entry or target.endswith("." + entry) or re.fullmatch(entry, target) for entry in modules
+    )
 
 
 def _dtype(settings: LoraConfig) -> torch.dtype:

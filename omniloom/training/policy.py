@@ -42,7 +42,9 @@ def resolve_policy(
     *,
     learning_rate: float,
     weight_decay: float,
+    roots: tuple[str, ...],
     known: tuple[str, ...] = (),
+    tied: Mapping[str, str] | None = None,
 ) -> dict[str, ParameterPolicy]:
     """Give every parameter its policy.
 
@@ -50,14 +52,21 @@ def resolve_policy(
         rules: component name -> rule, as in the config.
         components: parameter name -> component name.
         learning_rate, weight_decay: the train section's values, in force where no rule says otherwise.
+        roots: components that `recompute` can be chosen for.
         known: components that exist in the checkpoint but were not built; naming one is not an error.
+        tied: components whose weight is another's, with that one.
 
     Raises: ValueError for rules that match nothing, and when nothing at all would train.
     """
     present = sorted(set(components.values()))
     faults = []
-    for name in rules:
-        if not any(covers(name, component) for component in (*present, *known)):
+    for name, rule in rules.items():
+        if rule.recompute is not None and name not in roots:
+            hint = f"; set policy.{name.split('.')[0]}.recompute" if name.split(".")[0] in roots else "; remove it"
+            faults.append(f"policy.{name}.recompute: only {', '.join(roots)} can be recomputed, each as a whole{hint}")
+        if tied and name in tied:
+            faults.append(f"policy.{name}: the model has no such weight, it uses {tied[name]}'s (tied); name that one")
+        elif not any(covers(name, component) for component in (*present, *known)):
             near = difflib.get_close_matches(name, present, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             faults.append(f"policy.{name} matches no component of this model{hint} Known: {', '.join(present)}")
@@ -86,9 +95,24 @@ def resolve_policy(
     return policies
 
 
-def recompute_rule(rules: Mapping[str, PolicyRule], component: str) -> bool | None:
-    """The `recompute` of the most specific rule that covers a component; None where no rule speaks of it."""
-    return _merge(rules, component).recompute
+def check_rates(rules: Mapping[str, PolicyRule], policies: Mapping[str, ParameterPolicy]) -> None:
+    """Raises: ValueError for a learning rate or weight decay of what does not train, with the rule that freezes it.
+
+    `policies` of all parameters, adapters included.
+    """
+    faults = []
+    for name, rule in rules.items():
+        keys = [key for key in ("learning_rate", "weight_decay") if getattr(rule, key) is not None]
+        under = [policy for policy in policies.values() if covers(name, policy.component)]
+        if keys and under and not any(policy.trainable for policy in under):
+            freezing = [other for other, its in rules.items() if its.freeze or its.lora]
+            cause = max(freezing, key=lambda other: (covers(other, name) or covers(name, other), len(other)))
+            faults.append(
+                f"policy.{name}.{keys[0]}: nothing of {name} trains, it is frozen by policy.{cause}."
+                f"{'freeze' if rules[cause].freeze else 'lora'}; add policy.{name}.freeze: false, or remove {keys[0]}"
+            )
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def trainable_table(policies: Mapping[str, ParameterPolicy], sizes: Mapping[str, int]) -> list[TrainableRow]:

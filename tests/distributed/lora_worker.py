@@ -33,6 +33,7 @@ PACK_TOKENS = 64
 class Case:
     lora: LoraConfig
     experts: bool = True
+    head: bool = False
     recompute: bool = False
     dtype: Literal["bf16", "float32"] = "float32"
     parallel: ParallelConfig
@@ -43,7 +44,7 @@ class Case:
             "audio": PolicyRule(lora=self.lora),
             "vision": PolicyRule(freeze=True),
             "vision.merger": PolicyRule(freeze=False),
-            "lm_head": PolicyRule(freeze=True),
+            "lm_head": PolicyRule(lora=self.lora) if self.head else PolicyRule(freeze=True),
         }
         if not self.experts:
             policy["text.experts"] = PolicyRule(freeze=True)

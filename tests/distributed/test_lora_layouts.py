@@ -16,6 +16,8 @@ LORA = LoraConfig(rank=4, alpha=6)
 DORA = LoraConfig(rank=3, alpha=6, dora=True)
 CASES = {
     "fsdp2": Case(lora=LORA, parallel=ParallelConfig()),
+    "head_fsdp2": Case(lora=LORA, head=True, parallel=ParallelConfig()),
+    "head_context2": Case(lora=LORA, head=True, parallel=ParallelConfig(context=2)),
     "expert2": Case(lora=LORA, parallel=ParallelConfig(expert=2)),
     "expert2_of_a_rank_that_needs_filling": Case(lora=LoraConfig(rank=3), parallel=ParallelConfig(expert=2)),
     "context2": Case(lora=LORA, parallel=ParallelConfig(context=2)),
@@ -28,6 +30,7 @@ CASES = {
 DROPPING = {
     "fsdp2": CASES["fsdp2"],
     "bf16_fsdp2": Case(lora=LORA, dtype="bf16", parallel=ParallelConfig()),  # frozen weights in bf16, adapters float32
+    "bf16_head_fsdp2": Case(lora=LORA, head=True, dtype="bf16", parallel=ParallelConfig()),
     "bf16_expert2": Case(lora=LoraConfig(rank=4, dtype="bf16"), dtype="bf16", parallel=ParallelConfig(expert=2)),
 }
 

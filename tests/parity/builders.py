@@ -160,7 +160,7 @@ def assemble(key_map: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
         ours[name] = torch.full(recipe.shape, float("nan"))
         for piece in recipe.pieces:
             part = tensors[piece.published]
-            part = part.mT if piece.layout == "transpose" else part.reshape(piece.laid_out_shape())
+            part = part.mT if piece.layout == "transpose" else part.flatten(1) if piece.layout == "flatten" else part
             region = tuple(slice(*bounds) for bounds in piece.box)
             ours[name][region] = part[None] if piece.stacked else part
     return ours

@@ -150,6 +150,12 @@ POLICIES = {
         "vision": PolicyRule(lora=LoraConfig(rank=2, alpha=6)),
         "audio": PolicyRule(freeze=True),
     },
+    "head": {
+        "text": PolicyRule(lora=LoraConfig(rank=4, alpha=6)),
+        "lm_head": PolicyRule(lora=LoraConfig(rank=3, alpha=6)),
+        "vision": PolicyRule(freeze=True),
+        "audio": PolicyRule(freeze=True),
+    },
     "one_product_of_experts": {
         "text": PolicyRule(lora=LoraConfig(rank=4, modules=("q_proj", "experts.down_proj"))),
         "vision": PolicyRule(freeze=True),
@@ -163,7 +169,7 @@ FROZEN_HEAD = {"lm_head": PolicyRule(freeze=True)}
 def test_peft_loads_our_adapter_and_gives_our_logits_and_gradients(
     published: Published, tmp_path: Path, name: str
 ) -> None:
-    workshop = published.open({**POLICIES[name], **FROZEN_HEAD})
+    workshop = published.open({**FROZEN_HEAD, **POLICIES[name]})
     model = build(workshop, spread=0.1)
     parameters = dict(model.named_parameters())
     export_adapter(workshop, tmp_path / "adapter", [], gather_full(parameters))
@@ -190,14 +196,30 @@ def _as_peft(workshop: Workshop, values: dict[str, Tensor], scratch: Path) -> di
         workshop.recipes,
         workshop.adapters,
         lambda name: values[name],
+        base_name="tiny",
     )
     return {_key(name): value for name, value in safetensors.torch.load_file(scratch / "values" / TENSORS_NAME).items()}
+
+
+def test_the_loss_and_its_gradients_see_the_adapter_of_the_head(published: Published) -> None:
+    model = build(published.open({**FROZEN_HEAD, **POLICIES["head"]}), spread=0.1)
+    batch = builders.pack([published.samples[0]], published.config_json)
+    of_head = {name: p for name, p in model.named_parameters() if name.startswith("text.loss_head.head.lora_")}
+    (logits,) = our_logits(model, published)[:1]
+    index = batch.loss_index
+    by_token = torch.nn.functional.cross_entropy(logits[index], batch.labels[index], reduction="none")
+    expected = (by_token * batch.loss_weights[index]).sum()
+    loss = model(batch).loss_sum
+    assert_close([loss], [expected])
+    assert torch.equal(model.best_tokens(batch, model.encode(batch)), logits[index].argmax(dim=-1))
+    found, wanted = (torch.autograd.grad(of, list(of_head.values())) for of in (loss, expected))
+    assert_close(list(found), list(wanted))
 
 
 @pytest.mark.parametrize("name", ["everywhere", "rslora"])
 def test_fresh_adapters_leave_the_logits_as_they_were(published: Published, name: str) -> None:
     plain = build(published.open({})).requires_grad_(False)  # torch multiplies otherwise by weights that train
-    adapted = build(published.open({**POLICIES[name], **FROZEN_HEAD}))
+    adapted = build(published.open({**FROZEN_HEAD, **POLICIES[name]}))
     with torch.no_grad():
         for ours, theirs in zip(our_logits(adapted, published), our_logits(plain, published), strict=True):
             assert torch.equal(ours, theirs)
@@ -210,9 +232,9 @@ def test_fresh_dora_leaves_the_logits_as_they_were(published: Published) -> None
         assert_close(our_logits(adapted, published), our_logits(plain, published))
 
 
-@pytest.mark.parametrize("name", ["everywhere", "dora", "unlike_ranks_and_one_rslora"])
+@pytest.mark.parametrize("name", ["everywhere", "dora", "head", "unlike_ranks_and_one_rslora"])
 def test_merged_export_gives_the_adapted_logits(published: Published, tmp_path: Path, name: str) -> None:
-    workshop = published.open({**POLICIES[name], **FROZEN_HEAD})
+    workshop = published.open({**FROZEN_HEAD, **POLICIES[name]})
     model = build(workshop, spread=0.1)
     export_model(workshop, tmp_path / "hf", [], gather_full(dict(model.named_parameters())))
     merged = open_workshop(Config(model=ModelConfig(path=str(tmp_path / "hf"), dtype="float32")))
@@ -236,8 +258,9 @@ def test_training_goes_on_from_an_adapter_made_by_peft(published: Published, tmp
     rewritten = json.loads((tmp_path / "adapter" / CONFIG_NAME).read_text())
     rewritten["base_model_name_or_path"] = str(published.directory)
     (tmp_path / "adapter" / CONFIG_NAME).write_text(json.dumps(rewritten))
-    lora = LoraConfig(rank=4, alpha=10, dora=dora, modules=("q_proj", "v_proj", "qkv", "gate_up_proj", "down_proj"))
-    policy = {"text": PolicyRule(lora=lora), "vision": PolicyRule(lora=lora), "audio": PolicyRule(freeze=True)}
+    of_text = LoraConfig(rank=4, alpha=10, dora=dora, modules=("q_proj", "v_proj", "gate_up_proj", "down_proj"))
+    of_vision = LoraConfig(rank=4, alpha=10, dora=dora, modules=(r".*visual\.blocks.*\.qkv",))
+    policy = {"text": PolicyRule(lora=of_text), "vision": PolicyRule(lora=of_vision), "audio": PolicyRule(freeze=True)}
     if dora:
         policy["text.experts"] = PolicyRule(freeze=True)
     model = build(published.open({**policy, **FROZEN_HEAD}, adapter=tmp_path / "adapter"))
@@ -308,7 +331,8 @@ def test_peft_merges_every_family_as_we_do(tmp_path: Path, family: str, name: st
 
     make_tiny(family, tmp_path / "tiny", size="tiny", seed=1)
     lora = PolicyRule(lora=LoraConfig(rank=4, alpha=6))
-    policy = {"text": lora, "vision": lora} | ({"audio": lora} if "omni" in family else {})
+    also = {"qwen3_omni": ("audio", "lm_head"), "qwen2_5_omni": ("audio", "lm_head"), "qwen3_vl_moe": ("lm_head",)}
+    policy = dict.fromkeys(("text", "vision", *also.get(family, ())), lora)
     workshop = open_workshop(Config(model=ModelConfig(path=str(tmp_path / "tiny"), dtype="float32"), policy=policy))
     parameters = dict(build(workshop, spread=0.1).named_parameters())
     export_adapter(workshop, tmp_path / "adapter", [], gather_full(parameters))
@@ -323,8 +347,8 @@ def test_peft_merges_every_family_as_we_do(tmp_path: Path, family: str, name: st
         torch.testing.assert_close(exported[key], expected, rtol=2**-7, atol=1e-6, msg=key)
         if not torch.equal(expected, published[key]):
             changed.add(key)
-    linears = {target.name for places in adapter_targets(workshop.recipes).values() for target in places}
-    assert len(changed) == sum(len(adapter_targets(workshop.recipes)[a.base]) for a in workshop.adapters)
+    linears = {target.name for target in adapter_targets(workshop.recipes).values()}
+    assert len(changed) == len(workshop.adapters)
     assert {transformers_name(key).removesuffix(".weight") for key in changed} <= linears
 
 

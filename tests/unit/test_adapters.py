@@ -28,7 +28,7 @@ LORA = (
     "policy.vision.merger.freeze=false",
     "policy.audio.lora={rank: 2, modules: [q_proj, v_proj]}",
     "policy.audio.projector.freeze=true",
-    "policy.lm_head.freeze=true",
+    "policy.lm_head.lora={rank: 3, dropout: 0.1}",
 )
 
 
@@ -77,12 +77,13 @@ def test_the_table_tells_ranks_and_counts_adapters(finished: Path) -> None:
         "text": 4,
         "text.experts": 4,
         "audio": 2,
+        "lm_head": 3,
     }
     tensors = load_file(finished / "adapter" / TENSORS_NAME)
     of_audio = sum(value.numel() for name, value in tensors.items() if "audio_tower" in name)
     assert rows["audio"]["num_trainable"] == of_audio > 0
     assert rows["vision.merger"]["num_trainable"] == rows["vision.merger"]["num_parameters"]
-    assert rows["text.router"]["num_trainable"] == rows["lm_head"]["num_trainable"] == 0
+    assert rows["text.router"]["num_trainable"] == 0
 
 
 def test_a_checkpoint_holds_only_what_trains(finished: Path) -> None:
@@ -116,12 +117,15 @@ def test_merging_changes_what_is_adapted_and_nothing_else(folder: Path, finished
     before, after = tensors_of(folder / "model"), tensors_of(finished / "hf")
     changed = {name for name, old in before.items() if not torch.equal(old, after[name])}
     assert all(
-        name.startswith(("thinker.model.layers", "thinker.visual.merger.", "thinker.audio_tower.layers."))
+        name.startswith(
+            ("thinker.model.layers", "thinker.visual.merger.", "thinker.audio_tower.layers.", "thinker.lm_")
+        )
         for name in changed
     )
     assert not [name for name in changed if "mlp.gate." in name or "norm" in name]
     assert any("mlp.experts.0.gate_proj" in name for name in changed)
     assert any("self_attn.o_proj" in name for name in changed)
+    assert "thinker.lm_head.weight" in changed
 
 
 def test_training_goes_on_from_an_adapter_of_its_own(folder: Path, finished: Path) -> None:
@@ -141,7 +145,7 @@ def test_frozen_weights_are_kept_in_the_dtype_of_compute(folder: Path, monkeypat
         return 0
 
     monkeypatch.setattr(Trainer, "run", look)
-    train(folder, "looked_at", "policy.text.lora.dtype=bf16")
+    train(folder, "looked_at", "policy.text.lora.dtype=bf16", "policy.lm_head.lora.dtype=bf16")
     for name, (dtype, trains) in seen.items():
         assert trains == ("lora_" in name or name.startswith("vision.merger."))
         float32 = name.startswith("vision.merger.") or ("lora_" in name and name.startswith("audio."))
@@ -156,16 +160,23 @@ def test_frozen_weights_are_kept_in_the_dtype_of_compute(folder: Path, monkeypat
             "policy.text.router.lora matches nothing",
         ),
         (("policy.audio.lora.modules=[quark_proj]",), "its modules: .*q_proj"),
-        (("policy.lm_head={lora: {rank: 4}}",), "policy.lm_head.lora matches nothing"),
-        (("policy.text.lora.dora=true",), "DoRA in PEFT; set policy.text.experts.freeze: true"),
+        (
+            ("policy.audio.lora.modules=[q_proj, quark_proj, '.*k_prj']",),
+            r"policy.audio.lora.modules: quark_proj, \.\*k_prj matches nothing",
+        ),
+        (("policy.text.embed.lora.rank=4",), "policy.text.embed.lora matches nothing; it holds no linear"),
+        (("policy.lm_head={lora: {dora: true}}",), r"the head has no DoRA here; set policy.lm_head to {freeze: true}"),
+        (("policy.text.lora.dora=true",), "DoRA in PEFT; set policy.text.experts to {freeze: true}"),
+        (("policy.text.embed.learning_rate=1e-4",), r"embed\.learning_rate: nothing .* by policy\.text\.lora"),
+        (("policy.text.experts.recompute=true",), r"only vision, audio, text can be .*; set policy\.text\.recompute"),
         (("policy.vision.lora={dtype: bf16}",), "all that trains in vision must have one dtype"),
         (("policy.txet.lora={}",), "did you mean text"),
     ],
 )
 def test_rules_that_cannot_hold_are_refused(folder: Path, overrides: tuple[str, ...], words: str) -> None:
     workshop = open_workshop(load_config(None, [f"model.path={folder / 'model'}", *LORA, *overrides]))
-    with pytest.raises(ValueError, match=words):
-        workshop.build()
+    with pytest.raises(ValueError, match=words), torch.device("meta"):
+        workshop.policies([name for name, _ in workshop.build().named_parameters()])
 
 
 @pytest.mark.parametrize(
@@ -175,12 +186,22 @@ def test_rules_that_cannot_hold_are_refused(folder: Path, overrides: tuple[str, 
         ("policy.text.lora.dropout=1", "policy.text.lora.dropout"),
         ("policy.text.lora.alpha=0", "policy.text.lora.alpha"),
         ("policy.text.freeze=false", "keep one"),
+        ("policy.text.lora.modules=['*.q_proj']", r"'\*.q_proj' is neither a name nor a regular expression: nothing"),
         ("policy.text.lora.rnak=3", "did you mean policy.text.lora.rank"),
     ],
 )
 def test_settings_out_of_range_are_refused(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_config(None, [*LORA, override])
+
+
+def test_modules_may_be_regular_expressions_of_whole_names(folder: Path) -> None:
+    modules = r"policy.text.lora.modules=['.*layers\.1\..*\.(q_proj|v_proj)', o_proj]"
+    words = [f"model.path={folder / 'model'}", *LORA, modules, "policy.audio.lora=null"]
+    found = {adapter.base for adapter in open_workshop(load_config(None, words)).adapters}
+    names = {f"text.layers.1.attention.{name}.weight" for name in ("q_proj", "v_proj")}
+    assert {name for name in found if "o_proj" not in name and "head" not in name} == names
+    assert "text.layers.0.attention.o_proj.weight" in found
 
 
 def test_an_adapter_of_another_base_is_refused(folder: Path, finished: Path, tmp_path: Path) -> None:
@@ -262,3 +283,75 @@ def test_an_adapter_names_the_model_it_was_trained_on(folder: Path, finished: Pa
     tensors = {name: value + 1 for name, value in load_file(shard).items()}
     save_file(tensors, shard, metadata={"format": "pt"})
     assert note["base"] != fingerprint(open_checkpoint(moved))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("policy.text.lora.alpha=9",), r"policy\.text\.lora\.alpha is 8\.0 there and 9\.0 here, .* set it to 8\.0"),
+        (("policy.audio.lora.rslora=true",), r"policy\.audio\.lora\.rslora is False there and True here"),
+    ],
+)
+def test_resuming_with_adapters_of_another_effect_is_refused(
+    folder: Path, finished: Path, overrides: tuple[str, ...], words: str
+) -> None:
+    resume = f"checkpoint.resume={finished / 'checkpoints' / 'step_00000002'}"
+    with pytest.raises(ValueError, match=words):
+        train(folder, "other_effect", resume, *overrides)
+
+
+def test_resuming_with_another_dropout_goes_on(folder: Path, finished: Path) -> None:
+    resume = f"checkpoint.resume={finished / 'checkpoints' / 'step_00000002'}"
+    train(folder, "other_dropout", resume, "policy.text.lora.dropout=0", "train.steps=3")
+
+
+def test_fewer_layers_leave_the_merged_model_and_no_adapter(
+    folder: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = train(folder, "cut", "model.num_layers.text=1", "train.steps=1")
+    assert not (run_dir / "adapter").exists()
+    assert "no adapter/, since model.num_layers cuts the model" in capsys.readouterr().out.replace("\n", " ")
+    merged = tensors_of(run_dir / "hf")
+    assert not torch.equal(merged["thinker.lm_head.weight"], tensors_of(folder / "model")["thinker.lm_head.weight"])
+    assert not [name for name in merged if name.startswith("thinker.model.layers.1.")]
+    with pytest.raises(ValueError, match="export that instead"):
+        export_checkpoint(run_dir, folder / "cut_alone", adapter=True)
+    with pytest.raises(ValueError, match=r"checkpoint\.export: false would leave nothing .* set it to true"):
+        train(folder, "cut_without", "model.num_layers.text=1", "checkpoint.export=false")
+    with pytest.raises(
+        ValueError, match=r"it has model\.language_model\.layers\.1\..*, which the policy does not adapt"
+    ):
+        train(folder, "cut_after", f"model.adapter={finished / 'adapter'}", "model.num_layers.text=1")
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of Hugging Face that has the model under an id."""
+    repo = tmp_path / "hub" / "models--org--tinyq"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    shutil.copytree(folder / "model", repo / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_an_adapter_keeps_the_hub_id_of_its_base(folder: Path, hub: Path) -> None:
+    for number, path in enumerate(("org/tinyq", "hf:org/tinyq")):
+        run_dir = train(folder, f"of_hub{number}", f"model.path={path}", "train.steps=1", "checkpoint.export=false")
+        config = json.loads((run_dir / "adapter" / CONFIG_NAME).read_text())
+        assert config["base_model_name_or_path"] == "org/tinyq"
+
+
+@pytest.mark.parametrize("base", ["org/tinyq", "elsewhere/tinyq", "org/other"])
+def test_an_adapter_of_peft_is_known_by_the_hub_id(folder: Path, finished: Path, hub: Path, base: str) -> None:
+    foreign = shutil.copytree(finished / "adapter", hub / "padapter")
+    (foreign / NOTE_NAME).unlink()
+    config = json.loads((foreign / CONFIG_NAME).read_text()) | {"base_model_name_or_path": base}
+    (foreign / CONFIG_NAME).write_text(json.dumps(config))
+    words = ["model.path=org/tinyq", f"model.adapter={foreign}", *LORA]
+    if base == "org/other":
+        with pytest.raises(ValueError, match=r"trained on org/other, model\.path is org/tinyq"):
+            open_workshop(load_config(None, words))
+    else:
+        assert open_workshop(load_config(None, words)).adapter is not None

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from omniloom.config import Config, ConfigError, config_to_dict, load_config, parse_config, save_config
+from omniloom.config import Config, ConfigError, PolicyRule, config_to_dict, load_config, parse_config, save_config
 
 
 def faults_of(*overrides: str) -> str:
@@ -35,17 +35,35 @@ def test_a_key_in_the_wrong_section_names_the_right_one() -> None:
     [
         ("data.pack_tokens=0", "at least 1, got 0"),
         ("train.learning_rate=0", "more than 0, got 0"),
-        ("data.split=1.5", "a share from 0 to 1, got 1.5"),
-        ("train.betas=[0.9, 1.0]", "train.betas[1]"),
+        ("data.split=1.5", "data.split: expected at most 1, got 1.5"),
+        ("train.betas=[0.9, 1.0]", "train.betas.1: expected less than 1, got 1.0"),
         ("train.min_learning_rate=1", "is above"),
         ("parallel.context=3", "does not divide by parallel.context x parallel.tensor = 3; the next that does is 8193"),
         ("train=5", "expected a section"),
         ("justaword", "is not an override"),
         ("policy.vision.frieze=true", "did you mean policy.vision.freeze?"),
+        ("policy.text.learning_rate=-1", "policy.text.learning_rate: expected more than 0, got -1.0"),
+        ("policy.vision.merger.weight_decay=-1", "policy.vision.merger.weight_decay: expected at least 0, got -1.0"),
+        ("policy.text.weight_decay=.nan", "policy.text.weight_decay: expected at least 0, got nan"),
+        ("parallel.context=0", "parallel.context: expected at least 1, got 0"),
+        ("policy.text.lora=", "policy.text.lora: empty; give it keys (rank, alpha, "),
+        ("policy.text=", "policy.text: empty; give it keys (freeze, learning_rate, "),
+        ("policy.text={}", "policy.text: empty; give it keys"),
+        ("model.num_layers=", "model.num_layers: empty; give it keys (text, vision, audio) or remove it"),
     ],
 )
 def test_bad_values_say_what_is_allowed_and_what_came(override: str, words: str) -> None:
     assert words in faults_of(override)
+
+
+def test_a_section_left_empty_in_the_file_is_refused_and_null_on_the_command_line_removes_it(tmp_path) -> None:
+    (tmp_path / "c.yaml").write_text("policy:\n  text:\n    freeze: true\n    lora:\n  vision:\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "c.yaml")
+    assert [fault.split(";")[0] for fault in caught.value.faults] == ["policy.text.lora: empty", "policy.vision: empty"]
+    rules = load_config(tmp_path / "c.yaml", ["policy.text.lora=null", "policy.vision=null"]).policy
+    assert rules == {"text": PolicyRule(freeze=True)}
+    assert load_config(None, ["policy.text.lora.rank=4", "policy.text.lora=null"]).policy == {}
 
 
 def test_steps_and_epochs_exclude_each_other() -> None:

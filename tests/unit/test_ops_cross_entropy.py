@@ -35,6 +35,19 @@ def test_loss_and_gradients_equal_the_reference_whatever_the_chunk(num_tokens, c
         torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-6)
 
 
+def test_an_adapter_of_the_head_adds_to_the_logits():
+    hidden, head, labels, weights = inputs(20)
+    factors = tuple(torch.randn(size, 3, generator=torch.Generator().manual_seed(size)) for size in (20, 23))
+    low = tuple(factor.requires_grad_() for factor in factors)
+    loss = linear_cross_entropy(hidden, head.detach(), labels, weights, low=low, chunk_tokens=8)
+    sides = (torch.cat([hidden, low[0]], dim=1), torch.cat([head.detach(), low[1]], dim=1))
+    wanted = linear_cross_entropy_reference(*sides, labels, weights)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss * 0.37, (hidden, *low)), torch.autograd.grad(wanted * 0.37, (hidden, *low))
+    )
+
+
 def test_no_tokens_give_zero_loss_and_zero_gradients():
     hidden, head, labels, weights = inputs(0)
     loss = linear_cross_entropy(hidden, head, labels, weights)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from omniloom.config import LoraConfig, PolicyRule
-from omniloom.training.policy import resolve_policy, table_lines, trainable_table
+from omniloom.training.policy import check_rates, resolve_policy, table_lines, trainable_table
 
 COMPONENTS = {
     "vision.blocks.0.w": "vision",
@@ -17,8 +17,11 @@ COMPONENTS = {
 }
 
 
-def resolve(rules):
-    return resolve_policy(rules, COMPONENTS, learning_rate=1e-4, weight_decay=0.1)
+ROOTS = ("vision", "text")
+
+
+def resolve(rules, **others):
+    return resolve_policy(rules, COMPONENTS, learning_rate=1e-4, weight_decay=0.1, roots=ROOTS, **others)
 
 
 def test_a_longer_name_overrides_a_shorter_field_by_field() -> None:
@@ -103,3 +106,51 @@ def test_beside_adapters_only_what_a_rule_asks_for_trains() -> None:
     assert [name for name, policy in policies.items() if policy.trainable] == ["vision.merger.w"]
     assert not policies["text.loss_head.w"].trainable
     assert all(policy.trainable for policy in resolve({"vision": PolicyRule(learning_rate=1e-3)}).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vision.merger", "only vision, text can be recomputed, each as a whole; set policy.vision.recompute"),
+        ("lm_head", "can be recomputed, each as a whole; remove it"),
+    ],
+)
+def test_recomputing_less_than_a_root_is_refused(name: str, words: str) -> None:
+    resolve({root: PolicyRule(recompute=True) for root in ROOTS})
+    with pytest.raises(ValueError, match=rf"policy\.{name}\.recompute: .*{words}"):
+        resolve({name: PolicyRule(recompute=False)})
+
+
+def test_a_rule_for_a_tied_weight_names_the_one_it_shares() -> None:
+    with pytest.raises(ValueError, match=r"policy\.lm_head: .* it uses text\.embed's"):
+        resolve({"lm_head": PolicyRule(freeze=True)}, tied={"lm_head": "text.embed"})
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (
+            {"text": PolicyRule(lora=LoraConfig()), "text.router": PolicyRule(learning_rate=1.0)},
+            r"text\.router\.learning_rate: .* frozen by policy\.text\.lora; add policy\.text\.router\.freeze: false",
+        ),
+        (
+            {"text": PolicyRule(lora=LoraConfig()), "vision.merger": PolicyRule(weight_decay=1.0)},
+            r"vision\.merger\.weight_decay: .* frozen by policy\.text\.lora; .* or remove weight_decay",
+        ),
+        (
+            {"vision": PolicyRule(freeze=True), "vision.merger": PolicyRule(learning_rate=1.0)},
+            r"frozen by policy\.vision\.freeze; add policy\.vision\.merger\.freeze: false",
+        ),
+    ],
+)
+def test_a_rate_for_what_does_not_train_is_refused_with_the_reason(rules: dict[str, PolicyRule], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_rates(rules, resolve(rules))
+
+
+def test_a_rate_for_what_trains_in_part_is_accepted() -> None:
+    rules = {
+        "vision": PolicyRule(freeze=True, learning_rate=1e-3, weight_decay=0.0),
+        "vision.merger": PolicyRule(freeze=False),
+    }
+    check_rates(rules, resolve(rules))
