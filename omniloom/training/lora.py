@@ -71,12 +71,14 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        low = F.linear(*self.low_rank(x))
+        base = F.linear(x, self.weight, self.bias if self.magnitude is None else None)
+        low, up = self.low_rank(x)
+        out = torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.T).view_as(base)  # no pass of its own to add
         if self.magnitude is None:
-            return F.linear(x, self.weight, self.bias) + low
+            return out
         with torch.no_grad():
             norms = row_norms(self.weight, self.scaling, self.lora_a.to(x.dtype), self.lora_b.to(x.dtype))
-        out = (self.magnitude / norms.to(self.magnitude.dtype)).to(x.dtype) * (F.linear(x, self.weight) + low)
+        out = (self.magnitude / norms.to(self.magnitude.dtype)).to(x.dtype) * out
         return out if self.bias is None else out + self.bias
 
     def low_rank(self, x: Tensor) -> tuple[Tensor, Tensor]:
