@@ -91,11 +91,11 @@ def report(run: Path) -> None:
 
 @app.command()
 def generate(
-    model: Path,
+    model: str,
     words: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT] [A.B=C]...")] = None,
-    image: Annotated[list[Path] | None, typer.Option()] = None,
-    audio: Annotated[list[Path] | None, typer.Option()] = None,
-    video: Annotated[list[Path] | None, typer.Option()] = None,
+    image: Annotated[list[str] | None, typer.Option()] = None,
+    audio: Annotated[list[str] | None, typer.Option()] = None,
+    video: Annotated[list[str] | None, typer.Option()] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL of rows to answer, instead of one prompt")] = None,
     max_new_tokens: int = 256,
 ) -> None:

@@ -86,7 +86,7 @@ class DataConfig:
     eval: tuple[str, ...] = ()
     split: float = 0.0  # share of the training rows held out for evaluation where `eval` is empty
     format: str = "auto"
-    attr: dict[str, str | None] = field(default_factory=dict)  # field names of rows, as in the guides' `attr`
+    attr: dict[str, str | bool | None] = field(default_factory=dict)  # field names of rows, as in the guides' `attr`
     max_samples: int | None = None  # per data set: the first N rows only
     media_dir: str | None = None  # None: the folder of each data file
     allow_outside_media_dir: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class EvaluationReport:
     loss: float  # weighted mean over all held-out tokens
     loss_by_modality: dict[str, float]
     answers: Agreement | None = None
-    rows: tuple[dict[str, str], ...] = ()  # modality, expected and answer of each row that was answered
+    rows: tuple[dict[str, Any], ...] = ()  # id, modality, question, media, expected and answer of each row answered
 
     def figures(self) -> dict[str, float]:
         """All numbers by name, as `metrics.jsonl` has them."""
@@ -100,8 +100,11 @@ class Evaluation:
         self.packs = {name: self._pack(samples, pack_tokens) for name, samples in sorted(groups.items())}
         chosen = choose_in_turn(groups, config.train.eval_answers, pack_tokens - self.max_new_tokens)
         self.to_answer = self._pack(chosen, pack_tokens, room=self.max_new_tokens)
-        processor: Any = recipe().processor if chosen else None
-        self.tokenizer = processor.tokenizer if chosen else None
+        if chosen:
+            recipe = replace(recipe, last_answer_only=True)
+            self.asker = Loader(recipe, workers=0)
+            stack.callback(self.asker.close)
+            self.reader = recipe()
 
     def run(self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]) -> EvaluationReport:
         """Everything about the model as it is; `on_pack` is called before each pack. Collective over all ranks."""
@@ -121,38 +124,51 @@ class Evaluation:
     ) -> tuple[float, float]:
         """Weighted sum of the losses, and sum of the weights."""
         loss_sum, weight_sum = torch.zeros((), dtype=torch.float64, device=self.layout.device), 0.0
-        for _, pack, agreement in self._load(packs, on_pack):
+        for _, pack, agreement in self._load(packs, on_pack, self.loader):
             loss_sum += evaluate(model, pack.batch, self.layout, pool).loss_sum
             weight_sum += agreement.weight_sum
         return float(self.layout.sum_over_ranks(loss_sum)), weight_sum
 
-    def _answers(self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]) -> list[dict[str, str]]:
+    def _answers(self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]) -> list[dict[str, Any]]:
         found = []
-        for plan, pack, _ in self._load(self.to_answer, on_pack):
+        for plan, pack, _ in self._load(self.to_answer, on_pack, self.asker if self.to_answer else self.loader):
             answers = answer_pack(
                 model, pack.batch, self.layout, pool, self.layout.exchange, max_new_tokens=self.max_new_tokens
             )
-            modalities = [modality_of(sample.extent) for sample in plan.samples]
-            names = pack.batch.sample_ids
-            found += [(names[a.position], modalities[a.position], a.expected, a.tokens) for a in answers]
-        by_rank = self.layout.exchange(found if self.layout.context_rank == 0 else [])
-        return [
-            {"id": name, "modality": modality, "expected": self._decode(expected), "answer": self._decode(tokens)}
-            for part in by_rank
-            for name, modality, expected, tokens in part
-        ]
+            found += [
+                {
+                    "id": pack.batch.sample_ids[one.position],
+                    "modality": modality_of(plan.samples[one.position].extent),
+                    **self._question(plan.samples[one.position].row),
+                    "expected": self._decode(one.expected),
+                    "answer": self._decode(one.tokens),
+                }
+                for one in answers
+            ]
+        return [row for part in self.layout.exchange(found if self.layout.context_rank == 0 else []) for row in part]
+
+    def _question(self, row: int) -> dict[str, Any]:
+        """The words of the question before the last answer, and the files of all media."""
+        turns = self.reader.parse(*self.reader.source.read(row)).turns
+        answer = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
+        asked = next((turn for turn in reversed(turns[:answer]) if turn.role == "user"), turns[0])
+        media = [part.media for turn in turns for part in turn.parts if part.media is not None]
+        return {
+            "question": "".join(part.text for part in asked.parts),
+            "media": [clip.path for clip in media if clip.path is not None],
+        }
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        assert self.tokenizer is not None
-        return split_reasoning(self.tokenizer.decode(list(tokens), skip_special_tokens=True))[1]
+        processor: Any = self.reader.processor
+        return split_reasoning(processor.tokenizer.decode(list(tokens), skip_special_tokens=True))[1]
 
     def _load(
-        self, packs: list[PackPlan], on_pack: Callable[[], None]
+        self, packs: list[PackPlan], on_pack: Callable[[], None], loader: Loader
     ) -> Iterator[tuple[PackPlan, LoadedPack, StepAgreement]]:
         """This rank's packs, agreed with those who load the others. Collective over all ranks."""
         layout = self.layout
         mine = packs[layout.data_rank :: layout.data_world]
-        for number, pack in enumerate(self.loader.load_in_order(mine, clips_of=self._clips_of)):
+        for number, pack in enumerate(loader.load_in_order(mine, clips_of=self._clips_of)):
             on_pack()
             together = tuple(packs[number * layout.data_world :][: layout.data_world])
             # ranks that share a pack decode different clips: what one could not read must count on none

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from omniloom.models.processor_settings import ProcessorOptions
 from omniloom.models.registry import spec_named
 from omniloom.types import ClipGeometry, Conversation, DecodedClip, MediaHeader, MediaSource, SampleError
 
+DESCRIBED_FILES = 8
 # Of `data`, what does not change the sample that a row becomes: the planner itself holds on to which rows there are and
 # how they are packed; the rest is where files lie, what may be opened, speed, and evaluation.
 _OTHER_OPTIONS = frozenset(
@@ -52,19 +53,26 @@ def open_data(config: DataConfig, seed: int) -> tuple[Source, Source | None]:
     return Subset(rows, np.sort(order[num_held_out:])), Subset(rows, np.sort(order[:num_held_out]))
 
 
-def describe_first_row(source: Source, config: Config) -> str:
-    """How rows are read, by the first one, for the log."""
-    try:
-        row, file, _ = source.read(0)
-        return f"{file}: {describe_format(row, row_options(config.data))}"
-    except SampleError as error:
-        return f"the first of them bad: {error}"
+def describe_files(source: Source, config: Config) -> list[str]:
+    """How the rows of each data file are read, by its first one: a line each for the log."""
+    options = row_options(config.data)
+    first_rows = source.first_rows()
+    lines = []
+    for index in first_rows[:DESCRIBED_FILES]:
+        file, _ = source.locate(index)
+        try:
+            lines.append(f"{file}: {describe_format(source.read(index)[0], options)}")
+        except SampleError as error:
+            lines.append(f"{file}: its first row is bad: {error}")
+    more = len(first_rows) - len(lines)
+    return [*lines, f"and {more} more"] if more else lines
 
 
 def describe_template(workshop: Workshop, source: Source) -> str:
     """The chat template that rows are rendered with, and a warning if the checkpoint's own writes something else."""
     processor: Any = open_rows(workshop, source, cache=False)().processor
-    return processor.style.name + ("" if processor.departure is None else f"; warning: {processor.departure}")
+    silent = "" if processor.style.writes_reasoning else " (writes no reasoning)"
+    return processor.style.name + silent + ("" if processor.departure is None else f"; warning: {processor.departure}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +90,13 @@ class OpenRows:
     pack_tokens: int
     shrink: bool
     cache_dir: Path | None
+    last_answer_only: bool = False  # whatever weights and options say: for rows that the model is to answer
 
     def __call__(self) -> RowReader:
-        processor = spec_named(self.family_name).make_processor(self.model_dir, self.family, self.processor)
+        options = self.processor
+        if self.last_answer_only:
+            options = replace(options, train_on_prompt=False, last_turn_only=True)
+        processor = spec_named(self.family_name).make_processor(self.model_dir, self.family, options)
         return RowReader(
             source=self.source,
             parse=self._parse,
@@ -107,13 +119,21 @@ class OpenRows:
                     if kind not in self.modalities:
                         has = ", ".join(self.modalities)
                         raise SampleError(f"{kind}s", f"the row has {kind}, this run only {has} (model.modalities)")
-        return conversation
+        return _without_weights(conversation) if self.last_answer_only else conversation
 
     def _read_header(self, source: MediaSource, kind: Any) -> MediaHeader:
         return read_header(source, kind, self.limits)
 
     def _decode(self, source: MediaSource, clip: ClipGeometry) -> DecodedClip:
         return decode_clip(source, clip, self.limits)
+
+
+def _without_weights(conversation: Conversation) -> Conversation:
+    turns = (
+        replace(turn, weight=None, parts=tuple(replace(part, weight=None) for part in turn.parts))
+        for turn in conversation.turns
+    )
+    return replace(conversation, turns=tuple(turns), weight=1.0)
 
 
 def planned_options(workshop: Workshop) -> dict[str, Any]:

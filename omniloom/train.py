@@ -43,7 +43,7 @@ from omniloom.parallel.step import Objective, forward_backward
 from omniloom.parallel.watchdog import Watchdog
 from omniloom.records import RunRecords
 from omniloom.results import NO_ADAPTER, export_adapter, export_model
-from omniloom.rows import describe_first_row, describe_template, open_data, open_rows, planned_options
+from omniloom.rows import describe_files, describe_template, open_data, open_rows, planned_options
 from omniloom.tools.launch import LOST_RANK
 from omniloom.tools.report import write_report
 from omniloom.training.flops import TrainingWork
@@ -74,6 +74,11 @@ def run(config: Config) -> int:
             f"checkpoint.export: false would leave nothing of this run, since {NO_ADAPTER}; set it to true"
         )
     train_rows, eval_rows = open_data(config.data, config.train.seed)
+    if eval_rows is None:
+        asked = [name for name in ("eval_every", "eval_answers") if getattr(config.train, name)]
+        if asked:
+            faults = [f"train.{name}: nothing is held out to evaluate; set data.eval or data.split" for name in asked]
+            raise ConfigError(faults, "the configuration")
     ranks = init_distributed(timeout_seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
     try:
         degrees = resolve_degrees(config.parallel, ranks.world_size, packs_per_step=config.train.packs_per_step)
@@ -401,8 +406,8 @@ class Trainer:
         kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
         return [
             f"model  {self.workshop.spec.name} on {self.layout.degrees.describe()}, attention {kernels}",
-            f"data   {len(source):,} rows, {describe_first_row(source, self.config)}, "
-            f"template {describe_template(self.workshop, source)}",
+            f"data   {len(source):,} rows, template {describe_template(self.workshop, source)}",
+            *(f"       {line}" for line in describe_files(source, self.config)),
         ]
 
     # ------------------------------------------------------------------------------------ leaving results

@@ -67,6 +67,7 @@ class Part:
     kind: PartKind
     text: str = ""
     media: MediaSource | None = None
+    weight: float | None = None  # None: that of its turn
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,9 +91,7 @@ def open_checkpoint(directory: str | Path) -> HFCheckpoint:
     elif (directory / SINGLE_NAME).is_file():
         index, files = None, [directory / SINGLE_NAME]
     else:
-        raise ValueError(
-            f"{directory}: expected {INDEX_NAME} or {SINGLE_NAME}, found neither; is it a model directory?"
-        )
+        raise ValueError(f"{directory}: expected {INDEX_NAME} or {SINGLE_NAME}, found neither; {_hint(directory)}")
     entries: dict[str, TensorEntry] = {}
     metadata, faults = {}, []
     for file in files:
@@ -206,6 +204,17 @@ def _describe_missing(directory: Path) -> str:
         f"no such model directory: {directory}{hint}; expected a published checkpoint with its config.json: "
         "download it first, or give its hub id"
     )
+
+
+def _hint(directory: Path) -> str:
+    """What to name in place of a directory that is no model."""
+    if (directory / "hf").is_dir():
+        return f"it is a run, whose model is {directory / 'hf'}"
+    if (directory / "config.yaml").is_file() or directory.parent.name == "checkpoints":
+        return f"it belongs to a run: `omniloom export {directory} DIR` writes the model to DIR"
+    if (directory / "adapter_config.json").is_file():
+        return "it holds adapters alone: name their base model, or merge them by `omniloom export RUN DIR` and name DIR"
+    return "is it a model directory?"
 
 
 def _read_box(file: IO[bytes], start: int, shape: Shape, box: Box, out: Tensor) -> None:

@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -54,9 +54,10 @@ _MEDIA_BLOCKS: dict[str, MediaKind] = {
     "input_audio": "audio",
 }
 _DIALOGUE_KEYS = ("messages", "conversations", "conversation")
-_PAIR_KEYS = ("instruction", "input", "output", "query", "response", "history")
+_PAIR_KEYS = ("instruction", "prompt", "input", "output", "query", "response", "history")
 _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios", "use_audio_in_video")
 _ROW_KEYS = {*_DIALOGUE_KEYS, *_PAIR_KEYS, *_MEDIA_KEYS, "tools", "system", "id", "weight"}
+_PREFERENCE_KEYS = ("ranking", "chosen", "rejected", "kto_tag")  # of the guides' `attr`, for training of another kind
 _THINKING = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
@@ -95,21 +96,25 @@ class RowOptions:
 
 def row_options(config: DataConfig) -> RowOptions:
     """The part of the data config that concerns rows. Raises: ValueError for an unknown format or attr name."""
-    if config.format != "auto" and config.format not in FORMATS:
-        near = difflib.get_close_matches(config.format, FORMATS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected auto or one of {', '.join(FORMATS)}"
-        raise ValueError(f"data.format: unknown format {config.format!r}; {hint}")
-    attr = dict(config.attr)
-    chosen = attr.pop("formatting", None)  # where the guides name the format
     known = [item.name for item in fields(FieldNames)]
-    for name in attr:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"data.attr.{name}: unknown name; {hint}")
+    names: dict[str, str] = {}
+    for name, value in config.attr.items():
+        if name in _PREFERENCE_KEYS:
+            if value:
+                raise ValueError(f"data.attr.{name}: preference data are not trained here, expected null, got {value}")
+        elif name not in (*known, "formatting"):
+            raise ValueError(f"data.attr.{name}: unknown name; {_nearest(name, known, 'known:')}")
+        elif isinstance(value, bool):
+            raise ValueError(f"data.attr.{name}: expected the name that the rows use, or null, got {value!r}")
+        elif value is not None:
+            names[name] = value
+    formatting = names.pop("formatting", "auto")  # where the guides name the format
+    for key, name in (("data.format", config.format), ("data.attr.formatting", formatting)):
+        if name not in ("auto", *FORMATS):
+            raise ValueError(f"{key}: unknown format {name!r}; {_nearest(name, FORMATS, 'expected auto or one of')}")
     return RowOptions(
-        format=chosen if config.format == "auto" and chosen in FORMATS else config.format,
-        names=FieldNames(**attr),
+        format=formatting if config.format == "auto" else config.format,
+        names=FieldNames(**names),
         media=MediaRules(
             media_dir=config.media_dir,
             allow_outside_media_dir=config.allow_outside_media_dir,
@@ -121,6 +126,11 @@ def row_options(config: DataConfig) -> RowOptions:
     )
 
 
+def _nearest(name: str, known: Sequence[str], among: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"{among} {', '.join(known)}"
+
+
 # ---------------------------------------------------------------------------------------- detection
 
 
@@ -130,10 +140,10 @@ def detect_format(row: Mapping[str, Any], names: FieldNames | None = None) -> st
     turns = _find(row, names.messages, *_DIALOGUE_KEYS)
     if turns is not None:
         return _detect_dialogue(row, turns, names)
-    if _find(row, names.response, "output") is not None and _find(row, names.prompt, "instruction") is not None:
-        return "alpaca"
-    if _find(row, names.query, "query") is not None and _find(row, names.response, "response") is not None:
-        return "query_response"
+    pairs = {name: [row.get(key) for key in _pair_keys(row, name, names)] for name in ("alpaca", "query_response")}
+    asked = [name for name, (question, _) in pairs.items() if question is not None]
+    if asked:  # whoever has an answer too first: an Alpaca row may have a `query`, and the other way round
+        return next((name for name in asked if pairs[name][1] is not None), asked[0])
     raise SampleError(
         "row",
         f"no known format has the keys {', '.join(map(str, row)) or '(none)'}; expected messages, conversations, "
@@ -182,7 +192,7 @@ def parse_row(row: Mapping[str, Any], *, file: str, line: int, options: RowOptio
     """Turn one row into a conversation. Raises: SampleError that names the field and what is wrong with it."""
     names = options.names
     name = detect_format(row, names) if options.format == "auto" else options.format
-    messages = _pairs(row, name, names) if name in ("alpaca", "query_response") else _messages(row, name, names)
+    messages = _pairs(row, name, options) if name in ("alpaca", "query_response") else _messages(row, name, names)
     media = RowMedia(
         {kind: _find(row, getattr(names, f"{kind}s"), f"{kind}s", kind) for kind in KINDS},
         file=file,
@@ -223,26 +233,42 @@ def _messages(row: Mapping[str, Any], name: str, names: FieldNames) -> list[Mapp
     return list(turns)
 
 
-def _pairs(row: Mapping[str, Any], name: str, names: FieldNames) -> list[Mapping[str, Any]]:
+def _pairs(row: Mapping[str, Any], name: str, options: RowOptions) -> list[Mapping[str, Any]]:
     """The instruction and query/response formats written as messages, history first."""
-    if name == "alpaca":
-        prompt, answer = _words(row, names.prompt or "instruction"), _words(row, names.response or "output")
-        extra = _find(row, names.query, "input")
-    else:
-        prompt, answer = _words(row, names.query or "query"), _words(row, names.response or "response")
-        extra = None
+    names = options.names
+    question, answer = _pair_keys(row, name, names)
+    prompt = _words(row, question)
+    extra = _find(row, names.query, "input") if name == "alpaca" else None
     if extra is not None and not isinstance(extra, str):
         raise SampleError("input", f"expected text, got {type(extra).__name__}: {str(extra)[:60]!r}")
     if extra:
         prompt = f"{prompt}\n{extra}" if prompt else extra
     history = _find(row, names.history, "history") or []
-    pairs: list[Any] = [*history, [prompt, answer]] if isinstance(history, list | tuple) else [history]
     messages: list[Mapping[str, Any]] = []
-    for index, pair in enumerate(pairs):
+    for index, pair in enumerate(history if isinstance(history, list | tuple) else [history]):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise SampleError(f"history[{index}]", f"expected a pair [question, answer], got {str(pair)[:60]!r}")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    messages.append({"role": "user", "content": prompt})
+    if row.get(answer) is not None:
+        messages.append({"role": "assistant", "content": _words(row, answer)})
+    elif options.needs_answer:
+        has = ", ".join(map(str, row))
+        raise SampleError(answer, f"no answer to train on, the row has only {has}; data.attr.response maps other names")
     return messages
+
+
+def _pair_keys(row: Mapping[str, Any], name: str, names: FieldNames) -> tuple[str, str]:
+    """Where a row of the instruction or query/response format has its question and its answer."""
+    if name == "query_response":
+        return _key(row, names.query, "query"), _key(row, names.response, "response")
+    return _key(row, names.prompt, "instruction", "prompt"), _key(row, names.response, "output")
+
+
+def _key(row: Mapping[str, Any], *keys: str | None) -> str:
+    """The first of the keys that the row has, else the first."""
+    known = [key for key in keys if key is not None]
+    return next((key for key in known if row.get(key) is not None), known[0])
 
 
 def _words(row: Mapping[str, Any], key: str) -> str:
@@ -283,8 +309,11 @@ class _TurnReader:
                 new = [Turn(role="tool", parts=tuple(_tool_content(content, where, self._media)), weight=weight)]
             else:
                 new = self._said(kind, content, where, weight)
-            if kind == "tool_call" and previous in ("assistant", "tool_call") and turns[-1].weight == weight:
-                turns[-1] = replace(turns[-1], parts=turns[-1].parts + new[0].parts)  # calls beside text, or parallel
+            if kind == "tool_call" and previous in ("assistant", "tool_call"):  # calls beside text, or parallel
+                calls = new[0].parts
+                if weight != turns[-1].weight:
+                    calls = tuple(replace(part, weight=1.0 if weight is None else weight) for part in calls)
+                turns[-1] = replace(turns[-1], parts=turns[-1].parts + calls)
             else:
                 turns += new
             previous = kind

@@ -36,7 +36,7 @@ from omniloom.types import (
 
 MEL_FRAMES_PER_SECOND = 100
 # What data can provoke. Anything else is a bug of ours and must not be filed under bad samples.
-_DATA_ERRORS = (ValueError, OSError, EOFError, MemoryError)
+DATA_ERRORS = (ValueError, OSError, EOFError, MemoryError)
 
 
 class Source(Protocol):
@@ -101,7 +101,7 @@ class RowReader:
             try:
                 _refuse_skipped(row, skip)
                 found.append(self._measure_row(row, fresh))
-            except _DATA_ERRORS as error:
+            except DATA_ERRORS as error:
                 found.append(self._bad(row, error))
         if self.cache is not None:
             self.cache.put(fresh)
@@ -122,7 +122,7 @@ class RowReader:
             try:
                 _refuse_skipped(sample.row, skip)
                 examples.append(self._encode_row(sample, position, decode_clips))
-            except _DATA_ERRORS as error:
+            except DATA_ERRORS as error:
                 bad.append(self._bad(sample.row, error, sample.epoch))
                 name = f"{bad[-1].file}:{bad[-1].line}"
                 examples.append(FailedSlot(id=name, num_tokens=sample.extent.num_tokens))

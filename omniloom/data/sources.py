@@ -39,6 +39,9 @@ class Source(Protocol):
     def locate(self, row: int) -> tuple[str, int]:
         """File and line of a row without reading it, to name a row that cannot be read."""
 
+    def first_rows(self) -> list[int]:
+        """The first row of each file."""
+
 
 def open_sources(paths: tuple[str, ...], *, max_samples: int | None = None) -> Source:
     """Open data files and chain their rows; `max_samples` keeps the first rows of each file only.
@@ -58,7 +61,7 @@ class Concatenated:
         self._ends = np.cumsum([len(source) for source in sources]).tolist()
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     @property
     def fingerprint(self) -> str:
@@ -71,6 +74,9 @@ class Concatenated:
     def locate(self, row: int) -> tuple[str, int]:
         source, offset = self._find(row)
         return source.locate(offset)
+
+    def first_rows(self) -> list[int]:
+        return [0, *self._ends[:-1]]
 
     def _find(self, row: int) -> tuple[Source, int]:
         _check_row(row, len(self))
@@ -98,9 +104,22 @@ class Subset:
     def locate(self, row: int) -> tuple[str, int]:
         return self._source.locate(self._map(row))
 
+    def first_rows(self) -> list[int]:
+        file_of_row = np.searchsorted(self._source.first_rows(), self._rows, side="right")
+        return np.unique(file_of_row, return_index=True)[1].tolist()
+
     def _map(self, row: int) -> int:
         _check_row(row, len(self))
         return int(self._rows[row])
+
+
+class _SharedLine(int):
+    """A line number that reads as `1 (row 3)`, where the number alone would name several rows of an array."""
+
+    row: int
+
+    def __str__(self) -> str:
+        return f"{int(self)} (row {self.row})"
 
 
 class TextRows:
@@ -118,7 +137,15 @@ class TextRows:
 
     def locate(self, row: int) -> tuple[str, int]:
         _check_row(row, len(self))
-        return self._path, int(self._lines[row])
+        line = int(self._lines[row])
+        if (self._lines[max(0, row - 1) : row + 2] == line).sum() == 1:
+            return self._path, line
+        shared = _SharedLine(line)
+        shared.row = row + 1
+        return self._path, shared
+
+    def first_rows(self) -> list[int]:
+        return [0]
 
     def read(self, row: int) -> tuple[Row, str, int]:
         path, line = self.locate(row)
@@ -138,13 +165,7 @@ class TextRows:
             raise SampleError("row", "nested too deeply to be read") from None
         except ValueError as error:  # an integer of thousands of digits
             raise SampleError("row", f"not JSON that can be read: {error}") from None
-        found = _as_row(value)
-        if found.get("id") is None and self._shares_line(row):
-            found["id"] = f"{path}:{line}#{row + 1}"  # file and line alone would name its neighbours too
-        return found, path, line
-
-    def _shares_line(self, row: int) -> bool:
-        return bool((self._lines[max(0, row - 1) : row + 2] == self._lines[row]).sum() > 1)
+        return _as_row(value), path, line
 
 
 class ArrowRows:
@@ -168,6 +189,9 @@ class ArrowRows:
     def locate(self, row: int) -> tuple[str, int]:
         _check_row(row, len(self))
         return self._path, row + 1
+
+    def first_rows(self) -> list[int]:
+        return [0]
 
     def read(self, row: int) -> tuple[Row, str, int]:
         import pyarrow

@@ -278,7 +278,7 @@ def vision_inputs(clips: Sequence[ClipGeometry], features: Sequence[Features]) -
 def sound_inputs(clips: Sequence[ClipGeometry], features: Sequence[Features]) -> dict[str, Any]:
     """Sound, and the timing of videos, as arguments of the omni families' `generate`.
 
-    Raises: ValueError for videos with and without sound in one conversation, which transformers cannot express.
+    Raises: SampleError for videos with and without sound in one conversation, which transformers cannot express.
     """
     inputs: dict[str, Any] = {}
     if mels := [mel for _, mel in features if mel is not None]:
@@ -290,7 +290,8 @@ def sound_inputs(clips: Sequence[ClipGeometry], features: Sequence[Features]) ->
     if videos := [clip for clip in clips if clip.kind == "video"]:
         sound = {clip.num_mel_frames > 0 for clip in videos}
         if len(sound) > 1:
-            raise ValueError("transformers takes the sound of all videos of a conversation or of none; got both")
+            reason = "transformers takes the sound of all videos of a row or of none, got both; choose one for all"
+            raise SampleError("use_audio_in_video", reason)
         inputs["video_second_per_grid"] = torch.tensor([clip.seconds_per_grid for clip in videos])
         inputs["use_audio_in_video"] = sound == {True}
     return inputs

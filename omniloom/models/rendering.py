@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from omniloom.types import Conversation, Part, SampleError, Turn
 
@@ -31,6 +31,7 @@ class TemplateStyle:
 
     name: str
     thinking: bool  # the last answer always has a <think> block, an empty one if need be
+    writes_reasoning: bool = True  # else reasoning is left out, and <think> inside an answer is text like any other
     default_system: str | None = None  # written where a conversation has no system turn
     opening: str = "<|im_start|>assistant\n"  # what an answer to be generated follows; thinking ones may add <think>
 
@@ -47,12 +48,16 @@ class Span:
 TEMPLATES: Mapping[str, TemplateStyle] = {
     style.name: style
     for style in (
-        TemplateStyle(name="qwen2_vl", thinking=False, default_system="You are a helpful assistant."),
-        TemplateStyle(name="qwen2_omni", thinking=False, default_system="You are a helpful assistant."),
+        TemplateStyle(
+            name="qwen2_vl", thinking=False, writes_reasoning=False, default_system="You are a helpful assistant."
+        ),
+        TemplateStyle(
+            name="qwen2_omni", thinking=False, writes_reasoning=False, default_system="You are a helpful assistant."
+        ),
         TemplateStyle(name="qwen3_omni", thinking=True),
         TemplateStyle(name="qwen3_omni_nothink", thinking=False),
         TemplateStyle(name="qwen3_vl", thinking=True),
-        TemplateStyle(name="qwen3_vl_nothink", thinking=False),
+        TemplateStyle(name="qwen3_vl_nothink", thinking=False, writes_reasoning=False),
     )
 }
 
@@ -78,7 +83,8 @@ def render(
     """Spans whose texts, joined, are what the checkpoint's chat template writes for the conversation.
 
     Trained are the assistant's turns, tool calls and `<|im_end|>` included, and whatever turns have a weight of their
-    own. `train_on_prompt` gives weight 1 to everything else; `last_turn_only` leaves only the last answer trained.
+    own; a part's own weight stands over its turn's, and the last one's holds for `<|im_end|>`. `train_on_prompt` gives
+    weight 1 to everything else; `last_turn_only` leaves only the last answer trained.
     `system` stands in for a missing system turn. An empty `<think>` block is trained only with `enable_thinking`.
     As in the published templates, reasoning before the last question is not shown.
 
@@ -97,7 +103,7 @@ def render(
         role_weight = 1.0 if turn.role == "assistant" else outside
         weight = role_weight if turn.weight is None else turn.weight
         if last_turn_only and index != last_answer:
-            weight = 0.0
+            weight, turn = 0.0, replace(turn, parts=tuple(replace(part, weight=None) for part in turn.parts))
         if turn.role == "tool":
             joins_previous = index > 0 and turns[index - 1].role == "tool"
             joins_next = index + 1 < len(turns) and turns[index + 1].role == "tool"
@@ -112,7 +118,8 @@ def render(
             if turn.role == "assistant":
                 empty_think = style.thinking and index == len(turns) - 1 and index > last_query
                 think_weight = weight if enable_thinking else outside
-                _write_answer(writer, turn, weight, index > last_query, think_weight if empty_think else None)
+                show = style.writes_reasoning and index > last_query
+                weight = _write_answer(writer, turn, weight, style, show, think_weight if empty_think else None)
             else:
                 writer.write_pieces(_pieces(turn.parts), weight)
         if index == 0 and turn.role == "system" and conversation.tools:
@@ -169,13 +176,21 @@ def _pieces(parts: Iterable[Part]) -> list[str | None]:
 
 
 def _write_answer(
-    writer: _SpanWriter, turn: Turn, weight: float, show_reasoning: bool, empty_think_weight: float | None
-) -> None:
-    """An assistant's turn: reasoning if shown, content, tool calls. No empty block where its weight is None."""
+    writer: _SpanWriter,
+    turn: Turn,
+    weight: float,
+    style: TemplateStyle,
+    show_reasoning: bool,
+    empty_think_weight: float | None,
+) -> float:
+    """An assistant's turn: reasoning if shown, content, tool calls. No empty block where its weight is None.
+
+    Returns the weight of the last part.
+    """
     first_call = next((i for i, part in enumerate(turn.parts) if part.kind == "tool_call"), len(turn.parts))
     reasoning = "\n".join(part.text for part in turn.parts if part.kind == "reasoning")
     content = _pieces(part for part in turn.parts[:first_call] if part.kind != "reasoning")
-    if not reasoning:
+    if not reasoning and style.writes_reasoning:
         reasoning, content = _split_inline_reasoning(content)
     separator = "\n" if content else ""
     if show_reasoning and (reasoning or empty_think_weight is not None):
@@ -184,7 +199,9 @@ def _write_answer(
         if content and content[0] is not None:
             content[0] = content[0].lstrip("\n")
     writer.write_pieces(content, weight)
+    of_turn = weight
     for part in turn.parts[first_call:]:
+        weight = of_turn if part.weight is None else part.weight
         if part.kind == "tool_call":
             writer.write(f"{separator}<tool_call>\n{part.text}\n</tool_call>", weight)
             separator = "\n"
@@ -193,6 +210,7 @@ def _write_answer(
             touches = not pieces or (pieces[0] is not None and pieces[0].startswith("\n"))
             writer.write("" if touches else "\n", weight)
             writer.write_pieces(pieces, weight)
+    return weight
 
 
 def _split_inline_reasoning(content: list[str | None]) -> tuple[str, list[str | None]]:

@@ -7,15 +7,19 @@ as in training; its forward is transformers', so that an answer also proves the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from omniloom.checkpoint.hub import resolve_model_path
 from omniloom.config import Config, DataConfig, ModelConfig, load_config
-from omniloom.data.rows import RowReader, Source
+from omniloom.data.row_media import KINDS
+from omniloom.data.rows import DATA_ERRORS, RowReader, Source
+from omniloom.data.sources import Concatenated, open_sources
 from omniloom.models.rendering import split_reasoning
-from omniloom.types import Conversation, MediaSource, Part, PartKind, SampleError, Turn
+from omniloom.types import Conversation, Part
 
 # transformers' class that answers in text, where it is not the one that config.json names
 TEXT_CLASSES = {
@@ -36,6 +40,14 @@ class Prompt:
     expected: str  # the words of the answer that the row gives, "" if it gives none
 
 
+@dataclass(frozen=True, kw_only=True)
+class BadRow:
+    """A row that cannot be asked: its id, or its file and line, and why, with both."""
+
+    id: str
+    error: str
+
+
 def open_reader(model_dir: Path, data: DataConfig, source: Source) -> RowReader:
     """The row reader of a checkpoint; `data` as it was in training. Rows need no answer.
 
@@ -52,22 +64,32 @@ def open_reader(model_dir: Path, data: DataConfig, source: Source) -> RowReader:
 
 def read_prompts(reader: RowReader) -> list[Prompt]:
     """Every row of the reader's source, its media decoded. Raises: ValueError naming file and line of a bad row."""
+    found = read_rows(reader, range(len(reader.source)))
+    if bad := next((one for one in found if isinstance(one, BadRow)), None):
+        raise ValueError(bad.error)
+    return [one for one in found if isinstance(one, Prompt)]
+
+
+def read_rows(reader: RowReader, rows: Iterable[int]) -> list[Prompt | BadRow]:
+    """Some rows of the reader's source, their media decoded, or what is wrong with them."""
     import torch
 
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader's worker: on tensors this small, threads cost five times the work
     try:
-        return [_read_row(reader, index) for index in range(len(reader.source))]
+        return [_read_row(reader, index) for index in rows]
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _read_row(reader: RowReader, index: int) -> Prompt:
-    row, file, line = reader.source.read(index)
+def _read_row(reader: RowReader, index: int) -> Prompt | BadRow:
+    name = place = "{}:{}".format(*reader.source.locate(index))
     try:
+        row, file, line = reader.source.read(index)
+        name = place if row.get("id") is None else str(row["id"])
         return read_prompt(reader, reader.parse(row, file, line), file)
-    except SampleError as error:
-        raise ValueError(f"{file}:{line}: {error}") from error
+    except DATA_ERRORS as error:
+        return BadRow(id=name, error=f"{place}: {str(error) or type(error).__name__}")
 
 
 def read_prompt(reader: RowReader, conversation: Conversation, file: str) -> Prompt:
@@ -139,9 +161,9 @@ def join_inputs(batch: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str,
 
 
 def print_answers(
-    model_dir: Path,
+    model: str | Path,
     prompt: str | None,
-    media: Mapping[str, Sequence[Path]],
+    media: Mapping[str, Sequence[str | Path]],
     *,
     data: Path | None,
     max_new_tokens: int,
@@ -149,51 +171,61 @@ def print_answers(
 ) -> None:
     """`omniloom generate`: the answer to one prompt, or one JSON line per row of a file.
 
-    `overrides` say how rows and media are read (`data.video.fps=4`), as in training.
-    Raises: ValueError unless exactly one of `prompt` and `data` is given.
+    `model` is a directory or a hub id; `overrides` say how rows and media are read (`data.video.fps=4`), as in
+    training. Raises: ValueError unless exactly one of `prompt` and `data` is given, and where nothing can be answered.
     """
-    from omniloom.data.sources import open_sources
-
     if (prompt is None) == (data is None):
         raise ValueError("expected either a prompt or --data FILE; give one of the two")
     config = load_config(None, overrides).data
+    model_dir = resolve_model_path(str(model))
     if data is not None:
-        reader = open_reader(model_dir, config, open_sources((str(data),)))
-        prompts = read_prompts(reader)
-    else:
-        assert prompt is not None
-        reader = open_reader(model_dir, config, _NoRows())
-        prompts = [read_prompt(reader, _conversation(prompt, media), "command line")]
+        source = open_sources((str(data),), max_samples=config.max_samples)
+        _answer_rows(model_dir, open_reader(model_dir, config, source), max_new_tokens)
+    elif prompt is not None:
+        # who names a file by hand may name any, from where they are; the row is ours, in no format of theirs
+        config = replace(config, media_dir=".", allow_outside_media_dir=True, format="auto", attr={})
+        reader = open_reader(model_dir, config, Concatenated(()))
+        asked = read_prompt(reader, _ask(reader, prompt, media), "command line")
+        processor: Any = reader.processor
+        print(answer(load_model(model_dir), processor.tokenizer, [asked], max_new_tokens=max_new_tokens)[0])
+
+
+def _answer_rows(model_dir: Path, reader: RowReader, max_new_tokens: int) -> None:
+    """Print a line for every row as soon as it is answered; a bad one costs only itself. Raises: ValueError for all."""
     processor: Any = reader.processor
-    answers = answer(load_model(model_dir), processor.tokenizer, prompts, max_new_tokens=max_new_tokens)
-    if data is None:
-        print(answers[0])
-        return
-    for one, text in zip(prompts, answers, strict=True):
-        reasoning, words = split_reasoning(text)
-        thought = {"reasoning": reasoning} if reasoning else {}
-        line = {"id": one.id, "answer": words, **thought, "expected": one.expected}
-        print(json.dumps(line, ensure_ascii=False))
+    model: Any = None
+    bad: list[BadRow] = []
+    num_rows = len(reader.source)
+    for start in range(0, num_rows, BATCH_ROWS):
+        found = read_rows(reader, range(start, min(start + BATCH_ROWS, num_rows)))
+        prompts = [one for one in found if isinstance(one, Prompt)]
+        if prompts and model is None:
+            model = load_model(model_dir)
+        words = iter(answer(model, processor.tokenizer, prompts, max_new_tokens=max_new_tokens) if prompts else ())
+        for one in found:
+            line = asdict(one) if isinstance(one, BadRow) else _answer_line(one, next(words))
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+        bad += [one for one in found if isinstance(one, BadRow)]
+    if len(bad) == num_rows:
+        raise ValueError(f"none of the {num_rows} rows can be answered; the first: {bad[0].error}")
+    if bad:
+        print(f"{len(bad)} of {num_rows} rows are bad; their lines hold the reason as error", file=sys.stderr)
 
 
-class _NoRows:
-    """The source of a reader that is only asked about a conversation at hand."""
-
-    def __len__(self) -> int:
-        return 0
-
-    def read(self, row: int) -> tuple[dict[str, Any], str, int]:
-        raise IndexError(row)
-
-    def locate(self, row: int) -> tuple[str, int]:
-        raise IndexError(row)
+def _answer_line(prompt: Prompt, text: str) -> dict[str, str]:
+    reasoning, words = split_reasoning(text)
+    thought = {"reasoning": reasoning} if reasoning else {}
+    return {"id": prompt.id, "answer": words, **thought, "expected": prompt.expected}
 
 
-def _conversation(prompt: str, media: Mapping[str, Sequence[Path]]) -> Conversation:
-    kinds: tuple[PartKind, ...] = ("image", "video", "audio")
-    clips = [Part(kind=kind, media=MediaSource(path=str(path))) for kind in kinds for path in media.get(kind, ())]
-    turn = Turn(role="user", parts=(*clips, Part(kind="text", text=prompt)))
-    return Conversation(id="prompt", source="command line", turns=(turn,))
+def _ask(reader: RowReader, prompt: str, media: Mapping[str, Sequence[str | Path]]) -> Conversation:
+    """A prompt and its media as the conversation that a row of them would be. Raises: SampleError."""
+    blocks = [{"type": kind, kind: str(path)} for kind in KINDS for path in media.get(kind, ())]
+    row = {"id": "prompt", "messages": [{"role": "user", "content": blocks}]}
+    conversation = reader.parse(row, "command line", 1)
+    (turn,) = conversation.turns
+    parts = (*turn.parts, Part(kind="text", text=prompt))  # not in the row: `<image>` in a prompt is only a word
+    return replace(conversation, turns=(replace(turn, parts=parts),))
 
 
 def _split_answer(conversation: Conversation) -> tuple[Conversation, str]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 
 from omniloom.build import Workshop, open_workshop
 from omniloom.config import Config, ConfigError, config_from_words
-from omniloom.data.formats import detect_format
+from omniloom.data.formats import describe_format, row_options
 from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner, plan_options
 from omniloom.data.rows import RowReader
 from omniloom.data.sources import Source
-from omniloom.rows import describe_template, open_data, open_rows
+from omniloom.rows import describe_files, describe_template, open_data, open_rows
 from omniloom.training.policy import trainable_table
 from omniloom.types import SampleError, StepPlan
 
@@ -40,9 +41,9 @@ def check_config(words: list[str]) -> None:
         measured = loader.measure(rows)
     good = [extent for extent in measured if hasattr(extent, "num_tokens")]
     bad = [item for item in measured if not hasattr(item, "num_tokens")]
-    formats = Counter(_format_of(source, row) for row in rows)
-    print(f"data       {len(source):,} rows, of the first {len(rows)}: {len(good)} good, {len(bad)} bad; "
-          f"format {', '.join(formats)}")  # fmt: skip
+    print(f"data       {len(source):,} rows, of the first {len(rows)}: {len(good)} good, {len(bad)} bad")
+    for line in describe_files(source, config):
+        print(f"           {line}")
     if good:
         lengths = sorted(extent.num_tokens for extent in good)
         print(f"tokens     shortest {lengths[0]}, median {lengths[len(lengths) // 2]}, longest {lengths[-1]}, "
@@ -58,12 +59,13 @@ def check_config(words: list[str]) -> None:
 
 def preview_rows(words: list[str], num_rows: int) -> None:
     """Print how the first rows read as tokens: what trains stands in brackets ⟦⟧, media tokens are counted."""
-    _, workshop, source = _open(words)
+    config, workshop, source = _open(words)
     reader = open_rows(workshop, source, cache=False)()
     for row in range(min(num_rows, len(source))):
-        raw, file, line = source.read(row)
-        print(f"── {file}:{line}, {detect_format(raw, reader.parse.__self__.rows.names)}")  # type: ignore[attr-defined]
+        print("── {}:{}".format(*source.locate(row)))
         try:
+            raw, file, line = source.read(row)
+            print(describe_format(raw, row_options(config.data)))
             print(_describe(reader, raw, file, line))
         except SampleError as error:
             print(f"bad row: {error}")
@@ -120,13 +122,6 @@ def _loader(config: Config, workshop: Workshop, source: Source) -> Iterator[Load
         loader.close()
 
 
-def _format_of(source: Source, row: int) -> str:
-    try:
-        return detect_format(source.read(row)[0])
-    except SampleError:
-        return "unknown"
-
-
 def _describe(reader: RowReader, raw: dict[str, Any], file: str, line: int) -> str:
     conversation = reader.parse(raw, file, line)
     media = [(part.media, part.kind) for turn in conversation.turns for part in turn.parts if part.media is not None]
@@ -134,18 +129,13 @@ def _describe(reader: RowReader, raw: dict[str, Any], file: str, line: int) -> s
     processor: Any = reader.processor
     clips = processor.geometry(conversation, headers)
     example = processor.encode(conversation, clips, (None,) * len(clips))
-    text, trains, run = [], False, (None, 0)
+    tokens = example.input_ids.tolist()
     targets = [False, *(example.loss_weights[:-1] > 0).tolist()]  # whether each token is predicted somewhere
-    for token, target in zip(example.input_ids.tolist(), targets, strict=True):
-        if target != trains:
-            text.append("⟦" if target else "⟧")
-            trains = target
-        piece = processor.tokenizer.decode([token], skip_special_tokens=False)
-        if token in processor.media.pad_ids:
-            run = (piece, run[1] + 1)
-            continue
-        if run[1]:
-            text.append(f"{run[0]}*{run[1]}")
-            run = (None, 0)
-        text.append(piece)
-    return "".join(text) + ("⟧" if trains else "")
+    pads = processor.media.pad_ids
+    keyed = [(trains, token if token in pads else None, token) for token, trains in zip(tokens, targets, strict=True)]
+    text = ""
+    for (trains, pad), run in groupby(keyed, itemgetter(0, 1)):  # in runs, since a character may be several tokens
+        ids = [token for *_, token in run]
+        words = processor.tokenizer.decode(ids if pad is None else [pad], skip_special_tokens=False)
+        text += f"⟦{words}⟧" if trains else words if pad is None else f"{words}*{len(ids)}"
+    return text

@@ -137,7 +137,11 @@ def read_run(run: Path) -> RunFiles:
         bad_samples=_read_lines(run / "bad_samples.jsonl"),
         expert_load=_read_lines(run / "expert_load.jsonl"),
         trainable=[row for row in _read_json(run / "trainable.json", []) if isinstance(row, dict)],
-        samples=_read_lines(run / "samples.jsonl"),
+        samples=[
+            {"step": int(file.stem.removeprefix("step_")), **line}
+            for file in sorted((run / "answers").glob(f"step_{'[0-9]' * 8}.jsonl"))[-1:]
+            for line in _read_lines(file)
+        ],
         summary=_read_json(run / "summary.json", {}),
         checkpoints=checkpoints,
         exported=(run / "hf" / "config.json").is_file(),
@@ -483,11 +487,9 @@ def _cell(row: Line, key: str) -> str:
 
 def _sample_cards(files: RunFiles) -> list[SampleCard]:
     """Cards of the newest step's samples, modalities in turn so that each is seen."""
-    newest = max((line["step"] for line in files.samples if _is_number(line.get("step"))), default=None)
     by_modality: dict[str, list[Line]] = {}
     for line in files.samples:
-        if newest is None or line.get("step") == newest:
-            by_modality.setdefault(str(line.get("modality", "text")), []).append(line)
+        by_modality.setdefault(str(line.get("modality", "text")), []).append(line)
     share = -(-MAX_SAMPLES // max(1, len(by_modality)))
     return [_card(files.directory, line) for lines in by_modality.values() for line in lines[:share]]
 
@@ -507,6 +509,6 @@ def _card(directory: Path, line: Line) -> SampleCard:
         answer=answer,
         expected=None if expected is None else str(expected),
         right=None if expected is None else answer.strip() == str(expected).strip(),
-        modality=MODALITY_NAMES.get(str(line.get("modality", "")), ""),
+        modality=" + ".join(MODALITY_NAMES.get(part, "") for part in str(line.get("modality", "")).split("+")),
         media=tuple(media),
     )

@@ -248,3 +248,24 @@ PUBLISHED = {
     "Qwen2.5-Omni-7B": Published(config=_qwen2_5_omni(3584, 18944, 28, 28, 4, 152064), billions=None),
     "Qwen3-Omni-30B-A3B": Published(config=_QWEN3_OMNI_30B, billions=None),
 }
+
+# Billions without embeddings and head, as the model cards of the language models that became these decoders have them
+DECODERS = {
+    "Qwen3-VL-2B": "1.4",
+    "Qwen3-VL-4B": "3.6",
+    "Qwen3-VL-8B": "6.95",
+    "Qwen3-VL-32B": "31.2",
+    "Qwen3-VL-30B-A3B": "29.9",
+    "Qwen3-VL-235B-A22B": "234",
+    "Qwen2.5-VL-3B": "2.77",
+    "Qwen2.5-VL-7B": "6.53",
+    "Qwen2.5-Omni-3B": "2.77",
+    "Qwen2.5-Omni-7B": "6.53",
+    "Qwen3-Omni-30B-A3B": "29.9",
+}
+# Billions of the towers, as the technical reports have them (arXiv 2509.17765, 2503.20215)
+TOWERS = {
+    ("Qwen3-Omni-30B-A3B", "audio"): "0.65",
+    ("Qwen3-Omni-30B-A3B", "vision"): "0.54",
+    ("Qwen2.5-Omni-7B", "vision"): "0.68",
+}

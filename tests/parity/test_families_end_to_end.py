@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
 
 from omniloom.build import open_workshop
@@ -21,39 +19,14 @@ from omniloom.tools.generate import load_model
 from omniloom.tools.score import score_file
 from omniloom.tools.tiny import make_tiny
 from omniloom.train import run
+from tests.media_rows import write_media_rows
 from tests.parity.vllm_layout import check_vllm_layout
-from tests.unit.media_files import tone, write_audio, write_video
 
 FAMILIES = [spec.name for spec in SPECS if spec.name != "qwen3_omni"]  # of which test_trained_export tells
 WORDS = (
     *("data.workers=0", "model.dtype=float32", "data.pack_tokens=512", "data.image.max_pixels=4096"),
     *("data.video.max_pixels=4096", "log.tensorboard=false"),
 )
-
-
-def write_rows(folder: Path, hears: bool) -> Path:
-    """Text, two pictures, two videos of unlike rates in one row; for omni models sound alone, in and beside a video."""
-    for index in range(2):
-        noise = np.random.default_rng(index).integers(0, 255, (60 + 20 * index, 90, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{index}.png")
-    write_video(folder / "fast.mp4", num_frames=30, fps=10, sound=tone(48_000, 16_000), sound_rate=16_000)
-    write_video(folder / "slow.mp4", num_frames=12, fps=3)
-    write_audio(folder / "sound.wav", "pcm_s16le", 16_000, tone(30_000, 16_000))
-    rows = [
-        ("what is it?", {}),
-        ("<image>this<image>", {"images": ["0.png", "1.png"]}),
-        ("<video>or<video>", {"videos": ["fast.mp4", "slow.mp4"]}),
-    ]
-    if hears:
-        rows += [
-            ("<audio>hear", {"audios": ["sound.wav"]}),
-            ("<video>and<audio>", {"videos": ["slow.mp4"], "audios": ["sound.wav"]}),
-            ("<image><video>with sound", {"images": ["0.png"], "videos": ["fast.mp4"], "use_audio_in_video": True}),
-        ]
-    answer = {"role": "assistant", "content": "It is a test."}
-    lines = [{"messages": [{"role": "user", "content": text}, answer], **media} for text, media in rows]
-    (folder / "rows.json").write_text(json.dumps(lines))
-    return folder / "rows.json"
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -67,7 +40,7 @@ def finished(request, tmp_path_factory) -> Path:
     """The folder of a run of two steps with the vision tower frozen, all but its merger."""
     folder = tmp_path_factory.mktemp(request.param)
     model = make_tiny(request.param, folder / "model")
-    rows = write_rows(folder, hears="omni" in request.param)
+    rows = write_media_rows(folder, hears="omni" in request.param)
     overrides = (f"model.path={model}", f"data.train={rows}", f"train.run_dir={folder / 'run'}", *WORDS)
     training = ("train.steps=2", "train.packs_per_step=4", "train.learning_rate=1e-2")
     frozen = ("policy.vision.freeze=true", "policy.vision.merger.freeze=false")

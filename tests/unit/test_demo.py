@@ -8,7 +8,7 @@ import pytest
 from omniloom.tools.demo import DemoSize, run_demo
 from omniloom.tools.demo_data import MODALITIES
 
-SMALL = DemoSize(num_train=42, num_held_out=2, num_steps=4, num_checkpoints=2, num_curve=1, num_samples=1)
+SMALL = DemoSize(num_train=42, num_held_out=2, num_steps=4, num_checkpoints=2, num_curve=1, num_samples=4)
 
 
 def test_a_small_demo_leaves_everything_that_the_full_one_promises(
@@ -25,8 +25,9 @@ def test_a_small_demo_leaves_everything_that_the_full_one_promises(
     assert [point["step"] for point in summary["accuracy_by_step"]] == [2, 4]
     assert len((directory / "metrics.jsonl").read_text().splitlines()) == 4
     assert (directory / "hf" / "config.json").is_file()
-    samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
-    assert [line["modality"] for line in samples] == list(MODALITIES)
+    samples = [json.loads(line) for line in (directory / "answers" / "step_00000004.jsonl").read_text().splitlines()]
+    assert {line["modality"] for line in samples} == {"image", "audio", "video", "audio+video"}
+    assert all(line["question"].endswith("?") and Path(line["media"][0]).is_file() for line in samples)
     page = (directory / "report.html").read_text()
     assert page.count("data:image/") >= 4
     assert "cannot be read" not in page

@@ -123,3 +123,21 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_what_is_trained_does_not_change_what_is_asked(tmp_path: Path) -> None:
+    """Prompts that train, weights on questions, a question behind the answer: the last answer is asked for."""
+    turns = [("system", "s"), ("user", "what?"), ("assistant", "first"), ("user", "and?"), ("assistant", "second")]
+    messages = [{"role": role, "content": words, "loss_scale": 2.0} for role, words in turns]
+    messages[-1]["loss"] = False
+    rows = [{"id": "a", "messages": messages}, {"id": "b", "messages": [*messages, {"role": "user", "content": "so?"}]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = [
+        *(f"model.path={make_tiny('qwen3_vl', tmp_path / 'model')}", f"data.train={tmp_path / 'rows.json'}"),
+        *(f"data.eval={tmp_path / 'rows.json'}", "data.train_on_prompt=true", "data.workers=0", "data.pack_tokens=256"),
+        *("train.steps=1", "train.packs_per_step=1", "train.eval_answers=2", "train.eval_answer_tokens=4"),
+        *(f"train.run_dir={tmp_path / 'run'}", "model.dtype=float32", "log.tensorboard=false"),
+    ]
+    assert run(load_config(None, words)) == 0
+    asked = {row["id"]: (row["question"], row["expected"]) for row in answers_of(tmp_path, 1)}
+    assert asked == {"a": ("and?", "second"), "b": ("and?", "second")}

@@ -8,10 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.config import DataConfig, VideoConfig
-from omniloom.data.formats import FORMATS, RowOptions, describe_format, detect_format, parse_row, row_options
+from omniloom.config import DataConfig, VideoConfig, load_config
+from omniloom.data.formats import (
+    FORMATS,
+    FieldNames,
+    RowOptions,
+    describe_format,
+    detect_format,
+    parse_row,
+    row_options,
+)
 from omniloom.data.row_media import MediaRules
 from omniloom.data.sources import open_sources
+from omniloom.models.rendering import find_template, render
 from omniloom.types import Part, SampleError
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "real"
@@ -199,6 +208,33 @@ def test_renamed_fields_and_roles_are_found():
     with pytest.raises(ValueError, match="did you mean sharegpt"):
         row_options(DataConfig(format="sharegtp"))
     assert row_options(DataConfig(attr={"formatting": "multimodal_tool"})).format == "multimodal_tool"
+    with pytest.raises(ValueError, match=r"data\.attr\.formatting: unknown format 'sharegtp'; did you mean sharegpt"):
+        row_options(DataConfig(attr={"formatting": "sharegtp"}))
+
+
+def test_every_key_of_the_guides_attr_is_taken_or_refused_in_words():
+    plain = dict.fromkeys(("system", "images", "videos", "chosen", "rejected", "kto_tag", "formatting"))
+    config = load_config(None, [f"data.attr={json.dumps({**plain, 'ranking': False, 'audios': 'audios'})}"])
+    assert row_options(config.data) == RowOptions(names=FieldNames(audios="audios"))
+    for attr in ({"ranking": True}, {"chosen": "better"}):
+        with pytest.raises(ValueError, match="preference data are not trained here"):
+            row_options(DataConfig(attr=attr))
+    with pytest.raises(ValueError, match=r"data\.attr\.images: expected the name that the rows use"):
+        row_options(DataConfig(attr={"images": False}))
+
+
+@pytest.mark.parametrize(
+    "row", [{"query": "hi"}, {"instruction": "hi"}, {"prompt": "hi"}, {"prompt": "hi", "input": ""}]
+)
+def test_a_question_without_an_answer_can_be_asked_but_not_trained_on(row):
+    history = {"history": [["a", "b"]]}
+    assert words(parse(row, needs_answer=False)) == [("user", [("text", "hi")])]
+    asked = parse({**row, **history, "images": ["1.png"], "system": "<image>"}, needs_answer=False)
+    assert [turn.role for turn in asked.turns] == ["system", "user", "assistant", "user"]
+    assert "no answer to train on" in failure(row)
+    assert "no answer to train on" in failure({**row, **history})
+    answer = "response" if "query" in row else "output"
+    assert words(parse({**row, answer: "ho"}))[-1] == ("assistant", [("text", "ho")])
 
 
 # ---------------------------------------------------------------------------------------- tools
@@ -239,14 +275,33 @@ def test_inline_calls_in_an_answer_stay_word_for_word():
     assert words(parse({"messages": [{"role": "assistant", "content": text}]})) == [("assistant", [("text", text)])]
 
 
-def test_tool_calls_of_unlike_weight_are_not_merged():
+def test_calls_join_the_answer_before_them_and_keep_their_own_weight():
     messages = [
-        {"role": "assistant", "content": "a"},
+        {"role": "assistant", "content": "a", "loss_scale": 0.5},
         {"role": "tool_call", "content": CALL, "loss": False},
-        {"role": "tool_call", "content": CALL_2, "loss": False},
+        {"role": "tool_call", "content": CALL_2, "loss_scale": 0.5},
+        {"role": "tool_call", "content": CALL},
     ]
-    turns = parse({"messages": messages}).turns
-    assert [(len(turn.parts), turn.weight) for turn in turns] == [(1, None), (2, 0.0)]
+    (turn,) = parse({"messages": messages}).turns
+    assert turn.weight == 0.5
+    assert [part.weight for part in turn.parts] == [None, 0.0, None, 1.0]
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([None, 0, 1, True, False, 0.25, 3]), min_size=8, max_size=8))
+def test_weights_of_turns_change_no_word(losses):
+    roles = ("user", "assistant", "tool_call", "tool_call", "tool_response", "assistant", "tool_call", "assistant")
+    content = {"tool_call": CALL, "user": "q", "assistant": "a", "tool_response": "r"}
+    plain = [{"role": role, "content": content[role]} for role in roles]
+    weighted = [turn | ({} if loss is None else {"loss": loss}) for turn, loss in zip(plain, losses, strict=True)]
+    style = find_template("qwen3_omni_nothink")
+    expected, got = (render(parse({"messages": turns}), style) for turns in (plain, weighted))
+    assert "".join(span.text for span in got) == "".join(span.text for span in expected)
+    calls = [span.weight for span in got if CALL in span.text]
+    of_calls = [
+        1.0 if loss is None else float(loss) for role, loss in zip(roles, losses, strict=True) if role == "tool_call"
+    ]
+    assert sorted(set(calls)) == sorted(set(of_calls))
 
 
 def test_arguments_given_as_text_keep_their_spacing():

@@ -14,6 +14,7 @@ from omniloom.tools import generate
 from omniloom.tools.demo_data import FRAMES_PER_SECOND, NUM_PIXELS, write_demo_data
 from omniloom.tools.generate import answer, join_inputs, load_model, open_reader, read_prompts
 from omniloom.tools.tiny import make_tiny
+from tests.unit.media_files import tone, write_video
 
 PIXELS = NUM_PIXELS**2
 DATA = DataConfig(
@@ -138,6 +139,120 @@ def test_the_command_line_tells_the_prompt_from_data_options(
     code, _, err = run("Which colour?", "data.vidio.fps=1")
     assert code == 2
     assert "did you mean" in err
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[generate.Prompt]]:
+    """The prompts of every call of the model, which answers each with its last word."""
+    calls: list[list[generate.Prompt]] = []
+
+    def reply(model: object, tokenizer: Tokenizer, prompts: list[generate.Prompt], **options: object) -> list[str]:
+        calls.append(prompts)
+        texts = [tokenizer.decode(prompt.inputs["input_ids"][0].tolist()) for prompt in prompts]
+        return [text.removesuffix("\nassistant\n").split()[-1] for text in texts]
+
+    monkeypatch.setattr(generate, "answer", reply)
+    monkeypatch.setattr(generate, "load_model", lambda model_dir: None)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    write_video(folder / "sounding.mp4", sound=tone(44100, 44100), num_frames=25)
+    write_video(folder / "silent.mp4", num_frames=25)
+    return folder
+
+
+def test_media_of_a_prompt_follow_the_rules_of_rows(
+    model_dir: Path, clips: Path, asked: list[list[generate.Prompt]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (clips / "sub").mkdir(exist_ok=True)
+    monkeypatch.chdir(clips / "sub")
+
+    def ask(name: str, *overrides: str) -> generate.Prompt:
+        generate.print_answers(model_dir, "?", {"video": [name]}, data=None, max_new_tokens=1, overrides=overrides)
+        return asked[-1][0]
+
+    assert ask("../sounding.mp4", "data.media_dir=/elsewhere").inputs["use_audio_in_video"] is False
+    assert ask("../sounding.mp4", "data.video.use_audio=true").inputs["use_audio_in_video"] is True
+    assert ask("../silent.mp4", "data.format=alpaca").inputs["use_audio_in_video"] is False
+    with pytest.raises(ValueError, match="its sound is asked for, but it has none"):
+        ask("../silent.mp4", "data.video.use_audio=true")
+    with pytest.raises(ValueError, match=r"is a URL; .*data\.allow_urls=true"):
+        ask("https://example.com/a.mp4")
+
+
+def test_a_placeholder_in_a_prompt_is_a_word(
+    model_dir: Path, clips: Path, asked: list[list[generate.Prompt]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for media in ({}, {"video": [clips / "silent.mp4"]}):
+        generate.print_answers(model_dir, "What is <image>", media, data=None, max_new_tokens=1)
+        assert capsys.readouterr().out == "<image>\n"
+
+
+def test_a_hub_id_is_resolved_once(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(model_dir))
+    generate.print_answers("some-org/some-model", "hi", {}, data=None, max_new_tokens=2)
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_run_and_adapters_are_refused_with_what_to_name_instead(tmp_path: Path) -> None:
+    step = "run/checkpoints/step_00000001"
+    for folder in (step, "done/hf", "adapter"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("run/config.yaml", "done/config.yaml", "adapter/adapter_config.json"):
+        (tmp_path / file).write_text("{}")
+    hints = {"run": "omniloom export .*run DIR", step: f"omniloom export .*{step} DIR"}
+    hints |= {"done": "whose model is .*done/hf", "adapter": "holds adapters alone"}
+    for name, hint in hints.items():
+        with pytest.raises(ValueError, match=hint):
+            generate.print_answers(tmp_path / name, "hi", {}, data=None, max_new_tokens=1)
+
+
+def test_a_file_is_answered_in_chunks_and_a_bad_row_costs_itself(
+    model_dir: Path,
+    clips: Path,
+    asked: list[list[generate.Prompt]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(generate, "BATCH_ROWS", 3)
+    videos = [{"path": "sounding.mp4", "use_audio_in_video": True}, "silent.mp4"]
+    lines = [
+        json.dumps({"id": "first", "query": "one"}),
+        json.dumps({"id": "gone", "query": "<image>", "images": ["gone.png"]}),
+        json.dumps({"instruction": "two", "input": "three"}),
+        json.dumps({"id": 4, "prompt": "<video><video>", "videos": videos}),
+        "{broken",
+        json.dumps({"prompt": "<video>four", "videos": ["sounding.mp4"]}),
+        json.dumps({"id": "last", "query": "five", "response": "six"}),
+    ]
+    rows = clips / "rows.jsonl"
+    rows.write_text("\n".join(lines))
+    capsys.readouterr()
+    generate.print_answers(model_dir, None, {}, data=rows, max_new_tokens=3)
+    out, err = capsys.readouterr()
+    printed = [json.loads(line) for line in out.splitlines()]
+    ids = ["first", "gone", f"{rows}:3", "4", f"{rows}:5", f"{rows}:6", "last"]
+    assert [line["id"] for line in printed] == ids
+    assert [line.get("answer") for line in printed] == ["one", None, "three", None, None, "four", "five"]
+    assert [line.get("expected") for line in printed] == ["", None, "", None, None, "", "six"]
+    errors = {index: line["error"] for index, line in enumerate(printed) if "error" in line}
+    assert errors[1] == f"{rows}:2: image: {clips}/gone.png does not exist"
+    assert errors[3].startswith(f"{rows}:4: use_audio_in_video: transformers takes the sound of all videos")
+    assert errors[4].startswith(f"{rows}:5: row: not JSON")
+    assert [len(prompts) for prompts in asked] == [2, 1, 1]
+    assert err.splitlines()[-1] == "3 of 7 rows are bad; their lines hold the reason as error"
+    rows.write_text("\n".join(lines[3:5]))
+    with pytest.raises(ValueError, match=r"none of the 2 rows can be answered; the first: .*rows\.jsonl:1: use_audio"):
+        generate.print_answers(model_dir, None, {}, data=rows, max_new_tokens=3)
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_bad_input_is_refused_in_words(model_dir: Path, tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
+from omniloom.config import load_config
+from omniloom.data.sources import Subset
+from omniloom.rows import describe_files, open_data
 from omniloom.tools.inspect import check_config, preview_rows, show_plan
 from omniloom.tools.tiny import make_tiny
 from tests.mixed_rows import write_rows
@@ -24,7 +28,8 @@ def words(tmp_path_factory) -> list[str]:
 def test_check_counts_good_and_bad_rows(words, capsys) -> None:
     check_config([*words, "policy.vision.freeze=true"])
     printed = capsys.readouterr().out
-    assert "24 rows, of the first 24: 23 good, 1 bad; format messages" in printed
+    assert "24 rows, of the first 24: 23 good, 1 bad\n" in printed
+    assert "rows.json: format messages (detected), read from messages" in printed
     assert "missing.png" in printed
     built, trainable = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:parameters|trainable)", printed))
     assert 0 < trainable < built
@@ -42,6 +47,39 @@ def test_preview_brackets_exactly_what_trains(words, capsys) -> None:
     assert text.count("⟦") == 1
     assert re.search(r"<\|vision_start\|><\|image_pad\|>\*\d+<\|vision_end\|>Row 1", image)
     assert re.search(r"<\|audio_start\|><\|audio_pad\|>\*\d+<\|audio_end\|>Row 2", sound)
+
+
+def test_preview_shows_characters_of_several_tokens_and_goes_on_after_a_bad_row(words, tmp_path, capsys) -> None:
+    turns = [{"role": "user", "content": "猫在哪里呢"}, {"role": "assistant", "content": "在垫子上🐈。"}]
+    rows = [json.dumps({"messages": turns}), '{"broken"', '{"what": 1}', json.dumps({"query": "q", "response": "r"})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    preview_rows([*words, f"data.train={tmp_path / 'rows.jsonl'}"], 4)
+    chinese, broken, unknown, pair = capsys.readouterr().out.split("── ")[1:]
+    assert "猫在哪里呢<|im_end|>" in chinese
+    assert "⟦在垫子上🐈。<|im_end|>⟧" in chinese
+    assert "rows.jsonl:2\nbad row: row: not JSON" in broken
+    assert "bad row: row: no known format" in unknown
+    assert "format query_response" in pair
+
+
+def test_every_data_file_is_described(words, tmp_path, capsys) -> None:
+    row = {"query": "q", "response": "r"}
+    files = [tmp_path / f"{n}.jsonl" for n in range(10)]
+    for number, file in enumerate(files):
+        file.write_text("{}\n" if number == 1 else json.dumps(row) + "\n")
+    config = load_config(None, [f"data.train={[str(files[0]), str(files[1]), str(files[0]), *map(str, files[2:])]}"])
+    source, _ = open_data(config.data, 0)
+    lines = describe_files(source, config)
+    assert [line.partition(":")[0] for line in lines[:3]] == [str(files[0]), str(files[1]), str(files[0])]
+    assert "format query_response (detected)" in lines[0]
+    assert "its first row is bad: row: no known format" in lines[1]
+    assert len(lines) == 9
+    assert lines[8] == "and 3 more"
+    assert [line.partition(":")[0] for line in describe_files(Subset(source, [1, 5, 6]), config)] == [
+        str(files[index]) for index in (1, 4, 5)
+    ]
+    check_config([*words, f"data.train={files[0]},{files[2]}"])
+    assert f"{files[2]}: format query_response" in capsys.readouterr().out
 
 
 def test_plan_prints_a_line_per_pack_and_covers_every_good_row(words, capsys) -> None:

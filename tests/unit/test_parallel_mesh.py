@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from omniloom.config import ParallelConfig
@@ -56,3 +59,26 @@ def test_heads_that_do_not_divide_are_refused_and_key_value_heads_may() -> None:
 def test_description_names_the_axes_in_use() -> None:
     assert Degrees(shard=4, context=2, expert=8).describe() == "shard 4 x context 2 x expert 8"
     assert Degrees().describe() == "one rank"
+
+
+def test_memory_that_tensors_free_on_the_cpu_is_not_asked_for_again() -> None:
+    script = """
+import resource, sys, torch
+if sys.argv[1] == "kept":
+    from omniloom.parallel.device import choose_device
+    choose_device(0)
+def step():
+    kept = [torch.ones(2**20) for _ in range(20)]  # 4 MiB each
+    del kept
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step(), step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {}
+    for name in ("kept", "plain"):
+        done = subprocess.run([sys.executable, "-c", script, name], capture_output=True, text=True, check=True)
+        faults[name] = int(done.stdout)
+    if faults["plain"] < 1000:
+        pytest.skip("this C library keeps freed memory anyway")
+    assert faults["kept"] < faults["plain"] / 2

@@ -2,10 +2,11 @@
 
 # ruff: noqa: RUF001 -- the angle marks are the specification's
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import omniloom.tools
@@ -97,6 +98,8 @@ NOTHINK_JINJA = (Path(omniloom.tools.__file__).parent / "qwen3_omni.jinja").read
 CONDITION = "if reasoning and loop.index0 > ns.last_query_index"
 THINKING_JINJA = NOTHINK_JINJA.replace(CONDITION, "if loop.index0 > ns.last_query_index and (loop.last or reasoning)")
 assert THINKING_JINJA != NOTHINK_JINJA
+VL = TEMPLATES["qwen3_vl_nothink"]
+VL_JINJA = (Path(omniloom.tools.__file__).parent / "qwen3_vl.jinja").read_text(encoding="utf-8")
 
 
 def template_text(conversation, generation_prompt=False, jinja=NOTHINK_JINJA):
@@ -124,12 +127,32 @@ def trained(spans):
 # ------------------------------------------------------------------------------------ text
 
 
-@pytest.mark.parametrize(("style", "jinja"), [(NOTHINK, NOTHINK_JINJA), (THINKING, THINKING_JINJA)])
+@pytest.mark.parametrize(("style", "jinja"), [(NOTHINK, NOTHINK_JINJA), (THINKING, THINKING_JINJA), (VL, VL_JINJA)])
 @settings(deadline=None, max_examples=200)
 @given(conversation=conversations, generation_prompt=st.booleans())
 def test_text_is_what_the_chat_template_writes(style, jinja, conversation, generation_prompt):
+    assume(jinja != VL_JINJA or not any(part.kind == "audio" for turn in conversation.turns for part in turn.parts))
     spans = render(conversation, style, generation_prompt=generation_prompt)
     assert joined(conversation, spans) == template_text(conversation, generation_prompt, jinja)
+
+
+def test_templates_without_reasoning_leave_it_out_and_take_inline_blocks_as_text():
+    reasoned = say(("user", "q"), ("assistant", [Part(kind="reasoning", text="hm"), Part(kind="text", text="a")]))
+    assert "hm" not in joined(reasoned, render(reasoned, VL))
+    inline = say(("user", "q"), ("assistant", "<think>\nr\n</think>\n\na"), ("user", "s"), ("assistant", "b"))
+    assert "‹<think>\nr\n</think>\n\na<|im_end|>›" in trained(render(inline, VL))
+
+
+def test_a_part_of_its_own_weight_has_it_and_the_last_one_ends_the_turn():
+    call = Part(kind="tool_call", text="{}", weight=0.5)
+    turns = (Turn(role="assistant", parts=(Part(kind="text", text="a"), call, replace(call, weight=None))),)
+    conversation = Conversation(id="c", source="f:1", turns=turns)
+    weights = {span.text: span.weight for span in render(conversation, NOTHINK)}
+    assert weights["\n<tool_call>\n{}\n</tool_call>"] == 0.5
+    assert weights["\n<tool_call>\n{}\n</tool_call><|im_end|>"] == 1.0
+    assert {span.weight for span in render(conversation, NOTHINK, last_turn_only=True)} == {0.0, 0.5, 1.0}
+    later = replace(conversation, turns=(*turns, Turn(role="assistant", parts=(Part(kind="text", text="z"),))))
+    assert all(span.weight == 0 or "z" in span.text for span in render(later, NOTHINK, last_turn_only=True))
 
 
 def test_a_default_system_prompt_is_used_only_where_there_is_none():

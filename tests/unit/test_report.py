@@ -72,9 +72,10 @@ def widen_run(run: Path, media: Path) -> None:
             expected = row["messages"][1]["content"]
             answer = "nonsense" if index == 0 else expected
             question = row["messages"][0]["content"].split(">")[1]
-            line = {"step": 400, "question": question, "answer": answer, "expected": expected, "modality": modality}
+            line = {"question": question, "answer": answer, "expected": expected, "modality": modality}
             samples.append(line | {"media": [str(media / name)]})
-    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    (run / "answers").mkdir()
+    (run / "answers" / "step_00000400.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
     components = [("vision", 120_000, 120_000), ("text", 640_000, 640_000), ("lm_head", 40_000, 0)]
     table = [TrainableRow(component=name, num_parameters=n, num_trainable=t, **RATES) for name, n, t in components]
     (run / "trainable.json").write_text(json.dumps([dataclasses.asdict(row) for row in table]))
@@ -242,14 +243,14 @@ def test_words_from_data_are_shown_as_text(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     attack = "<script>alert(1)</script>"
     sample = {
-        "step": 1,
         "question": attack,
         "answer": attack,
         "expected": attack,
         "media": [attack],
         "modality": attack,
     }
-    (run / "samples.jsonl").write_text(json.dumps(sample))
+    (run / "answers").mkdir()
+    (run / "answers" / "step_00000001.jsonl").write_text(json.dumps(sample))
     (run / "bad_samples.jsonl").write_text(json.dumps({"file": attack, "line": 1, "field": attack, "reason": attack}))
     (run / "trainable.json").write_text(json.dumps([{attack: attack}]))
     (run / "summary.json").write_text(
@@ -267,7 +268,8 @@ def test_media_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "torn.png").write_bytes(b"no picture")
     media = [str(tmp_path / name) for name in ("torn.mp4", "torn.png", "gone.wav")]
     sample = {"step": 1, "question": "?", "answer": "a", "media": media, "modality": "image"}
-    (run / "samples.jsonl").write_text(json.dumps(sample))
+    (run / "answers").mkdir()
+    (run / "answers" / "step_00000001.jsonl").write_text(json.dumps(sample))
     write_report(run)
     text = " ".join(read_page(run).texts)
     for name in ("torn.mp4", "torn.png", "gone.wav"):

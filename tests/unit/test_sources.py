@@ -75,19 +75,18 @@ def test_json_arrays_round_trip_with_true_line_numbers(tmp_path_factory, rows, i
     for index in range(len(rows)):
         row, _, line = source.read(index)
         written = json.loads(json.dumps(rows[index], ensure_ascii=False).encode("utf-8", errors="replace"))
-        if indent is None and len(rows) > 1 and written.get("id") is None:
-            written["id"] = f"{path}:1#{index + 1}"
         assert row == written
         assert lines[line - 1].lstrip().startswith(b"{") or b"{" in lines[line - 1]
 
 
-def test_rows_that_share_a_line_get_ids_of_their_own_and_others_are_left_alone(tmp_path):
+def test_rows_that_share_a_line_are_told_apart_by_their_location(tmp_path):
     path = tmp_path / "rows.json"
-    path.write_text('[{"a": 1}, {"a": 2, "id": "mine"}, {"a": 3},\n{"a": 4}]')
+    path.write_text('[{"a": 1}, {"a": 2}, {"a": 3},\n{"a": 4}]')
     source = open_sources((str(path),))
-    ids = [source.read(row)[0].get("id") for row in range(4)]
-    assert ids == [f"{path}:1#1", "mine", f"{path}:1#3", None]
-    assert open_sources((str(path),), max_samples=1).read(0)[0] == {"a": 1}
+    places = ["{}:{}".format(*pickle.loads(pickle.dumps(source.locate(row)))) for row in range(4)]
+    assert places == [f"{path}:1 (row 1)", f"{path}:1 (row 2)", f"{path}:1 (row 3)", f"{path}:2"]
+    assert json.dumps([source.read(row)[2] for row in range(4)]) == "[1, 1, 1, 2]"
+    assert "{}:{}".format(*open_sources((str(path),), max_samples=1).locate(0)) == f"{path}:1"
 
 
 def test_lines_are_counted_from_one_and_blank_lines_count(tmp_path):

@@ -1,0 +1,53 @@
+"""Every family draws on four ranks the loss curve of one: shards, context, experts, and the pool over all ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from omniloom.models.registry import SPECS
+from omniloom.tools.tiny import make_tiny
+from omniloom.training.metrics import read_metrics
+from tests.media_rows import write_media_rows
+
+STEPS = 6
+TOLERANCE = 1e-5  # of the loss, as in test_training_ranks.py, where Qwen3-Omni is
+LAYOUTS = {
+    False: ("parallel.context=2", "parallel.encoder_pool=data"),  # beside it, two shards
+    True: ("parallel.context=2", "parallel.expert=4", "parallel.encoder_pool=data"),
+}
+FAMILIES = [spec.name for spec in SPECS if spec.name != "qwen3_omni"]
+
+
+def curve(family: str, model: Path, rows: Path, nproc: int) -> list[dict]:
+    run_dir = rows.parent / f"{nproc}"
+    layout = LAYOUTS[family.endswith("moe")] if nproc > 1 else ()
+    command = [
+        *(sys.executable, "-m", "omniloom.cli", "train", "--nproc", str(nproc)),
+        *(f"model.path={model}", f"data.train={rows}", f"train.run_dir={run_dir}", f"train.steps={STEPS}"),
+        *("train.packs_per_step=4", "data.pack_tokens=512", "data.workers=0", "train.learning_rate=1e-3"),
+        *("data.image.max_pixels=4096", "data.video.max_pixels=4096", "model.dtype=float32", "checkpoint.every=0"),
+        *("checkpoint.export=false", "log.tensorboard=false", *layout),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return read_metrics(run_dir / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_ranks_draw_the_loss_curve_of_one(family: str, tmp_path: Path) -> None:
+    model = make_tiny(family, tmp_path / "model")
+    rows = write_media_rows(tmp_path, hears="omni" in family)
+    one, four = (curve(family, model, rows, nproc) for nproc in (1, 4))
+    assert one[0]["video_frames"] > 0
+    assert one[0]["num_images"] > 0
+    assert (one[0]["audio_seconds"] > 0) == ("omni" in family)
+    for alone, many in zip(one, four, strict=True):
+        assert many["num_tokens"] == alone["num_tokens"]
+        assert many["num_bad_samples"] == alone["num_bad_samples"] == 0
+        assert many["loss"] == pytest.approx(alone["loss"], rel=TOLERANCE), alone["step"]
+        assert many["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4), alone["step"]
+    assert one[-1]["loss"] < 0.95 * one[0]["loss"]
