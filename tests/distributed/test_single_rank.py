@@ -12,13 +12,15 @@ from layout_worker import Case, freeze, load, run_reference
 from tiny_omni import Dims, make_config, make_model, random_weights
 from torch.distributed.tensor import DTensor
 
-from omniloom.config import MemoryConfig, ParallelConfig
+from omniloom.build import build_model, open_workshop
+from omniloom.config import MemoryConfig, ParallelConfig, load_config
 from omniloom.models.qwen3_omni.sharding import sharding
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed
 from omniloom.parallel.step import evaluate, forward_backward
+from omniloom.tools.tiny import make_tiny
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,19 @@ def test_one_rank_gives_what_a_plain_model_gives(layout: Layout) -> None:
         found = model.get_parameter(name).grad
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * reference.norm)
     assert model.get_parameter("vision.patch_embed.weight").grad is None
+
+
+def test_a_policy_recomputes_its_root_and_no_other(layout: Layout, tmp_path, monkeypatch) -> None:
+    made: dict[int, str | int] = {}
+    monkeypatch.setattr(
+        "omniloom.parallel.apply.recompute_blocks",
+        lambda blocks, how: made.update({id(block): how for block in blocks}),
+    )
+    make_tiny("qwen3_vl", tmp_path / "model")
+    words = [f"model.path={tmp_path / 'model'}", "memory.recompute=2", "policy.text.recompute=false"]
+    model, _ = build_model(open_workshop(load_config(None, words)), layout)
+    assert {made[id(layer)] for layer in model.text.layers.values()} == {"none"}
+    assert {made[id(layer)] for layer in model.vision.layers} == {2}
 
 
 def test_groups_made_later_wait_as_long_as_the_job_does(layout: Layout) -> None:
