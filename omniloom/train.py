@@ -17,9 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from omniloom.build import Workshop, build_model, load_weights, open_workshop
-from omniloom.checkpoint import dcp
-from omniloom.checkpoint.adapters import fingerprint
+from omniloom.build import Workshop, build_model, open_workshop
 from omniloom.checkpoint.hf import gather_full
 from omniloom.checkpoint.run_lock import hold_run_lock
 from omniloom.config import Config, ConfigError
@@ -44,6 +42,7 @@ from omniloom.parallel.watchdog import Watchdog
 from omniloom.records import RunRecords
 from omniloom.results import NO_ADAPTER, export_adapter, export_model
 from omniloom.rows import describe_files, describe_template, open_data, open_rows, planned_options
+from omniloom.run_state import RunState
 from omniloom.tools.launch import LOST_RANK
 from omniloom.tools.report import write_report
 from omniloom.training.flops import TrainingWork
@@ -125,20 +124,16 @@ class Trainer:
         config = workshop.config
         self.config, self.layout, self.workshop, self.watchdog = config, layout, workshop, watchdog
         self.run_dir, self.train_rows = Path(config.train.run_dir), train_rows
-        self.model_fingerprint = fingerprint(workshop.checkpoint)
         self.records = RunRecords(config, layout, workshop.compute_dtype, stack)
         self._make_deterministic()
         self.planner, self.loader = self._open_planner(train_rows)
         stack.callback(self.loader.close)
         self.model, self.policies = build_model(workshop, layout)
-        self.adapter_settings = {  # that decide, beside their weights, what adapters do
-            f"policy.{policy.component}.lora.{key}": getattr(policy.lora, key)
-            for policy in self.policies.values()
-            if policy.lora is not None and policy.trainable
-            for key in ("alpha", "rslora", "dora")
-        }
-        self.parameters = dict(self.model.named_parameters())
-        self.changed = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        parameters = dict(self.model.named_parameters())
+        self.optimizer = build_optimizer(
+            parameters.items(), self.policies, betas=config.train.betas, epsilon=config.train.epsilon
+        )
+        self.state = RunState(workshop, layout, self.model, self.policies, self.optimizer, self.records.say, stack)
         self.dropouts = find_dropouts(self.model)
         self.kernels = {
             name: resolve_kernel(kernel, layout.device.type, workshop.compute_dtype)
@@ -148,18 +143,12 @@ class Trainer:
         self.pool = EncoderPool(layout, plan, config.parallel.encoder_pool)
         of_adapters = {name for adapter in workshop.adapters for name in adapter.names}
         self.work = TrainingWork(
-            decoder_weights=any(name.startswith("text.") and name not in of_adapters for name in self.changed),
-            towers=any(not name.startswith("text.") for name in self.changed),
+            decoder_weights=any(name.startswith("text.") and name not in of_adapters for name in self.state.changed),
+            towers=any(not name.startswith("text.") for name in self.state.changed),
         )
-        self.optimizer = build_optimizer(
-            self.parameters.items(), self.policies, betas=config.train.betas, epsilon=config.train.epsilon
-        )
-        settings = config.checkpoint
-        self.saver = dcp.Saver(
-            self.run_dir, keep=settings.keep, asynchronous=settings.asynchronous, timeout=layout.ranks.timeout
-        )
-        stack.callback(self.saver.close)
-        stored = self._find_checkpoint()
+        stored = self.state.find()
+        if stored is not None:
+            self.planner.load_state_dict(stored.extras["data"])
         self.bad_samples = BadSampleFile(self.run_dir / "bad_samples.jsonl") if layout.is_first else None
         self.evaluation = (
             Evaluation(workshop, layout, eval_rows, self.bad_samples, stack) if eval_rows is not None else None
@@ -168,12 +157,12 @@ class Trainer:
         self.watchdog.enter(0, "reading the first rows")
         self.stream.prepare()  # before the weights: rows that cannot be used are said within seconds
         self.watchdog.enter(0, "loading weights")
-        self.first_step = self._load(stored)
+        self.first_step = self.state.load(stored)
         self.records.begin(
             self.first_step,
             self._about(train_rows),
             self.policies,
-            {name: parameter.numel() for name, parameter in self.parameters.items()},
+            {name: parameter.numel() for name, parameter in parameters.items()},
         )
         self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json")
         self.started = time.monotonic()
@@ -199,7 +188,7 @@ class Trainer:
                     self._save(step)
                     saved = step
                 if stop:
-                    self.saver.finish()
+                    self.state.finish()
                     way = (
                         "the same command goes"
                         if self.config.checkpoint.resume == "auto"
@@ -210,7 +199,7 @@ class Trainer:
                 self.watchdog.enter(step, "waiting for data")
         if saved != step:
             self._save(step)
-        self.saver.finish()
+        self.state.finish()
         if self.evaluation is not None and evaluated != step:
             self._evaluate(step)
         if self.config.checkpoint.export or self.workshop.adapters:
@@ -248,7 +237,7 @@ class Trainer:
             totals[1] += terms.router_loss
             expert_counts = terms.expert_counts if expert_counts is None else expert_counts + terms.expert_counts
         self.watchdog.enter(loaded.plan.step, "gradient norm and optimizer")
-        norm = clip_gradients(self.parameters.values(), train.clip_norm, layout.device)
+        norm = clip_gradients(self.state.parameters.values(), train.clip_norm, layout.device)
         totals[2] = self._wants_to_stop()
         counts = totals.new_empty(0, 0) if expert_counts is None else expert_counts.double()
         num_layers, width = counts.shape
@@ -353,55 +342,6 @@ class Trainer:
             clips_of=lambda pack: assign_clips(pack, layout.degrees.context)[layout.context_rank],
         )
 
-    def _find_checkpoint(self) -> dcp.StoredCheckpoint | None:
-        """The checkpoint to go on from, verified; the data's position is set to it."""
-        settings, group = self.config.checkpoint, self.saver.group
-        stored = None
-        if settings.resume == "auto":
-            stored, passed_over = dcp.find_latest(self.run_dir, group=group)
-            for words in passed_over:
-                self.records.say(f"warning: {words}")
-        elif settings.resume != "none":
-            stored = dcp.open_stored(settings.resume, group=group)
-        if stored is not None:
-            self._check_same_model(stored)
-            self.planner.load_state_dict(stored.extras["data"])
-        return stored
-
-    def _load(self, stored: dcp.StoredCheckpoint | None) -> int:
-        """Fill the model from the checkpoint, or from the published one. Returns the first step to take."""
-        settings = self.config.checkpoint
-        held = [] if stored is None else dcp.stored_names(stored, self.parameters)
-        if len(held) < len(self.parameters):  # checkpoints leave out what is as published
-            load_weights(self.workshop, self.model)
-        if stored is None:
-            return 0
-        dcp.load_model_state(stored, {name: self.parameters[name] for name in held})
-        changed = {*held, *self.changed}
-        self.changed = [name for name in self.parameters if name in changed]
-        if settings.load_optimizer:
-            dcp.load_optimizer_state(stored, self.parameters, self.optimizer)
-        if settings.load_rng:
-            dcp.load_rng_state(stored)
-        self.records.say(f"resumed after step {stored.step} from {stored.directory}")
-        return stored.step
-
-    def _check_same_model(self, stored: dcp.StoredCheckpoint) -> None:
-        """What a checkpoint does not keep must be as it was. Raises: ValueError for another model or policy."""
-        if stored.extras["model"] != self.model_fingerprint:
-            raise ValueError(
-                f"{stored.directory} belongs to a run on another model than model.path={self.config.model.path}; name "
-                "that model, set another train.run_dir, or start anew with checkpoint.resume=none"
-            )
-        before = stored.extras.get("adapters", {})
-        for key in sorted(self.adapter_settings, key=len):  # what a rule is named for before what lies below
-            now = self.adapter_settings[key]
-            if (then := before.get(key, now)) != now:
-                raise ValueError(
-                    f"{stored.directory}: {key} is {then} there and {now} here, which makes another model of the same "
-                    f"weights; set it to {then}, or start anew with checkpoint.resume=none"
-                )
-
     def _about(self, source: Source) -> list[str]:
         kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
         return [
@@ -414,13 +354,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self.watchdog.enter(step, "checkpoint")
-        settings = self.config.checkpoint
-        state = dcp.model_state({name: self.parameters[name] for name in self.changed})
-        if settings.save_optimizer:
-            state |= dcp.optimizer_state(self.parameters, self.optimizer)
-        state |= dcp.rng_state()
-        own = {"model": self.model_fingerprint, "adapters": self.adapter_settings}
-        self.saver.save(step, state, {"data": self.stream.state_dict(), **own})
+        self.state.save(step, self.stream.state_dict())
 
     def _evaluate(self, step: int) -> EvaluationReport:
         assert self.evaluation is not None
@@ -434,23 +368,21 @@ class Trainer:
 
     def _export(self, step: int) -> None:
         """The model, adapters merged in, as a Hugging Face directory in `hf/`; adapters in `adapter/`, if they fit."""
-        gather = gather_full(self.parameters)
+        gather = gather_full(self.state.parameters)
 
         def gather_next(name: str) -> Tensor:
             self.watchdog.enter(step, f"export of {name}")
             return gather(name)
 
         self.watchdog.enter(step, "export")
-        group = self.saver.group
+        group, changed = self.state.group, self.state.changed
         if self.workshop.adapters and self.workshop.cut:
             self.records.say(f"no adapter/, since {NO_ADAPTER}; hf/ has the adapters merged in")
         elif self.workshop.adapters:
             directory = export_adapter(
-                self.workshop, self.run_dir / "adapter", self.changed, gather_next, overwrite=True, group=group
+                self.workshop, self.run_dir / "adapter", changed, gather_next, overwrite=True, group=group
             )
             self.records.say(f"wrote {directory}")
         if self.config.checkpoint.export:
-            report = export_model(
-                self.workshop, self.run_dir / "hf", self.changed, gather_next, overwrite=True, group=group
-            )
+            report = export_model(self.workshop, self.run_dir / "hf", changed, gather_next, overwrite=True, group=group)
             self.records.say(f"wrote {report.directory}")
