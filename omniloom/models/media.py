@@ -195,7 +195,10 @@ class TowerInputs:
         if header.has_audio and header.num_audio_samples >= self.audio.least_frames * self.settings.hop_length:
             return header.num_audio_samples
         if self.options.no_audio == "error":
-            raise SampleError("videos", "its sound is asked for, but it has none; allow data.video.no_audio=video_only")
+            raise SampleError(
+                "videos",
+                "its sound is asked for, but it has none; set data.video.no_audio=video_only to take such videos without",
+            )
         return 0
 
     def cost(self, num_tokens: int, num_loss_tokens: int, clips: Sequence[ClipGeometry]) -> int:

@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from omniloom import cli
 from omniloom.checkpoint.stored import find_latest
 from omniloom.tools.tiny import make_tiny
 from tests.faults.conftest import TEXT
 from tests.faults.run_server import ROOT
+from tests.unit.media_files import write_video
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"It is {n}."}]}
@@ -100,6 +102,22 @@ def rewrite_shard(work: Path, change) -> None:
 def write_row_with_image(work: Path, path: str) -> None:
     messages = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "x"}]
     (work / "rows.json").write_text(json.dumps([{"messages": messages, "images": [path]}]))
+
+
+def write_adapter_of_another(work: Path) -> None:
+    from safetensors.torch import save_file
+
+    (work / "adapter").mkdir()
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "Qwen/Qwen2-7B"}
+    (work / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.zeros(4, 8)}, work / "adapter" / "adapter_model.safetensors")
+
+
+def write_silent_video(work: Path) -> None:
+    write_video(work / "silent.mp4", num_frames=8, fps=4)
+    messages = [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "x"}]
+    (work / "rows.json").write_text(json.dumps([{"messages": messages, "videos": ["silent.mp4"]}]))
 
 
 def write_lines(work: Path, num_broken: int) -> None:
@@ -197,6 +215,32 @@ CASES = {
     "zero layers": (None, ["model.num_layers.text=0"], r"num_layers\.text.*at least 1"),
     "more layers than there are": (None, ["model.num_layers.text=99"], r"num_layers.*99"),
     "a template of nobody": (None, ["data.template=llama3"], r"llama3"),
+    "a template of another family": (
+        None,
+        ["data.template=qwen2_omni"],
+        r"qwen2_omni is of another family; .* takes qwen3_omni_nothink or qwen3_omni",
+    ),
+    "a LoRA rule that matches nothing": (
+        None,
+        ["policy.text.lora.rank=4", "policy.text.lora.modules=[q_porj]"],
+        r"policy\.text\.lora\.modules: q_porj matches nothing; its modules: .*q_proj",
+    ),
+    "an adapter of another base": (
+        write_adapter_of_another,
+        ["policy.text.lora.rank=4", "model.adapter={work}/adapter"],
+        r"adapter was trained on Qwen/Qwen2-7B, model\.path is",
+    ),
+    "tools that are no JSON": (
+        lambda w: (w / "rows.json").write_text(json.dumps([ROWS[0] | {"tools": "[{name: f}]"}])),
+        [],
+        r"rows\.json:1: tools: .*JSON",
+    ),
+    "the sound of a silent video": (
+        write_silent_video,
+        ["data.video.use_audio=true"],
+        r"rows\.json:1: videos: its sound is asked for, but it has none; set data\.video\.no_audio",
+    ),
+    "evaluation of nothing": (None, ["train.eval_answers=3"], r"train\.eval_answers: nothing is held out"),
     "no steps and no epochs of nothing": (None, ["train.steps=0"], r"train\.steps.*at least 1"),
     "run directory that is a file": (lambda w: (w / "run").write_text("x"), [], r"run"),
     "checkpoint to resume that is not there": (None, ["checkpoint.resume=/nowhere/step_1"], r"/nowhere/step_1"),

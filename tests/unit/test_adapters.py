@@ -141,7 +141,7 @@ def test_frozen_weights_are_kept_in_the_dtype_of_compute(folder: Path, monkeypat
     seen: dict[str, tuple[torch.dtype, bool]] = {}
 
     def look(self: Trainer) -> int:
-        seen.update({name: (p.dtype, p.requires_grad) for name, p in self.parameters.items()})
+        seen.update({name: (p.dtype, p.requires_grad) for name, p in self.state.parameters.items()})
         return 0
 
     monkeypatch.setattr(Trainer, "run", look)
