@@ -197,7 +197,7 @@ class TowerInputs:
         if self.options.no_audio == "error":
             raise SampleError(
                 "videos",
-                "its sound is asked for, but it has none; set data.video.no_audio=video_only to take such videos without",
+                "its sound is asked for, but it has none; data.video.no_audio=video_only takes the pictures alone",
             )
         return 0
 

@@ -238,7 +238,7 @@ CASES = {
     "the sound of a silent video": (
         write_silent_video,
         ["data.video.use_audio=true"],
-        r"rows\.json:1: videos: its sound is asked for, but it has none; set data\.video\.no_audio",
+        r"rows\.json:1: videos: its sound is asked for, but it has none; data\.video\.no_audio=video_only",
     ),
     "evaluation of nothing": (None, ["train.eval_answers=3"], r"train\.eval_answers: nothing is held out"),
     "no steps and no epochs of nothing": (None, ["train.steps=0"], r"train\.steps.*at least 1"),
