@@ -100,6 +100,7 @@ class Evaluation:
         self.packs = {name: self._pack(samples, pack_tokens) for name, samples in sorted(groups.items())}
         chosen = choose_in_turn(groups, config.train.eval_answers, pack_tokens - self.max_new_tokens)
         self.to_answer = self._pack(chosen, pack_tokens, room=self.max_new_tokens)
+        self.asker = self.loader
         if chosen:
             recipe = replace(recipe, last_answer_only=True)
             self.asker = Loader(recipe, workers=0)
@@ -131,7 +132,7 @@ class Evaluation:
 
     def _answers(self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]) -> list[dict[str, Any]]:
         found = []
-        for plan, pack, _ in self._load(self.to_answer, on_pack, self.asker if self.to_answer else self.loader):
+        for plan, pack, _ in self._load(self.to_answer, on_pack, self.asker):
             answers = answer_pack(
                 model, pack.batch, self.layout, pool, self.layout.exchange, max_new_tokens=self.max_new_tokens
             )

@@ -99,8 +99,14 @@ def choose_template(
     if after.startswith(before):
         style = replace(style, opening=after.removeprefix(before))
     probes = [(_SHORT, None), *([(_WITH_TOOLS, [_TOOL])] if "tools" in template else [])]
+    from jinja2 import TemplateError  # imported here, as transformers is: only a checkpoint's own template needs it
+
     for messages, tools in probes:
-        theirs, ours = write(messages, tools=tools), _render_probe(messages, tools, style)
+        try:
+            theirs = write(messages, tools=tools)
+        except TemplateError as error:  # templates refuse what they do not take
+            return style, f"the checkpoint's own chat template takes no {'tools' if tools else 'question'}: {error}"
+        ours = _render_probe(messages, tools, style)
         if theirs != ours:
             return style, _first_difference(theirs, ours, style.name)
     return style, None

@@ -498,6 +498,9 @@ def test_a_checkpoint_whose_own_template_writes_something_else_is_told_of(checkp
         assert departure is not None
         assert "# Functions" in departure or "<|im_stop|>" in departure
     assert make_processor(checkpoint, config, ProcessorOptions(template="qwen3_omni")).departure is not None
+    refusal = "{%- if tools %}{{ raise_exception('no tools here') }}{%- endif %}"
+    (other / "chat_template.jinja").write_text(refusal + template)
+    assert "takes no tools: no tools here" in make_processor(other, config).departure
 
 
 def test_processor_settings_are_read_from_either_layout(checkpoint, config, processor, tmp_path):

@@ -35,6 +35,13 @@ def test_check_counts_good_and_bad_rows(words, capsys) -> None:
     assert 0 < trainable < built
 
 
+def test_check_names_the_template_and_warns_where_the_checkpoint_writes_another(words, capsys) -> None:
+    check_config(words)
+    assert "template   qwen3_omni_nothink\n" in capsys.readouterr().out
+    check_config([*words, "data.template=qwen3_omni"])
+    assert "template   qwen3_omni; warning: the checkpoint's own chat template writes" in capsys.readouterr().out
+
+
 def test_check_refuses_what_a_run_would_refuse(words) -> None:
     with pytest.raises(ValueError, match="did you mean vision"):
         check_config([*words, "policy.visoin.freeze=true"])

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import omniloom.tools
-from omniloom.models.rendering import TEMPLATES, find_template, render
+from omniloom.models.rendering import TEMPLATES, find_template, render, split_reasoning
 from omniloom.types import Conversation, MediaSource, Part, SampleError, Turn
 
 NOTHINK = TEMPLATES["qwen3_omni_nothink"]
@@ -134,6 +134,13 @@ def test_text_is_what_the_chat_template_writes(style, jinja, conversation, gener
     assume(jinja != VL_JINJA or not any(part.kind == "audio" for turn in conversation.turns for part in turn.parts))
     spans = render(conversation, style, generation_prompt=generation_prompt)
     assert joined(conversation, spans) == template_text(conversation, generation_prompt, jinja)
+
+
+def test_a_generated_answer_is_told_from_its_reasoning():
+    assert split_reasoning("<think>\nhm\n</think>\n\nyes ") == ("hm", "yes")
+    assert split_reasoning("hm\n</think>\n\nyes") == ("hm", "yes")  # where the prompt had opened the block
+    assert split_reasoning(" yes") == ("", "yes")
+    assert split_reasoning("<think>\nnever ends") == ("", "<think>\nnever ends")
 
 
 def test_templates_without_reasoning_leave_it_out_and_take_inline_blocks_as_text():
