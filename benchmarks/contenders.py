@@ -101,13 +101,13 @@ def _resident(field: str) -> int:
 
 
 def train_omniloom(prepared: Path, setting: Setting) -> Result:
-    """Our step as `train.py` takes it: packs of equal length through forward_backward, clipping, fused AdamW."""
-    from omniloom.build import build_model, load_weights, open_workshop
+    """Our step as `run/trainer.py` takes it: packs of equal length through forward_backward, clipping, fused AdamW."""
     from omniloom.config import load_config
     from omniloom.parallel.encoder_pool import EncoderPool
     from omniloom.parallel.gradients import clip_gradients
     from omniloom.parallel.mesh import build_layout, close_distributed, init_distributed, resolve_degrees
     from omniloom.parallel.step import Objective, forward_backward
+    from omniloom.run.opening import build_model, load_weights, open_workshop
     from omniloom.training.optimizer import build_optimizer
 
     dtype = {"float32": "float32", "mixed": "bf16"}[setting.precision]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
 from omniloom.models.audio import AudioTowerConfig, audio_batch
 from omniloom.models.decoder import DecoderConfig
-from omniloom.models.qwen3_omni.config import Qwen3OmniConfig
 from omniloom.models.vision import VisionTowerConfig, vision_batch
 from omniloom.types import PackedBatch, Segments, VisionClip
 

@@ -39,10 +39,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from omniloom.checkpoint.hf import local_region
 from omniloom.config import MemoryConfig, ParallelConfig
-from omniloom.models.omni import OmniModel
-from omniloom.models.qwen3_omni.config import Qwen3OmniConfig
-from omniloom.models.qwen3_omni.model import build
-from omniloom.models.qwen3_omni.sharding import sharding
+from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
+from omniloom.families.qwen3_omni.model import build
+from omniloom.families.qwen3_omni.sharding import sharding
+from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, materialize
 from omniloom.parallel.device import peak_memory_bytes, synchronize
 from omniloom.parallel.encoder_pool import EncoderPool

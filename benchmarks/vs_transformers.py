@@ -34,11 +34,11 @@ from contenders import Result, Setting
 from mixed_rows import write_rows
 from padding import write_padded_steps
 
-from omniloom.build import Workshop, open_workshop
 from omniloom.config import Config, load_config
 from omniloom.data.planner import Planner, plan_options
 from omniloom.data.rows import RowReader
-from omniloom.rows import open_data, open_rows
+from omniloom.run.opening import Workshop, open_workshop
+from omniloom.run.rows import open_data, open_rows
 from omniloom.tools.tiny import make_tiny
 from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation
 from omniloom.types import Example, StepPlan

@@ -33,7 +33,7 @@ def train(
     config = config_from_words(words or [])  # a wrong word ends here, before torch is imported and ranks are started
 
     def run_here() -> int:
-        from omniloom.train import run
+        from omniloom.run.trainer import run
 
         return run(config)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from omniloom.data.media import MediaLimits, clip_file, find_stream, name_of, open_container, open_image
 from omniloom.data.row_media import MediaKind
-from omniloom.ops.media_features import spread_frames
+from omniloom.processors.features import spread_frames
 from omniloom.types import ClipGeometry, DecodedClip, MediaSource, SampleError
 
 if TYPE_CHECKING:

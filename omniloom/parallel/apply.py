@@ -17,7 +17,7 @@ from omniloom.parallel.expert import ExpertDispatch, LocalWeights, SumOverGroup
 from omniloom.parallel.fsdp import FsdpOptions, match_modules, shard_parameters
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.recompute import Kept, recompute_blocks
-from omniloom.plan import ShardingPlan
+from omniloom.sharding import ShardingPlan
 
 
 def check_plan(plan: ShardingPlan, layout: Layout) -> None:

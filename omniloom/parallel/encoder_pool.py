@@ -21,7 +21,7 @@ from torch import Tensor
 from omniloom.parallel.collectives import exchange_rows
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.segments import SegmentSizes, measure_audio, measure_vision, rebuild_audio, rebuild_vision
-from omniloom.plan import ShardingPlan
+from omniloom.sharding import ShardingPlan
 from omniloom.types import AudioBatch, MediaRows, PackedBatch, PackPlan, VisionBatch
 
 SLACK = 0.1  # of the mean load: what a rank may carry beyond it before a segment's features are moved elsewhere

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 
 from omniloom.parallel.mesh import Layout
-from omniloom.plan import ShardingPlan
+from omniloom.sharding import ShardingPlan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,12 @@ from typing import Any
 
 from omniloom.config import Config, parse_config
 from omniloom.data.sources import open_sources
+from omniloom.run.trainer import run
 from omniloom.tools.demo_data import FRAMES_PER_SECOND, MODALITIES, NUM_PIXELS, DemoData, write_demo_data
 from omniloom.tools.export import export_checkpoint
 from omniloom.tools.generate import Prompt, answer, load_model, open_reader, read_prompts
 from omniloom.tools.report import write_report
 from omniloom.tools.tiny import make_tiny
-from omniloom.train import run
 
 MAX_NEW_TOKENS = 12  # the longest answer has seven and its end
 LEARNING_RATE = 1e-3

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from omniloom.build import open_workshop
 from omniloom.checkpoint import dcp
 from omniloom.checkpoint.hf import read_tensor
 from omniloom.config import load_config
-from omniloom.results import export_adapter, export_model
+from omniloom.run.opening import open_workshop
+from omniloom.run.results import export_adapter, export_model
 
 
 def export_checkpoint(source: Path, directory: Path, *, adapter: bool = False, overwrite: bool = False) -> None:

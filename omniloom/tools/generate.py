@@ -18,7 +18,7 @@ from omniloom.config import Config, DataConfig, ModelConfig, load_config
 from omniloom.data.row_media import KINDS
 from omniloom.data.rows import DATA_ERRORS, RowReader, Source
 from omniloom.data.sources import Concatenated, open_sources
-from omniloom.models.rendering import split_reasoning
+from omniloom.processors.rendering import split_reasoning
 from omniloom.types import Conversation, Part
 
 # transformers' class that answers in text, where it is not the one that config.json names
@@ -53,8 +53,8 @@ def open_reader(model_dir: Path, data: DataConfig, source: Source) -> RowReader:
 
     Raises: ValueError for no known checkpoint.
     """
-    from omniloom.build import open_workshop
-    from omniloom.rows import open_rows
+    from omniloom.run.opening import open_workshop
+    from omniloom.run.rows import open_rows
 
     config = Config(model=ModelConfig(path=str(model_dir)), data=data)
     workshop = open_workshop(config)

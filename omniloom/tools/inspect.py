@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from omniloom.build import Workshop, open_workshop
 from omniloom.config import Config, ConfigError, config_from_words
 from omniloom.data.formats import describe_format, row_options
 from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner, plan_options
 from omniloom.data.rows import RowReader
 from omniloom.data.sources import Source
-from omniloom.rows import describe_files, describe_template, open_data, open_rows
+from omniloom.run.opening import Workshop, open_workshop
+from omniloom.run.rows import describe_files, describe_template, open_data, open_rows
 from omniloom.training.policy import trainable_table
 from omniloom.types import SampleError, StepPlan
 

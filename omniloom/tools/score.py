@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from omniloom.build import Workshop, load_weights, open_workshop
 from omniloom.config import load_config
 from omniloom.data.loader import Loader
 from omniloom.data.planner import plan_all
 from omniloom.data.sources import open_sources
-from omniloom.models.omni import OmniModel
-from omniloom.rows import open_rows
+from omniloom.models.fusion import OmniModel
+from omniloom.run.opening import Workshop, load_weights, open_workshop
+from omniloom.run.rows import open_rows
 from omniloom.types import LoadedPack
 
 

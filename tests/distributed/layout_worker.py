@@ -16,9 +16,9 @@ from tiny_omni import Dims, make_config, make_model, make_pack, random_weights
 from torch.distributed.tensor import DTensor
 
 from omniloom.config import MemoryConfig, ParallelConfig
-from omniloom.models.omni import OmniModel
-from omniloom.models.qwen3_omni.config import Qwen3OmniConfig
-from omniloom.models.qwen3_omni.sharding import sharding
+from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
+from omniloom.families.qwen3_omni.sharding import sharding
+from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, materialize
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
@@ -32,7 +32,7 @@ from omniloom.parallel.mesh import (
     resolve_degrees,
 )
 from omniloom.parallel.step import Objective, forward_backward
-from omniloom.plan import ShardingPlan
+from omniloom.sharding import ShardingPlan
 from omniloom.types import PackedBatch
 
 ROUTER_COEFFICIENT = 0.05

@@ -15,14 +15,14 @@ from tiny_omni import make_pack
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from omniloom.build import Workshop, build_model, load_weights, open_workshop
 from omniloom.checkpoint.adapters import fill
 from omniloom.checkpoint.hf import gather_full
 from omniloom.config import Config, LoraConfig, MemoryConfig, ModelConfig, ParallelConfig, PolicyRule
-from omniloom.models.omni import OmniModel
+from omniloom.models.fusion import OmniModel
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import Ranks, build_layout, close_distributed, init_distributed, resolve_degrees
 from omniloom.parallel.step import Objective, forward_backward
+from omniloom.run.opening import Workshop, build_model, load_weights, open_workshop
 from omniloom.training.lora import find_dropouts, keyed_seed, merging
 from omniloom.types import PackedBatch
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from omniloom.models.registry import SPECS
+from omniloom.families.registry import SPECS
 from omniloom.tools.tiny import make_tiny
 from omniloom.training.metrics import read_metrics
 from tests.media_rows import write_media_rows

@@ -12,14 +12,14 @@ from layout_worker import Case, freeze, load, run_reference
 from tiny_omni import Dims, make_config, make_model, random_weights
 from torch.distributed.tensor import DTensor
 
-from omniloom.build import build_model, open_workshop
 from omniloom.config import MemoryConfig, ParallelConfig, load_config
-from omniloom.models.qwen3_omni.sharding import sharding
+from omniloom.families.qwen3_omni.sharding import sharding
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed
 from omniloom.parallel.step import evaluate, forward_backward
+from omniloom.run.opening import build_model, open_workshop
 from omniloom.tools.tiny import make_tiny
 
 

@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import torch
 
+from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
+from omniloom.families.qwen3_omni.model import build
 from omniloom.models.audio import AudioTowerConfig, audio_batch
 from omniloom.models.decoder import DecoderConfig
-from omniloom.models.omni import OmniModel
-from omniloom.models.qwen3_omni.config import Qwen3OmniConfig
-from omniloom.models.qwen3_omni.model import build
+from omniloom.models.fusion import OmniModel
 from omniloom.models.vision import VisionTowerConfig, vision_batch
 from omniloom.types import IGNORE_LABEL, AudioClip, PackedBatch, Segments, VisionClip
 

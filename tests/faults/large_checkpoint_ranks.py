@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from omniloom.build import build_model, load_weights, open_workshop
 from omniloom.checkpoint.hf import local_region, read_tensor
 from omniloom.config import Config, ModelConfig, ParallelConfig
 from omniloom.parallel.mesh import build_layout, close_distributed, init_distributed, resolve_degrees
+from omniloom.run.opening import build_model, load_weights, open_workshop
 
 WORLD = 4
 ALLOWANCE = 0.6  # of the checkpoint: its fourth, one chunk of reading, the process groups' threads

@@ -153,8 +153,8 @@ def _serve() -> None:
     import av  # noqa: F401 - imported here once for all runs
     from transformers import Qwen2Tokenizer  # noqa: F401
 
-    import omniloom.models.qwen3_omni.processor
-    import omniloom.train  # noqa: F401
+    import omniloom.families.qwen3_omni.processor
+    import omniloom.run.trainer  # noqa: F401
 
     children: dict[int, int] = {}
     for line in sys.stdin:
@@ -212,7 +212,7 @@ def _run_forked(request: dict[str, Any]) -> None:
 def _observe_steps(folder: Path, rank: int, hooks: Sequence[Hook]) -> None:
     import torch
 
-    from omniloom.train import Trainer
+    from omniloom.run.trainer import Trainer
 
     take_step, save = Trainer._step, Trainer._save
     held = 0.0

@@ -20,7 +20,7 @@ from PIL import Image
 from omniloom.checkpoint.dcp import RNG
 from omniloom.checkpoint.stored import find_latest, load_tensors, open_stored
 from omniloom.parallel.watchdog import EXIT_CODE
-from omniloom.train import STOPPED_EARLY
+from omniloom.run.trainer import STOPPED_EARLY
 from omniloom.training.metrics import read_metrics
 from tests.faults.run_server import ROOT, Hook, read_events, wait_for
 from tests.faults.test_kills import (

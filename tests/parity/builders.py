@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniloom.families.qwen3_omni.spec import SPEC
+from omniloom.families.spec import ModelSpec
 from omniloom.keymap import KeyMap
 from omniloom.models.audio import audio_batch
-from omniloom.models.omni import Kernels, OmniModel
-from omniloom.models.qwen3_omni.spec import SPEC
-from omniloom.models.spec import ModelSpec
+from omniloom.models.fusion import Kernels, OmniModel
 from omniloom.models.vision import vision_batch
 from omniloom.types import IGNORE_LABEL, AudioClip, PackedBatch, Segments, VisionClip
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omniloom.families.spec import ModelSpec
 from omniloom.keymap import Tied
-from omniloom.models.omni import OmniModel
-from omniloom.models.spec import ModelSpec
+from omniloom.models.fusion import OmniModel
 from omniloom.types import PackedBatch
 from tests.parity.builders import Sample, assemble, published
 

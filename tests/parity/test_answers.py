@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from omniloom.answers import answer_pack, compare, make_room
 from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed
+from omniloom.run.answers import answer_pack, compare, make_room
 from omniloom.types import IGNORE_LABEL, Segments
 from tests.parity import builders
 from tests.parity.builders import Sample

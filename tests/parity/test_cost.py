@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from omniloom.models.cost import audio_flops, decoder_flops, vision_flops
-from omniloom.models.qwen3_omni.config import read_config
+from omniloom.families.cost import audio_flops, decoder_flops, vision_flops
+from omniloom.families.qwen3_omni.config import read_config
 from omniloom.tools.tiny import make_tiny
 
 # Rotary tables are left out, and convolutions are counted as if frames halved without rounding up.
@@ -72,7 +72,7 @@ def windowed(tmp_path_factory):
     """Qwen2.5-Omni's config and transformers' thinker: towers with windows, dense decoder with biases."""
     from transformers import Qwen2_5OmniForConditionalGeneration
 
-    from omniloom.models.qwen2_5_omni.config import read_config as read_windowed
+    from omniloom.families.qwen2_5_omni.config import read_config as read_windowed
 
     directory = make_tiny("qwen2_5_omni", tmp_path_factory.mktemp("tiny") / "checkpoint")
     model = Qwen2_5OmniForConditionalGeneration.from_pretrained(

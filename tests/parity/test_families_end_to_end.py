@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from omniloom.build import open_workshop
 from omniloom.config import load_config
 from omniloom.data.sources import open_sources
-from omniloom.models.registry import SPECS, find_spec
-from omniloom.rows import open_rows
+from omniloom.families.registry import SPECS, find_spec
+from omniloom.run.opening import open_workshop
+from omniloom.run.rows import open_rows
+from omniloom.run.trainer import run
 from omniloom.tools.generate import load_model
 from omniloom.tools.score import score_file
 from omniloom.tools.tiny import make_tiny
-from omniloom.train import run
 from tests.media_rows import write_media_rows
 from tests.parity.vllm_layout import check_vllm_layout
 

@@ -15,12 +15,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from omniloom.build import Workshop, load_weights, open_workshop
 from omniloom.checkpoint.adapters import CONFIG_NAME, TENSORS_NAME, adapter_targets, transformers_name, write_adapter
 from omniloom.checkpoint.hf import gather_full
 from omniloom.config import Config, LoraConfig, ModelConfig, PolicyRule
-from omniloom.models.omni import OmniModel
-from omniloom.results import export_adapter, export_model
+from omniloom.models.fusion import OmniModel
+from omniloom.run.opening import Workshop, load_weights, open_workshop
+from omniloom.run.results import export_adapter, export_model
 from omniloom.tools.tiny import make_tiny
 from omniloom.training.lora import KeyedDropout
 from tests.parity import builders

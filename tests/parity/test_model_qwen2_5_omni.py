@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from omniloom.models.omni import Kernels
-from omniloom.models.qwen2_5_omni.spec import SPEC
+from omniloom.families.qwen2_5_omni.spec import SPEC
+from omniloom.models.fusion import Kernels
 from tests.parity import builders, compare
 from tests.parity import builders_qwen2_5_omni as omni
 from tests.parity.compare import assert_equal, run_ours

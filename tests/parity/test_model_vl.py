@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from omniloom.models.omni import Kernels
-from omniloom.models.registry import spec_named
+from omniloom.families.registry import spec_named
+from omniloom.models.fusion import Kernels
 from tests.parity import builders, compare
 from tests.parity import builders_vl as vl
 from tests.parity.compare import SMALLEST_GAP, assert_equal, run_ours, smallest_router_gap

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.models.processor_settings import ProcessorOptions
-from omniloom.models.qwen2_5_vl.processor import VIDEO_PIXELS
-from omniloom.models.registry import find_spec
-from omniloom.ops.media_features import smart_resize, spread_frames
+from omniloom.families.qwen2_5_vl.processor import VIDEO_PIXELS
+from omniloom.families.registry import find_spec
+from omniloom.processors.features import smart_resize, spread_frames
+from omniloom.processors.settings import ProcessorOptions
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import Conversation, MediaHeader, MediaSource, Part, Turn
 from tests.parity.test_processor_qwen3_vl import conversation_of, decode, expected_positions, samples

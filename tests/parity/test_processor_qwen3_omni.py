@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.models.processor_settings import ProcessorOptions
-from omniloom.models.qwen3_omni.config import read_config
-from omniloom.models.qwen3_omni.processor import make_processor
+from omniloom.families.qwen3_omni.config import read_config
+from omniloom.families.qwen3_omni.processor import make_processor
+from omniloom.processors.settings import ProcessorOptions
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import (
     IGNORE_LABEL,

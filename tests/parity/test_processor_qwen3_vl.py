@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.models.processor_settings import ProcessorOptions
-from omniloom.models.registry import find_spec
-from omniloom.ops.media_features import smart_resize_video, spread_frames
+from omniloom.families.registry import find_spec
+from omniloom.processors.features import smart_resize_video, spread_frames
+from omniloom.processors.settings import ProcessorOptions
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import Conversation, DecodedClip, MediaHeader, MediaSource, Part, SampleError, Turn
 

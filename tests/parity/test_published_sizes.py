@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from omniloom.models.registry import find_spec
+from omniloom.families.registry import find_spec
 from tests.parity.published_configs import DECODERS, PUBLISHED, TOWERS
 
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from omniloom.config import load_config
-from omniloom.rows import open_rows
+from omniloom.run.rows import open_rows
+from omniloom.run.trainer import run
 from omniloom.tools.export import export_checkpoint
 from omniloom.tools.score import score_file
 from omniloom.tools.tiny import make_tiny
-from omniloom.train import run
 from omniloom.types import DecodedClip
 from tests.mixed_rows import write_rows
 from tests.parity.vllm_layout import check_vllm_layout
@@ -129,8 +129,8 @@ def test_scores_are_transformers_losses_of_the_exported_model(finished, capsys) 
 
 
 def _reader(config):
-    from omniloom.build import open_workshop
     from omniloom.data.sources import open_sources
+    from omniloom.run.opening import open_workshop
 
     workshop = open_workshop(config)
     source = open_sources(config.data.train)

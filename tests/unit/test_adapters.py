@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from omniloom.build import open_workshop
 from omniloom.checkpoint.adapters import CONFIG_NAME, NOTE_NAME, TENSORS_NAME, fingerprint, transformers_name
 from omniloom.checkpoint.dcp import MODEL, OPTIMIZER
 from omniloom.checkpoint.hf import open_checkpoint
 from omniloom.checkpoint.stored import find_latest
 from omniloom.config import ConfigError, load_config
+from omniloom.run.opening import open_workshop
+from omniloom.run.trainer import Trainer, run
 from omniloom.tools.export import export_checkpoint
 from omniloom.tools.tiny import make_tiny
-from omniloom.train import Trainer, run
 from tests.mixed_rows import write_rows
 
 LORA = (

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from omniloom.build import open_workshop
 from omniloom.config import load_config
 from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner, plan_options
 from omniloom.data.sources import open_sources
 from omniloom.data.stream import StepStream
-from omniloom.rows import open_rows, planned_options
+from omniloom.run.opening import open_workshop
+from omniloom.run.rows import open_rows, planned_options
 from omniloom.tools.demo_data import write_demo_data
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import IGNORE_LABEL, PackedBatch

@@ -10,11 +10,11 @@ import torch
 
 from omniloom.config import DataConfig, load_config
 from omniloom.data.sources import open_sources
-from omniloom.evaluate import choose_in_turn, modality_of
+from omniloom.run.evaluation import choose_in_turn, modality_of
+from omniloom.run.trainer import run
 from omniloom.tools.generate import answer, load_model, open_reader, read_prompts
 from omniloom.tools.score import score_file
 from omniloom.tools.tiny import make_tiny
-from omniloom.train import run
 from omniloom.training.metrics import read_metrics
 from omniloom.types import ClipGeometry, Extent, PlannedSample
 from tests.mixed_rows import write_rows

@@ -20,7 +20,7 @@ from omniloom.data.formats import (
 )
 from omniloom.data.row_media import MediaRules
 from omniloom.data.sources import open_sources
-from omniloom.models.rendering import find_template, render
+from omniloom.processors.rendering import find_template, render
 from omniloom.types import Part, SampleError
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "real"

@@ -9,7 +9,7 @@ import pytest
 
 from omniloom.config import load_config
 from omniloom.data.sources import Subset
-from omniloom.rows import describe_files, open_data
+from omniloom.run.rows import describe_files, open_data
 from omniloom.tools.inspect import check_config, preview_rows, show_plan
 from omniloom.tools.tiny import make_tiny
 from tests.mixed_rows import write_rows

@@ -9,7 +9,7 @@ from PIL import Image
 from omniloom.data.media import MediaLimits
 from omniloom.data.media_decode import decode_audio, decode_clip, decode_image, decode_video_frames, resampled_length
 from omniloom.data.media_headers import read_header
-from omniloom.ops.media_features import resize_bicubic, sample_frame_indices
+from omniloom.processors.features import resize_bicubic, sample_frame_indices
 from omniloom.types import ClipGeometry, MediaSource, SampleError
 from tests.unit.media_files import picture, tone, truth_of_video, write_audio, write_video
 

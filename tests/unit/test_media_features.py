@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.ops.media_features import (
+from omniloom.processors.features import (
     log_mel,
     normalize_pixels,
     patchify,

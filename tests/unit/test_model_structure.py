@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from omniloom.models.omni import Kernels
-from omniloom.models.qwen3_omni.spec import SPEC
-from omniloom.models.registry import find_spec
-from omniloom.models.spec import COMPONENTS
+from omniloom.families.qwen3_omni.spec import SPEC
+from omniloom.families.registry import find_spec
+from omniloom.families.spec import COMPONENTS
+from omniloom.models.fusion import Kernels
 from tests.parity import builders
 
 # The fields that matter, as in the published Qwen3-Omni-30B-A3B checkpoints.

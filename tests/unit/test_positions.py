@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.models.positions import merge_by_time, sample_positions, text_block, vision_block
+from omniloom.processors.positions import merge_by_time, sample_positions, text_block, vision_block
 
 
 def test_text_counts_up_on_all_axes():

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import omniloom.tools
-from omniloom.models.rendering import TEMPLATES, find_template, render, split_reasoning
+from omniloom.processors.rendering import TEMPLATES, find_template, render, split_reasoning
 from omniloom.types import Conversation, MediaSource, Part, SampleError, Turn
 
 NOTHINK = TEMPLATES["qwen3_omni_nothink"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from omniloom.checkpoint.hf import check_names, open_checkpoint
-from omniloom.models.registry import SPECS, find_spec
+from omniloom.families.registry import SPECS, find_spec
 from omniloom.tools.tiny import FAMILIES, make_tiny
 
 FAMILY_NAMES = [spec.name for spec in SPECS]

@@ -1,0 +1,24 @@
+"""Qwen3-Omni's thinker out of the shared parts."""
+
+from __future__ import annotations
+
+from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
+from omniloom.families.spec import OMNI
+from omniloom.models.fusion import Kernels, OmniModel, compose
+
+
+def build(
+    config: Qwen3OmniConfig,
+    *,
+    modalities: tuple[str, ...] = OMNI,
+    kernels: Kernels | None = None,
+    loss_chunk_tokens: int | None = None,
+) -> OmniModel:
+    return compose(
+        vision=config.vision,
+        audio=config.audio,
+        text=config.text,
+        modalities=modalities,
+        kernels=kernels,
+        loss_chunk_tokens=loss_chunk_tokens,
+    )

@@ -1,0 +1,153 @@
+"""Qwen3-VL's media as tokens: each temporal grid of a video is a picture of its own, its time written before it.
+
+Source: transformers, processing_qwen3_vl.py and video_processing_qwen3_vl.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omniloom.families.qwen3_vl.config import Qwen3VLConfig
+from omniloom.processors.chat import ChatProcessor, ClipLayout, open_processor, vision_layout
+from omniloom.processors.features import smart_resize_video, spread_frames
+from omniloom.processors.positions import vision_block
+from omniloom.processors.settings import ProcessorOptions, find_word
+from omniloom.processors.tower_inputs import Features, TowerInputs, vision_inputs
+from omniloom.types import ClipGeometry, MediaHeader, MediaSource
+
+# of transformers' Qwen3VLVideoProcessor, where a checkpoint has no file of its own
+VIDEO_PIXELS = (128 * 32 * 32, 768 * 32 * 32)  # of all frames together
+MIN_FRAMES = 4
+MAX_VIDEO_TOKENS = 768  # per frame, where a checkpoint asks for that cap
+
+
+def make_processor(
+    checkpoint_dir: str | Path, config: Qwen3VLConfig, options: ProcessorOptions | None = None
+) -> ChatProcessor:
+    """The checkpoint's processor; `functools.partial` of this is the factory that loader workers get.
+
+    Raises: ValueError where the checkpoint lacks a file or a field.
+    """
+    return open_processor(
+        checkpoint_dir,
+        options,
+        vision=config.vision,
+        audio=None,
+        text=config.text,
+        make_media=partial(Qwen3VLMedia, config),
+        plain="qwen3_vl_nothink",
+        thinking="qwen3_vl",
+    )
+
+
+class PictureTokens:
+    """The tokens that stand for images and videos, in a family that hears nothing."""
+
+    def __init__(self, config: Qwen3VLConfig, tokenizer: Any) -> None:
+        self.ids = {"image": config.image_token_id, "video": config.video_token_id}
+        self.start, image, video, self.end = (
+            find_word(tokenizer, field, token_id, word)
+            for field, token_id, word in (
+                ("vision_start_token_id", config.vision_start_token_id, "<|vision_start|>"),
+                ("image_token_id", config.image_token_id, "<|image_pad|>"),
+                ("video_token_id", config.video_token_id, "<|video_pad|>"),
+                ("vision_end_token_id", config.vision_end_token_id, "<|vision_end|>"),
+            )
+        )
+        self._pads = {"image": image, "video": video}
+
+    def wrapped(self, kind: str) -> str:
+        return self.start + self._pads[kind] + self.end
+
+    def generation_inputs(
+        self, input_ids: Tensor, clips: Sequence[ClipGeometry], features: Sequence[Features]
+    ) -> dict[str, Any]:
+        """Pictures as transformers' `generate` takes them, and which of `input_ids` int64 [t] stand for them."""
+        kinds = torch.zeros_like(input_ids)
+        kinds[input_ids == self.ids["image"]] = 1
+        kinds[input_ids == self.ids["video"]] = 2
+        return {"mm_token_type_ids": kinds[None]} | vision_inputs(clips, features)
+
+
+class Qwen3VLMedia:
+    """The family's `FamilyMedia`."""
+
+    def __init__(self, config: Qwen3VLConfig, towers: TowerInputs, tokenizer: Any) -> None:
+        self.config = config
+        self.towers = towers
+        self.tokens = PictureTokens(config, tokenizer)
+        self.pad_ids = frozenset(self.tokens.ids.values())
+        self.generation_inputs = self.tokens.generation_inputs
+
+    def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
+        """Frames from the first to the last, at least four; bounds on the pixels of all of them together."""
+        vision, video = self.config.vision, self.towers.settings.video
+        fps, most = self.towers.video_rate(source)
+        temporal, factor = vision.temporal_patch_size, vision.patch_size * vision.spatial_merge_size
+        rate = header.fps or fps  # a list of frames without a rate of its own is taken as already sampled
+        count = max(int(header.num_frames / rate * fps), video.get("min_frames", MIN_FRAMES))
+        count = max(min(count, most, header.num_frames), temporal)  # one frame alone is shown twice
+        if scale < 1:
+            count = max(int(count * math.sqrt(scale)), temporal)
+        low, high = self._pixels(source, count)
+        height, width = smart_resize_video(count, header.height, header.width, temporal, factor, low, high)
+        if scale < 1:
+            high = max(int(count * height * width * math.sqrt(scale)), count * factor**2)
+            height, width = smart_resize_video(
+                count, header.height, header.width, temporal, factor, min(low, high), high
+            )
+        grid = (-(-count // temporal), height // vision.patch_size, width // vision.patch_size)
+        seconds = header.duration_seconds or header.num_frames / rate
+        return ClipGeometry(
+            kind="video",
+            num_tokens=self.towers.num_merged(grid),
+            grid_thw=grid,
+            num_frames=count,
+            num_source_frames=header.num_frames,
+            reaches_last_frame=True,
+            source_fps=rate,
+            duration_seconds=seconds,
+            seconds_per_grid=seconds / grid[0],
+        )
+
+    def _pixels(self, source: MediaSource, num_frames: int) -> tuple[int, int]:
+        """Least and most pixels of all frames together. Ours are given per frame, the checkpoint's for all."""
+        options, size = self.towers.options, self.towers.settings.video.get("size") or {}
+        low = options.video_min_pixels if source.min_pixels is None else source.min_pixels
+        high = options.video_max_pixels if source.max_pixels is None else source.max_pixels
+        most = size.get("longest_edge", VIDEO_PIXELS[1]) if high is None else high * num_frames
+        least = size.get("shortest_edge", VIDEO_PIXELS[0]) if low is None else low * num_frames
+        if high is None and self.towers.settings.video.get("cap_pixels_per_frame"):
+            factor = self.config.vision.patch_size * self.config.vision.spatial_merge_size
+            cap = self.towers.settings.video.get("max_video_tokens", MAX_VIDEO_TOKENS) * factor**2
+            most = max(min(cap, most // num_frames), int(least * 1.05)) * num_frames
+        return min(least, most), most
+
+    def placeholder(self, clip: ClipGeometry) -> str:
+        """A video keeps the wrappers of the chat template around those of its grids, as transformers 5 leaves them."""
+        if clip.kind == "image":
+            return self.tokens.wrapped("image")
+        grids = (f"<{seconds:.1f} seconds>{self.tokens.wrapped('video')}" for seconds in self.timestamps(clip))
+        return self.tokens.start + "".join(grids) + self.tokens.end
+
+    def timestamps(self, clip: ClipGeometry) -> list[float]:
+        """Seconds at the middle of each temporal grid, between its first frame and its last."""
+        frames = spread_frames(clip.num_source_frames, clip.num_frames, reach_last=True)
+        temporal = self.config.vision.temporal_patch_size
+        frames += frames[-1:] * (-len(frames) % temporal)
+        times = [frame / clip.source_fps for frame in frames]
+        return [(times[first] + times[first + temporal - 1]) / 2 for first in range(0, len(times), temporal)]
+
+    def layouts(self, clip: ClipGeometry) -> tuple[ClipLayout, ...]:
+        """An image's block, or one for each temporal grid of a video."""
+        assert clip.grid_thw is not None
+        num_grids, height, width = clip.grid_thw
+        block = vision_block((1, height, width), self.config.vision.spatial_merge_size, 0.0, 0.0)
+        return (vision_layout(self.tokens.ids[clip.kind], block),) * num_grids

@@ -1,0 +1,33 @@
+"""How a model out of the shared parts may be sharded. A family's `sharding.py` adds what is its own."""
+
+from __future__ import annotations
+
+from omniloom.models.audio import AudioTowerConfig
+from omniloom.models.decoder import DecoderConfig
+from omniloom.models.vision import VisionTowerConfig
+from omniloom.sharding import ShardingPlan
+
+
+def standard_sharding(
+    *, vision: VisionTowerConfig, audio: AudioTowerConfig | None, text: DecoderConfig
+) -> ShardingPlan:
+    """The plan of towers and decoder; `audio` None for families that hear nothing."""
+    towers = ("vision",) if audio is None else ("vision", "audio")
+    tied = (("text.embed", "text.loss_head"),)  # one tensor, so one group
+    moe = "text.layers.*.moe" if text.num_experts else None
+    return ShardingPlan(
+        roots=(*towers, "text"),
+        blocks=tuple(f"{part}.layers.*" for part in (*towers, "text")),
+        groups=tied if text.tie_word_embeddings else (("text.embed",), ("text.loss_head",)),
+        experts=(f"{moe}.experts",) if moe else (),
+        dispatches=(f"{moe}.dispatch",) if moe else (),
+        expert_products=(f"{moe}.experts.product",) if moe else (),
+        router_choices=(f"{moe}.router.choose",) if moe else (),
+        router_counts=(f"{moe}.reduce_counts",) if moe else (),
+        attention_cores=("text.layers.*.attention.core",),
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+        num_experts=text.num_experts,
+        patches_per_row=vision.spatial_merge_size**2,
+        audio_rows_per_chunk=1 if audio is None else audio.chunk_rows,
+    )

@@ -1,0 +1,360 @@
+"""From a conversation to sizes and tensors: what every family's processor does alike.
+
+Owns tokenizing the rendered text in one go, labels from character offsets, clip expansion, positions, and the promise
+that `measure` and `encode` count the same. A family adds its `FamilyMedia`: how clips are written as tokens. Reads no
+media file: headers and decoded arrays are handed in. Used by loader workers (built there
+from a picklable factory) and by generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omniloom.models.audio import AudioTowerConfig
+from omniloom.models.decoder import DecoderConfig
+from omniloom.models.vision import VisionTowerConfig
+from omniloom.processors.positions import sample_positions, text_block
+from omniloom.processors.rendering import MEDIA_KINDS, TemplateStyle, render
+from omniloom.processors.settings import ProcessorOptions, choose_template, load_tokenizer
+from omniloom.processors.tower_inputs import Features, TowerInputs, read_media_settings
+from omniloom.types import (
+    IGNORE_LABEL,
+    AudioBatch,
+    AudioClip,
+    ClipGeometry,
+    Conversation,
+    DecodedClip,
+    Example,
+    Extent,
+    MediaHeader,
+    MediaSource,
+    Part,
+    SampleError,
+    VisionBatch,
+    VisionClip,
+)
+
+SHRINK_STEPS = tuple(0.8**step for step in range(1, 24))  # scales that `shrink` tries, down to half a percent
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipLayout:
+    """The tokens that stand where a clip's pad token was."""
+
+    ids: np.ndarray  # int64 [n]
+    block: np.ndarray  # float32 [3, n]: positions relative to the first, see positions.py
+    vision_rows: np.ndarray  # int64: which of the n tokens take vision embeddings, in order
+    audio_rows: np.ndarray  # int64: which take audio embeddings
+
+
+def vision_layout(token_id: int, block: np.ndarray) -> ClipLayout:
+    """Pictures alone: a token for every row of the tower, at the positions of `block` float32 [3, n]."""
+    rows = np.arange(block.shape[1])
+    return ClipLayout(ids=np.full(len(rows), token_id, np.int64), block=block, vision_rows=rows, audio_rows=rows[:0])
+
+
+def sound_layout(token_id: int, num_tokens: int) -> ClipLayout:
+    """Sound alone, whose positions run like those of text."""
+    rows, ids = np.arange(num_tokens), np.full(num_tokens, token_id, np.int64)
+    return ClipLayout(ids=ids, block=text_block(num_tokens), vision_rows=rows[:0], audio_rows=rows)
+
+
+class FamilyMedia(Protocol):
+    """What a family knows of its media: how they are written as tokens."""
+
+    pad_ids: frozenset[int]
+
+    def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
+        """Planned size; `scale` below 1 lowers pixels and frames. Raises: ValueError for what cannot be."""
+
+    def placeholder(self, clip: ClipGeometry) -> str:
+        """Text of the clip with its wrappers, one pad token for each of its layouts."""
+
+    def layouts(self, clip: ClipGeometry) -> tuple[ClipLayout, ...]: ...
+
+    def generation_inputs(
+        self, input_ids: Tensor, clips: Sequence[ClipGeometry], features: Sequence[Features]
+    ) -> dict[str, Any]:
+        """Media arguments of transformers' `generate`, by their names there; `input_ids` int64 [t]."""
+
+
+class ChatProcessor:
+    """A family's processor: one tokenizer, one template, the family's media rules."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Any,
+        style: TemplateStyle,
+        media: FamilyMedia,
+        towers: TowerInputs,
+        options: ProcessorOptions,
+        past_time: bool = True,
+        departure: str | None = None,
+    ) -> None:
+        """`tokenizer`: the checkpoint's, as `tokenizers.Tokenizer` (fast, picklable, gives offsets).
+
+        `past_time`: see `positions.sample_positions`. `departure`: how the checkpoint's own chat template departs from
+        `style`, in words.
+        """
+        self.tokenizer = tokenizer
+        self.style = style
+        self.media = media
+        self.towers = towers
+        self.options = options
+        self.past_time = past_time
+        self.departure = departure
+
+    # ------------------------------------------------------------------------------------ sizes
+
+    def geometry(
+        self, conversation: Conversation, headers: Sequence[MediaHeader], scale: float = 1.0
+    ) -> tuple[ClipGeometry, ...]:
+        """Planned size of every clip, in the conversation's order. Raises: SampleError."""
+        parts = media_parts(conversation)
+        if len(parts) != len(headers):
+            raise ValueError(f"{conversation.source}: expected {len(parts)} media headers, got {len(headers)}")
+        clips = []
+        for part, header in zip(parts, headers, strict=True):
+            if part.kind != header.kind:
+                raise SampleError(f"{part.kind}s", f"the file is not of this kind but {header.kind}")
+            assert part.media is not None
+            try:
+                clips.append(self._clip_geometry(part.media, header, scale))
+            except SampleError:
+                raise
+            except ValueError as error:
+                raise SampleError(f"{part.kind}s", str(error)) from None
+        return tuple(clips)
+
+    def _clip_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
+        if header.kind == "image":
+            return self.towers.image_geometry(source, header, scale)
+        if header.kind == "video":
+            return self.media.video_geometry(source, header, scale)
+        return self.towers.audio_geometry(header)
+
+    def measure(
+        self,
+        conversation: Conversation,
+        headers: Sequence[MediaHeader],
+        clips: tuple[ClipGeometry, ...] | None = None,
+    ) -> Extent:
+        """Exact sizes from text and headers; `clips` where they were shrunk. Raises: SampleError."""
+        clips = self.geometry(conversation, headers) if clips is None else clips
+        tokens = self._tokenize(conversation, clips)
+        weights = _label_weights(tokens.weights, conversation.weight)
+        _require_labels(weights)
+        num_loss_tokens = int(np.count_nonzero(weights))
+        return Extent(
+            num_tokens=len(tokens.ids),
+            num_loss_tokens=num_loss_tokens,
+            weight_sum=float(weights.sum(dtype=np.float64)),
+            num_patches=sum(int(np.prod(clip.grid_thw)) for clip in clips if clip.grid_thw),
+            num_audio_frames=sum(clip.num_mel_frames for clip in clips),
+            cost=(cost := self.towers.cost(len(tokens.ids), num_loss_tokens, clips)),
+            tower_cost=cost - self.towers.cost(len(tokens.ids), num_loss_tokens, ()),
+            clips=clips,
+        )
+
+    def shrink(
+        self, conversation: Conversation, headers: Sequence[MediaHeader], max_tokens: int
+    ) -> tuple[ClipGeometry, ...] | None:
+        """The largest clips of lower resolution with which the sample fits, or None. Sound is never shortened."""
+        for scale in SHRINK_STEPS:
+            clips = self.geometry(conversation, headers, scale)
+            if sum(clip.num_tokens for clip in clips) > max_tokens:  # no need to tokenize
+                continue
+            if self.measure(conversation, headers, clips).num_tokens <= max_tokens:
+                return clips
+        return None
+
+    # ------------------------------------------------------------------------------------ tensors
+
+    def encode(
+        self, conversation: Conversation, clips: tuple[ClipGeometry, ...], decoded: Sequence[DecodedClip | None]
+    ) -> Example:
+        """The sample as tensors. A clip whose `decoded` is None keeps its tokens and positions, without features.
+
+        Raises: SampleError where the decoded arrays are not of the planned size.
+        """
+        tokens = self._tokenize(conversation, clips)
+        weights = _label_weights(tokens.weights, conversation.weight)
+        _require_labels(weights)
+        labels = np.where(weights > 0, np.append(tokens.ids[1:], IGNORE_LABEL), IGNORE_LABEL)
+        vision: list[VisionClip] = []
+        audio: list[AudioClip] = []
+        longest = max((clip.num_mel_frames for clip in clips), default=0)
+        for index, (clip, arrays) in enumerate(zip(clips, decoded, strict=True)):
+            if arrays is None:
+                continue
+            patches, mel = self.towers.features(clip, arrays)
+            if patches is not None:
+                assert clip.grid_thw is not None
+                rows = torch.from_numpy(tokens.vision_rows[index])
+                vision.append(VisionClip(patches=patches, grid_thw=clip.grid_thw, token_index=rows))
+            if mel is not None:
+                rows = torch.from_numpy(tokens.audio_rows[index])
+                audio.append(AudioClip(features=mel, token_index=rows, longest_frames=longest))
+        return Example(
+            id=conversation.id,
+            input_ids=torch.from_numpy(tokens.ids),
+            labels=torch.from_numpy(labels),
+            loss_weights=torch.from_numpy(weights),
+            position_ids=sample_positions(tokens.runs, past_time=self.past_time),
+            vision=tuple(vision),
+            audio=tuple(audio),
+        )
+
+    def prompt(
+        self, conversation: Conversation, headers: Sequence[MediaHeader], decoded: Sequence[DecodedClip]
+    ) -> dict[str, Any]:
+        """Arguments of transformers' `generate`, batch of one: the turns before the last answer and its opening."""
+        turns = conversation.turns
+        while turns and turns[-1].role == "assistant":
+            turns = turns[:-1]
+        asked = Conversation(id=conversation.id, source=conversation.source, turns=turns, tools=conversation.tools)
+        num_clips = len(media_parts(asked))
+        clips = self.geometry(asked, headers[:num_clips])
+        tokens = self._tokenize(asked, clips, generation_prompt=True)
+        features = [self.towers.features(clip, arrays) for clip, arrays in zip(clips, decoded[:num_clips], strict=True)]
+        input_ids = torch.from_numpy(tokens.ids)[None]
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        return inputs | self.media.generation_inputs(input_ids[0], clips, features)
+
+    def collate_vision(self, clips: Sequence[VisionClip]) -> VisionBatch:
+        return self.towers.collate_vision(clips)
+
+    def collate_audio(self, clips: Sequence[AudioClip]) -> AudioBatch | None:
+        return self.towers.collate_audio(clips)
+
+    # ------------------------------------------------------------------------------------ tokens
+
+    def _tokenize(
+        self, conversation: Conversation, clips: Sequence[ClipGeometry], generation_prompt: bool = False
+    ) -> _Tokens:
+        spans = render(
+            conversation,
+            self.style,
+            system=self.options.system,
+            enable_thinking=self.options.enable_thinking,
+            train_on_prompt=self.options.train_on_prompt,
+            last_turn_only=self.options.last_turn_only,
+            generation_prompt=generation_prompt,
+        )
+        texts, clip_ranges, offset = [], [], 0
+        for span in spans:
+            texts.append(span.text if span.clip is None else self.media.placeholder(clips[span.clip]))
+            if span.clip is not None:
+                clip_ranges.append((offset, offset + len(texts[-1]), span.clip))
+            offset += len(texts[-1])
+        encoding = self.tokenizer.encode("".join(texts), add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int64)
+        starts = np.array([start for start, _ in encoding.offsets], np.int64)
+        span_ends = np.cumsum([len(text) for text in texts])
+        # a token that straddles a border belongs to where it begins: the prompt's last character is never trained
+        weights = np.array([span.weight for span in spans], np.float32)[
+            np.searchsorted(span_ends, starts, side="right")
+        ]
+        return self._expand(ids, starts, weights, clips, clip_ranges)
+
+    def _expand(
+        self,
+        ids: np.ndarray,
+        starts: np.ndarray,
+        weights: np.ndarray,
+        clips: Sequence[ClipGeometry],
+        clip_ranges: list[tuple[int, int, int]],
+    ) -> _Tokens:
+        """Put each clip's tokens where its pad tokens are."""
+        pads = np.flatnonzero(np.isin(ids, list(self.media.pad_ids)))
+        layouts = [(clip, layout) for _, _, clip in clip_ranges for layout in self.media.layouts(clips[clip])]
+        inside = [any(begin <= starts[pad] < end for begin, end, _ in clip_ranges) for pad in pads]
+        if not all(inside):
+            word = self.tokenizer.id_to_token(int(ids[pads[inside.index(False)]]))
+            raise SampleError("messages", f"the text holds {word}, which stands for media; remove it")
+        assert len(pads) == len(layouts), (len(pads), len(layouts))
+        vision_rows: list[list[np.ndarray]] = [[] for _ in clips]
+        audio_rows: list[list[np.ndarray]] = [[] for _ in clips]
+        id_parts, weight_parts, runs, done, length = [], [], [], 0, 0
+        for pad, (clip, layout) in zip(pads, layouts, strict=True):
+            length += int(pad) - done
+            vision_rows[clip].append(layout.vision_rows + length)
+            audio_rows[clip].append(layout.audio_rows + length)
+            length += len(layout.ids)
+            id_parts += [ids[done:pad], layout.ids]
+            weight_parts += [weights[done:pad], np.zeros(len(layout.ids), np.float32)]
+            runs += [int(pad) - done, layout.block]
+            done = int(pad) + 1
+        return _Tokens(
+            ids=np.concatenate([*id_parts, ids[done:]]),
+            weights=np.concatenate([*weight_parts, weights[done:]]),
+            runs=[*runs, len(ids) - done],
+            vision_rows=[np.concatenate(rows) for rows in vision_rows],
+            audio_rows=[np.concatenate(rows) for rows in audio_rows],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    ids: np.ndarray  # int64 [t]
+    weights: np.ndarray  # float32 [t]: of each token as something to predict
+    runs: list[int | np.ndarray]  # see positions.sample_positions
+    vision_rows: list[np.ndarray]  # per clip, int64
+    audio_rows: list[np.ndarray]
+
+
+def media_parts(conversation: Conversation) -> tuple[Part, ...]:
+    """The conversation's media in the order in which headers, clips and decoded arrays are given."""
+    return tuple(part for turn in conversation.turns for part in turn.parts if part.kind in MEDIA_KINDS)
+
+
+def _label_weights(weights: np.ndarray, row_weight: float) -> np.ndarray:
+    """Weights float32 [t] of the labels: position i predicts token i + 1."""
+    return np.append(weights[1:], np.float32(0)) * np.float32(row_weight)
+
+
+def _require_labels(weights: np.ndarray) -> None:
+    if not weights.any():
+        raise SampleError("messages", "nothing to train on: no assistant turn with a weight above 0")
+
+
+def open_processor(
+    checkpoint_dir: str | Path,
+    options: ProcessorOptions | None,
+    *,
+    vision: VisionTowerConfig,
+    audio: AudioTowerConfig | None,
+    text: DecoderConfig,
+    make_media: Callable[[TowerInputs, Any], FamilyMedia],
+    plain: str,
+    thinking: str | None = None,
+    past_time: bool = True,
+) -> ChatProcessor:
+    """A checkpoint's processor, from its files and what its family adds.
+
+    `make_media` gets the towers' inputs and the tokenizer as transformers loads it; `plain` and `thinking` name the
+    family's templates; `past_time`: see `positions.sample_positions`.
+    Raises: ValueError where the checkpoint lacks a file or a field.
+    """
+    options = ProcessorOptions() if options is None else options
+    tokenizer = load_tokenizer(checkpoint_dir)
+    settings = read_media_settings(checkpoint_dir, options)
+    towers = TowerInputs(vision=vision, audio=audio, text=text, settings=settings, options=options)
+    style, departure = choose_template(checkpoint_dir, tokenizer, options, plain=plain, thinking=thinking)
+    return ChatProcessor(
+        tokenizer=tokenizer.backend_tokenizer,
+        style=style,
+        media=make_media(towers, tokenizer),
+        towers=towers,
+        options=options,
+        past_time=past_time,
+        departure=departure,
+    )

@@ -1,0 +1,300 @@
+"""What the towers read of a clip: its planned size, its patches and log-mel frames, and batches of them.
+
+Owns what all families' media have in common, given the dims of their towers and the settings of the checkpoint's
+feature extractors. How a clip is written as tokens is the family's (`processor.py` of its folder), as are the frames
+of a video where they differ from Qwen2-VL's. Reads no media file: headers and decoded arrays are handed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omniloom.families.cost import audio_flops, decoder_flops, vision_flops
+from omniloom.models.audio import AudioTowerConfig, audio_batch
+from omniloom.models.decoder import DecoderConfig
+from omniloom.models.vision import VisionTowerConfig, vision_batch
+from omniloom.processors.features import (
+    log_mel,
+    normalize_pixels,
+    patchify,
+    resize_bicubic,
+    sample_frame_indices,
+    smart_resize,
+)
+from omniloom.processors.settings import ProcessorOptions, read_processor_config
+from omniloom.types import (
+    AudioBatch,
+    AudioClip,
+    ClipGeometry,
+    DecodedClip,
+    MediaHeader,
+    MediaSource,
+    SampleError,
+    VisionBatch,
+    VisionClip,
+)
+
+Features = tuple[Tensor | None, Tensor | None]  # patches and log-mel frames of a clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaSettings:
+    """What the checkpoint's feature extractors do, and the bounds in force."""
+
+    image_pixels: tuple[int, int]  # least and most
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    video: dict[str, Any]  # the video processor's own settings, empty where a checkpoint has none
+    sampling_rate: int = 0  # 0: the checkpoint hears nothing
+    hop_length: int = 0
+    n_fft: int = 0
+
+
+def read_media_settings(checkpoint_dir: str | Path, options: ProcessorOptions) -> MediaSettings:
+    """Raises: ValueError where the checkpoint lacks a file or a field."""
+    image, audio, video = read_processor_config(checkpoint_dir)
+    size = image.get("size") or {}
+    low = size.get("shortest_edge", image.get("min_pixels"))
+    high = size.get("longest_edge", image.get("max_pixels"))
+    if low is None or high is None:
+        raise ValueError(f"{checkpoint_dir}/preprocessor_config.json: no min_pixels and max_pixels (or size)")
+    hears = "hop_length" in audio
+    return MediaSettings(
+        image_pixels=bounds(options.image_min_pixels, options.image_max_pixels, (low, high)),
+        image_mean=tuple(image["image_mean"]),
+        image_std=tuple(image["image_std"]),
+        video=video,
+        sampling_rate=audio["sampling_rate"] if hears else 0,
+        hop_length=audio["hop_length"] if hears else 0,
+        n_fft=audio["n_fft"] if hears else 0,
+    )
+
+
+def bounds(low: int | None, high: int | None, default: tuple[int, int]) -> tuple[int, int]:
+    """Least and most, each the given one or else the default's; what is most wins."""
+    high = default[1] if high is None else high
+    return min(default[0] if low is None else low, high), high
+
+
+class TowerInputs:
+    """Sizes, features and batches of clips for one model's towers."""
+
+    def __init__(
+        self,
+        *,
+        vision: VisionTowerConfig,
+        audio: AudioTowerConfig | None,
+        text: DecoderConfig,
+        settings: MediaSettings,
+        options: ProcessorOptions,
+    ) -> None:
+        self.vision = vision
+        self.audio = audio
+        self.text = text
+        self.settings = settings
+        self.options = options
+
+    # ------------------------------------------------------------------------------------ sizes
+
+    def grid(
+        self, source: MediaSource, header: MediaHeader, pixels: tuple[int, int], scale: float = 1.0
+    ) -> tuple[int, int]:
+        """Rows and columns of patches; the source's own bounds win over `pixels`, `scale` multiplies the area."""
+        patch = self.vision.patch_size
+        factor = patch * self.vision.spatial_merge_size
+        low, high = bounds(source.min_pixels, source.max_pixels, pixels)
+        height, width = smart_resize(header.height, header.width, factor, low, high)
+        if scale < 1:
+            high = max(int(height * width * scale), factor**2)
+            height, width = smart_resize(header.height, header.width, factor, min(low, high), high)
+        return height // patch, width // patch
+
+    def num_merged(self, grid_thw: tuple[int, int, int]) -> int:
+        """Tower rows of an image or a video."""
+        return math.prod(grid_thw) // self.vision.spatial_merge_size**2
+
+    def num_audio_tokens(self, num_mel_frames: int) -> int:
+        return self.audio.num_tokens(num_mel_frames) if self.audio is not None else 0
+
+    def image_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
+        grid = (1, *self.grid(source, header, self.settings.image_pixels, scale))
+        return ClipGeometry(kind="image", num_tokens=self.num_merged(grid), grid_thw=grid)
+
+    def audio_geometry(self, header: MediaHeader) -> ClipGeometry:
+        if self.audio is None:
+            raise SampleError("audios", "the model has no audio tower; remove the clip or train an omni model")
+        num_mel_frames = header.num_audio_samples // self.settings.hop_length
+        if num_mel_frames < self.audio.least_frames:
+            least = self.audio.least_frames * self.settings.hop_length
+            raise SampleError("audios", f"too short: {header.num_audio_samples} samples, at least {least} make a token")
+        return ClipGeometry(
+            kind="audio",
+            num_tokens=self.num_audio_tokens(num_mel_frames),
+            duration_seconds=header.num_audio_samples / self.settings.sampling_rate,
+            num_mel_frames=num_mel_frames,
+            num_audio_samples=header.num_audio_samples,
+        )
+
+    def video_geometry(
+        self,
+        source: MediaSource,
+        header: MediaHeader,
+        scale: float,
+        default_pixels: tuple[int, int],
+        min_frames: int = 2,
+    ) -> ClipGeometry:
+        """A video by Qwen2-VL's rules: so many frames per second, bounds on each frame's pixels.
+
+        Source: transformers, Qwen2VLVideoProcessor.
+        """
+        pixels = bounds(self.options.video_min_pixels, self.options.video_max_pixels, default_pixels)
+        fps, most = self.video_rate(source)
+        temporal = self.vision.temporal_patch_size
+        rate = header.fps or fps  # a list of frames without a rate of its own is taken as already sampled
+        indices = sample_frame_indices(header.num_frames, rate, fps, most, min_frames, temporal)
+        if scale < 1:
+            most = max(int(len(indices) * math.sqrt(scale)), temporal)
+            indices = sample_frame_indices(header.num_frames, rate, fps, most, min_frames, temporal)
+        grid = (len(indices) // temporal, *self.grid(source, header, pixels, math.sqrt(scale)))
+        seconds = header.duration_seconds or header.num_frames / rate
+        # As published, a grid lasts temporal / fps; only where a bound kept fewer frames, as long as it truly does.
+        wanted = max(math.floor(header.num_frames / rate * fps / temporal), 1)
+        seconds_per_grid = temporal / fps if wanted == grid[0] else seconds / grid[0]
+        num_samples = self._num_sound_samples(source, header)
+        num_mel_frames = num_samples // self.settings.hop_length if num_samples else 0
+        return ClipGeometry(
+            kind="video",
+            num_tokens=self.num_merged(grid) + self.num_audio_tokens(num_mel_frames),
+            grid_thw=grid,
+            num_frames=len(indices),
+            num_source_frames=header.num_frames,
+            duration_seconds=seconds,
+            seconds_per_grid=seconds_per_grid,
+            num_mel_frames=num_mel_frames,
+            num_audio_samples=num_samples,
+        )
+
+    def video_rate(self, source: MediaSource) -> tuple[float, int]:
+        """Frames per second, and frames at most, that are asked of a video."""
+        fps = self.options.video_fps if source.fps is None else source.fps
+        return fps, self.options.video_max_frames if source.max_frames is None else source.max_frames
+
+    def _num_sound_samples(self, source: MediaSource, header: MediaHeader) -> int:
+        if not source.use_audio:
+            return 0
+        if self.audio is None:
+            raise SampleError("videos", "its sound is asked for, but the model has no audio tower")
+        if header.has_audio and header.num_audio_samples >= self.audio.least_frames * self.settings.hop_length:
+            return header.num_audio_samples
+        if self.options.no_audio == "error":
+            raise SampleError(
+                "videos",
+                "its sound is asked for, but it has none; data.video.no_audio=video_only takes the pictures alone",
+            )
+        return 0
+
+    def cost(self, num_tokens: int, num_loss_tokens: int, clips: Sequence[ClipGeometry]) -> int:
+        """Estimated forward FLOPs / 1e6 of decoder and towers."""
+        flops = decoder_flops(self.text, num_tokens, num_loss_tokens)
+        for clip in clips:
+            if clip.grid_thw:
+                flops += vision_flops(self.vision, clip.grid_thw)
+            if clip.num_mel_frames and self.audio is not None:
+                flops += audio_flops(self.audio, clip.num_mel_frames)
+        return -(-flops // 10**6)
+
+    # ------------------------------------------------------------------------------------ features
+
+    def features(self, clip: ClipGeometry, decoded: DecodedClip) -> Features:
+        """Patches float32 [P, patch_dim] and log-mel float32 [num_mel_bins, L], None for what the clip lacks.
+
+        Raises: SampleError where the decoded arrays are not of the planned size.
+        """
+        patches = None if clip.grid_thw is None else self._patches(clip, clip.grid_thw, decoded.pixels)
+        mel = None if not clip.num_mel_frames else self._mel(clip, decoded.waveform)
+        return patches, mel
+
+    def _patches(self, clip: ClipGeometry, grid_thw: tuple[int, int, int], pixels: np.ndarray | None) -> Tensor:
+        frames = None if pixels is None else pixels[None] if pixels.ndim == 3 else pixels
+        num_frames = max(clip.num_frames, 1)
+        if frames is None or len(frames) != num_frames:
+            got = "none" if frames is None else len(frames)
+            raise SampleError(f"{clip.kind}s", f"expected {num_frames} decoded frames as planned, got {got}")
+        vision = self.vision
+        height, width = grid_thw[1] * vision.patch_size, grid_thw[2] * vision.patch_size
+        resized = np.stack([resize_bicubic(frame, height, width) for frame in frames])
+        channels_first = torch.from_numpy(resized).permute(0, 3, 1, 2)
+        normalised = normalize_pixels(channels_first, self.settings.image_mean, self.settings.image_std)
+        return patchify(normalised, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+
+    def _mel(self, clip: ClipGeometry, waveform: np.ndarray | None) -> Tensor:
+        assert self.audio is not None, "a clip with sound for a model without an audio tower"
+        if waveform is None or len(waveform) != clip.num_audio_samples:
+            got = "none" if waveform is None else len(waveform)
+            raise SampleError(
+                f"{clip.kind}s", f"expected {clip.num_audio_samples} samples of sound as planned, got {got}"
+            )
+        return log_mel(
+            waveform,
+            self.audio.num_mel_bins,
+            sampling_rate=self.settings.sampling_rate,
+            n_fft=self.settings.n_fft,
+            hop_length=self.settings.hop_length,
+        )
+
+    def collate_vision(self, clips: Sequence[VisionClip]) -> VisionBatch:
+        return vision_batch(clips, self.vision)
+
+    def collate_audio(self, clips: Sequence[AudioClip]) -> AudioBatch | None:
+        """None for a model without an audio tower."""
+        if self.audio is None:
+            assert not clips, "sound for a model without an audio tower"
+            return None
+        return audio_batch(clips, self.audio)
+
+
+# ---------------------------------------------------------------------------------------- for transformers' generate
+
+
+def vision_inputs(clips: Sequence[ClipGeometry], features: Sequence[Features]) -> dict[str, Any]:
+    """Pictures as arguments of transformers' `generate`, which all families name alike."""
+    inputs: dict[str, Any] = {}
+    for kind, names in (
+        ("image", ("pixel_values", "image_grid_thw")),
+        ("video", ("pixel_values_videos", "video_grid_thw")),
+    ):
+        chosen = [index for index, clip in enumerate(clips) if clip.kind == kind]
+        if chosen:
+            inputs[names[0]] = torch.cat([features[index][0] for index in chosen])
+            inputs[names[1]] = torch.tensor([clips[index].grid_thw for index in chosen])
+    return inputs
+
+
+def sound_inputs(clips: Sequence[ClipGeometry], features: Sequence[Features]) -> dict[str, Any]:
+    """Sound, and the timing of videos, as arguments of the omni families' `generate`.
+
+    Raises: SampleError for videos with and without sound in one conversation, which transformers cannot express.
+    """
+    inputs: dict[str, Any] = {}
+    if mels := [mel for _, mel in features if mel is not None]:
+        longest = max(mel.shape[1] for mel in mels)
+        pad = torch.nn.functional.pad
+        inputs["input_features"] = torch.stack([pad(mel, (0, longest - mel.shape[1])) for mel in mels])
+        lengths = torch.tensor([mel.shape[1] for mel in mels])
+        inputs["feature_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    if videos := [clip for clip in clips if clip.kind == "video"]:
+        sound = {clip.num_mel_frames > 0 for clip in videos}
+        if len(sound) > 1:
+            reason = "transformers takes the sound of all videos of a row or of none, got both; choose one for all"
+            raise SampleError("use_audio_in_video", reason)
+        inputs["video_second_per_grid"] = torch.tensor([clip.seconds_per_grid for clip in videos])
+        inputs["use_audio_in_video"] = sound == {True}
+    return inputs

@@ -1,0 +1,213 @@
+"""Held-out rows, with the layout of training: their loss by modality, and answers to some of them.
+
+Packs are planned once, each of one modality, and read anew at each evaluation. Knows which rows and when; how answers
+come about is in `run/answers.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from omniloom.data.agreement import StepAgreement, agree
+from omniloom.data.loader import Loader
+from omniloom.data.packing import pack_everything
+from omniloom.data.planner import plan_all
+from omniloom.data.sources import Source
+from omniloom.data.stream import BadSampleFile
+from omniloom.models.fusion import OmniModel
+from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
+from omniloom.parallel.mesh import Layout
+from omniloom.parallel.step import evaluate
+from omniloom.processors.rendering import split_reasoning
+from omniloom.run.answers import Agreement, answer_pack, compare
+from omniloom.run.opening import Workshop
+from omniloom.run.rows import open_rows
+from omniloom.types import BadSample, Extent, LoadedPack, PackPlan, PlannedSample, StepPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    loss: float  # weighted mean over all held-out tokens
+    loss_by_modality: dict[str, float]
+    answers: Agreement | None = None
+    rows: tuple[dict[str, Any], ...] = ()  # id, modality, question, media, expected and answer of each row answered
+
+    def figures(self) -> dict[str, float]:
+        """All numbers by name, as `metrics.jsonl` has them."""
+        found = {"eval_loss": self.loss}
+        found |= {f"eval_loss.{modality}": loss for modality, loss in self.loss_by_modality.items()}
+        if self.answers is not None:
+            found["eval_exact_match"] = self.answers.exact_match
+            if self.answers.character_error_rate is not None and self.answers.word_error_rate is not None:
+                found["eval_cer"] = self.answers.character_error_rate
+                found["eval_wer"] = self.answers.word_error_rate
+        return found
+
+    def write(self, run_dir: Path, step: int) -> None:
+        """`evaluation.json` of the latest step, and the answers of each in `answers/`."""
+        text = json.dumps({"step": step, **self.figures()}, indent=1)
+        (run_dir / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+        if self.rows:
+            (run_dir / "answers").mkdir(exist_ok=True)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+            (run_dir / "answers" / f"step_{step:08d}.jsonl").write_text(lines, encoding="utf-8")
+
+    def words(self) -> str:
+        """One line for the screen."""
+        return "evaluation " + ", ".join(
+            f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for name, value in self.figures().items()
+        )
+
+
+class Evaluation:
+    """Held-out rows, packed once; each call of `run` reads them anew."""
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        layout: Layout,
+        rows: Source,
+        bad_samples: BadSampleFile | None,
+        stack: ExitStack,
+    ) -> None:
+        config = workshop.config
+        recipe = open_rows(workshop, rows)
+        self.layout, self.bad_samples = layout, bad_samples
+        self.loader = Loader(recipe, workers=min(config.data.workers, 1))
+        stack.callback(self.loader.close)
+        packs, bad = plan_all(
+            num_rows=len(rows),
+            pack_tokens=config.data.pack_tokens,
+            measure=self.loader.measure,
+            locate=rows.locate,
+            exchange=layout.exchange,
+            rank=layout.rank,
+            world_size=layout.world_size,
+        )
+        self._list_bad(bad)
+        groups: dict[str, list[PlannedSample]] = {}
+        for sample in (sample for pack in packs for sample in pack.samples):
+            groups.setdefault(modality_of(sample.extent), []).append(sample)
+        pack_tokens, self.max_new_tokens = config.data.pack_tokens, config.train.eval_answer_tokens
+        self.packs = {name: self._pack(samples, pack_tokens) for name, samples in sorted(groups.items())}
+        chosen = choose_in_turn(groups, config.train.eval_answers, pack_tokens - self.max_new_tokens)
+        self.to_answer = self._pack(chosen, pack_tokens, room=self.max_new_tokens)
+        self.asker = self.loader
+        if chosen:
+            recipe = replace(recipe, last_answer_only=True)
+            self.asker = Loader(recipe, workers=0)
+            stack.callback(self.asker.close)
+            self.reader = recipe()
+
+    def run(self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]) -> EvaluationReport:
+        """Everything about the model as it is; `on_pack` is called before each pack. Collective over all ranks."""
+        sums = {name: self._losses(packs, model, pool, on_pack) for name, packs in self.packs.items()}
+        rows = self._answers(model, pool, on_pack)
+        pairs = [(row["expected"], row["answer"]) for row in rows]
+        spoken = [(row["expected"], row["answer"]) for row in rows if "audio" in row["modality"]]
+        return EvaluationReport(
+            loss=sum(loss for loss, _ in sums.values()) / max(sum(weight for _, weight in sums.values()), 1e-9),
+            loss_by_modality={name: loss / max(weight, 1e-9) for name, (loss, weight) in sums.items()},
+            answers=compare(pairs, spoken) if rows else None,
+            rows=tuple(rows),
+        )
+
+    def _losses(
+        self, packs: list[PackPlan], model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]
+    ) -> tuple[float, float]:
+        """Weighted sum of the losses, and sum of the weights."""
+        loss_sum, weight_sum = torch.zeros((), dtype=torch.float64, device=self.layout.device), 0.0
+        for _, pack, agreement in self._load(packs, on_pack, self.loader):
+            loss_sum += evaluate(model, pack.batch, self.layout, pool).loss_sum
+            weight_sum += agreement.weight_sum
+        return float(self.layout.sum_over_ranks(loss_sum)), weight_sum
+
+    def _answers(self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]) -> list[dict[str, Any]]:
+        found = []
+        for plan, pack, _ in self._load(self.to_answer, on_pack, self.asker):
+            answers = answer_pack(
+                model, pack.batch, self.layout, pool, self.layout.exchange, max_new_tokens=self.max_new_tokens
+            )
+            found += [
+                {
+                    "id": pack.batch.sample_ids[one.position],
+                    "modality": modality_of(plan.samples[one.position].extent),
+                    **self._question(plan.samples[one.position].row),
+                    "expected": self._decode(one.expected),
+                    "answer": self._decode(one.tokens),
+                }
+                for one in answers
+            ]
+        return [row for part in self.layout.exchange(found if self.layout.context_rank == 0 else []) for row in part]
+
+    def _question(self, row: int) -> dict[str, Any]:
+        """The words of the question before the last answer, and the files of all media."""
+        turns = self.reader.parse(*self.reader.source.read(row)).turns
+        answer = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
+        asked = next((turn for turn in reversed(turns[:answer]) if turn.role == "user"), turns[0])
+        media = [part.media for turn in turns for part in turn.parts if part.media is not None]
+        return {
+            "question": "".join(part.text for part in asked.parts),
+            "media": [clip.path for clip in media if clip.path is not None],
+        }
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        processor: Any = self.reader.processor
+        return split_reasoning(processor.tokenizer.decode(list(tokens), skip_special_tokens=True))[1]
+
+    def _load(
+        self, packs: list[PackPlan], on_pack: Callable[[], None], loader: Loader
+    ) -> Iterator[tuple[PackPlan, LoadedPack, StepAgreement]]:
+        """This rank's packs, agreed with those who load the others. Collective over all ranks."""
+        layout = self.layout
+        mine = packs[layout.data_rank :: layout.data_world]
+        for number, pack in enumerate(loader.load_in_order(mine, clips_of=self._clips_of)):
+            on_pack()
+            together = tuple(packs[number * layout.data_world :][: layout.data_world])
+            # ranks that share a pack decode different clips: what one could not read must count on none
+            agreement, (pack,) = agree(StepPlan(step=number, packs=together, rows_planned=0), (pack,), layout.exchange)
+            self._list_bad(agreement.bad)
+            yield mine[number], pack, agreement
+
+    def _pack(self, samples: list[PlannedSample], pack_tokens: int, *, room: int = 0) -> list[PackPlan]:
+        """Full packs with `room` tokens left for each sample; as many for every rank, the last ones empty."""
+        tokens = np.array([sample.extent.num_tokens + room for sample in samples], np.int64)
+        costs = np.array([sample.extent.cost for sample in samples], np.int64)
+        place = pack_everything(tokens, costs, pack_tokens=pack_tokens).tolist()
+        filled = [
+            tuple(sample for sample, at in zip(samples, place, strict=True) if at == number)
+            for number in range(1 + max(place, default=-1))
+        ]
+        filled += [()] * (-len(filled) % self.layout.data_world)
+        return [PackPlan(index=index, samples=own) for index, own in enumerate(filled)]
+
+    def _list_bad(self, bad: tuple[BadSample, ...]) -> None:
+        if self.bad_samples is not None and bad:
+            self.bad_samples.append(bad)
+
+    def _clips_of(self, pack: PackPlan) -> frozenset[tuple[int, int]]:
+        return assign_clips(pack, self.layout.degrees.context)[self.layout.context_rank]
+
+
+def modality_of(extent: Extent) -> str:
+    """The kinds of media a row has, joined by +; a video with its sound counts as audio too."""
+    kinds = {clip.kind for clip in extent.clips} | {"audio" for clip in extent.clips if clip.num_mel_frames}
+    return "+".join(sorted(kinds)) or "text"
+
+
+def choose_in_turn(groups: dict[str, list[PlannedSample]], wanted: int, max_tokens: int) -> list[PlannedSample]:
+    """Up to `wanted` samples that have an answer and at most `max_tokens`, the groups taking turns."""
+    queues = [
+        [sample for sample in samples if sample.extent.num_loss_tokens and sample.extent.num_tokens <= max_tokens]
+        for _, samples in sorted(groups.items())
+    ]
+    in_turn = [queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue)]
+    return in_turn[:wanted]

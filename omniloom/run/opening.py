@@ -1,0 +1,224 @@
+"""Opens what every verb needs from a config: checkpoint, family, model, policy. Trainer and tools start here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from omniloom.checkpoint.adapters import (
+    StoredAdapter,
+    adapter_targets,
+    check_base,
+    fill,
+    fill_magnitudes,
+    load_adapter,
+    open_adapter,
+)
+from omniloom.checkpoint.hf import HFCheckpoint, check_names, load_model, open_checkpoint
+from omniloom.checkpoint.hub import resolve_model_path
+from omniloom.checkpoint.tensor_files import read_json
+from omniloom.config import Config
+from omniloom.families.registry import find_spec
+from omniloom.families.spec import ModelSpec
+from omniloom.keymap import KeyMap, Recipe, Tied
+from omniloom.models.fusion import Kernels, OmniModel
+from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
+from omniloom.parallel.mesh import Layout
+from omniloom.training.lora import adapter_policies, initial_lora_a, install_lora
+from omniloom.training.policy import ParameterPolicy, check_rates, resolve_policy
+from omniloom.types import Adapter
+
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workshop:
+    """A config and the checkpoint it names, opened and compared; no weights read yet."""
+
+    config: Config
+    checkpoint: HFCheckpoint
+    config_json: Mapping[str, Any]  # of the model that is trained: `model.num_layers` applied
+    spec: ModelSpec
+    family: Any  # the family's own config, of the model that is trained
+    key_map: KeyMap
+    modalities: tuple[str, ...]
+    cut: tuple[str, ...]  # tensors of ours in layers that `model.num_layers` leaves out: not exported
+    unbuilt: tuple[str, ...]  # tensors of ours that the checkpoint has and the built model has not, `cut` included
+    adapter: StoredAdapter | None  # with which LoRA starts
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return DTYPES[self.config.model.dtype]
+
+    @property
+    def base_name(self) -> str:
+        """The published model as others find it: the hub's id where `model.path` is one, else the directory."""
+        return re.sub(r"^(modelscope|hf):", "", self.config.model.path)
+
+    @cached_property
+    def recipes(self) -> dict[str, Recipe]:
+        return self.key_map.recipes(self.checkpoint.shapes)
+
+    @cached_property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """What the policy adapts by LoRA. Raises: ValueError for rules that match nothing."""
+        with torch.device("meta"):
+            return self._install(self._build(self.family, self.modalities))
+
+    def build(self) -> OmniModel:
+        """The model with its adapters, not parallel, on the current default device, weights undefined."""
+        model = self._build(self.family, self.modalities)
+        self._install(model)
+        return model
+
+    def policies(self, names: Sequence[str]) -> dict[str, ParameterPolicy]:
+        """The policy of each of our parameters. Raises: ValueError for rules that match nothing."""
+        of_adapters = {name for adapter in self.adapters for name in adapter.names}
+        policies = self._base_policies([name for name in names if name not in of_adapters])
+        policies |= adapter_policies(self.adapters, policies)
+        check_rates(self.config.policy, policies)
+        return policies
+
+    def _base_policies(self, names: Sequence[str]) -> dict[str, ParameterPolicy]:
+        component_of = self.spec.component_of
+        return resolve_policy(
+            self.config.policy,
+            {name: component_of(name) for name in names},
+            learning_rate=self.config.train.learning_rate,
+            weight_decay=self.config.train.weight_decay,
+            roots=self.spec.sharding(self.family).roots,
+            known=tuple({component_of(name) for name in self.unbuilt}),
+            tied={
+                component_of(rule.ours): component_of(rule.same_as)
+                for rule in self.key_map.rules
+                if isinstance(rule, Tied)
+            },
+        )
+
+    def _install(self, model: OmniModel) -> tuple[Adapter, ...]:
+        rules = self.config.policy
+        if all(rule.lora is None for rule in rules.values()):
+            return ()
+        policies = self._base_policies([name for name, _ in model.named_parameters()])
+        adaptable = {name: target.name for name, target in adapter_targets(self.recipes).items() if name in policies}
+        return install_lora(model, policies, adaptable, rules)
+
+    def _build(self, family: Any, modalities: tuple[str, ...]) -> OmniModel:
+        attention, chunk = self.config.model.attention, self.config.memory.loss_chunk_tokens
+        return self.spec.build(
+            family,
+            modalities=modalities,
+            kernels=Kernels(text=attention.text, vision=attention.vision, audio=attention.audio),
+            loss_chunk_tokens=None if chunk == "auto" else chunk,
+        )
+
+
+def open_workshop(config: Config) -> Workshop:
+    """Read headers and config.json, choose the family, compare names and shapes. Reads no weights.
+
+    Raises: ValueError for whatever does not fit.
+    """
+    path = resolve_model_path(config.model.path)
+    checkpoint = open_checkpoint(path)
+    whole_json = read_json(path / "config.json")
+    spec = find_spec(whole_json, where=str(path / "config.json"))
+    layers = config.model.num_layers
+    whole_family = spec.read_config(whole_json)
+    config_json = spec.reduce_config(whole_json, text=layers.text, vision=layers.vision, audio=layers.audio)
+    family = spec.read_config(config_json)
+    modalities = _wanted_modalities(config, spec)
+    with torch.device("meta"):
+        names_of = {
+            key: _shapes(spec.build(of_family, modalities=kept))
+            for key, of_family, kept in (
+                ("whole", whole_family, spec.modalities),
+                ("uncut", family, spec.modalities),
+                ("built", family, modalities),
+            )
+        }
+    key_map = spec.key_map(whole_family)
+    try:
+        check_names(names_of["whole"], key_map.recipes(checkpoint.shapes), key_map)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; download it again, or start from the checkpoint of this model") from None
+    workshop = Workshop(
+        config=config,
+        checkpoint=checkpoint,
+        config_json=config_json,
+        spec=spec,
+        family=family,
+        key_map=key_map,
+        modalities=modalities,
+        cut=tuple(name for name in names_of["whole"] if name not in names_of["uncut"]),
+        unbuilt=tuple(name for name in names_of["whole"] if name not in names_of["built"]),
+        adapter=None if config.model.adapter is None else open_adapter(config.model.adapter),
+    )
+    if workshop.adapter is not None:
+        check_base(workshop.adapter, checkpoint, workshop.base_name)
+        if not workshop.adapters:
+            raise ValueError(
+                f"model.adapter is set, but no rule of policy has lora; what it needs: {workshop.adapter.needs}"
+            )
+    return workshop
+
+
+def _wanted_modalities(config: Config, spec: ModelSpec) -> tuple[str, ...]:
+    wanted = spec.modalities if config.model.modalities is None else config.model.modalities
+    if lacking := [name for name in wanted if name not in spec.modalities]:
+        raise ValueError(
+            f"model.modalities: {spec.name} knows {', '.join(spec.modalities)}; remove {', '.join(lacking)}"
+        )
+    return tuple(name for name in spec.modalities if name == "text" or name in wanted)
+
+
+def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str, ParameterPolicy]]:
+    """The model in its layout, policy applied, memory allocated, weights undefined. Collective over all ranks."""
+    config = workshop.config
+    plan = workshop.spec.sharding(workshop.family)
+    check_plan(plan, layout)
+    with torch.device("meta"):
+        model = workshop.build()
+    policies = workshop.policies([name for name, _ in model.named_parameters()])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(policies[name].trainable)
+        if not parameter.requires_grad:  # no optimizer will need more precision than compute does
+            parameter.data = parameter.data.to(workshop.compute_dtype)
+    apply_parallelism(
+        model,
+        layout,
+        plan,
+        parallel=config.parallel,
+        memory=config.memory,
+        compute_dtype=workshop.compute_dtype,
+        recompute={root: rule.recompute for root, rule in config.policy.items() if rule.recompute is not None},
+    )
+    materialize(model, layout, cpu_offload=config.parallel.cpu_offload)
+    return model, policies
+
+
+def load_weights(workshop: Workshop, model: OmniModel) -> None:
+    """Fill the model from the published checkpoint, and its adapters; each rank reads its slices only.
+
+    Raises: ValueError for an adapter that does not fit model and policy.
+    """
+    adapters, seed = workshop.adapters, workshop.config.train.seed
+    fresh = {name for adapter in adapters for name in adapter.names}
+    load_model(model, workshop.checkpoint, workshop.key_map, fresh=fresh, unbuilt=workshop.unbuilt)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for adapter in adapters:
+            lora_a = parameters[adapter.lora_a]
+            fill(lora_a, initial_lora_a(adapter, tuple(lora_a.shape), seed))
+            parameters[adapter.lora_b].zero_()
+    fill_magnitudes(parameters, adapters)
+    if workshop.adapter is not None:
+        load_adapter(workshop.adapter, parameters, workshop.recipes, adapters)
+
+
+def _shapes(model: OmniModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

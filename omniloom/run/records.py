@@ -1,0 +1,112 @@
+"""What a run records of itself while it goes: config, trainable table, metrics, screen, samples of a bad step.
+
+`trainer.py` says when; what is written where, and in which words, is decided here. On ranks other than the first
+nothing is written and nothing said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from omniloom.config import Config, save_config
+from omniloom.data.sources import Source
+from omniloom.data.stream import LoadedStep
+from omniloom.parallel.device import peak_memory_bytes
+from omniloom.parallel.mesh import Layout
+from omniloom.run.evaluation import EvaluationReport
+from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation
+from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepFigures, StepMetrics
+from omniloom.training.policy import ParameterPolicy, table_lines, trainable_table
+
+
+class RunRecords:
+    """The records of one run, on every rank. Made before generators are seeded: measuring the peak draws numbers."""
+
+    def __init__(self, config: Config, layout: Layout, compute_dtype: torch.dtype, stack: ExitStack) -> None:
+        self.config, self.layout, self._stack = config, layout, stack
+        self.run_dir = Path(config.train.run_dir)
+        self._peak_flops = measure_matmul_peak(layout.device, compute_dtype)
+        self._screen = Screen(enabled=layout.is_first, total_steps=config.train.steps, every=config.log.every)
+        stack.callback(self._screen.close)
+        self._log: MetricsLog | None = None
+        self._spikes = SpikeDetector()
+
+    def say(self, words: str) -> None:
+        self._screen.say(words)
+
+    def begin(
+        self,
+        first_step: int,
+        about: Sequence[str],
+        policies: Mapping[str, ParameterPolicy],
+        sizes: Mapping[str, int],
+    ) -> None:
+        """Leave what does not change in the run directory, say it, and open the metrics.
+
+        `about` are lines on model and data, `sizes` the number of elements of each parameter.
+        """
+        if not self.layout.is_first:
+            return
+        save_config(self.config, self.run_dir / "config.yaml")
+        table = trainable_table(policies, sizes)
+        rows = json.dumps([asdict(row) for row in table], indent=1)
+        (self.run_dir / "trainable.json").write_text(rows, encoding="utf-8")
+        for words in (*about, *table_lines(table)):
+            self.say(words)
+        log = self.config.log
+        self._log = MetricsLog(self.run_dir, first_step=first_step, tensorboard=log.tensorboard, load_every=log.every)
+        self._stack.callback(self._log.close)
+
+    def step(
+        self, figures: StepFigures, loaded: LoadedStep, work: TrainingWork, report: EvaluationReport | None
+    ) -> None:
+        """One finished step: its line in the metrics, and on the screen."""
+        stats, seconds = loaded.agreement.stats, figures.step_seconds
+        megaflops = work.megaflops(sample.extent for pack in loaded.plan.packs for sample in pack.samples)
+        line = StepMetrics(
+            step=loaded.plan.step,
+            loss=figures.loss,
+            grad_norm=figures.grad_norm,
+            learning_rate=figures.learning_rate,
+            num_tokens=stats.num_tokens,
+            num_loss_tokens=stats.num_loss_tokens,
+            num_samples=stats.num_samples,
+            num_images=stats.num_images,
+            video_frames=stats.video_frames,
+            audio_seconds=stats.audio_seconds,
+            tokens_per_second=stats.num_tokens / seconds,
+            mfu=model_flops_utilisation(megaflops, seconds, self._peak_flops, self.layout.world_size),
+            data_wait_fraction=loaded.data_wait_seconds / seconds,
+            peak_memory_bytes=peak_memory_bytes(self.layout.device),
+            step_seconds=seconds,
+            pack_fill=stats.num_tokens / (len(loaded.plan.packs) * self.config.data.pack_tokens),
+            num_bad_samples=len(loaded.bad),
+            router_loss=figures.router_loss,
+            expert_imbalance=figures.expert_imbalance,
+            evaluation=None if report is None else report.figures(),
+        )
+        if self._log is not None:
+            self._log.write(line, figures.expert_load)
+        self._screen.step(line, progress=loaded.progress)
+        if (usual := self._spikes.check(line.loss)) is not None:
+            self.say(f"warning: loss {line.loss:.3f} at step {line.step + 1} is a spike, usual is {usual:.3f}")
+
+    def not_finite(self, figures: StepFigures, loaded: LoadedStep, source: Source) -> str:
+        """Write out which samples were in a step whose loss or gradient is not finite. Returns what to say of it."""
+        step = loaded.plan.step + 1
+        path = self.run_dir / f"nonfinite_step_{step:08d}.json"
+        if self.layout.is_first:
+            samples = [
+                {"row": sample.row, "epoch": sample.epoch, "source": "{}:{}".format(*source.locate(sample.row))}
+                for pack in loaded.plan.packs
+                for sample in pack.samples
+            ]
+            report = {"step": step, "loss": figures.loss, "grad_norm": figures.grad_norm, "samples": samples}
+            path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        return f"step {step}: loss {figures.loss}, gradient norm {figures.grad_norm}; its samples are in {path}"

@@ -1,0 +1,79 @@
+"""What a run leaves for others: a Hugging Face directory with adapters merged in, and the adapters alone.
+
+Both `run/trainer.py`, from weights in memory, and `tools/export.py`, from a checkpoint, come here with a `gather`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from torch import Tensor
+
+from omniloom.checkpoint.adapters import write_adapter
+from omniloom.checkpoint.agreement import Group
+from omniloom.checkpoint.export import ExportReport, export
+from omniloom.run.opening import Workshop
+from omniloom.training.lora import merging
+
+NO_ADAPTER = "model.num_layers cuts the model and peft would put an adapter onto all layers"
+
+
+def export_model(
+    workshop: Workshop,
+    directory: Path,
+    changed: Collection[str],
+    gather: Callable[[str], Tensor],
+    *,
+    overwrite: bool = False,
+    group: Group = None,
+) -> ExportReport:
+    """Write the model as transformers and vLLM load it; all of `group` alike, `gather` as in `export`.
+
+    `changed` are the parameters that differ from the published ones; those that adapters belong to are added.
+    """
+    of_adapters = {name for adapter in workshop.adapters for name in adapter.names}
+    bases = [adapter.base for adapter in workshop.adapters]
+    return export(
+        directory,
+        workshop.checkpoint,
+        workshop.key_map,
+        list(dict.fromkeys([*(name for name in changed if name not in of_adapters), *bases])),
+        merging(gather, workshop.adapters),
+        config=dict(workshop.config_json) if workshop.cut else None,
+        dropped=workshop.cut,
+        overwrite=overwrite,
+        group=group,
+    )
+
+
+def export_adapter(
+    workshop: Workshop,
+    directory: Path,
+    changed: Collection[str],
+    gather: Callable[[str], Tensor],
+    *,
+    overwrite: bool = False,
+    group: Group = None,
+) -> Path:
+    """Write the adapters, and what was trained beside them, as PEFT loads them onto the published model.
+
+    Raises: ValueError for a run without adapters, or on fewer layers than the published model has.
+    """
+    if not workshop.adapters:
+        raise ValueError("this run trained no adapter; export the whole model instead")
+    if workshop.cut:
+        raise ValueError(f"this run's adapters go with its merged model alone, since {NO_ADAPTER}; export that instead")
+    of_adapters = {name for adapter in workshop.adapters for name in adapter.names}
+    return write_adapter(
+        directory,
+        workshop.checkpoint,
+        workshop.config_json,
+        workshop.recipes,
+        workshop.adapters,
+        gather,
+        base_name=workshop.base_name,
+        trained=[name for name in changed if name not in of_adapters],
+        overwrite=overwrite,
+        group=group,
+    )

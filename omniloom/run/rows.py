@@ -1,0 +1,193 @@
+"""The data side of a config: sources, hold-out, and the picklable recipe of a row reader for loader workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from omniloom.config import Config, DataConfig
+from omniloom.data.extent_cache import ExtentCache, fingerprint_of
+from omniloom.data.formats import RowOptions, describe_format, parse_row, row_options
+from omniloom.data.media import MediaLimits, media_limits
+from omniloom.data.media_decode import decode_clip
+from omniloom.data.media_headers import read_header
+from omniloom.data.rows import RowReader
+from omniloom.data.sources import Source, Subset, open_sources
+from omniloom.families.registry import spec_named
+from omniloom.processors.settings import ProcessorOptions
+from omniloom.run.opening import Workshop
+from omniloom.types import ClipGeometry, Conversation, DecodedClip, MediaHeader, MediaSource, SampleError
+
+DESCRIBED_FILES = 8
+# Of `data`, what does not change the sample that a row becomes: the planner itself holds on to which rows there are and
+# how they are packed; the rest is where files lie, what may be opened, speed, and evaluation.
+_OTHER_OPTIONS = frozenset(
+    f"data.{name}"
+    for name in (
+        *("train", "eval", "split", "max_samples", "pack_tokens", "window", "overlong", "max_bad_fraction", "shuffle"),
+        *("media_dir", "allow_outside_media_dir", "allow_urls", "workers", "prefetch_packs", "cache_dir"),
+    )
+)
+
+
+def open_data(config: DataConfig, seed: int) -> tuple[Source, Source | None]:
+    """Training and evaluation rows. `split` holds out the same rows on every rank and on every resumption.
+
+    Raises: ValueError for files that cannot be read and for a split that leaves nothing on one side.
+    """
+    rows = open_sources(config.train, max_samples=config.max_samples)
+    if config.eval:
+        return rows, open_sources(config.eval)
+    if not config.split:
+        return rows, None
+    num_held_out = round(config.split * len(rows))
+    if not 0 < num_held_out < len(rows):
+        raise ValueError(
+            f"data.split: {config.split:g} of {len(rows)} rows holds out {num_held_out}; both sides need at least one"
+        )
+    keys = np.random.PCG64(np.random.SeedSequence([seed, len(rows), 1])).random_raw(len(rows))
+    order = np.argsort(keys, kind="stable")
+    return Subset(rows, np.sort(order[num_held_out:])), Subset(rows, np.sort(order[:num_held_out]))
+
+
+def describe_files(source: Source, config: Config) -> list[str]:
+    """How the rows of each data file are read, by its first one: a line each for the log."""
+    options = row_options(config.data)
+    first_rows = source.first_rows()
+    lines = []
+    for index in first_rows[:DESCRIBED_FILES]:
+        file, _ = source.locate(index)
+        try:
+            lines.append(f"{file}: {describe_format(source.read(index)[0], options)}")
+        except SampleError as error:
+            lines.append(f"{file}: its first row is bad: {error}")
+    more = len(first_rows) - len(lines)
+    return [*lines, f"and {more} more"] if more else lines
+
+
+def describe_template(workshop: Workshop, source: Source) -> str:
+    """The chat template that rows are rendered with, and a warning if the checkpoint's own writes something else."""
+    processor: Any = open_rows(workshop, source, cache=False)().processor
+    silent = "" if processor.style.writes_reasoning else " (writes no reasoning)"
+    return processor.style.name + silent + ("" if processor.departure is None else f"; warning: {processor.departure}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRows:
+    """Builds a `RowReader` in whatever process calls it. Holds only what pickles cheaply."""
+
+    source: Source
+    rows: RowOptions
+    limits: MediaLimits
+    family_name: str
+    family: Any
+    model_dir: Path
+    processor: ProcessorOptions
+    modalities: tuple[str, ...]
+    pack_tokens: int
+    shrink: bool
+    cache_dir: Path | None
+    last_answer_only: bool = False  # whatever weights and options say: for rows that the model is to answer
+
+    def __call__(self) -> RowReader:
+        options = self.processor
+        if self.last_answer_only:
+            options = replace(options, train_on_prompt=False, last_turn_only=True)
+        processor = spec_named(self.family_name).make_processor(self.model_dir, self.family, options)
+        return RowReader(
+            source=self.source,
+            parse=self._parse,
+            read_header=self._read_header,
+            decode=self._decode,
+            processor=processor,
+            pack_tokens=self.pack_tokens,
+            shrink=self.shrink,
+            cache=ExtentCache(self.cache_dir) if self.cache_dir is not None else None,
+            fingerprint=fingerprint_of(self.model_dir, self.family, self.processor, self.rows, self.limits),
+        )
+
+    def _parse(self, row: dict[str, Any], file: str, line: int) -> Conversation:
+        conversation = parse_row(row, file=file, line=line, options=self.rows)
+        for turn in conversation.turns:
+            for part in turn.parts:
+                kinds = [part.kind] if part.media is not None else []
+                kinds += ["audio"] if part.media is not None and part.media.use_audio else []
+                for kind in kinds:
+                    if kind not in self.modalities:
+                        has = ", ".join(self.modalities)
+                        raise SampleError(f"{kind}s", f"the row has {kind}, this run only {has} (model.modalities)")
+        return _without_weights(conversation) if self.last_answer_only else conversation
+
+    def _read_header(self, source: MediaSource, kind: Any) -> MediaHeader:
+        return read_header(source, kind, self.limits)
+
+    def _decode(self, source: MediaSource, clip: ClipGeometry) -> DecodedClip:
+        return decode_clip(source, clip, self.limits)
+
+
+def _without_weights(conversation: Conversation) -> Conversation:
+    turns = (
+        replace(turn, weight=None, parts=tuple(replace(part, weight=None) for part in turn.parts))
+        for turn in conversation.turns
+    )
+    return replace(conversation, turns=tuple(turns), weight=1.0)
+
+
+def planned_options(workshop: Workshop) -> dict[str, Any]:
+    """The options that decide what a row becomes, as JSON by their names in the config, without those at defaults.
+
+    For the planner's state: a resumption that reads the same rows in another way would train on another plan. Neither
+    code nor checkpoint files count, so that an upgrade does not end a run.
+    """
+
+    def changed(section: Any, default: Any, prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name in section.__dataclass_fields__:
+            value, usual = getattr(section, name), getattr(default, name)
+            if is_dataclass(value):
+                found |= changed(value, usual, f"{prefix}.{name}")
+            elif value != usual and f"{prefix}.{name}" not in _OTHER_OPTIONS:
+                found[f"{prefix}.{name}"] = value
+        return found
+
+    return {**changed(workshop.config.data, DataConfig(), "data"), "model.modalities": list(workshop.modalities)}
+
+
+def open_rows(workshop: Workshop, source: Source, *, cache: bool = True) -> OpenRows:
+    """The recipe for one source. Without `cache`, extents are kept only where `data.cache_dir` says.
+
+    Raises: ValueError for options that contradict each other.
+    """
+    config, data = workshop.config, workshop.config.data
+    cache_dir = Path(data.cache_dir) if data.cache_dir is not None else None
+    if cache_dir is None and cache:
+        cache_dir = Path(config.train.run_dir) / "cache"
+    return OpenRows(
+        source=source,
+        rows=row_options(data),
+        limits=media_limits(data),
+        family_name=workshop.spec.name,
+        family=workshop.family,
+        model_dir=workshop.checkpoint.directory,
+        processor=ProcessorOptions(
+            template=data.template,
+            system=data.system,
+            train_on_prompt=data.train_on_prompt,
+            last_turn_only=data.last_turn_only,
+            enable_thinking=data.enable_thinking,
+            image_min_pixels=data.image.min_pixels,
+            image_max_pixels=data.image.max_pixels,
+            video_min_pixels=data.video.min_pixels,
+            video_max_pixels=data.video.max_pixels,
+            video_fps=data.video.fps,
+            video_max_frames=data.video.max_frames,
+            no_audio=data.video.no_audio,
+        ),
+        modalities=workshop.modalities,
+        pack_tokens=data.pack_tokens,
+        shrink=data.overlong == "shrink",
+        cache_dir=cache_dir,
+    )

@@ -1,0 +1,116 @@
+"""What a run goes on from: trained parameters, optimizer, generators and the position in the data, saved and loaded.
+
+Decides which checkpoint a run resumes and whether it may; how files are written is `checkpoint/dcp.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omniloom.checkpoint import dcp
+from omniloom.checkpoint.adapters import fingerprint
+from omniloom.models.fusion import OmniModel
+from omniloom.parallel.mesh import Layout
+from omniloom.run.opening import Workshop, load_weights
+from omniloom.training.policy import ParameterPolicy
+
+
+class RunState:
+    """A run's parameters and their checkpoints. Made and used on every rank; all methods are collective."""
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        layout: Layout,
+        model: OmniModel,
+        policies: Mapping[str, ParameterPolicy],
+        optimizer: torch.optim.Optimizer,
+        say: Callable[[str], None],
+        stack: ExitStack,
+    ) -> None:
+        config = workshop.config
+        self._workshop, self._model, self._optimizer, self._say = workshop, model, optimizer, say
+        self._settings, self._run_dir = config.checkpoint, Path(config.train.run_dir)
+        self.parameters = dict(model.named_parameters())
+        self.changed = [
+            name for name, parameter in self.parameters.items() if parameter.requires_grad
+        ]  # from published
+        self._own = {
+            "model": fingerprint(workshop.checkpoint),
+            "adapters": {  # what decides, beside their weights, what adapters do
+                f"policy.{policy.component}.lora.{key}": getattr(policy.lora, key)
+                for policy in policies.values()
+                if policy.lora is not None and policy.trainable
+                for key in ("alpha", "rslora", "dora")
+            },
+        }
+        self._saver = dcp.Saver(
+            self._run_dir,
+            keep=self._settings.keep,
+            asynchronous=self._settings.asynchronous,
+            timeout=layout.ranks.timeout,
+        )
+        self.group = self._saver.group
+        stack.callback(self._saver.close)
+
+    def find(self) -> dcp.StoredCheckpoint | None:
+        """The checkpoint to go on from, verified. Raises: ValueError for one of another model or policy."""
+        stored = None
+        if self._settings.resume == "auto":
+            stored, passed_over = dcp.find_latest(self._run_dir, group=self.group)
+            for words in passed_over:
+                self._say(f"warning: {words}")
+        elif self._settings.resume != "none":
+            stored = dcp.open_stored(self._settings.resume, group=self.group)
+        if stored is not None:
+            self._check(stored)
+        return stored
+
+    def load(self, stored: dcp.StoredCheckpoint | None) -> int:
+        """Fill the model from the checkpoint, or from the published one. Returns the first step to take."""
+        held = [] if stored is None else dcp.stored_names(stored, self.parameters)
+        if len(held) < len(self.parameters):  # checkpoints leave out what is as published
+            load_weights(self._workshop, self._model)
+        if stored is None:
+            return 0
+        dcp.load_model_state(stored, {name: self.parameters[name] for name in held})
+        changed = {*held, *self.changed}
+        self.changed = [name for name in self.parameters if name in changed]
+        if self._settings.load_optimizer:
+            dcp.load_optimizer_state(stored, self.parameters, self._optimizer)
+        if self._settings.load_rng:
+            dcp.load_rng_state(stored)
+        self._say(f"resumed after step {stored.step} from {stored.directory}")
+        return stored.step
+
+    def save(self, step: int, data: Mapping[str, Any]) -> None:
+        """Write a checkpoint, in the background where the config says so; `data` is the position in it."""
+        state = dcp.model_state({name: self.parameters[name] for name in self.changed})
+        if self._settings.save_optimizer:
+            state |= dcp.optimizer_state(self.parameters, self._optimizer)
+        self._saver.save(step, state | dcp.rng_state(), {"data": data, **self._own})
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way."""
+        self._saver.finish()
+
+    def _check(self, stored: dcp.StoredCheckpoint) -> None:
+        """What a checkpoint does not keep must be as it was."""
+        if stored.extras["model"] != self._own["model"]:
+            raise ValueError(
+                f"{stored.directory} belongs to a run on another model than model.path="
+                f"{self._workshop.config.model.path}; name that model, set another train.run_dir, or start anew with "
+                "checkpoint.resume=none"
+            )
+        before, asked = stored.extras.get("adapters", {}), self._own["adapters"]
+        for key in sorted(asked, key=len):  # what a rule is named for before what lies below
+            if (then := before.get(key, asked[key])) != asked[key]:
+                raise ValueError(
+                    f"{stored.directory}: {key} is {then} there and {asked[key]} here, which makes another model of "
+                    f"the same weights; set it to {then}, or start anew with checkpoint.resume=none"
+                )

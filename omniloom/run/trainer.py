@@ -1,0 +1,388 @@
+"""The training run: build every part from a config, loop over steps, leave a run directory behind.
+
+Each part is made by its own module (`opening.py` and `rows.py` make those that other verbs need too); this file says in
+which order they act within a step, and is the place where all of them meet.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from omniloom.checkpoint.hf import gather_full
+from omniloom.checkpoint.run_lock import hold_run_lock
+from omniloom.config import Config, ConfigError
+from omniloom.data.loader import Loader
+from omniloom.data.planner import Planner, plan_options
+from omniloom.data.sources import Source
+from omniloom.data.stream import BadSampleFile, LoadedStep, StepStream
+from omniloom.ops.attention import resolve_kernel
+from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
+from omniloom.parallel.gradients import clip_gradients
+from omniloom.parallel.mesh import (
+    Layout,
+    build_layout,
+    close_distributed,
+    init_distributed,
+    resolve_degrees,
+    says_rank_is_gone,
+)
+from omniloom.parallel.step import Objective, forward_backward
+from omniloom.parallel.watchdog import Watchdog
+from omniloom.run.evaluation import Evaluation, EvaluationReport
+from omniloom.run.opening import Workshop, build_model, open_workshop
+from omniloom.run.records import RunRecords
+from omniloom.run.results import NO_ADAPTER, export_adapter, export_model
+from omniloom.run.rows import describe_files, describe_template, open_data, open_rows, planned_options
+from omniloom.run.state import RunState
+from omniloom.tools.launch import LOST_RANK
+from omniloom.tools.report import write_report
+from omniloom.training.flops import TrainingWork
+from omniloom.training.lora import find_dropouts
+from omniloom.training.metrics import StepFigures
+from omniloom.training.optimizer import build_optimizer, set_learning_rate
+from omniloom.training.profile import Profile
+from omniloom.training.schedule import decay_progress, schedule_factor
+from omniloom.types import RunError
+
+STOPPED_EARLY = 75  # sysexits.h EX_TEMPFAIL: a checkpoint was written, and the same command goes on from it
+COLLECTIVE_GRACE_SECONDS = 60.0  # collectives give up this much later than the watchdog, which has more to say
+
+
+def run(config: Config) -> int:
+    """Train as the config says, on every rank of the job. Returns 0, or STOPPED_EARLY after a signal or time limit.
+
+    Raises: ValueError for whatever is wrong with config, checkpoint or data, before the first step where it is known.
+    RunError for what stops a sound run: numbers that are not finite, a rank that is gone.
+    """
+    wanted = (("model.path", config.model.path), ("data.train", config.data.train))
+    if missing := [name for name, value in wanted if not value]:
+        raise ConfigError([f"{name}: not set; every run needs it" for name in missing], "the configuration")
+    timeout_seconds = config.train.step_timeout_seconds
+    workshop = open_workshop(config)
+    if workshop.cut and workshop.adapters and not config.checkpoint.export:
+        raise ValueError(
+            f"checkpoint.export: false would leave nothing of this run, since {NO_ADAPTER}; set it to true"
+        )
+    train_rows, eval_rows = open_data(config.data, config.train.seed)
+    if eval_rows is None:
+        asked = [name for name in ("eval_every", "eval_answers") if getattr(config.train, name)]
+        if asked:
+            faults = [f"train.{name}: nothing is held out to evaluate; set data.eval or data.split" for name in asked]
+            raise ConfigError(faults, "the configuration")
+    ranks = init_distributed(timeout_seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
+    try:
+        degrees = resolve_degrees(config.parallel, ranks.world_size, packs_per_step=config.train.packs_per_step)
+        layout = build_layout(degrees, ranks)
+        with hold_run_lock(config.train.run_dir, layout.channels["checkpoint"]), ExitStack() as stack:
+            watchdog = Watchdog(
+                rank=ranks.rank, world_size=ranks.world_size, store=ranks.store, timeout_seconds=timeout_seconds
+            )
+            stack.callback(watchdog.close)
+            return Trainer(workshop, layout, train_rows, eval_rows, watchdog, stack).run()
+    except RuntimeError as error:
+        if says_rank_is_gone(error):
+            raise LostRankError(
+                f"rank {ranks.rank} lost another rank, which ended or was silent for {timeout_seconds:g} s (see what "
+                f"it said); the same command goes on from the last checkpoint ({str(error).splitlines()[0]})"
+            ) from error
+        raise
+    finally:
+        close_distributed()
+
+
+class LostRankError(RunError):
+    """Another rank is gone, for a reason that it tells itself."""
+
+    exit_code = LOST_RANK
+
+
+class NonFiniteError(RunError):
+    """Loss or gradient is NaN or infinite, and the policy is to stop."""
+
+
+class Trainer:
+    """The parts of one run and the order in which they act. Made and used on every rank."""
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        layout: Layout,
+        train_rows: Source,
+        eval_rows: Source | None,
+        watchdog: Watchdog,
+        stack: ExitStack,
+    ) -> None:
+        config = workshop.config
+        self.config, self.layout, self.workshop, self.watchdog = config, layout, workshop, watchdog
+        self.run_dir, self.train_rows = Path(config.train.run_dir), train_rows
+        self.records = RunRecords(config, layout, workshop.compute_dtype, stack)
+        self._make_deterministic()
+        self.planner, self.loader = self._open_planner(train_rows)
+        stack.callback(self.loader.close)
+        self.model, self.policies = build_model(workshop, layout)
+        parameters = dict(self.model.named_parameters())
+        self.optimizer = build_optimizer(
+            parameters.items(), self.policies, betas=config.train.betas, epsilon=config.train.epsilon
+        )
+        self.state = RunState(workshop, layout, self.model, self.policies, self.optimizer, self.records.say, stack)
+        self.dropouts = find_dropouts(self.model)
+        self.kernels = {
+            name: resolve_kernel(kernel, layout.device.type, workshop.compute_dtype)
+            for name, kernel in asdict(config.model.attention).items()
+        }
+        plan = workshop.spec.sharding(workshop.family)
+        self.pool = EncoderPool(layout, plan, config.parallel.encoder_pool)
+        of_adapters = {name for adapter in workshop.adapters for name in adapter.names}
+        self.work = TrainingWork(
+            decoder_weights=any(name.startswith("text.") and name not in of_adapters for name in self.state.changed),
+            towers=any(not name.startswith("text.") for name in self.state.changed),
+        )
+        stored = self.state.find()
+        if stored is not None:
+            self.planner.load_state_dict(stored.extras["data"])
+        self.bad_samples = BadSampleFile(self.run_dir / "bad_samples.jsonl") if layout.is_first else None
+        self.evaluation = (
+            Evaluation(workshop, layout, eval_rows, self.bad_samples, stack) if eval_rows is not None else None
+        )
+        self.stream = stack.enter_context(self._open_stream())
+        self.watchdog.enter(0, "reading the first rows")
+        self.stream.prepare()  # before the weights: rows that cannot be used are said within seconds
+        self.watchdog.enter(0, "loading weights")
+        self.first_step = self.state.load(stored)
+        self.records.begin(
+            self.first_step,
+            self._about(train_rows),
+            self.policies,
+            {name: parameter.numel() for name, parameter in parameters.items()},
+        )
+        self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json")
+        self.started = time.monotonic()
+        self.stop_requested = False
+
+    # ------------------------------------------------------------------------------------ the loop
+
+    def run(self) -> int:
+        """Loop until the run is over, or until a signal or the time limit asks to stop."""
+        every, eval_every = self.config.checkpoint.every, self.config.train.eval_every
+        step, saved, evaluated = self.first_step, self.first_step, -1
+        with self._signals():
+            self.watchdog.enter(step, "waiting for data")
+            for loaded in self.stream:
+                with self.profile.step(loaded.plan.step):
+                    figures, stop = self._step(loaded)
+                step = loaded.plan.step + 1
+                report = None
+                if self.evaluation is not None and eval_every and step % eval_every == 0:
+                    report, evaluated = self._evaluate(step), step
+                self.records.step(figures, loaded, self.work, report)
+                if stop or (every and step % every == 0):
+                    self._save(step)
+                    saved = step
+                if stop:
+                    self.state.finish()
+                    way = (
+                        "the same command goes"
+                        if self.config.checkpoint.resume == "auto"
+                        else "checkpoint.resume=auto goes"
+                    )
+                    self.records.say(f"stopped after step {step}; {way} on from there")
+                    return STOPPED_EARLY
+                self.watchdog.enter(step, "waiting for data")
+        if saved != step:
+            self._save(step)
+        self.state.finish()
+        if self.evaluation is not None and evaluated != step:
+            self._evaluate(step)
+        if self.config.checkpoint.export or self.workshop.adapters:
+            self._export(step)
+        if self.layout.is_first:
+            self.records.say(f"wrote {write_report(self.run_dir)}")
+        return 0
+
+    def _step(self, loaded: LoadedStep) -> tuple[StepFigures, bool]:
+        """One optimizer step. Returns its figures and whether any rank was asked to stop."""
+        start = time.perf_counter()
+        train, layout, agreement = self.config.train, self.layout, loaded.agreement
+        objective = Objective(
+            weight_sum=agreement.weight_sum or 1.0,
+            num_packs=agreement.num_nonempty_packs,
+            router_coefficient=train.router_loss,
+        )
+        self.optimizer.zero_grad()
+        totals = torch.zeros(3, dtype=torch.float64, device=layout.device)  # loss, router loss, wish to stop
+        expert_counts: Tensor | None = None
+        for number, pack in enumerate(loaded.packs):
+            self.watchdog.enter(loaded.plan.step, f"forward and backward of pack {number + 1} of {len(loaded.packs)}")
+            for dropout in self.dropouts:
+                dropout.key = (train.seed, loaded.plan.step, pack.index, layout.context_rank)
+            terms = forward_backward(
+                self.model,
+                pack.batch,
+                layout,
+                objective,
+                self.pool,
+                is_last=number == len(loaded.packs) - 1,
+                offload_activations=self.config.memory.offload_activations,
+            )
+            totals[0] += terms.loss_sum
+            totals[1] += terms.router_loss
+            expert_counts = terms.expert_counts if expert_counts is None else expert_counts + terms.expert_counts
+        self.watchdog.enter(loaded.plan.step, "gradient norm and optimizer")
+        norm = clip_gradients(self.state.parameters.values(), train.clip_norm, layout.device)
+        totals[2] = self._wants_to_stop()
+        counts = totals.new_empty(0, 0) if expert_counts is None else expert_counts.double()
+        num_layers, width = counts.shape
+        sums = layout.sum_over_ranks(torch.cat([totals, counts.flatten()]))
+        # the step's one wait for the device
+        loss_sum, router_sum, stop, *loads, grad_norm = torch.cat([sums, norm.double()[None]]).tolist()
+        figures = StepFigures(
+            loss=loss_sum / objective.weight_sum,
+            # ranks that share a pack share its router loss too
+            router_loss=router_sum / max(agreement.num_nonempty_packs, 1),
+            grad_norm=grad_norm,
+            learning_rate=self._set_learning_rate(loaded),
+            expert_load=tuple(tuple(map(int, loads[row * width :][:width])) for row in range(num_layers)),
+        )
+        if math.isfinite(figures.loss) and math.isfinite(figures.grad_norm):
+            self.optimizer.step()
+        else:
+            self._handle_nonfinite(loaded, figures)
+        return replace(figures, step_seconds=time.perf_counter() - start + loaded.data_wait_seconds), stop > 0
+
+    def _set_learning_rate(self, loaded: LoadedStep) -> float:
+        train, plan = self.config.train, loaded.plan
+        progress = decay_progress(
+            step=plan.step,
+            steps=train.steps,
+            warmup_steps=train.warmup_steps,
+            rows_before=plan.rows_planned - sum(len(pack.samples) for pack in plan.packs),
+            total_rows=self.planner.total_rows or 1,
+        )
+        factor = schedule_factor(
+            train.schedule,
+            step=plan.step,
+            warmup_steps=train.warmup_steps,
+            progress=progress,
+            floor=train.min_learning_rate / train.learning_rate,
+        )
+        return set_learning_rate(self.optimizer, factor)
+
+    def _handle_nonfinite(self, loaded: LoadedStep, figures: StepFigures) -> None:
+        """Stop, or go on without this step. Raises: NonFiniteError."""
+        what = self.records.not_finite(figures, loaded, self.train_rows)
+        if self.config.train.nonfinite == "stop":
+            raise NonFiniteError(
+                f"{what}. The weights are as before this step and earlier checkpoints are intact; lower "
+                "train.learning_rate, look at the samples, or set train.nonfinite=skip"
+            )
+        self.records.say(f"warning: {what}; the step is skipped")
+
+    # ------------------------------------------------------------------------------------ stopping
+
+    def _wants_to_stop(self) -> bool:
+        limit = self.config.train.time_limit_minutes
+        return self.stop_requested or (limit is not None and time.monotonic() - self.started > 60 * limit)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM asks for a checkpoint and an orderly end after the step under way."""
+
+        def request(_number: int, _frame: object) -> None:
+            self.stop_requested = True
+
+        previous = signal.signal(signal.SIGTERM, request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    # ------------------------------------------------------------------------------------ opening
+
+    def _make_deterministic(self) -> None:
+        torch.manual_seed(self.config.train.seed)
+        if self.config.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+
+    def _open_planner(self, rows: Source) -> tuple[Planner, Loader]:
+        config, layout, workshop = self.config, self.layout, self.workshop
+        recipe = open_rows(workshop, rows)
+        loader = Loader(recipe, workers=config.data.workers)
+        planner = Planner(
+            num_rows=len(rows),
+            options=plan_options(config),
+            measure=loader.measure,
+            locate=rows.locate,
+            data_fingerprint=rows.fingerprint,
+            row_options=planned_options(workshop),
+            exchange=lambda value: layout.exchange(value, "planning"),
+            rank=layout.rank,
+            world_size=layout.world_size,
+        )
+        return planner, loader
+
+    def _open_stream(self) -> StepStream:
+        layout = self.layout
+        return StepStream(
+            self.planner,
+            self.loader,
+            data_rank=layout.data_rank,
+            data_world=layout.data_world,
+            exchange=lambda value: layout.exchange(value, "agreement"),
+            prefetch_packs=self.config.data.prefetch_packs,
+            bad_samples=self.bad_samples,
+            clips_of=lambda pack: assign_clips(pack, layout.degrees.context)[layout.context_rank],
+        )
+
+    def _about(self, source: Source) -> list[str]:
+        kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
+        return [
+            f"model  {self.workshop.spec.name} on {self.layout.degrees.describe()}, attention {kernels}",
+            f"data   {len(source):,} rows, template {describe_template(self.workshop, source)}",
+            *(f"       {line}" for line in describe_files(source, self.config)),
+        ]
+
+    # ------------------------------------------------------------------------------------ leaving results
+
+    def _save(self, step: int) -> None:
+        self.watchdog.enter(step, "checkpoint")
+        self.state.save(step, self.stream.state_dict())
+
+    def _evaluate(self, step: int) -> EvaluationReport:
+        assert self.evaluation is not None
+        self.model.eval()  # without dropout
+        report = self.evaluation.run(self.model, self.pool, lambda: self.watchdog.enter(step, "evaluation"))
+        self.model.train()
+        self.records.say(report.words())
+        if self.layout.is_first:
+            report.write(self.run_dir, step)
+        return report
+
+    def _export(self, step: int) -> None:
+        """The model, adapters merged in, as a Hugging Face directory in `hf/`; adapters in `adapter/`, if they fit."""
+        gather = gather_full(self.state.parameters)
+
+        def gather_next(name: str) -> Tensor:
+            self.watchdog.enter(step, f"export of {name}")
+            return gather(name)
+
+        self.watchdog.enter(step, "export")
+        group, changed = self.state.group, self.state.changed
+        if self.workshop.adapters and self.workshop.cut:
+            self.records.say(f"no adapter/, since {NO_ADAPTER}; hf/ has the adapters merged in")
+        elif self.workshop.adapters:
+            directory = export_adapter(
+                self.workshop, self.run_dir / "adapter", changed, gather_next, overwrite=True, group=group
+            )
+            self.records.say(f"wrote {directory}")
+        if self.config.checkpoint.export:
+            report = export_model(self.workshop, self.run_dir / "hf", changed, gather_next, overwrite=True, group=group)
+            self.records.say(f"wrote {report.directory}")
