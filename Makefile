@@ -1,11 +1,12 @@
-# make test   everything: environment, lint, types, import contracts, suite
-# make demo   environment, then `omniloom demo` into runs/demo
+# make test       environment, lint, types, import contracts, suite
+# make test-full  the whole matrices of layouts, compile and fuzzing, which `make test` samples
+# make demo       environment, then `omniloom demo` into runs/demo
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test demo lint setup clean
+.PHONY: test test-full demo lint setup clean
 
 setup: $(VENV)/installed
 
@@ -22,7 +23,10 @@ lint: setup
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: setup
+	$(BIN)/python -m pytest -m full
 
 demo: setup
 	$(BIN)/omniloom demo
