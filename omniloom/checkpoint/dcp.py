@@ -1,8 +1,9 @@
 """Saves and restores the whole state of a run: tensors by torch DCP, everything else as JSON.
 
-Owns when a checkpoint counts: files first, on all ranks, then checksums, then the marker, then the rename to its final
-name, then `latest`, then the removal of old ones. State is a flat mapping from names to tensors, keyed by parameter
-names, so that it does not depend on the layout. Assumes one file system shared by all ranks. `stored` reads it back.
+Owns when a checkpoint counts: files first, on all ranks, then checksums, which rank 0 compares with what it sees
+itself, then the marker, then the rename to its final name, then `latest`, then the removal of old ones. State is a flat
+mapping from names to tensors, keyed by parameter names, so that it does not depend on the layout. Needs one file system
+that all ranks see. `stored` reads it back.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ from omniloom.checkpoint.stored import (
     read_stored_tensor,
     seal,
     step_name,
+    verify_files,
 )
+from omniloom.checkpoint.tensor_files import MAX_LISTED
 
 __all__ = [
     "Saver",
@@ -133,8 +136,7 @@ class Saver:
                 fault = _attempt(step, lambda: self._commit(partial, step, writer, metadata, gathered, extras))
             agree(fault, self.group)
         except ValueError:
-            if first:
-                shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)  # by all: it may be another directory on another node
             raise
 
     def _plan_together(self, planner: _Planner, writer: _Writer, plan: SavePlan) -> tuple[SavePlan, Metadata | None]:
@@ -162,6 +164,13 @@ class Saver:
         _write_text(partial / EXTRAS_NAME, extras)
         files = {name: item for part, _ in gathered for name, item in part.items()}
         files |= {name: _describe(partial / name) for name in (METADATA_NAME, EXTRAS_NAME)}
+        # as this rank sees them: another node may have written into another directory of the same name
+        faults = verify_files(partial, {name: (item["bytes"], item["crc32"]) for name, item in files.items()})
+        if faults:
+            raise OSError(
+                f"rank 0 does not find in {partial} what other ranks wrote ({'; '.join(faults[:MAX_LISTED])}); "
+                "train.run_dir must be one directory that all nodes see"
+            )
         sequence = 1 + max((number for number, _ in self._committed()), default=0)
         marker = {"step": step, "sequence": sequence, "num_ranks": num_ranks(self.group), "files": files}
         _sync(partial)
@@ -357,15 +366,17 @@ def load_optimizer_state(
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # it places `step` as the optimizer needs it
 
 
-def load_rng_state(stored: StoredCheckpoint) -> bool:
-    """Restore this rank's generators. False, and nothing changed, if the checkpoint was written by fewer ranks."""
-    state = {name: tensor.clone() for name, tensor in rng_state().items()}
-    if not state.keys() <= stored.shapes.keys():
-        return False
-    load_tensors(stored, state)
-    for name, value in state.items():
-        if name.endswith(".cpu"):
-            torch.set_rng_state(value)
-        else:
-            torch.get_device_module(name.rsplit(".", 1)[1]).set_rng_state(value)
-    return True
+def load_rng_state(stored: StoredCheckpoint) -> tuple[int, ...]:
+    """Restore this rank's generators. Returns the ranks, the same on each, that a checkpoint of other ranks lacks."""
+    state = {name.removeprefix(f"{RNG}{rank()}."): tensor.clone() for name, tensor in rng_state().items()}
+    lacking = tuple(
+        number for number in range(num_ranks()) if any(f"{RNG}{number}.{kind}" not in stored.shapes for kind in state)
+    )
+    if rank() not in lacking:
+        load_tensors(stored, {f"{RNG}{rank()}.{kind}": value for kind, value in state.items()})
+        for kind, value in state.items():
+            if kind == "cpu":
+                torch.set_rng_state(value)
+            else:
+                torch.get_device_module(kind).set_rng_state(value)
+    return lacking

@@ -13,6 +13,7 @@ import json
 import pickle
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ MARKER_NAME = "COMMITTED"
 EXTRAS_NAME = "extras.json"
 METADATA_NAME = ".metadata"
 CHECKSUM_BYTES = 16 << 20
+VERIFY_THREADS = 8  # reading and zlib leave the interpreter to one another
 
 # all that the .metadata of a state of tensors needs
 METADATA_CLASSES = {
@@ -115,9 +117,8 @@ def open_stored(path: str | Path, *, group: ProcessGroup | None = None) -> Store
             "of its checkpoints/"
         )
     marker = read_marker(directory)
-    names = sorted(marker["files"])
-    mine = names[rank(group) :: num_ranks(group)]
-    faults = sorted({fault for part in gather(_verify(directory, marker, mine), group) for fault in part})
+    mine = dict(sorted(marker["files"].items())[rank(group) :: num_ranks(group)])
+    faults = sorted({fault for part in gather(verify_files(directory, mine), group) for fault in part})
     if faults:
         raise ValueError(f"{directory} is damaged: " + "; ".join(faults[:MAX_LISTED]))
     return StoredCheckpoint(
@@ -180,20 +181,22 @@ def _list_committed(root: Path) -> tuple[list[Path], list[str], list[str]]:
     return [directory for _, directory in sorted(found, reverse=True)], damaged, incomplete
 
 
-def _verify(directory: Path, marker: dict[str, Any], names: list[str]) -> list[str]:
-    faults = []
-    for name in names:
-        num_bytes, crc32 = marker["files"][name]
+def verify_files(directory: Path, files: Mapping[str, tuple[int, str]]) -> list[str]:
+    """What is wrong with files of a checkpoint, given the bytes and the checksum that each must have."""
+
+    def fault(name: str) -> str | None:
+        num_bytes, crc32 = files[name]
         path = directory / name
         try:
             size = path.stat().st_size
             if size != num_bytes:
-                faults.append(f"{name} has {size} bytes instead of {num_bytes}")
-            elif checksum(path) != crc32:
-                faults.append(f"{name} does not match its checksum")
+                return f"{name} has {size} bytes instead of {num_bytes}"
+            return None if checksum(path) == crc32 else f"{name} does not match its checksum"
         except OSError as error:
-            faults.append(f"{name}: {error.strerror}")
-    return faults
+            return f"{name}: {error.strerror}"
+
+    with ThreadPoolExecutor(VERIFY_THREADS) as threads:
+        return [found for found in threads.map(fault, files) if found is not None]
 
 
 # ---------------------------------------------------------------------------------------- metadata

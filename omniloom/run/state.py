@@ -83,8 +83,11 @@ class RunState:
         self.changed = [name for name in self.parameters if name in changed]
         if self._settings.load_optimizer:
             dcp.load_optimizer_state(stored, self.parameters, self._optimizer)
-        if self._settings.load_rng:
-            dcp.load_rng_state(stored)
+        if self._settings.load_rng and (lacking := dcp.load_rng_state(stored)):
+            self._say(
+                f"warning: {stored.directory} was saved by other ranks and has no state of random generators for "
+                f"ranks {', '.join(map(str, lacking))}; they start from train.seed"
+            )
         self._say(f"resumed after step {stored.step} from {stored.directory}")
         return stored.step
 

@@ -163,7 +163,8 @@ def check_restored(layout, directory, source):
     reference, reference_optimizer = restore("plain", directory / "plain")
     model, optimizer = restore(layout, directory / source)
     stored, _ = find_latest(directory / source)
-    assert load_rng_state(stored) == (f"rng.{dist.get_rank()}.cpu" in stored.shapes)
+    ranks = range(dist.get_world_size())
+    assert load_rng_state(stored) == tuple(number for number in ranks if f"rng.{number}.cpu" not in stored.shapes)
     for _ in range(2):
         assert_same(full(dict(model.named_parameters())), dict(reference.named_parameters()))
         moments = full(optimizer_state(dict(model.named_parameters()), optimizer))
@@ -272,6 +273,22 @@ def damaged_file(directory):
     fork(2, work)
 
 
+def parted_directories(directory):
+    """Ranks that do not see one another's files: no save of theirs counts, all say why, nothing is left."""
+
+    def work():
+        root = directory / f"node{dist.get_rank()}"
+        for asynchronous in (False, True):
+            saver = Saver(root, asynchronous=asynchronous)
+            with pytest.raises(ValueError, match=r"does not find .*__1_0\.distcp.*that all nodes see"):  # noqa: PT012
+                saver.save(1, {f"model.only_{dist.get_rank()}": torch.zeros(10)}, {})
+                saver.finish()
+            saver.close()
+            assert list((root / "checkpoints").iterdir()) == []
+
+    fork(2, work)
+
+
 def killed_rank(directory):
     """A rank dies inside a save: what it leaves never counts."""
 
@@ -335,7 +352,7 @@ def fork(num_ranks, work, expect_failure=False):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for scenario in (layouts, failing_rank, damaged_file, killed_rank):
+    for scenario in (layouts, failing_rank, damaged_file, parted_directories, killed_rank):
         folder = Path(sys.argv[1]) / scenario.__name__
         folder.mkdir(exist_ok=True)
         try:

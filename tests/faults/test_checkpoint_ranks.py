@@ -48,5 +48,9 @@ def test_all_ranks_fall_back_to_the_same_checkpoint_whoever_sees_the_damage(outc
     assert (outcome[0] / "damaged_file" / "passed").exists(), outcome[1]
 
 
+def test_a_save_into_directories_that_not_all_ranks_see_never_counts(outcome):
+    assert (outcome[0] / "parted_directories" / "passed").exists(), outcome[1]
+
+
 def test_what_a_rank_killed_inside_a_save_leaves_never_counts(outcome):
     assert (outcome[0] / "killed_rank" / "passed").exists(), outcome[1]
