@@ -7,7 +7,7 @@ A row of a data file becomes a `Conversation`; its sizes are an `Extent`; the pl
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from numpy import float32, uint8
 from numpy.typing import NDArray
@@ -39,6 +39,27 @@ class RunError(RuntimeError):
 
 
 # ---------------------------------------------------------------------------------------- what a row says
+
+Row = dict[str, Any]  # a row of a data file as JSON has it; media may also be bytes
+
+
+class Source(Protocol):
+    """Rows that can be read in any order, by any process."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the content, whatever the path, to tell on resume whether the data are still the same."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> tuple[Row, str, int]:
+        """The row, the file it comes from and the line (from 1) where it begins. Raises: SampleError."""
+
+    def locate(self, row: int) -> tuple[str, int]:
+        """File and line of a row without reading it, to name a row that cannot be read."""
+
+    def first_rows(self) -> list[int]:
+        """The first row of each file."""
 
 
 @dataclass(frozen=True, kw_only=True)

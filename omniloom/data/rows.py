@@ -30,6 +30,7 @@ from omniloom.types import (
     PackStats,
     PlannedSample,
     SampleError,
+    Source,
     VisionBatch,
     VisionClip,
 )
@@ -37,14 +38,6 @@ from omniloom.types import (
 MEL_FRAMES_PER_SECOND = 100
 # What data can provoke. Anything else is a bug of ours and must not be filed under bad samples.
 DATA_ERRORS = (ValueError, OSError, EOFError, MemoryError)
-
-
-class Source(Protocol):
-    def __len__(self) -> int: ...
-
-    def read(self, row: int) -> tuple[dict[str, Any], str, int]: ...
-
-    def locate(self, row: int) -> tuple[str, int]: ...
 
 
 class Processor(Protocol):

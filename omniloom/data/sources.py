@@ -13,34 +13,15 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from omniloom.types import SampleError
+from omniloom.data.columnar import open_arrow, open_parquet
+from omniloom.types import Row, SampleError, Source
 
-Row = dict[str, Any]
 _ARROW_MAGIC = (b"ARROW1", b"\xff\xff\xff\xff")  # file and stream; the latter is what `datasets` writes
 _BOM = b"\xef\xbb\xbf"
-
-
-class Source(Protocol):
-    """Rows that can be read in any order, by any process."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the content, whatever the path, to tell on resume whether the data are still the same."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, row: int) -> tuple[Row, str, int]:
-        """The row, the file it comes from and the line (from 1) where it begins. Raises: SampleError."""
-
-    def locate(self, row: int) -> tuple[str, int]:
-        """File and line of a row without reading it, to name a row that cannot be read."""
-
-    def first_rows(self) -> list[int]:
-        """The first row of each file."""
 
 
 def open_sources(paths: tuple[str, ...], *, max_samples: int | None = None) -> Source:
@@ -168,58 +149,6 @@ class TextRows:
         return _as_row(value), path, line
 
 
-class ArrowRows:
-    """Rows of a Parquet or Arrow file, read by row group or record batch; the last one is kept."""
-
-    def __init__(self, path: str, *, kind: str, ends: list[int], num_rows: int, fingerprint: str) -> None:
-        self._path = path
-        self._kind = kind
-        self._ends = ends  # cumulative rows of the row groups or batches
-        self._num_rows = num_rows
-        self._reader: Any = None
-        self._group: tuple[int, Any] | None = None
-        self.fingerprint = fingerprint
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reader": None, "_group": None}
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def locate(self, row: int) -> tuple[str, int]:
-        _check_row(row, len(self))
-        return self._path, row + 1
-
-    def first_rows(self) -> list[int]:
-        return [0]
-
-    def read(self, row: int) -> tuple[Row, str, int]:
-        import pyarrow
-
-        path, line = self.locate(row)
-        index = bisect.bisect_right(self._ends, row)
-        try:
-            if self._group is None or self._group[0] != index:
-                self._group = (index, self._read_group(index))
-            offset = row - (self._ends[index - 1] if index else 0)
-            (value,) = self._group[1].slice(offset, 1).to_pylist()
-        except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise SampleError("row", f"cannot read row {row} of {path}: {error}") from None
-        # columns that a row does not have come back as None
-        return {key: item for key, item in value.items() if item is not None}, path, line
-
-    def _read_group(self, index: int) -> Any:
-        if self._kind == "parquet":
-            if self._reader is None:
-                import pyarrow.parquet
-
-                self._reader = pyarrow.parquet.ParquetFile(self._path)
-            return self._reader.read_row_group(index, use_threads=False)  # threads do not survive a fork
-        if self._reader is None:
-            self._reader = _open_batches(self._path)
-        return self._reader[index]
-
-
 # ---------------------------------------------------------------------------------------- opening
 
 
@@ -235,9 +164,9 @@ def _open_file(path: str, max_samples: int | None) -> Source:
         with file.open("rb") as handle:
             head = handle.read(4096)
         if head[:4] == b"PAR1":
-            return _open_parquet(path, max_samples)
+            return open_parquet(path, max_samples)
         if head.startswith(_ARROW_MAGIC):
-            return _open_arrow(path, max_samples)
+            return open_arrow(path, max_samples)
         return _open_text(path, head, max_samples)
     except OSError as error:
         raise ValueError(f"cannot read the data file {path}: {error.strerror or error}") from None
@@ -392,52 +321,6 @@ def _byte_offsets(text: str, starts: list[int], ends: list[int]) -> tuple[list[i
         new_ends.append(num_bytes)
         characters = end
     return new_starts, new_ends
-
-
-def _open_parquet(path: str, max_samples: int | None) -> ArrowRows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
-    return _arrow_rows(path, "parquet", groups, max_samples)
-
-
-def _open_arrow(path: str, max_samples: int | None) -> ArrowRows:
-    import pyarrow
-
-    try:
-        groups = [batch.num_rows for batch in _open_batches(path)]
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable Arrow file: {error}") from None
-    return _arrow_rows(path, "arrow", groups, max_samples)
-
-
-def _open_batches(path: str) -> list[Any]:
-    """All record batches of an Arrow file or stream, memory-mapped: nothing is read until a row is."""
-    import pyarrow
-
-    source = pyarrow.memory_map(path, "r")
-    if source.read(6) == b"ARROW1":
-        reader = pyarrow.ipc.open_file(source)
-        return [reader.get_batch(index) for index in range(reader.num_record_batches)]
-    source.seek(0)
-    return list(pyarrow.ipc.open_stream(source))
-
-
-def _arrow_rows(path: str, kind: str, groups: list[int], max_samples: int | None) -> ArrowRows:
-    ends = np.cumsum(groups).tolist() if groups else [0]
-    num_rows = ends[-1] if max_samples is None else min(ends[-1], max_samples)
-    if not num_rows:
-        raise ValueError(f"{path} has no rows, expected at least one")
-    with open(path, "rb") as handle:  # footers hold offsets and statistics of all that is written
-        size = handle.seek(0, 2)
-        handle.seek(max(0, size - 65536))
-        fingerprint = _hash_of(str(size), str(num_rows), hashlib.sha256(handle.read()).hexdigest())
-    return ArrowRows(path, kind=kind, ends=ends, num_rows=num_rows, fingerprint=fingerprint)
 
 
 def _as_row(value: Any) -> Row:

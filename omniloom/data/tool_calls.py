@@ -89,7 +89,7 @@ def tool_call_part(call: Any, field: str) -> Part:
         raise SampleError(field, f'expected a tool call {{"name": ..., "arguments": ...}}, got {str(call)[:80]!r}')
     keys = [key for key in ("arguments", "parameters", "input") if call.get(key) is not None]
     arguments = call[keys[0]] if keys else {}
-    rest = {k: v for k, v in call.items() if k not in ("name", *keys[:1], *_CALL_ENVELOPE) and v is not None}
+    rest = {k: v for k, v in call.items() if k not in ("name", *keys[:1], *_CALL_ENVELOPE)}
     if isinstance(arguments, str):
         _load(arguments or "{}", f"{field}.arguments")
         written = arguments.strip() or "{}"

@@ -20,7 +20,6 @@ from omniloom.data.agreement import StepAgreement, agree
 from omniloom.data.loader import Loader
 from omniloom.data.packing import pack_everything
 from omniloom.data.planner import plan_all
-from omniloom.data.sources import Source
 from omniloom.data.stream import BadSampleFile
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
@@ -30,7 +29,7 @@ from omniloom.processors.rendering import split_reasoning
 from omniloom.run.answers import Agreement, answer_pack, compare
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import open_rows
-from omniloom.types import BadSample, Extent, LoadedPack, PackPlan, PlannedSample, StepPlan
+from omniloom.types import BadSample, Extent, LoadedPack, PackPlan, PlannedSample, Source, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)

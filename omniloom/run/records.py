@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from omniloom.config import Config, save_config
-from omniloom.data.sources import Source
 from omniloom.data.stream import LoadedStep
 from omniloom.parallel.device import peak_memory_bytes
 from omniloom.parallel.mesh import Layout
@@ -23,6 +22,7 @@ from omniloom.run.evaluation import EvaluationReport
 from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation
 from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepFigures, StepMetrics
 from omniloom.training.policy import ParameterPolicy, table_lines, trainable_table
+from omniloom.types import Source
 
 
 class RunRecords:

@@ -15,11 +15,11 @@ from omniloom.data.media import MediaLimits, media_limits
 from omniloom.data.media_decode import decode_clip
 from omniloom.data.media_headers import read_header
 from omniloom.data.rows import RowReader
-from omniloom.data.sources import Source, Subset, open_sources
+from omniloom.data.sources import Subset, open_sources
 from omniloom.families.registry import spec_named
 from omniloom.processors.settings import ProcessorOptions
 from omniloom.run.opening import Workshop
-from omniloom.types import ClipGeometry, Conversation, DecodedClip, MediaHeader, MediaSource, SampleError
+from omniloom.types import ClipGeometry, Conversation, DecodedClip, MediaHeader, MediaSource, SampleError, Source
 
 DESCRIBED_FILES = 8
 # Of `data`, what does not change the sample that a row becomes: the planner itself holds on to which rows there are and

@@ -22,7 +22,6 @@ from omniloom.checkpoint.run_lock import hold_run_lock
 from omniloom.config import Config, ConfigError
 from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner, plan_options
-from omniloom.data.sources import Source
 from omniloom.data.stream import BadSampleFile, LoadedStep, StepStream
 from omniloom.ops.attention import resolve_kernel
 from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
@@ -51,7 +50,7 @@ from omniloom.training.metrics import StepFigures
 from omniloom.training.optimizer import build_optimizer, set_learning_rate
 from omniloom.training.profile import Profile
 from omniloom.training.schedule import decay_progress, schedule_factor
-from omniloom.types import RunError
+from omniloom.types import RunError, Source
 
 STOPPED_EARLY = 75  # sysexits.h EX_TEMPFAIL: a checkpoint was written, and the same command goes on from it
 COLLECTIVE_GRACE_SECONDS = 60.0  # collectives give up this much later than the watchdog, which has more to say

@@ -15,11 +15,10 @@ from omniloom.data.formats import describe_format, row_options
 from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner, plan_options
 from omniloom.data.rows import RowReader
-from omniloom.data.sources import Source
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.rows import describe_files, describe_template, open_data, open_rows
 from omniloom.training.policy import trainable_table
-from omniloom.types import SampleError, StepPlan
+from omniloom.types import SampleError, Source, StepPlan
 
 CHECKED_ROWS = 200
 

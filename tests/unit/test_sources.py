@@ -214,5 +214,87 @@ def test_a_parquet_row_keeps_bytes_and_drops_absent_columns(tmp_path):
     )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     source = open_sources((str(tmp_path / "a.parquet"),))
-    assert source.read(0)[0] == {"images": [{"bytes": b"\x00\xff", "path": None}]}
+    assert source.read(0)[0] == {"images": [{"bytes": b"\x00\xff"}]}
     assert source.read(1)[0] == {"text": "a"}
+
+
+UNLIKE_TOOLS = [
+    {
+        "messages": [
+            {"role": "user", "content": "w?"},
+            {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]},
+        ],
+        "tools": [{"name": name, "parameters": {"properties": {key: {"type": "string"} for key in arguments}}}],
+        "images": images,
+    }
+    for name, arguments, images in (
+        ("weather", {"city": "Paris", "days": [1, None]}, [{"path": "a.png", "max_pixels": 900}]),
+        ("add", {"x": 1, "y": 2.5}, [{"path": "b.png"}]),
+        ("now", {}, []),
+    )
+]
+
+
+def test_columns_invent_no_keys_at_any_depth(tmp_path):
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(UNLIKE_TOOLS), tmp_path / "rows.parquet")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(UNLIKE_TOOLS).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_list(UNLIKE_TOOLS, on_mixed_types="use_json").to_parquet(tmp_path / "json.parquet")
+    for name in ("rows.parquet", "saved/data-00000-of-00001.arrow", "json.parquet"):
+        source = open_sources((str(tmp_path / name),))
+        assert [source.read(row)[0] for row in range(3)] == UNLIKE_TOOLS, name
+
+
+def test_nulls_that_a_row_itself_has_are_kept(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    text = '{"name": "f", "arguments": {"x": null}}'
+    table = pa.table(
+        {
+            "text": [text],
+            "object": pa.ExtensionArray.from_storage(pa.json_(), pa.array([text])),
+            "map": pa.array([[("k", None)]], pa.map_(pa.string(), pa.int8())),
+            "list": pa.array([[1, None]], pa.large_list(pa.int8())),
+            "nothing": pa.array([None], pa.string()),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text(text)
+    row = open_sources((str(tmp_path / "rows.parquet"),)).read(0)[0]
+    assert row == {"text": text, "object": json.loads(text), "map": {"k": None}, "list": [1, None]}
+    assert open_sources((str(tmp_path / "rows.jsonl"),)).read(0)[0] == json.loads(text)
+
+
+def test_every_type_of_column_becomes_json(tmp_path):
+    import datetime
+    import decimal
+    import uuid
+
+    import pyarrow as pa
+
+    moment = datetime.datetime(2026, 1, 2, 3, 4, 5)
+    columns = {
+        "decimal": (pa.array([decimal.Decimal("2.50")], pa.decimal128(6, 2)), 2.5),
+        "whole": (pa.array([decimal.Decimal(7)], pa.decimal256(6, 0)), 7),
+        "moment": (pa.array([moment], pa.timestamp("ns")), "2026-01-02T03:04:05"),
+        "day": (pa.array([moment.date()]), "2026-01-02"),
+        "hour": (pa.array([moment.time()], pa.time64("us")), "03:04:05"),
+        "span": (pa.array([datetime.timedelta(seconds=90)], pa.duration("ns")), 90.0),
+        "encoded": (pa.array(["a"]).dictionary_encode(), "a"),
+        "views": (pa.array([["a"]], pa.list_view(pa.string_view())), ["a"]),
+        "fixed": (pa.array([[1, 2]], pa.list_(pa.int8(), 2)), [1, 2]),
+        "uuid": (pa.array([uuid.UUID(int=1)], pa.uuid()), str(uuid.UUID(int=1))),
+        "half": (pa.array([1.5], pa.float16()), 1.5),
+        "nested": (pa.array([[{"a": None, "b": {"c": None}}]]), [{"b": {}}]),
+    }
+    table = pa.table({name: array for name, (array, _) in columns.items()})
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    row = open_sources((str(tmp_path / "rows.arrow"),)).read(0)[0]
+    assert row == {name: value for name, (_, value) in columns.items()}
+    json.dumps(row)
