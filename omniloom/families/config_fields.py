@@ -242,9 +242,6 @@ def decoder_rules(text: DecoderConfig) -> dict[str, bool]:
         f"text_config: num_experts_per_tok {text.num_experts_per_tok} is at most num_experts {text.num_experts}": (
             text.num_experts_per_tok <= text.num_experts
         ),
-        # rows of 16 bytes in bfloat16, which grouped GEMM asks for
-        f"text_config: hidden_size {text.hidden_size} and moe_intermediate_size {text.moe_intermediate_size} divide by "
-        "8": text.num_experts == 0 or (text.hidden_size % 8 == 0 and text.moe_intermediate_size % 8 == 0),
         f"text_config.hidden_act {text.hidden_act!r} is among {', '.join(ACTIVATIONS)}": text.hidden_act in ACTIVATIONS,
     }
 

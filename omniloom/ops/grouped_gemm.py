@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+ROW_BYTES = 16  # grouped GEMM takes rows that begin at multiples of this
+
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Row r of group e times `weight[e].T`, for all groups in one call and without a device sync.
@@ -22,8 +24,20 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         offsets: int32 [E], where each group ends in `rows`; empty groups repeat the bound before them.
 
     Returns: [N, O]. Rows past the last bound are uninitialised memory, in the gradient of `rows` too.
+
+    Widths C and O that `fits_grouped_gemm` refuses are filled up with zeros, which copies rows and weights each time.
     """
-    return F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
+    num_out, step = weight.shape[1], ROW_BYTES // rows.element_size()
+    missing_in, missing_out = -weight.shape[2] % step, -num_out % step
+    if missing_in or missing_out:
+        rows, weight = F.pad(rows, (0, missing_in)), F.pad(weight, (0, missing_in, 0, missing_out))
+    out = F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
+    return out[:, :num_out] if missing_out else out
+
+
+def fits_grouped_gemm(width: int, dtype: torch.dtype) -> bool:
+    """Whether rows of so many elements go into grouped GEMM as they are."""
+    return width * dtype.itemsize % ROW_BYTES == 0
 
 
 def grouped_linear_reference(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

@@ -89,9 +89,8 @@ def _wrap(modules: list[nn.Module], layout: Layout, options: FsdpOptions, *, of_
     mesh = layout.expert_fsdp if of_experts else layout.fsdp
     assert mesh is not None, "experts are not divided in this layout"
     num_shards = mesh.size(mesh.ndim - 1)
-    reshard = options.reshard_after_forward
-    if not isinstance(reshard, bool) and not (1 < reshard < num_shards and num_shards % reshard == 0):
-        reshard = True  # a whole number means groups of that many ranks; where they do not exist, all ranks
+    # of one rank there are no groups; `resolve_degrees` has refused what divides no other mesh
+    reshard = options.reshard_after_forward if num_shards > 1 else True
     low = None if options.compute_dtype == torch.float32 else options.compute_dtype
     sharded = fully_shard(
         modules if len(modules) > 1 else modules[0],

@@ -73,11 +73,13 @@ def resolve_degrees(config: ParallelConfig, world_size: int, *, packs_per_step: 
             f"parallel.expert: {config.expert} does not divide shard x context x tensor = {inner}; "
             f"choose from {_divisors(inner)}"
         )
-    group = config.reshard_after_forward
-    if not isinstance(group, bool) and (group < 2 or (group < inner and inner % group)):
+    group, expert_shards = config.reshard_after_forward, inner // config.expert  # 1: experts are not sharded
+    groups = [d for d in _divisors(inner) if d > 1 and (expert_shards == 1 or expert_shards % d == 0)]
+    if not isinstance(group, bool) and group not in groups:
+        of_experts = f", and the {expert_shards} that share experts" if config.expert > 1 else ""
         faults.append(
-            f"parallel.reshard_after_forward: groups of {group} ranks do not divide the {inner} that share parameters; "
-            f"choose true, false or one of {[d for d in _divisors(inner) if 1 < d < inner]}"
+            f"parallel.reshard_after_forward: groups of {group} ranks do not divide the {inner} that share parameters"
+            f"{of_experts}; choose {', '.join(['true', 'false', *map(str, groups)])}"
         )
     data = given["replicate"] * shard
     if data > packs_per_step:

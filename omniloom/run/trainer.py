@@ -23,7 +23,9 @@ from omniloom.config import Config, ConfigError
 from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner, plan_options
 from omniloom.data.stream import BadSampleFile, LoadedStep, StepStream
+from omniloom.models.fusion import OmniModel
 from omniloom.ops.attention import resolve_kernel
+from omniloom.ops.grouped_gemm import ROW_BYTES, fits_grouped_gemm
 from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import (
@@ -96,6 +98,31 @@ def run(config: Config) -> int:
         raise
     finally:
         close_distributed()
+
+
+def describe_slow_ways(workshop: Workshop, model: OmniModel, device: torch.device) -> list[str]:
+    """What will run otherwise than the config and the model's sizes would let one think, a line each."""
+    lines, config, dtype = [], workshop.config, workshop.compute_dtype
+    of_adapters = {name for adapter in workshop.adapters for name in adapter.names}
+    widths = {
+        width
+        for name, weight in model.named_parameters()
+        if workshop.spec.component_of(name) == "text.experts" and name not in of_adapters
+        for width in weight.shape[1:]
+        if not fits_grouped_gemm(width, dtype)
+    }
+    if widths:
+        wide = " and ".join(map(str, sorted(widths)))
+        lines.append(
+            f"experts have rows of {wide} numbers, no whole {ROW_BYTES} bytes: grouped products pad them, slower"
+        )
+    moves = {
+        "parallel.cpu_offload": config.parallel.cpu_offload,
+        "memory.offload_activations": config.memory.offload_activations,
+    }
+    if device.type == "cpu":
+        lines += [f"{name}: the device is the host, so nothing moves" for name, is_set in moves.items() if is_set]
+    return lines
 
 
 class LostRankError(RunError):
@@ -344,7 +371,9 @@ class Trainer:
     def _about(self, source: Source) -> list[str]:
         kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
         return [
-            f"model  {self.workshop.spec.name} on {self.layout.degrees.describe()}, attention {kernels}",
+            f"model  {self.workshop.spec.name} on {self.layout.degrees.describe()} ({self.layout.device.type}), "
+            f"attention {kernels}",
+            *(f"       {line}" for line in describe_slow_ways(self.workshop, self.model, self.layout.device)),
             f"data   {len(source):,} rows, template {describe_template(self.workshop, source)}",
             *(f"       {line}" for line in describe_files(source, self.config)),
         ]

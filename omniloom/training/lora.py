@@ -21,8 +21,6 @@ from omniloom.ops.grouped_gemm import combine_copies, gather_copies, grouped_lin
 from omniloom.training.policy import ParameterPolicy, covers
 from omniloom.types import Adapter
 
-ROW_BYTES = 16  # grouped GEMM wants rows of a multiple of this
-
 
 class KeyedDropout(nn.Module):
     """Dropout whose mask follows from a key and this module's name alone, so that a recomputing backward repeats it.
@@ -126,8 +124,6 @@ class LoraExperts(nn.Module):
             return out
         lora_a, lora_b = getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
         lora_a, lora_b = lora_a.to(rows.dtype), lora_b.to(rows.dtype)
-        if missing := -lora_a.shape[1] % (ROW_BYTES // rows.element_size()):
-            lora_a, lora_b = F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))
         low = self.product(self.product(self.dropouts[name](rows), lora_a, offsets), lora_b, offsets)
         return out + self.scalings[name] * low
 

@@ -22,7 +22,7 @@ LOSS_BOUND = 1e-5  # DESIGN: rounding of float32 sums taken in another order
 GRADIENT_BOUND = 1e-4
 
 ODD = Dims(
-    hidden_size=20,  # multiples of 4: grouped GEMM wants rows of whole 16 bytes
+    hidden_size=20,
     heads=4,
     key_value_heads=1,
     num_layers=3,

@@ -42,13 +42,13 @@ def random_dims(seed: int) -> Dims:
     depth, num_layers = draw.randint(1, 3), draw.randint(1, 3)
     num_levels = draw.randint(0, min(depth, num_layers))  # a level for each of the first layers
     return Dims(
-        hidden_size=4 * draw.randint(2, 9),  # grouped GEMM wants rows of whole 16 bytes, here and in moe_width
+        hidden_size=4 * draw.randint(2, 9),
         heads=draw.choice((4, 8)),
         key_value_heads=draw.choice((1, 2, 4)),
         num_layers=num_layers,
         num_experts=4 * draw.randint(1, 3),
         experts_per_tok=draw.randint(1, 4),
-        moe_width=4 * draw.randint(1, 5),
+        moe_width=draw.randint(3, 20),
         vision_hidden=8 * draw.randint(1, 4),
         vision_depth=depth,
         deepstack=tuple(sorted(draw.sample(range(depth), num_levels))),

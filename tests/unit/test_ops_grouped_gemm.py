@@ -19,11 +19,15 @@ from omniloom.ops.grouped_gemm import (
 
 
 @settings(max_examples=25, deadline=None)
-@given(counts=st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any), seed=st.integers(0, 99))
-def test_products_and_gradients_equal_a_loop_over_groups(counts, seed):
+@given(
+    counts=st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any),
+    seed=st.integers(0, 99),
+    widths=st.sampled_from([(8, 12), (7, 12), (8, 5), (3, 1)]),  # the kernel wants multiples of 4
+)
+def test_products_and_gradients_equal_a_loop_over_groups(counts, seed, widths):
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(sum(counts), 8, generator=generator, requires_grad=True)
-    weight = torch.randn(len(counts), 12, 8, generator=generator, requires_grad=True)
+    rows = torch.randn(sum(counts), widths[0], generator=generator, requires_grad=True)
+    weight = torch.randn(len(counts), widths[1], widths[0], generator=generator, requires_grad=True)
     offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
     got, wanted = grouped_linear(rows, weight, offsets), grouped_linear_reference(rows, weight, offsets)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -26,7 +26,15 @@ def test_shard_auto_fills_the_world() -> None:
         (ParallelConfig(expert=3), 4, 8, ("parallel.expert: 3 does not divide", "choose from [1, 2, 4]")),
         (ParallelConfig(), 4, 3, ("train.packs_per_step: 3", "4 data-parallel ranks", "at least 4")),
         (ParallelConfig(replicate=8, shard=1), 4, 8, ("8 ranks, but 4 were started",)),
-        (ParallelConfig(reshard_after_forward=3), 4, 8, ("groups of 3 ranks do not divide the 4", "one of [2]")),
+        (ParallelConfig(reshard_after_forward=3), 4, 8, ("groups of 3 ranks do not divide the 4", "true, false, 2, 4")),
+        (ParallelConfig(reshard_after_forward=8), 4, 8, ("groups of 8 ranks", "choose true, false, 2, 4")),
+        (ParallelConfig(reshard_after_forward=2), 1, 8, ("groups of 2 ranks", "choose true, false")),
+        (
+            ParallelConfig(reshard_after_forward=4, expert=2),
+            4,
+            8,
+            ("groups of 4 ranks", "the 2 that share experts", "choose true, false, 2"),
+        ),
         (ParallelConfig(tensor=2), 4, 8, ("parallel.tensor: 2 is not supported yet",)),
         (ParallelConfig(pipeline=2), 4, 8, ("parallel.pipeline: 2 is not supported yet",)),
     ],
@@ -38,6 +46,10 @@ def test_a_degree_that_does_not_fit_is_refused_with_what_would(
         resolve_degrees(parallel, world, packs_per_step=packs)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_experts_that_are_not_sharded_take_any_group_of_the_rest() -> None:
+    assert resolve_degrees(ParallelConfig(reshard_after_forward=2, expert=4), 4, packs_per_step=4).expert == 4
 
 
 def test_every_fault_is_reported_at_once() -> None:

@@ -1,0 +1,37 @@
+"""What a run says of sizes and settings under which it is slower, or does less, than it seems."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from omniloom.config import load_config
+from omniloom.run.opening import open_workshop
+from omniloom.run.trainer import describe_slow_ways
+from omniloom.tools.tiny import make_tiny
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(("width", "dtype", "said"), [(20, "bf16", "20"), (20, "float32", None), (16, "bf16", None)])
+def test_expert_sizes_that_grouped_products_do_not_take_are_said(tmp_path, width, dtype, said) -> None:
+    overrides = {"text_config.moe_intermediate_size": width}
+    make_tiny("qwen3_vl_moe", tmp_path / "model", overrides=overrides)
+    workshop = open_workshop(load_config(None, [f"model.path={tmp_path / 'model'}", f"model.dtype={dtype}"]))
+    with torch.device("meta"):
+        lines = describe_slow_ways(workshop, workshop.build(), CUDA)
+    assert len(lines) == (said is not None)
+    assert said is None or f"rows of {said} numbers" in lines[0]
+
+
+def test_settings_that_move_nothing_on_a_cpu_are_said(tmp_path) -> None:
+    make_tiny("qwen3_vl", tmp_path / "model")
+    words = [f"model.path={tmp_path / 'model'}", "parallel.cpu_offload=true", "memory.offload_activations=true"]
+    workshop = open_workshop(load_config(None, words))
+    with torch.device("meta"):
+        model = workshop.build()
+    assert [line.split(":")[0] for line in describe_slow_ways(workshop, model, CPU)] == [
+        "parallel.cpu_offload",
+        "memory.offload_activations",
+    ]
+    assert not describe_slow_ways(workshop, model, CUDA)
