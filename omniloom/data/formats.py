@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from omniloom.config import DataConfig
-from omniloom.data.row_media import KINDS, MediaKind, MediaRules, RowMedia, join_sound
+from omniloom.data.row_media import KINDS, MediaKind, MediaRules, RowMedia, as_clips, join_sound
 from omniloom.data.tool_calls import parse_tool_calls, parse_tools, tool_call_part
 from omniloom.types import Conversation, Part, Role, SampleError, Turn
 
@@ -194,11 +194,11 @@ def parse_row(row: Mapping[str, Any], *, file: str, line: int, options: RowOptio
     name = detect_format(row, names) if options.format == "auto" else options.format
     messages = _pairs(row, name, options) if name in ("alpaca", "query_response") else _messages(row, name, names)
     media = RowMedia(
-        {kind: _find(row, getattr(names, f"{kind}s"), f"{kind}s", kind) for kind in KINDS},
+        {kind: _clips_beside(row, getattr(names, f"{kind}s"), kind) for kind in KINDS},
         file=file,
         rules=options.media,
         use_audio=row.get("use_audio_in_video"),
-        inline=_kinds_in_content(messages, names),
+        typed=any(_blocks(_find(message, names.content_tag, "content", "value")) for message in messages),
     )
     turns: list[Turn] = []
     system = _find(row, names.system, "system")
@@ -231,6 +231,13 @@ def _messages(row: Mapping[str, Any], name: str, names: FieldNames) -> list[Mapp
         if not isinstance(turn, Mapping):
             raise SampleError(f"{key}[{index}]", f"expected an object with a role and content, got {str(turn)[:60]!r}")
     return list(turns)
+
+
+def _clips_beside(row: Mapping[str, Any], renamed: str | None, kind: MediaKind) -> list[Any]:
+    """The clips of a kind beside the dialogue, under the singular and the plural key in the order of the row."""
+    if renamed is not None and not _is_empty(row.get(renamed)):
+        return as_clips(kind, row[renamed])
+    return [clip for key in row if key in (kind, f"{kind}s") for clip in as_clips(kind, row[key])]
 
 
 def _pairs(row: Mapping[str, Any], name: str, options: RowOptions) -> list[Mapping[str, Any]]:
@@ -266,9 +273,10 @@ def _pair_keys(row: Mapping[str, Any], name: str, names: FieldNames) -> tuple[st
 
 
 def _key(row: Mapping[str, Any], *keys: str | None) -> str:
-    """The first of the keys that the row has, else the first."""
+    """The first of the keys that has something in it, else the first that is there, else the first."""
     known = [key for key in keys if key is not None]
-    return next((key for key in known if row.get(key) is not None), known[0])
+    there = [key for key in known if row.get(key) is not None]
+    return next((key for key in there if not _is_empty(row[key])), (there or known)[0])
 
 
 def _words(row: Mapping[str, Any], key: str) -> str:
@@ -432,16 +440,6 @@ def _type(block: Mapping[str, Any]) -> str:
     return str(kind)
 
 
-def _kinds_in_content(messages: list[Mapping[str, Any]], names: FieldNames) -> set[MediaKind]:
-    kinds: set[MediaKind] = set()
-    for message in messages:
-        for block in _blocks(_find(message, names.content_tag, "content", "value")):
-            kind = _type(block)
-            if kind in _MEDIA_BLOCKS and _block_payload(block, kind) is not None:
-                kinds.add(_MEDIA_BLOCKS[kind])
-    return kinds
-
-
 def _tool_content(content: Any, where: str, media: RowMedia) -> list[Part]:
     """A tool's answer: text, blocks, or any JSON value, which is written out."""
     is_blocks = isinstance(content, list | tuple) and all(
@@ -481,8 +479,9 @@ def _weight_number(value: Any, where: str) -> float:
 
 
 def _find(mapping: Mapping[str, Any], *keys: str | None) -> Any:
-    """The value of the first key that is there and not null."""
-    for key in keys:
-        if key is not None and mapping.get(key) is not None:
-            return mapping[key]
-    return None
+    """The value of the first key that has something in it, else of the first that is there."""
+    return mapping.get(_key(mapping, *keys))
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | bytes | list | tuple | Mapping) and not value)

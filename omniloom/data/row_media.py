@@ -14,13 +14,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from omniloom.types import MediaSource, Part, SampleError, Turn
 
 MediaKind = Literal["image", "video", "audio"]
 KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
 PLACEHOLDER = re.compile(r"<(image|video|audio)>")
+_URL_SAFE = str.maketrans("-_", "+/")
+_FILE_URI = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_BASE64_HEAD = re.compile(r"[A-Za-z0-9+/_\s-]{16,64}(?==*\s*$|(?<=^.{64}))", re.DOTALL)
+_MAGIC = re.compile(  # how files begin: of images, then of containers and sound
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF|BM.{4}\0{4}|II\*\0|MM\0\*|\0\0\0\x0cjP|.{4}ftyp|\x1a\x45\xdf\xa3|OggS|fLaC|ID3|"
+    rb"\xff[\xe0-\xff]|FLV|\x30\x26\xb2\x75|\0\0\x01[\xb3\xba]|FORM|caff|\.snd|#!AMR|wvpk",
+    re.DOTALL,
+)
 _PAYLOAD_KEYS = ("path", "url", "bytes", "data", "base64")
 
 
@@ -40,17 +49,18 @@ class RowMedia:
     """The clips of one row, handed out in the order in which the text asks for them."""
 
     def __init__(
-        self, lists: Mapping[MediaKind, Any], *, file: str, rules: MediaRules, use_audio: Any, inline: set[MediaKind]
+        self, lists: Mapping[MediaKind, list[Any]], *, file: str, rules: MediaRules, use_audio: Any, typed: bool
     ) -> None:
+        """`typed`: the content is a list of typed blocks, where clips have blocks of their own."""
         self._folder = os.path.abspath(rules.media_dir if rules.media_dir is not None else os.path.dirname(file))
         self._rules = rules
         if use_audio is not None and not isinstance(use_audio, bool):
             raise SampleError("use_audio_in_video", f"expected true or false, got {use_audio!r}")
         self._use_audio = rules.use_audio if use_audio is None else use_audio
-        self._items = {kind: _as_list(kind, lists.get(kind)) for kind in KINDS}
+        self._items = lists
         self._num_taken = dict.fromkeys(KINDS, 0)
-        # where clips stand in the content itself and the row has no list, <image> is only a word
-        self._literal = {kind for kind in inline if not self._items[kind]}
+        # in typed content <image> is only a word, unless there is a list beside it whose clips want a place
+        self._literal = {kind for kind in KINDS if typed and not self._items[kind]}
 
     def split_text(self, text: str) -> list[Part]:
         """The text cut at its placeholders, each replaced by the next clip of its kind."""
@@ -127,10 +137,8 @@ class RowMedia:
     def _frame(self, item: Any, field: str) -> str:
         if isinstance(item, Mapping):
             item = _payload(item, "image", field)
-        if isinstance(item, bytes):
-            return "data:;base64," + base64.b64encode(item).decode()
         located = self._locate(item, field)
-        return item if "data" in located else located["path"]
+        return located["path"] if "path" in located else "data:;base64," + base64.b64encode(located["data"]).decode()
 
     def _locate(self, item: Any, field: str) -> dict[str, Any]:
         if isinstance(item, bytes | bytearray):
@@ -141,11 +149,14 @@ class RowMedia:
             raise SampleError(field, f"expected a path, bytes or a data URI, got {str(item)[:60]!r}")
         if item.startswith("data:"):
             return {"data": decode_data_uri(item, field)}
+        if _looks_like_base64(item) and not os.path.exists(os.path.join(self._folder, item)):
+            return {"data": decode_base64(item, field)}
         return {"path": self._resolve(item, field)}
 
     def _resolve(self, path: str, field: str) -> str:
         """The absolute path of a file that may be read. Raises: SampleError."""
-        path = path.removeprefix("file://")
+        if uri := _FILE_URI.match(path):  # what follows is often a plain path, so # and ? are taken as part of it
+            path = unquote(path[uri.end() :])
         if scheme := _SCHEME.match(path):
             if not self._rules.allow_urls:
                 raise SampleError(field, f"{path[:200]} is a URL; download it, or set data.allow_urls=true")
@@ -190,9 +201,22 @@ def decode_data_uri(text: str, field: str) -> bytes:
     return decode_base64(body, field)
 
 
+def _looks_like_base64(text: str) -> bool:
+    """Whether a string that could be a path begins like a media file in base64."""
+    head = _BASE64_HEAD.match(text)
+    return head is not None and _MAGIC.match(base64.b64decode(_plain_base64(head[0])[:16])) is not None
+
+
+def _plain_base64(text: str) -> str:
+    """Without line breaks, in the alphabet of `+` and `/`, padded."""
+    text = "".join(text.split()).translate(_URL_SAFE)
+    return text + "=" * (-len(text) % 4)
+
+
 def decode_base64(text: str, field: str) -> bytes:
+    """Raises: SampleError for what is not base64, or nothing."""
     try:
-        data = base64.b64decode("".join(text.split()), validate=True)
+        data = base64.b64decode(_plain_base64(text), validate=True)
     except (binascii.Error, ValueError) as error:
         raise SampleError(field, f"not base64: {error}") from None
     if not data:
@@ -204,22 +228,22 @@ def _payload(item: Mapping[str, Any], kind: MediaKind, field: str) -> Any:
     """What a media dict holds: bytes before a path, since data sets store both and the path is then only a name."""
     for key in ("bytes", "base64", "data"):
         value = item.get(key)
-        if isinstance(value, str):
+        if isinstance(value, str) and value:
             return value if value.startswith("data:") else decode_base64(value, field)
-        if value is not None:
+        if value:
             return value
     for key in (kind, "path", "url", f"{kind}_url"):
         value = item.get(key)
         if isinstance(value, Mapping):
             return _payload(value, kind, field)
-        if value is not None:
+        if value:
             return value
-    raise SampleError(
-        field, f"expected one of {kind}, {', '.join(_PAYLOAD_KEYS)}, got the keys {', '.join(map(str, item)) or 'none'}"
-    )
+    keys = f"one of {kind}, {', '.join(_PAYLOAD_KEYS)}"
+    raise SampleError(field, f"expected a file under {keys}; got none under {', '.join(map(str, item)) or '{}'}")
 
 
-def _as_list(kind: MediaKind, value: Any) -> list[Any]:
+def as_clips(kind: MediaKind, value: Any) -> list[Any]:
+    """What a row has under the key of a kind, as a list. Raises: SampleError."""
     if value is None:
         return []
     if isinstance(value, str):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -454,6 +455,79 @@ def test_a_placeholder_is_only_a_word_where_clips_stand_in_the_content():
     assert words(parse(user_row(content)))[0] == ("user", [("image", "a.png"), ("text", "what does <image> mean?")])
 
 
+@pytest.mark.parametrize("kind", ["image", "video", "audio"])
+def test_a_placeholder_in_typed_content_is_a_word_unless_a_list_stands_beside_it(kind):
+    row = user_row([{"type": "image", "image": "a.png"}, {"type": "text", "text": f"<{kind}>"}])
+    assert words(parse(row))[0][1] == [("image", "a.png"), ("text", f"<{kind}>")]
+    row["messages"][1] = {
+        "role": "assistant",
+        "content": f"write <{kind}>",
+    }  # an answer that is a plain string belongs to the same dialogue
+    assert words(parse(row))[1][1] == [("text", f"write <{kind}>")]
+    row = user_row([{"type": "text", "text": f"<{kind}>"}], **{f"{kind}s": ["b.mp4"]})
+    assert words(parse(row))[0][1] == [(kind, "b.mp4")]
+
+
+def test_an_empty_key_hides_no_other_of_the_same_meaning():
+    assert words(parse(user_row("<image>", images=[], image="a.png")))[0][1] == [("image", "a.png")]
+    assert words(parse(user_row("<image>", image="", images=["a.png"])))[0][1] == [("image", "a.png")]
+    both = user_row("<image><image><image>", image="a.png", images=["b.png", "c.png"])
+    assert words(parse(both))[0][1] == [("image", f"{name}.png") for name in "abc"]
+    assert "1 <image> placeholder in the text but 2" in failure(user_row("<image>", image="a.png", images=["b.png"]))
+    assert words(parse({"conversations": [], **user_row("hi")}))[0][1] == [("text", "hi")]
+    assert media_of(user_row("<image>", images=[{"bytes": b"", "path": "a.png"}]))[0].path.endswith("a.png")
+    call = {"name": "f", "arguments": {}}
+    row = user_row("hi")
+    row["messages"][1] = ANSWER | {"tool_calls": [], "function_call": call, "reasoning_content": "", "reasoning": "so"}
+    assert [part.kind for part in parse(row).turns[1].parts] == ["reasoning", "text", "tool_call"]
+
+
+def test_file_uris_are_paths(tmp_path):
+    (tmp_path / "a b#1.png").write_bytes(b"x")
+    for uri in (
+        "file://{}/a%20b%231.png",
+        "file:{}/a%20b%231.png",
+        "FILE://localhost{}/a%20b#1.png",
+        "file://a%20b#1.png",
+    ):
+        (source,) = media_of(
+            user_row("<image>", images=[uri.format(tmp_path)]), media=MediaRules(media_dir=str(tmp_path))
+        )
+        assert Path(source.path).is_file(), uri
+    outside = user_row("<image>", images=["file:///etc/%70asswd"])
+    assert "outside the media folder" in failure(outside, media=MediaRules(media_dir=str(tmp_path)))
+
+
+BEGINNINGS = (
+    b"\xff\xd8\xff\xe0",
+    b"\x89PNG\r\n",
+    b"GIF89a",
+    b"RIFF____WEBP",
+    b"\0\0\0\x18ftypmp42",
+    b"ID3\x04",
+    b"OggS",
+    b"fLaC",
+)
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_bare_base64_of_a_media_file_is_the_file_itself(beginning, tmp_path):
+    data = beginning + bytes(range(200, 256)) * 3
+    plain, url_safe = base64.b64encode(data).decode(), base64.urlsafe_b64encode(data).decode().rstrip("=")
+    for text in (plain, url_safe, "\n".join(re.findall(".{1,60}", plain))):
+        assert media_of(user_row("<image>", images=[text]))[0].data == data
+    (frames,) = media_of(user_row("<video>", videos=[[plain]]))
+    assert frames.frames == (f"data:;base64,{plain}",)
+    assert "not base64" in failure(user_row("<image>", images=[plain[:-9] + "@@" + plain[-9:]]))
+
+
+def test_a_file_that_exists_is_no_base64(tmp_path):
+    name = base64.b64encode(b"\x89PNG not really").decode()
+    assert media_of(user_row("<image>", images=[name]), media=MediaRules(media_dir=str(tmp_path)))[0].data is not None
+    (tmp_path / name).write_bytes(b"x")
+    assert media_of(user_row("<image>", images=[name]), media=MediaRules(media_dir=str(tmp_path)))[0].path is not None
+
+
 def test_a_typed_block_without_a_payload_marks_a_place():
     content = [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "image"}]
     row = user_row(content, images=["1.png", "2.png"])
@@ -478,7 +552,7 @@ def test_bytes_data_uris_and_base64_are_the_file_itself():
         assert (source.data, source.path) == (data, None)
     assert "not base64" in failure(user_row("<image>", images=["data:image/png;base64,@@"]))
     assert "expected data:" in failure(user_row("<image>", images=["data:image/png,raw"]))
-    assert "got none" in failure(user_row("<image>", images=[{"bytes": b""}]))
+    assert "got none under bytes" in failure(user_row("<image>", images=[{"bytes": b""}]))
 
 
 def test_a_list_of_frames_is_one_video_at_the_sampling_rate():
@@ -588,7 +662,7 @@ def test_urls_are_refused_unless_allowed():
         ({"messages": [{"role": "user", "content": "\ud83d"}, ANSWER]}, "surrogate"),
         ({"messages": [ANSWER], "images": 5}, "images: expected a list of images"),
         ({"messages": [{"role": "user", "content": "<image>"}, ANSWER], "images": [5]}, "images[0]: expected a path"),
-        ({"messages": [{"role": "user", "content": "<image>"}, ANSWER], "images": [{"a": 1}]}, "got the keys a"),
+        ({"messages": [{"role": "user", "content": "<image>"}, ANSWER], "images": [{"a": 1}]}, "got none under a"),
         ({"messages": [ANSWER], "use_audio_in_video": "yes"}, "expected true or false"),
     ],
 )
