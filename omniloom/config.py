@@ -1,25 +1,57 @@
 """The whole configuration tree and the one place where it is read and checked.
 
-Plain frozen dataclasses, so that the training core runs without pydantic; `load_config` imports it to check types and
-reports every error at once, each with its path in the file and, for a wrong name, the nearest right one.
+Plain frozen dataclasses: the annotation of a key says its type, its range and, in one line, what it does. One walk over
+those annotations reads a YAML file, a dict or command-line overrides, reports every fault at once with its path and,
+for a wrong name, the nearest right one. Needs neither torch nor pydantic.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import operator
 import re
+import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
+from omniloom.types import suggest
+
 Kernel = Literal["auto", "eager", "sdpa", "flash", "flex"]
+Dtype = Literal["bf16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The numbers that a key allows, for `Annotated`. NaN is in no range."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def fault(self, value: float) -> str | None:
+        """What was expected where `value` is outside, in words."""
+        if self.ge is not None and not value >= self.ge:
+            return f"at least {self.ge:g}"
+        if self.gt is not None and not value > self.gt:
+            return f"more than {self.gt:g}"
+        if self.le is not None and not value <= self.le:
+            return f"at most {self.le:g}"
+        if self.lt is not None and not value < self.lt:
+            return f"less than {self.lt:g}"
+        return None
+
+
+Count = Annotated[int, Range(ge=1)]
+CountOrZero = Annotated[int, Range(ge=0)]
+Positive = Annotated[float, Range(gt=0)]
+NotNegative = Annotated[float, Range(ge=0)]
+Share = Annotated[float, Range(ge=0, le=1)]
+Decay = Annotated[float, Range(ge=0, lt=1)]
 
 
 class ConfigError(ValueError):
@@ -33,78 +65,84 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCounts:
-    """Layers to keep from the front of the checkpoint; None keeps all."""
+    """Layers to keep from the front of the checkpoint."""
 
-    text: int | None = None
-    vision: int | None = None
-    audio: int | None = None
+    text: Annotated[Count | None, "decoder layers to keep from the front; null keeps all"] = None
+    vision: Annotated[Count | None, "vision layers to keep from the front; null keeps all"] = None
+    audio: Annotated[Count | None, "audio layers to keep from the front; null keeps all"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    text: Kernel = "auto"
-    vision: Kernel = "auto"
-    audio: Kernel = "auto"
+    text: Annotated[Kernel, "attention kernel of the decoder"] = "auto"
+    vision: Annotated[Kernel, "attention kernel of the vision tower"] = "auto"
+    audio: Annotated[Kernel, "attention kernel of the audio tower"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    path: str = ""
-    adapter: str | None = None  # a PEFT adapter of this model, from which LoRA goes on
-    modalities: tuple[Literal["text", "image", "video", "audio"], ...] | None = None  # None: all the model has
+    path: Annotated[str, "directory of a published checkpoint, or a hub's id"] = ""
+    adapter: Annotated[str | None, "a PEFT adapter of this model, from which LoRA goes on"] = None
+    modalities: Annotated[
+        tuple[Literal["text", "image", "video", "audio"], ...] | None, "what to build; null is all the model has"
+    ] = None
     num_layers: LayerCounts = field(default_factory=LayerCounts)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    dtype: Literal["bf16", "float32"] = "bf16"  # compute and frozen weights; weights that train are float32
+    dtype: Annotated[Dtype, "of compute and frozen weights; weights that train are float32"] = "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    min_pixels: int | None = None  # None: the checkpoint's processor config
-    max_pixels: int | None = None
-    limit_pixels: int = 178_956_970  # a larger file is refused before it is decoded (pillow's bomb bound)
+    min_pixels: Annotated[Count | None, "smaller images are enlarged; null is the checkpoint's value"] = None
+    max_pixels: Annotated[Count | None, "larger images are scaled down; null is the checkpoint's value"] = None
+    limit_pixels: Annotated[Count, "a larger file is refused before it is decoded"] = 178_956_970  # pillow's bound
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
-    min_pixels: int | None = None  # per frame
-    max_pixels: int | None = None
-    fps: float = 2.0
-    max_frames: int = 128
-    use_audio: bool = False  # interleave the sound of every video that has no word of its own about it
-    no_audio: Literal["error", "video_only"] = "error"  # where sound is asked for and there is none
-    limit_seconds: float = 7200.0
+    min_pixels: Annotated[Count | None, "per frame; null is the checkpoint's value"] = None
+    max_pixels: Annotated[Count | None, "per frame; null is the checkpoint's value"] = None
+    fps: Annotated[Positive, "frames taken per second"] = 2.0
+    max_frames: Annotated[int, Range(ge=2), "frames taken at most"] = 128
+    use_audio: Annotated[bool, "interleave the sound of every video whose row says nothing about it"] = False
+    no_audio: Annotated[Literal["error", "video_only"], "where sound is asked for and there is none"] = "error"
+    limit_seconds: Annotated[Positive, "a longer file is refused before it is decoded"] = 7200.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
-    limit_seconds: float = 7200.0
+    limit_seconds: Annotated[Positive, "a longer file is refused before it is decoded"] = 7200.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: tuple[str, ...] = ()
-    eval: tuple[str, ...] = ()
-    split: float = 0.0  # share of the training rows held out for evaluation where `eval` is empty
-    format: str = "auto"
-    attr: dict[str, str | bool | None] = field(default_factory=dict)  # field names of rows, as in the guides' `attr`
-    max_samples: int | None = None  # per data set: the first N rows only
-    media_dir: str | None = None  # None: the folder of each data file
-    allow_outside_media_dir: bool = False
-    allow_urls: bool = False
-    unplaced_media: Literal["error", "front"] = "error"  # clips without a placeholder; front: before the first question
-    template: str = "auto"
-    system: str | None = None  # for rows that have no system turn
-    train_on_prompt: bool = False
-    last_turn_only: bool = False
-    enable_thinking: bool = True  # thinking templates: train the empty <think> block of answers without reasoning
-    pack_tokens: int = 8192
-    window: int = 2048  # rows planned together
-    overlong: Literal["drop", "shrink", "error"] = "drop"
-    max_bad_fraction: float = 0.05
-    workers: int = 2
-    prefetch_packs: int = 4
-    shuffle: bool = True
-    cache_dir: str | None = None  # None: <run_dir>/cache
+    train: Annotated[tuple[str, ...], "files of training rows"] = ()
+    eval: Annotated[tuple[str, ...], "files of evaluation rows"] = ()
+    split: Annotated[Share, "share of the training rows held out for evaluation where `eval` is empty"] = 0.0
+    format: Annotated[str, "of the rows; auto detects it row by row"] = "auto"
+    attr: Annotated[dict[str, str | bool | None], "field names of rows, as in the guides' `attr`"] = field(
+        default_factory=dict
+    )
+    max_samples: Annotated[Count | None, "per data set: the first N rows only"] = None
+    media_dir: Annotated[str | None, "where relative media paths start; null is the folder of each data file"] = None
+    allow_outside_media_dir: Annotated[bool, "read media that lie outside the media folder"] = False
+    allow_urls: Annotated[bool, "fetch media from http and https"] = False
+    unplaced_media: Annotated[
+        Literal["error", "front"], "clips without a placeholder; front puts them before the first question"
+    ] = "error"
+    template: Annotated[str, "chat template; auto is the checkpoint's"] = "auto"
+    system: Annotated[str | None, "system prompt of rows that have no system turn"] = None
+    train_on_prompt: Annotated[bool, "train every turn"] = False
+    last_turn_only: Annotated[bool, "train the last answer only"] = False
+    enable_thinking: Annotated[bool, "thinking templates: train the empty block of answers without reasoning"] = True
+    pack_tokens: Annotated[Count, "tokens of a pack; a sample is never cut"] = 8192
+    window: Annotated[Count, "rows planned together"] = 2048
+    overlong: Annotated[Literal["drop", "shrink", "error"], "samples longer than a pack"] = "drop"
+    max_bad_fraction: Annotated[Share, "share of bad rows in a window beyond which the run stops"] = 0.05
+    workers: Annotated[CountOrZero, "loader processes per rank"] = 2
+    prefetch_packs: Annotated[Count, "packs loaded ahead"] = 4
+    shuffle: Annotated[bool, "draw rows in random order, by train.seed"] = True
+    cache_dir: Annotated[str | None, "where measured sizes are kept; null is cache/ of the run"] = None
     image: ImageConfig = field(default_factory=ImageConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
@@ -112,92 +150,96 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    run_dir: str = "runs/train"
-    steps: int | None = None
-    epochs: float | None = None
-    packs_per_step: int = 8
-    learning_rate: float = 1e-5
-    min_learning_rate: float = 0.0
-    warmup_steps: int = 0
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0  # 0: no clipping, the norm is still measured
-    loss: Literal["token", "sample", "sqrt", "batch"] = "token"
-    router_loss: float = 0.0
-    nonfinite: Literal["stop", "skip"] = "stop"
-    seed: int = 0
-    deterministic: bool = False
-    eval_every: int = 0  # 0: only at the end
-    eval_answers: int = 0  # held-out rows to answer, greedily, at each evaluation
-    eval_answer_tokens: int = 64  # at most, per answer
-    time_limit_minutes: float | None = None
-    step_timeout_seconds: float = 1800.0
+    run_dir: Annotated[str, "directory of the run"] = "runs/train"
+    steps: Annotated[Count | None, "optimizer steps; one epoch where neither steps nor epochs is set"] = None
+    epochs: Annotated[Positive | None, "passes over the rows, in place of steps"] = None
+    packs_per_step: Annotated[Count, "packs of an optimizer step, on all ranks together"] = 8
+    learning_rate: Annotated[Positive, "peak, after the warm-up"] = 1e-5
+    min_learning_rate: Annotated[NotNegative, "where the schedule ends"] = 0.0
+    warmup_steps: Annotated[CountOrZero, "steps of linear growth at the start"] = 0
+    schedule: Annotated[Literal["constant", "linear", "cosine"], "of the learning rate after the warm-up"] = "cosine"
+    betas: Annotated[tuple[Decay, Decay], "AdamW's"] = (0.9, 0.95)
+    epsilon: Annotated[Positive, "AdamW's"] = 1e-8
+    weight_decay: Annotated[NotNegative, "AdamW's"] = 0.0
+    clip_norm: Annotated[NotNegative, "largest gradient norm; 0 does not clip, and still measures"] = 1.0
+    loss: Annotated[Literal["token", "sample", "sqrt", "batch"], "what a token weighs"] = "token"
+    router_loss: Annotated[NotNegative, "coefficient of the experts' load-balancing loss"] = 0.0
+    nonfinite: Annotated[Literal["stop", "skip"], "what a step does whose loss or gradient is not finite"] = "stop"
+    seed: Annotated[int, "of order, adapters and dropout"] = 0
+    deterministic: Annotated[bool, "only deterministic kernels"] = False
+    eval_every: Annotated[CountOrZero, "steps between evaluations; 0 is only at the end"] = 0
+    eval_answers: Annotated[CountOrZero, "held-out rows to answer, greedily, at each evaluation"] = 0
+    eval_answer_tokens: Annotated[Count, "tokens of an answer at most"] = 64
+    time_limit_minutes: Annotated[Positive | None, "then a checkpoint is written and the run stops"] = None
+    step_timeout_seconds: Annotated[float, Range(ge=1), "a rank that is silent for longer counts as gone"] = 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    rslora: bool = False
-    dora: bool = False
-    dtype: Literal["bf16", "float32"] = "float32"  # of the adapters and their optimizer states
-    # transformers' module names: their ends (q_proj), or regular expressions of whole names; None: every linear
-    modules: tuple[str, ...] | None = None
+    rank: Annotated[Count, "of every adapter"] = 16
+    alpha: Annotated[Positive, "scaling is alpha / rank"] = 32.0
+    dropout: Annotated[Decay, "before the adapter"] = 0.0
+    rslora: Annotated[bool, "scaling is alpha / sqrt(rank)"] = False
+    dora: Annotated[bool, "train magnitudes as well"] = False
+    dtype: Annotated[Dtype, "of the adapters and their optimizer states"] = "float32"
+    modules: Annotated[
+        tuple[str, ...] | None,
+        "ends of transformers' module names, or regular expressions of whole ones; null is every linear",
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyRule:
     """What holds for the parameters of one component. None leaves the outer rule or the train section in force."""
 
-    freeze: bool | None = None
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-    recompute: bool | None = None
-    lora: LoraConfig | None = None  # trains in place of the component's own weights
+    freeze: Annotated[bool | None, "keep the weights as published"] = None
+    learning_rate: Annotated[Positive | None, "in place of train.learning_rate"] = None
+    weight_decay: Annotated[NotNegative | None, "in place of train.weight_decay"] = None
+    recompute: Annotated[bool | None, "in place of memory.recompute, of a whole tower or the decoder"] = None
+    lora: Annotated[LoraConfig | None, "adapters train in place of the component's own weights"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    replicate: int = 1
-    shard: int | Literal["auto"] = "auto"
-    tensor: int = 1
-    context: int = 1
-    expert: int = 1
-    pipeline: int = 1
-    encoder_pool: Literal["group", "data"] = "group"  # ranks that share tower work: model-parallel group, or all data
-    prefetch: int = 1  # blocks whose parameters are gathered ahead, forward and backward
-    reshard_after_forward: bool | int = True
-    cpu_offload: bool = False
+    replicate: Annotated[Count, "copies of the sharded model"] = 1
+    shard: Annotated[Count | Literal["auto"], "ranks that share parameters; auto is all that are left"] = "auto"
+    tensor: Annotated[Count, "ranks that divide each matrix"] = 1
+    context: Annotated[Count, "ranks that divide a pack's tokens"] = 1
+    expert: Annotated[Count, "ranks that divide the experts"] = 1
+    pipeline: Annotated[Count, "ranks that divide the layers"] = 1
+    encoder_pool: Annotated[Literal["group", "data"], "ranks that share tower work: a model-parallel group or all"] = (
+        "group"
+    )
+    prefetch: Annotated[CountOrZero, "blocks whose parameters are gathered ahead, forward and backward"] = 1
+    reshard_after_forward: Annotated[bool | Count, "free gathered parameters; a number is the ranks that share"] = True
+    cpu_offload: Annotated[bool, "keep parameters and optimizer states in host memory"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    recompute: Literal["none", "full"] | int = "none"  # an int n: every n-th block
-    offload_activations: bool = False
-    loss_chunk_tokens: int | Literal["auto"] = "auto"
-    compile: bool = False
+    recompute: Annotated[Literal["none", "full"] | Count, "activations computed anew; n is every n-th block"] = "none"
+    offload_activations: Annotated[bool, "keep activations in host memory until backward"] = False
+    loss_chunk_tokens: Annotated[Count | Literal["auto"], "tokens whose logits are held at once"] = "auto"
+    compile: Annotated[bool, "compile the blocks"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: int = 500
-    keep: int = 2
-    resume: str = "auto"  # auto | none | a checkpoint directory
-    export: bool = True  # write hf/ at the end
-    save_optimizer: bool = True
-    load_optimizer: bool = True
-    load_rng: bool = True
-    asynchronous: bool = False
+    every: Annotated[CountOrZero, "steps between checkpoints; 0 is only at the end"] = 500
+    keep: Annotated[Count, "newest checkpoints that are kept"] = 2
+    resume: Annotated[str, "auto, none, or a checkpoint directory"] = "auto"
+    export: Annotated[bool, "write hf/ at the end"] = True
+    save_optimizer: Annotated[bool, "checkpoints hold the optimizer's states"] = True
+    load_optimizer: Annotated[bool, "go on with the checkpoint's optimizer states"] = True
+    load_rng: Annotated[bool, "go on with the checkpoint's random generators"] = True
+    asynchronous: Annotated[bool, "write checkpoints while training goes on"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    every: int = 1
-    tensorboard: bool = True
-    profile: tuple[int, int] | None = None  # first and last step of a trace
+    every: Annotated[Count, "steps between lines on the screen"] = 1
+    tensorboard: Annotated[bool, "write event files"] = True
+    profile: Annotated[tuple[Count, Count] | None, "first and last step of a trace"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +247,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    policy: dict[str, PolicyRule] = field(default_factory=dict)
+    policy: Annotated[dict[str, PolicyRule], "what trains, by component"] = field(default_factory=dict)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -215,60 +257,48 @@ class Config:
 # ---------------------------------------------------------------------------------------- reading
 
 
-def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read one YAML file (or none), apply dotted `a.b=value` overrides (`null` removes a key), check everything.
+def load_config(source: str | Path | Mapping[str, Any] | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, or sections as a dict, or nothing; apply `a.b=value` overrides, check everything.
 
+    An override's text is read by its key's type: text stays as it is, `null` alone unsets the key.
     Raises: ConfigError listing every fault at once.
     """
-    where = str(path) if path is not None else "the command line"
-    tree = _read_yaml(Path(path)) if path is not None else {}
     faults: list[str] = []
+    if source is None or isinstance(source, Mapping):
+        where, tree = "the command line" if source is None else "the configuration", _copy(source or {})
+    else:
+        where, tree = str(source), _read_yaml(Path(source))
     for override in overrides:
         _apply_override(tree, override, faults)
-    return parse_config(tree, where=where, faults=faults)
+    return _checked(tree, where, faults)
 
 
 def config_from_words(words: Sequence[str]) -> Config:
     """The config that command-line words describe: `[FILE] a.b=c ...`. Raises: ConfigError."""
-    path = words[0] if words and "=" not in words[0] else None
-    return load_config(path, list(words[1:] if path else words))
+    is_file = bool(words) and (Path(words[0]).is_file() or not re.match(r"[\w.]*=", words[0]))
+    return load_config(words[0] if is_file else None, words[1:] if is_file else words)
 
 
-def parse_config(tree: dict[str, Any], *, where: str, faults: list[str] | None = None) -> Config:
-    """Turn a nested dict, as YAML gives it, into a Config. Raises: ConfigError."""
-    from pydantic import TypeAdapter, ValidationError
+def override_config(config: Config, overrides: Sequence[str], *, verb: str, takes: Sequence[str]) -> Config:
+    """`config` with the overrides that a verb takes: keys, or sections ending in a dot.
 
-    faults = [] if faults is None else faults
-    tree = _normalise(tree)
-    _find_unknown_keys(tree, Config, "", faults)
-    try:
-        # extra keys were reported above with the nearest name, so pydantic may ignore them here
-        config = TypeAdapter(Config).validate_python(tree)
-    except ValidationError as error:
-        for item in error.errors():
-            path = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("int", "literal", "bool")))
-            fault = f"{path}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item['input']!r})"
-            if fault.split(":")[0] not in {known.split(":")[0] for known in faults}:
-                faults.append(fault)
-        raise ConfigError(faults, where) from None
-    faults.extend(_find_bad_values(config))
-    if faults:
-        raise ConfigError(faults, where)
-    return config
+    Raises: ConfigError, also for a key that the verb would not use.
+    """
+    faults: list[str] = []
+    tree = config_to_dict(config)
+    known = [path for path, _ in keys_of(Config)]
+    for override in overrides:
+        name = override.partition("=")[0]
+        if (name in known and not name.startswith(tuple(takes))) or name.startswith("policy."):
+            faults.append(f"{name}: {verb} does not use it; it takes {', '.join(takes)}")
+        else:
+            _apply_override(tree, override, faults)
+    return _checked(tree, "the command line", faults)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The tree as plain YAML types, for `config.yaml` beside a run."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return value
-
-    tree = plain(dataclasses.asdict(config))
-    assert isinstance(tree, dict)
+    tree: dict[str, Any] = _copy(dataclasses.asdict(config))
     # an empty lora section would be refused when it is read again
     tree["policy"] = {name: {k: v for k, v in rule.items() if v is not None} for name, rule in tree["policy"].items()}
     return tree
@@ -278,11 +308,28 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+def keys_of(section: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key below a section class with its annotation, by dotted path; a component's name is a `*`."""
+    for name, kind in typing.get_type_hints(section, include_extras=True).items():
+        yield path + name, kind
+        for member in _members(kind):
+            if dataclasses.is_dataclass(member):
+                yield from keys_of(member, f"{path}{name}.")
+            elif typing.get_origin(member) is dict and dataclasses.is_dataclass(typing.get_args(member)[1]):
+                yield from keys_of(typing.get_args(member)[1], f"{path}{name}.*.")
+
+
+def _copy(value: Any) -> Any:
+    """Nested dicts and lists of one's own, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError([f"no such file: {path}{hint}"], "the command line")
+        near = suggest(path.name, [p.name for p in path.parent.glob("*.y*ml")], among="", before=f"{path.parent}/")
+        raise ConfigError([f"no such file: {path}{near}"], "the command line")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -297,19 +344,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+# ---------------------------------------------------------------------------------------- overrides
+
+
 def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> None:
     name, separator, text = override.partition("=")
     if not separator or not name:
         faults.append(f"{override!r} is not an override; expected section.key=value, e.g. train.steps=100")
         return
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    keys = name.split(".")
-    if keys[0] == "policy" and len(keys) > 3:  # component names have dots of their own
-        tail = 2 if keys[-2] == "lora" else 1
-        keys = ["policy", ".".join(keys[1:-tail]), *keys[-tail:]]
+    keys, kind = _find_key(name.split("."))
     node = tree
     for key in keys[:-1]:
         child = node.get(key)
@@ -319,132 +362,219 @@ def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> N
             faults.append(f"{name}: {key} holds a value, not a section")
             return
         node = child
-    if value is None and text.strip():
+    if text.strip() == "null":
         node.pop(keys[-1], None)
         if keys[0] == "policy" and len(keys) == 3 and not node:  # a rule without keys would be refused
             del tree["policy"][keys[1]]
     else:
-        node[keys[-1]] = value
+        node[keys[-1]] = _value_of(text, kind)
 
 
-def _normalise(tree: dict[str, Any]) -> dict[str, Any]:
-    """Accept the spellings people write: one file where a list is meant, an empty section, `1e-5` as YAML's string."""
-    tree = {key: ({} if value is None else value) for key, value in tree.items()}
-    data = tree.get("data")
-    if isinstance(data, dict):
-        data = dict(data)
-        for key in ("train", "eval"):
-            if isinstance(data.get(key), str):
-                data[key] = [part.strip() for part in data[key].split(",") if part.strip()]
-        tree["data"] = data
-    model = tree.get("model")
-    if isinstance(model, dict) and isinstance(model.get("modalities"), str):
-        tree["model"] = {**model, "modalities": [part.strip() for part in model["modalities"].split(",")]}
-    policy = tree.get("policy")
-    if isinstance(policy, dict):
-        tree["policy"] = {name: _with_module_list(rule) for name, rule in policy.items()}
-    return tree
+def _find_key(keys: list[str]) -> tuple[list[str], Any]:
+    """The path of a key in the tree, since component names have dots of their own, and its annotation, if known."""
+    kind: Any = Config
+    if keys[0] == "policy" and len(keys) > 1:
+        hints = typing.get_type_hints(PolicyRule, include_extras=True)
+        mistyped = len(keys) > 2 and suggest(keys[-1], hints, among="")
+        at = next((at for at in range(2, len(keys)) if keys[at] in hints), len(keys) - 1 if mistyped else len(keys))
+        keys, kind = ["policy", ".".join(keys[1:at]), *keys[at:]], PolicyRule
+    for key in keys[2 if kind is PolicyRule else 0 :]:
+        section = next((member for member in _members(kind) if dataclasses.is_dataclass(member)), None)
+        kind = typing.get_type_hints(section, include_extras=True).get(key) if section is not None else None
+    return keys, kind
 
 
-def _with_module_list(rule: Any) -> Any:
-    lora = rule.get("lora") if isinstance(rule, dict) else None
-    if not isinstance(lora, dict) or not isinstance(lora.get("modules"), str):
-        return rule
-    return {**rule, "lora": {**lora, "modules": [part.strip() for part in lora["modules"].split(",")]}}
+def _value_of(text: str, kind: Any) -> Any:
+    """The text of an override by its key's type; what is no text is YAML."""
+    members = _members(kind)
+    if any(typing.get_origin(member) is tuple for member in members):
+        return text  # the walk splits it, as in a file
+    if members and all(member is str or typing.get_origin(member) is Literal for member in members):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
-def _find_unknown_keys(tree: Any, kind: Any, path: str, faults: list[str]) -> None:
-    if not isinstance(tree, dict):
-        return
-    hints = typing.get_type_hints(kind)
-    for key, value in tree.items():
-        full = f"{path}{key}"
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), list(hints), n=1)
-            elsewhere = [name for name in _all_keys(Config, "") if name.rsplit(".", 1)[-1] == key]
-            hint = f"did you mean {path}{near[0]}?" if near else f"known here: {', '.join(hints)}"
-            if not near and elsewhere:
-                hint = f"did you mean {elsewhere[0]}?"
-            noun = "section" if not path else "key"
-            faults.append(f"{full}: unknown {noun}; {hint}")
+def _split(text: str) -> list[str]:
+    """`[a, b]` or `a,b` as items, without quotes; a comma within quotes, brackets or braces does not split."""
+    if text.strip().startswith("[") and text.strip().endswith("]"):
+        text = text.strip()[1:-1]
+    items, depth, quote = [""], 0, ""
+    for mark in text:
+        if quote:
+            quote = "" if mark == quote else quote
+        elif mark in "'\"" and not items[-1].strip():
+            quote = mark
+        elif mark == "," and depth == 0:
+            items.append("")
             continue
-        if full == "policy" and isinstance(value, dict):
-            sections = [(f"policy.{component}", rule or None, PolicyRule) for component, rule in value.items()]
-        else:
-            sections = [(full, value, section)] if (section := _dataclass_of(hints[key])) else []
-        for where, inner, section in sections:
-            if inner is None:
-                faults.append(
-                    f"{where}: empty; give it keys ({', '.join(typing.get_type_hints(section))}) or remove it"
-                )
-            elif not isinstance(inner, dict):
-                faults.append(f"{where}: expected a section with keys, got {inner!r}")
-            _find_unknown_keys(inner, section, f"{where}.", faults)
+        depth = max(depth + (mark in "([{") - (mark in ")]}"), 0) if not quote else depth
+        items[-1] += mark
+    return [_unquote(item.strip()) for item in items if item.strip()]
 
 
-def _dataclass_of(kind: Any) -> Any:
-    for candidate in (kind, *typing.get_args(kind)):
-        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
-            return candidate
+def _unquote(item: str) -> str:
+    if len(item) < 2 or item[0] != item[-1] or item[0] not in "'\"":
+        return item
+    try:
+        return str(yaml.safe_load(item))
+    except yaml.YAMLError:
+        return item[1:-1]
+
+
+# ---------------------------------------------------------------------------------------- checking
+
+
+def _checked(tree: dict[str, Any], where: str, faults: list[str]) -> Config:
+    """The tree as a Config. Raises: ConfigError with `faults` and all that is wrong with the tree."""
+    config = _read_section(Config, {key: {} if value is None else value for key, value in tree.items()}, "", faults)
+    if not faults:
+        faults += _contradictions(config)
+    if faults:
+        raise ConfigError(faults, where)
+    assert isinstance(config, Config)
+    return config
+
+
+def _read_section(kind: Any, value: Mapping[Any, Any], path: str, faults: list[str]) -> Any:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {}
+    for key, item in value.items():
+        if key in hints:
+            fields[key] = _read(hints[key], item, f"{path}{key}", faults)
+            continue
+        elsewhere = [name for name, _ in keys_of(Config) if name.rpartition(".")[2] == key]
+        hint = suggest(str(key), hints, among="known here:", before=path)
+        if "did you mean" not in hint and elsewhere:
+            hint = f"; did you mean {elsewhere[0]}?"
+        faults.append(f"{path}{key}: unknown {'key' if path else 'section'}{hint}")
+    return kind(**fields)
+
+
+def _read(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
+    """`value`, as YAML gives it, as the annotated type; None and a fault where it is another."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        found = _read(arguments[0], value, path, faults)
+        for limits in arguments[1:]:
+            if isinstance(limits, Range) and found is not None and (words := limits.fault(found)):
+                faults.append(f"{path}: expected {words}, got {found!r}")
+        return found
+    if origin in (typing.Union, types.UnionType):
+        return _read_union(kind, value, path, faults)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return _read_section(kind, value, f"{path}.", faults)
+    if dataclasses.is_dataclass(kind) and value is None:
+        names = ", ".join(item.name for item in dataclasses.fields(kind))
+        faults.append(f"{path}: empty; give it keys ({names}) or remove it")
+    elif dataclasses.is_dataclass(kind):
+        faults.append(f"{path}: expected a section with keys, got {value!r}")
+    elif origin is dict and isinstance(value, Mapping):  # a component's rule that says nothing is no rule
+        return {str(key): _read(arguments[1], item or None if kind == _RULES else item, f"{path}.{key}", faults)
+                for key, item in value.items()}  # fmt: skip
+    elif origin is tuple and isinstance(value, str | list | tuple):
+        return _read_tuple(arguments, _split(value) if isinstance(value, str) else value, path, faults)
+    elif (found := _read_plain(kind, value)) is not None:
+        return found
+    else:
+        hint = "; put it in quotes" if kind is str and value is not None else ""
+        faults.append(f"{path}: expected {_describe(kind)}, got {'null' if value is None else repr(value)}{hint}")
     return None
 
 
-def _all_keys(kind: Any, path: str) -> list[str]:
-    keys = []
-    for name, hint in typing.get_type_hints(kind).items():
-        keys.append(path + name)
-        if (section := _dataclass_of(hint)) is not None:
-            keys += _all_keys(section, f"{path}{name}.")
-    return keys
+_RULES = dict[str, PolicyRule]
 
 
-OPERATORS = {"at least": operator.ge, "more than": operator.gt, "at most": operator.le, "less than": operator.lt}
-BOUNDS = {  # and the keys that they hold for
-    "at least 2": "data.video.max_frames",
-    "at least 1": "model.num_layers.* data.pack_tokens data.window data.prefetch_packs data.max_samples data.*_pixels "
-    "train.steps train.packs_per_step train.eval_answer_tokens train.step_timeout_seconds policy.*.lora.rank "
-    "parallel.replicate parallel.shard parallel.tensor parallel.context parallel.expert parallel.pipeline "
-    "parallel.reshard_after_forward memory.recompute memory.loss_chunk_tokens checkpoint.keep log.every",
-    "at least 0": "data.split data.max_bad_fraction data.workers train.warmup_steps train.min_learning_rate "
-    "train.weight_decay train.clip_norm train.router_loss train.eval_every train.eval_answers train.betas.* "
-    "policy.*.weight_decay policy.*.lora.dropout parallel.prefetch checkpoint.every",
-    "more than 0": "data.*.fps data.*.limit_seconds train.learning_rate train.epochs train.time_limit_minutes "
-    "train.epsilon policy.*.learning_rate policy.*.lora.alpha",
-    "at most 1": "data.split data.max_bad_fraction",
-    "less than 1": "train.betas.* policy.*.lora.dropout",
-}
+def _read_union(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
+    arguments = typing.get_args(kind)
+    sections = [member for member in arguments if dataclasses.is_dataclass(member)]
+    if value is None and type(None) in arguments and not sections:
+        return None
+    members = [member for member in arguments if member is not type(None)]
+    for member in members:
+        own: list[str] = []
+        found = _read(member, value, path, own)
+        if not own:
+            return found
+        if len(members) == 1:
+            faults += own
+            return None
+    words = [*(_describe(member) for member in members), *(["null"] if type(None) in arguments else [])]
+    faults.append(f"{path}: expected {' or '.join(words)}, got {value!r}")
+    return None
 
 
-def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers of a tree with their paths."""
-    if isinstance(node, dict | list):
-        for key, item in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _numbers(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, int | float) and not isinstance(node, bool):
-        yield path, node
+def _read_tuple(arguments: tuple[Any, ...], items: Sequence[Any], path: str, faults: list[str]) -> tuple[Any, ...]:
+    kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
+    if len(kinds) != len(items):
+        faults.append(f"{path}: expected {len(kinds)} values, got {len(items)}: {list(items)!r}")
+    found = zip(kinds, items, strict=False)
+    return tuple(_read(kind, item, f"{path}.{index}", faults) for index, (kind, item) in enumerate(found))
 
 
-def _find_bad_values(config: Config) -> list[str]:
-    """Range checks and rules between keys. Each fault names its key, what is allowed and what came."""
-    numbers = list(_numbers(config_to_dict(config)))
-    faults = [
-        f"{path}: expected {words}, got {value!r}"
-        for words, keys in BOUNDS.items()
-        for pattern in keys.split()
-        for path, value in numbers
-        if fnmatchcase(path, pattern) and not OPERATORS[words[:-2]](value, int(words[-1]))
-    ]
-    if config.log.profile is not None and not 1 <= config.log.profile[0] <= config.log.profile[1]:
-        faults.append(f"log.profile: expected [first step, last step] from 1 on, got {list(config.log.profile)}")
-    if config.train.steps is not None and config.train.epochs is not None:
-        faults.append("train.steps and train.epochs are both set; keep one")
-    if config.data.split and config.data.eval:
-        faults.append("data.split and data.eval are both set; keep one")
-    if 0 < config.train.learning_rate < config.train.min_learning_rate:
-        faults.append(
-            f"train.min_learning_rate ({config.train.min_learning_rate:g}) is above "
-            f"train.learning_rate ({config.train.learning_rate:g})"
-        )
+def _read_plain(kind: Any, value: Any) -> Any:
+    """A value that is no section, list or union, or None. Numbers may come as text: YAML takes 1e-5 for a word."""
+    if typing.get_origin(kind) is Literal:
+        return value if value in typing.get_args(kind) else None
+    if kind in (int, float) and isinstance(value, str):
+        try:
+            value = float(value) if kind is float or not value.lstrip("+-").isdecimal() else int(value)
+        except ValueError:
+            return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is kind else None
+
+
+def _members(kind: Any) -> list[Any]:
+    """The types that an annotation allows, without None, ranges and words."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _members(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return [member for argument in arguments for member in _members(argument)]
+    return [] if kind in (None, type(None)) else [kind]
+
+
+def _describe(kind: Any) -> str:
+    """A type in words."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        limits = [words for limit in arguments[1:] if isinstance(limit, Range) and (words := limit.fault(float("nan")))]
+        return " of ".join([_describe(arguments[0]), *limits])
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin is tuple:
+        return "a list"
+    if origin is dict:
+        return "names with values"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+
+
+def _contradictions(config: Config) -> list[str]:
+    """Rules between keys. Each fault names its keys, what is allowed and what came."""
+    data, train = config.data, config.train
+    faults = []
+    if config.log.profile is not None and config.log.profile[0] > config.log.profile[1]:
+        faults.append(f"log.profile: expected [first step, last step], got {list(config.log.profile)}")
+    for one, other, both in (
+        ("train.steps", "train.epochs", train.steps is not None and train.epochs is not None),
+        ("data.split", "data.eval", data.split and data.eval),
+        ("data.train_on_prompt", "data.last_turn_only", data.train_on_prompt and data.last_turn_only),
+    ):
+        if both:
+            faults.append(f"{one} and {other} are both set; keep one")
+    for low, high, of in (
+        ("train.min_learning_rate", "train.learning_rate", (train.min_learning_rate, train.learning_rate)),
+        ("data.image.min_pixels", "data.image.max_pixels", (data.image.min_pixels, data.image.max_pixels)),
+        ("data.video.min_pixels", "data.video.max_pixels", (data.video.min_pixels, data.video.max_pixels)),
+    ):
+        if of[0] is not None and of[1] is not None and of[0] > of[1]:
+            faults.append(f"{low} ({of[0]:g}) is above {high} ({of[1]:g})")
     for name, rule in config.policy.items():
         if rule.lora is not None and rule.freeze is False:
             faults.append(f"policy.{name}: lora trains in place of the weights, freeze: false trains them; keep one")
@@ -458,9 +588,9 @@ def _find_bad_values(config: Config) -> list[str]:
                     f"policy.{name}.lora.modules: {entry!r} is neither a name nor a regular expression: {error}"
                 )
     shards = config.parallel.context * config.parallel.tensor
-    if shards > 0 and config.data.pack_tokens % shards:
+    if data.pack_tokens % shards:
         faults.append(
-            f"data.pack_tokens: {config.data.pack_tokens} does not divide by parallel.context x parallel.tensor = "
-            f"{shards}; the next that does is {-(-config.data.pack_tokens // shards) * shards}"
+            f"data.pack_tokens: {data.pack_tokens} does not divide by parallel.context x parallel.tensor = "
+            f"{shards}; the next that does is {-(-data.pack_tokens // shards) * shards}"
         )
     return faults

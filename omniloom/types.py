@@ -1,4 +1,4 @@
-"""What flows between the parts: conversations, sizes, examples, packed batches. No logic lives here.
+"""What flows between the parts: conversations, sizes, examples, packed batches. No logic lives here but errors' words.
 
 A row of a data file becomes a `Conversation`; its sizes are an `Extent`; the planner puts extents into
 `PackPlan`s; a worker turns one `PackPlan` into a `LoadedPack`, whose `PackedBatch` is all that a model ever sees.
@@ -6,12 +6,15 @@ A row of a data file becomes a `Conversation`; its sizes are an `Extent`; the pl
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from numpy import float32, uint8
-from numpy.typing import NDArray
-from torch import Tensor
+if TYPE_CHECKING:  # the config and the command line import this file before it is known that torch is needed
+    from numpy import float32, uint8
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 IGNORE_LABEL = -100  # the field's value for "no label here" (torch.nn.CrossEntropyLoss.ignore_index)
 
@@ -30,6 +33,14 @@ class SampleError(ValueError):
     def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
         # two-argument exceptions do not survive a process boundary by default
         return (SampleError, (self.field, self.reason))
+
+
+def suggest(name: str, known: Iterable[str], *, among: str = "known:", before: str = "") -> str:
+    """What to say behind a wrong name: the nearest of the known ones if any is near, else all of them after `among`."""
+    known = list(known)
+    if near := difflib.get_close_matches(name, known, n=1):
+        return f"; did you mean {before}{near[0]}?"
+    return f"; {among} {', '.join(known)}" if among and known else ""
 
 
 class RunError(RuntimeError):

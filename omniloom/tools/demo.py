@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from omniloom.config import Config, parse_config
+from omniloom.config import Config, load_config
 from omniloom.data.sources import open_sources
 from omniloom.run.trainer import run
 from omniloom.tools.demo_data import FRAMES_PER_SECOND, MODALITIES, NUM_PIXELS, DemoData, write_demo_data
@@ -132,7 +132,7 @@ def demo_config(directory: Path, data: DemoData, size: DemoSize) -> Config:
         "checkpoint": {"every": size.num_steps // size.num_checkpoints, "keep": size.num_checkpoints},
         "log": {"every": 50, "tensorboard": False},
     }
-    return parse_config(tree, where="the demo")
+    return load_config(tree)
 
 
 def _make_room(directory: Path) -> None:

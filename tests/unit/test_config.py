@@ -7,7 +7,16 @@ import sys
 import pytest
 import yaml
 
-from omniloom.config import Config, ConfigError, PolicyRule, config_to_dict, load_config, parse_config, save_config
+from omniloom.config import (
+    Config,
+    ConfigError,
+    PolicyRule,
+    config_from_words,
+    config_to_dict,
+    keys_of,
+    load_config,
+    save_config,
+)
 
 
 def faults_of(*overrides: str) -> str:
@@ -21,7 +30,7 @@ def test_every_fault_is_reported_at_once_with_its_path() -> None:
     assert text.startswith("4 faults in the command line")
     assert "train.stepz: unknown key; did you mean train.steps?" in text
     assert "modl: unknown section; did you mean model?" in text
-    assert "train.packs_per_step: input should be a valid integer" in text
+    assert "train.packs_per_step: expected a whole number, got 'four'" in text
     assert "memory.recompute" in text
     assert "'foo'" in text
 
@@ -40,6 +49,11 @@ def test_a_key_in_the_wrong_section_names_the_right_one() -> None:
         ("train.min_learning_rate=1", "is above"),
         ("parallel.context=3", "does not divide by parallel.context x parallel.tensor = 3; the next that does is 8193"),
         ("train=5", "expected a section"),
+        ("train.zzz=5", "train.zzz: unknown key; known here: run_dir, steps"),
+        ("parallel.shard=x", "expected a whole number of at least 1 or auto, got 'x'"),
+        ("train.betas=[0.9]", "train.betas: expected 2 values, got 1"),
+        ("train.deterministic=2", "expected true or false, got 2"),
+        ("data.image.min_pixels=9,data.image.max_pixels=4", "expected a whole number"),
         ("justaword", "is not an override"),
         ("policy.vision.frieze=true", "did you mean policy.vision.freeze?"),
         ("policy.text.learning_rate=-1", "policy.text.learning_rate: expected more than 0, got -1.0"),
@@ -73,6 +87,9 @@ def test_steps_and_epochs_exclude_each_other() -> None:
 def test_component_names_with_dots_can_be_overridden() -> None:
     config = load_config(None, ["policy.vision.merger.freeze=false", "policy.text.experts.lora.rank=4"])
     assert config.policy["vision.merger"].freeze is False
+    whole = load_config(None, ["policy.vision.merger={freeze: true}", "policy.vision.freeze=true"])
+    assert sorted(whole.policy) == ["vision", "vision.merger"]
+    assert list(load_config(config_to_dict(whole), ["policy.vision.merger=null"]).policy) == ["vision"]
     assert config.policy["text.experts"].lora is not None
     assert config.policy["text.experts"].lora.rank == 4
 
@@ -80,6 +97,63 @@ def test_component_names_with_dots_can_be_overridden() -> None:
 def test_files_may_be_a_list_or_separated_by_commas() -> None:
     assert load_config(None, ["data.train=a.json, b.jsonl"]).data.train == ("a.json", "b.jsonl")
     assert load_config(None, ["data.train=[a.json]"]).data.train == ("a.json",)
+
+
+@pytest.mark.parametrize(
+    "text", ["exp #1", "yes", "2026-01-01", "0123", "a: b", "~", "[x", "'quoted'", " be kind\n- #1\n", "{a}", "a, b=c"]
+)
+@pytest.mark.parametrize("key", ["train.run_dir", "data.system", "model.adapter", "checkpoint.resume"])
+def test_text_given_on_the_command_line_arrives_as_it_is(key: str, text: str) -> None:
+    section, name = key.split(".")
+    assert getattr(getattr(load_config(None, [f"{key}={text}"]), section), name) == text
+    assert load_config(None, [f"{key}={text}", f"{key}=null"]) == Config()  # null alone unsets
+
+
+def test_a_name_with_odd_characters_survives_a_file_and_a_dict(tmp_path) -> None:
+    config = load_config(None, ["data.system=yes", "train.run_dir=0123"])
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == load_config(config_to_dict(config)) == config
+    with pytest.raises(ConfigError, match=r"data\.system: expected text, got True; put it in quotes"):
+        load_config({"data": {"system": True}})
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("q_{1,2},k", ["q_{1,2}", "k"]),
+        ("[q_{1,2}, k[0,1]]", ["q_{1,2}", "k[0,1]"]),
+        ("(?:q|k){1,2}_proj", ["(?:q|k){1,2}_proj"]),
+        ("['a, b', \"it's\"]", ["a, b", "it's"]),
+        ("a #1, yes", ["a #1", "yes"]),
+        ("[2026-01-01]", ["2026-01-01"]),
+    ],
+)
+def test_commas_split_lists_but_not_inside_brackets_braces_and_quotes(text: str, items: list[str]) -> None:
+    assert list(load_config(None, [f"data.train={text}"]).data.train) == items
+    assert list(load_config({"data": {"train": text}}).data.train) == items
+    assert list(load_config({"data": {"train": items}}).data.train) == items  # a list in a file is one already
+
+
+def test_numbers_may_come_in_every_spelling() -> None:
+    config = load_config(
+        None, ["train.learning_rate=1e-4", "train.steps=1e3", "train.betas=0.8,0.9", "log.profile=3,5"]
+    )
+    assert (config.train.learning_rate, config.train.steps, config.train.betas) == (1e-4, 1000, (0.8, 0.9))
+    assert config.log.profile == (3, 5)
+
+
+def test_a_file_whose_name_holds_an_equals_sign_is_a_file(tmp_path, monkeypatch) -> None:
+    (tmp_path / "lr=1.yaml").write_text("train: {steps: 3}")
+    monkeypatch.chdir(tmp_path)
+    for name in ("lr=1.yaml", "./lr=1.yaml", str(tmp_path / "lr=1.yaml")):
+        assert config_from_words([name, "train.seed=4"]).train.steps == 3
+
+
+def test_every_key_says_in_a_line_what_it_does() -> None:
+    for path, kind in keys_of(Config):
+        texts = [part for part in getattr(kind, "__metadata__", ()) if isinstance(part, str)]
+        has_keys = any(other.startswith(f"{path}.") for other, _ in keys_of(Config))
+        assert len(texts) == 1 or has_keys, path
 
 
 def test_a_saved_config_reads_back_equal(tmp_path) -> None:
@@ -102,7 +176,7 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path) -> None:
 
 def test_defaults_are_valid_and_survive_yaml() -> None:
     tree = yaml.safe_load(yaml.safe_dump(config_to_dict(Config())))
-    assert parse_config(tree, where="defaults") == Config()
+    assert load_config(tree) == Config()
 
 
 def test_config_is_frozen_and_imports_nothing_slow() -> None:

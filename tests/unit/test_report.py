@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from omniloom.config import parse_config, save_config
+from omniloom.config import load_config, save_config
 from omniloom.tools import report
 from omniloom.tools.charts import MAX_POINTS, Series, fmt, line_chart
 from omniloom.tools.demo_data import write_demo_data
@@ -54,7 +54,7 @@ def metrics_line(step: int) -> dict:
 
 def write_run(directory: Path, *, num_lines: int = NUM_STEPS) -> Path:
     directory.mkdir(parents=True)
-    config = parse_config({"model": {"path": "some/model"}, "train": {"steps": NUM_STEPS}}, where="test")
+    config = load_config({"model": {"path": "some/model"}, "train": {"steps": NUM_STEPS}})
     save_config(config, directory / "config.yaml")
     lines = [json.dumps(metrics_line(step)) + "\n" for step in range(num_lines)]
     (directory / "metrics.jsonl").write_text("".join(lines))
