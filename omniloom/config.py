@@ -432,8 +432,8 @@ def _checked(tree: dict[str, Any], where: str, faults: list[str]) -> Config:
     config = _read_section(Config, {key: {} if value is None else value for key, value in tree.items()}, "", faults)
     if not faults:
         faults += _contradictions(config)
-    if faults:
-        raise ConfigError(faults, where)
+    if faults:  # wrong names first, since they may be why others follow
+        raise ConfigError(sorted(faults, key=lambda fault: (": unknown" not in fault, fault)), where)
     assert isinstance(config, Config)
     return config
 

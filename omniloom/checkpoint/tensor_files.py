@@ -6,7 +6,6 @@ rest. Knows no model and no rank. `hf` reads models through it, `export` writes 
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from omniloom.keymap import Box, Shape, whole
+from omniloom.types import suggest
 
 DTYPES = {
     "F64": torch.float64,
@@ -198,8 +198,7 @@ def _describe_missing(directory: Path) -> str:
         return f"{directory}: expected a model directory, got a file"
     parent = directory.parent
     names = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-    near = difflib.get_close_matches(directory.name, names, n=1)
-    hint = f"; did you mean {parent / near[0]}?" if near else ""
+    hint = suggest(directory.name, names, among="", before=f"{parent}/")
     return (
         f"no such model directory: {directory}{hint}; expected a published checkpoint with its config.json: "
         "download it first, or give its hub id"

@@ -6,18 +6,17 @@ row says is kept whole: text beside tool calls, the order of parallel calls, rea
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from omniloom.config import DataConfig
 from omniloom.data.row_media import KINDS, MediaKind, MediaRules, RowMedia, as_clips, join_sound
 from omniloom.data.tool_calls import parse_tool_calls, parse_tools, tool_call_part
-from omniloom.types import Conversation, Part, Role, SampleError, Turn
+from omniloom.types import Conversation, Part, Role, SampleError, Turn, suggest
 
 FORMATS = (
     "sharegpt",
@@ -103,7 +102,7 @@ def row_options(config: DataConfig) -> RowOptions:
             if value:
                 raise ValueError(f"data.attr.{name}: preference data are not trained here, expected null, got {value}")
         elif name not in (*known, "formatting"):
-            raise ValueError(f"data.attr.{name}: unknown name; {_nearest(name, known, 'known:')}")
+            raise ValueError(f"data.attr.{name}: unknown name{suggest(name, known)}")
         elif isinstance(value, bool):
             raise ValueError(f"data.attr.{name}: expected the name that the rows use, or null, got {value!r}")
         elif value is not None:
@@ -111,7 +110,7 @@ def row_options(config: DataConfig) -> RowOptions:
     formatting = names.pop("formatting", "auto")  # where the guides name the format
     for key, name in (("data.format", config.format), ("data.attr.formatting", formatting)):
         if name not in ("auto", *FORMATS):
-            raise ValueError(f"{key}: unknown format {name!r}; {_nearest(name, FORMATS, 'expected auto or one of')}")
+            raise ValueError(f"{key}: unknown format {name!r}{suggest(name, FORMATS, among='expected auto or one of')}")
     return RowOptions(
         format=formatting if config.format == "auto" else config.format,
         names=FieldNames(**names),
@@ -124,11 +123,6 @@ def row_options(config: DataConfig) -> RowOptions:
             unplaced=config.unplaced_media,
         ),
     )
-
-
-def _nearest(name: str, known: Sequence[str], among: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"{among} {', '.join(known)}"
 
 
 # ---------------------------------------------------------------------------------------- detection

@@ -8,7 +8,6 @@ memory; a source is cheap to send to a worker process.
 from __future__ import annotations
 
 import bisect
-import difflib
 import hashlib
 import json
 import re
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from omniloom.data.columnar import open_arrow, open_parquet
-from omniloom.types import Row, SampleError, Source
+from omniloom.types import Row, SampleError, Source, suggest
 
 _ARROW_MAGIC = (b"ARROW1", b"\xff\xff\xff\xff")  # file and stream; the latter is what `datasets` writes
 _BOM = b"\xef\xbb\xbf"
@@ -175,8 +174,7 @@ def _open_file(path: str, max_samples: int | None) -> Source:
 def _nearest(file: Path) -> str:
     if not file.parent.is_dir():
         return f"; the folder {file.parent} does not exist"
-    near = difflib.get_close_matches(file.name, [p.name for p in file.parent.iterdir()], n=1)
-    return f"; did you mean {file.parent / near[0]}?" if near else ""
+    return suggest(file.name, [path.name for path in file.parent.iterdir()], among="", before=f"{file.parent}/")
 
 
 def _open_text(path: str, head: bytes, max_samples: int | None) -> TextRows:

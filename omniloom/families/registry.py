@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from omniloom.families.qwen3_omni.spec import SPEC as QWEN3_OMNI
 from omniloom.families.qwen3_vl.spec import SPEC as QWEN3_VL
 from omniloom.families.qwen3_vl_moe.spec import SPEC as QWEN3_VL_MOE
 from omniloom.families.spec import ModelSpec
+from omniloom.types import suggest
 
 SPECS: tuple[ModelSpec, ...] = (QWEN3_OMNI, QWEN2_5_OMNI, QWEN3_VL, QWEN3_VL_MOE, QWEN2_5_VL)
 
@@ -23,8 +23,7 @@ def find_spec(config_json: Mapping[str, Any], *, where: str = "config.json") -> 
         if model_type == spec.model_type:
             return spec
     known = {spec.model_type: spec.name for spec in SPECS}
-    near = difflib.get_close_matches(str(model_type), list(known), n=1)
-    hint = f"; did you mean a checkpoint of {near[0]}?" if near else ""
+    hint = suggest(str(model_type), known, among="", before="a checkpoint of ")
     listed = ", ".join(f"{kind} ({name})" for kind, name in known.items())
     raise ValueError(f"{where}: model_type {model_type!r} is no known model; expected one of {listed}{hint}")
 

@@ -7,11 +7,10 @@ fills. First step of every processor.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from omniloom.types import Conversation, Part, SampleError, Turn
+from omniloom.types import Conversation, Part, SampleError, Turn, suggest
 
 _TOOLS_HEAD = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -66,8 +65,7 @@ def find_template(name: str) -> TemplateStyle:
     """The template of this name. Raises: ValueError with the nearest known name."""
     if name in TEMPLATES:
         return TEMPLATES[name]
-    near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)[0]
-    raise ValueError(f"data.template: unknown template {name!r}; did you mean {near}? known: {', '.join(TEMPLATES)}")
+    raise ValueError(f"data.template: unknown template {name!r}{suggest(name, TEMPLATES)}")
 
 
 def render(

@@ -8,7 +8,6 @@ published checkpoint by construction; nothing here is imported by training.
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from omniloom.tools import tiny_qwen2_5_omni, tiny_qwen2_5_vl, tiny_qwen3_omni, tiny_qwen3_vl, tiny_tokenizer
 from omniloom.tools.tiny_recipe import SIZES, Recipe
+from omniloom.types import suggest
 
 RECIPES: Mapping[str, Recipe] = {
     "qwen3_omni": tiny_qwen3_omni.RECIPE,
@@ -77,8 +77,7 @@ def make_tiny(
 def _find(table: Mapping[str, Any], name: str, what: str) -> Any:
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(name, list(table), n=1, cutoff=0.0)
-    raise ValueError(f"unknown {what} {name!r}; did you mean {near[0]}? known: {', '.join(table)}")
+    raise ValueError(f"unknown {what} {name!r}{suggest(name, table)}")
 
 
 def _override(config: dict[str, Any], path: str, value: Any) -> None:
@@ -89,9 +88,7 @@ def _override(config: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise ValueError(f"override {path!r}: config.json has no section {key!r}")
     if last not in node:
-        near = difflib.get_close_matches(last, list(node), n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(node)}"
-        raise ValueError(f"override {path!r}: no such key{hint}")
+        raise ValueError(f"override {path!r}: no such key{suggest(last, node, among='known here:')}")
     node[last] = value
 
 

@@ -8,11 +8,11 @@ only, no model.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from omniloom.config import LoraConfig, PolicyRule
+from omniloom.types import suggest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,7 @@ def resolve_policy(
         if tied and name in tied:
             faults.append(f"policy.{name}: the model has no such weight, it uses {tied[name]}'s (tied); name that one")
         elif not any(covers(name, component) for component in (*present, *known)):
-            near = difflib.get_close_matches(name, present, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            faults.append(f"policy.{name} matches no component of this model{hint} Known: {', '.join(present)}")
+            faults.append(f"policy.{name} matches no component of this model{suggest(name, present)}")
     if faults:
         raise ValueError("\n".join(faults))
     merged = {component: _merge(rules, component) for component in present}

@@ -193,7 +193,7 @@ CASES = {
         r"train\.learing_rate: unknown key; did you mean train\.learning_rate\?",
     ),
     "misspelt section": (None, ["trian.steps=1"], r"trian: unknown section; did you mean train\?"),
-    "wrong type": (None, ["train.steps=many"], r"train\.steps: .*\(got 'many'\)"),
+    "wrong type": (None, ["train.steps=many"], r"train\.steps: expected a whole number, got 'many'"),
     "several errors at once": (
         None,
         ["train.stps=1", "train.learning_rate=-1", "data.workers=-1"],
