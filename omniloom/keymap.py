@@ -4,7 +4,8 @@ Owns how names, and with them shapes, translate: one tensor of ours is assembled
 published tensor. Knows no file, no tensor and no torch: it deals in names, shapes and boxes, so the same recipe tells
 `checkpoint/` which bytes a rank has to read for its slice and where a trained tensor's parts go in an export.
 
-Families write their rules in `hf_keys.py`. `{i}` in a name stands for a whole dot-separated part that is a number:
+Families write their rules in `hf_keys.py`, in the published names; `canonical_name` tells which other spellings mean
+the same. `{i}` in a name stands for a whole dot-separated part that is a number:
 
     KeyMap(
         rules=(
@@ -21,6 +22,7 @@ Families write their rules in `hf_keys.py`. `{i}` in a name stands for a whole d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -32,6 +34,8 @@ Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]  # (start, stop) along each dim
 
 MAX_LISTED = 8  # names of one kind of fault that a message spells out
+# buffers that follow from config.json, which older versions of transformers saved
+_COMPUTED = re.compile(r"(.*\.)?(original_inv_freq|inv_freq|position_ids|positional_embedding|masked_bias)")
 
 
 # ---------------------------------------------------------------------------------------- rules
@@ -181,7 +185,10 @@ def _lay_out(shape: Shape, layout: Layout) -> Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyMap:
-    """All rules of a family. `carried` are prefixes of published names that no model of ours holds."""
+    """All rules of a family. `carried` are prefixes of published names that no model of ours holds.
+
+    Rules find every spelling of a name that `canonical_name` knows.
+    """
 
     rules: tuple[Rule, ...]
     carried: tuple[str, ...] = ()
@@ -192,27 +199,38 @@ class KeyMap:
         `shapes` are those of all published tensors of a checkpoint. Whether they are all that a model needs is
         for the caller to compare; here every name must be consumed by a rule or carried.
 
-        Raises: ValueError listing names that no rule knows, stacks with holes, unlike shapes.
+        Buffers that follow from config.json (`inv_freq`) are passed over: an export keeps them as they are.
+
+        Raises: ValueError listing names that no rule knows, stacks with holes, unlike shapes, and tensors that are
+            there twice.
         """
         forms = [_form(rule) for rule in self.rules if not isinstance(rule, Tied)]
         finder = _Finder([(template, (number, part)) for number, form in enumerate(forms) for part, template in
                           enumerate(form.published)])  # fmt: skip
         groups: dict[tuple[int, str], dict[tuple[int, int], str]] = {}
-        unknown = []
-        tied = _Finder([(rule.published, (0, 0)) for rule in self.rules if isinstance(rule, Tied)])
+        unknown, faults = [], []
+        carried = tuple(map(canonical_name, self.carried))
+        tied = {canonical_name(rule.published) for rule in self.rules if isinstance(rule, Tied)}
         for name in shapes:
-            found = finder.find(name)
+            canonical = canonical_name(name)
+            found = finder.find(canonical)
             if found is not None:
                 (number, part), values = found
                 index = forms[number].index
                 row = values.pop(index) if index is not None else 0
-                groups.setdefault((number, _fill(forms[number].ours, values)), {})[row, part] = name
-            elif not name.startswith(self.carried) and tied.find(name) is None:
+                members = groups.setdefault((number, _fill(forms[number].ours, values)), {})
+                if (other := members.setdefault((row, part), name)) != name:
+                    faults.append(f"{other} and {name} are the same tensor")
+            elif not (canonical.startswith(carried) or canonical in tied or _COMPUTED.fullmatch(name)):
                 unknown.append(name)
-        faults = [f"no rule for {_listed(unknown)}"] if unknown else []
-        recipes = {}
+        if unknown:
+            faults.append(f"no rule for {_listed(unknown)}")
+        recipes: dict[str, Recipe] = {}
         for (number, ours), members in groups.items():
-            assert ours not in recipes, f"two rules make {ours}"
+            if ours in recipes:
+                names = next(iter(members.values())), recipes[ours].pieces[0].published
+                faults.append(f"{' and '.join(names)} are the same weights")
+                continue
             try:
                 recipes[ours] = _assemble(forms[number], ours, members, shapes)
             except ValueError as error:
@@ -223,11 +241,8 @@ class KeyMap:
 
     def second_names(self, shapes: Mapping[str, Shape]) -> dict[str, str]:
         """Published names in `shapes` that repeat another tensor, each with the name of ours that it repeats."""
-        found = {}
-        for rule in self.rules:
-            if isinstance(rule, Tied) and rule.published in shapes:
-                found[rule.published] = rule.same_as
-        return found
+        same_as = {canonical_name(rule.published): rule.same_as for rule in self.rules if isinstance(rule, Tied)}
+        return {name: same_as[found] for name in shapes if (found := canonical_name(name)) in same_as}
 
     def published_names(self, ours: str) -> tuple[str, ...]:
         """The published names that `ours` is made of, for messages; `*` for a stacked index.
@@ -284,7 +299,7 @@ def _assemble(form: _Form, ours: str, members: dict[tuple[int, int], str], shape
         places = ((row, part) for row in range(num_rows) for part in range(len(form.published)))
         absent = list(islice((place for place in places if place not in members), MAX_LISTED))
         some = next(iter(members))
-        values = _match(form.published[some[1]], members[some])
+        values = _match(canonical_name(form.published[some[1]]), canonical_name(members[some]))
         assert values is not None
         names = [
             _fill(form.published[part], values | ({form.index: row} if form.index else {})) for row, part in absent
@@ -315,12 +330,26 @@ def _assemble(form: _Form, ours: str, members: dict[tuple[int, int], str], shape
 # ---------------------------------------------------------------------------------------- names
 
 
+def canonical_name(name: str) -> str:
+    """A published name of module or tensor as transformers 5 has it in memory, without `thinker.`. Idempotent.
+
+    Checkpoints have either, and omni models are saved with their thinker alone, too.
+    Source: transformers.conversion_mapping, Qwen2_5OmniThinkerForConditionalGeneration and, the same but for sound,
+    Qwen2VLForConditionalGeneration; Qwen3-VL is published so.
+    """
+    name = name.removeprefix("thinker.")
+    if name.startswith(("visual.", "audio_tower.")):
+        return f"model.{name}"
+    return re.sub(r"^model\.(?!(language_model|visual|audio_tower)\.)", "model.language_model.", name)
+
+
 class _Finder:
-    """Finds the template that a name fits, by its signature, so that 36,000 expert names take no time."""
+    """Finds the template that a canonical name fits, by its signature, so that 36,000 expert names take no time."""
 
     def __init__(self, templates: list[tuple[str, tuple[int, int]]]) -> None:
         self._by_signature: dict[str, list[tuple[str, tuple[int, int]]]] = {}
         for template, place in templates:
+            template = canonical_name(template)
             self._by_signature.setdefault(_signature(template), []).append((template, place))
 
     def find(self, name: str) -> tuple[tuple[int, int], dict[str, int]] | None:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from omniloom.checkpoint.agreement import agree, rank
 from omniloom.checkpoint.hf import local_region
 from omniloom.checkpoint.tensor_files import DTYPES, MAX_LISTED, HFCheckpoint, TensorEntry, read_header, read_json
-from omniloom.keymap import Recipe
+from omniloom.keymap import Recipe, canonical_name
 from omniloom.types import Adapter
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -48,7 +48,7 @@ class Target:
     @property
     def name(self) -> str:
         """As transformers holds it in memory, less what its classes do not share: PEFT compares ends of names."""
-        module = transformers_name(self.published)
+        module = canonical_name(self.published)
         return module if self.parameter is None else f"{module}.{self.parameter}"
 
     @property
@@ -57,22 +57,10 @@ class Target:
 
         PEFT takes `thinker.` off, but undoes that where nothing else changes: the head goes under both.
         """
-        name = transformers_name(self.published)
+        name = canonical_name(self.published)
         if not self.published.startswith("thinker."):
             return (name,)
         return (self.published, name) if self.published.endswith(f".{name}") else (self.published,)
-
-
-def transformers_name(name: str) -> str:
-    """A published name of module or tensor as transformers 5 has it in memory, without `thinker.`. Idempotent.
-
-    Source: transformers.conversion_mapping, Qwen2_5OmniThinkerForConditionalGeneration and, the same but for sound,
-    Qwen2VLForConditionalGeneration; Qwen3-VL is published so.
-    """
-    name = name.removeprefix("thinker.")
-    if name.startswith(("visual.", "audio_tower.")):
-        return f"model.{name}"
-    return re.sub(r"^model\.(?!(language_model|visual|audio_tower)\.)", "model.language_model.", name)
 
 
 def adapter_targets(recipes: Mapping[str, Recipe]) -> dict[str, Target]:
@@ -240,7 +228,7 @@ def _peft_config(
             ranks[re.escape(name)] = adapter.rank
         if alphas[adapter.base] != alpha_default:
             alpha_patterns[re.escape(name)] = alphas[adapter.base]
-    model_type = config_json.get("model_type", "")
+    model_type = config_json.get("model_type", "").removesuffix("_thinker")  # of the same module
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -391,7 +379,7 @@ def fill_magnitudes(parameters: Mapping[str, Tensor], adapters: Collection[Adapt
 
 
 def _canonical(key: str) -> str:
-    return transformers_name(key.removeprefix(PREFIX))
+    return canonical_name(key.removeprefix(PREFIX))
 
 
 def _whole_part(recipe: Recipe) -> _Part:
@@ -400,7 +388,7 @@ def _whole_part(recipe: Recipe) -> _Part:
     if target is not None and target.parameter is not None:
         return _Part(key=target.name, parameter=recipe.ours)
     piece = recipe.pieces[0]
-    return _Part(key=transformers_name(piece.published), parameter=recipe.ours, layout=piece.layout)
+    return _Part(key=canonical_name(piece.published), parameter=recipe.ours, layout=piece.layout)
 
 
 def _check_fit(

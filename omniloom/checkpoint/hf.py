@@ -6,20 +6,34 @@ DTensor says itself which slice is local. Errors come from headers, before any t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from omniloom.checkpoint.tensor_files import MAX_LISTED, HFCheckpoint, open_checkpoint
+from omniloom.checkpoint.tensor_files import DTYPES, MAX_LISTED, HFCheckpoint, open_checkpoint
 from omniloom.keymap import Box, KeyMap, Read, Recipe, Tied, whole
 
 __all__ = ["HFCheckpoint", "check_names", "load_model", "local_region", "open_checkpoint", "read_tensor"]
 
 CHUNK_BYTES = 64 << 20  # of a parameter, read at a time
+# ends of names of tensors that only quantised weights have beside them, most telling first
+_COMPANIONS = (
+    (r"weight_scale_inv", "fp8 in blocks"),
+    (r"weight_packed|weight_zero_point", "compressed-tensors"),
+    (r"weight_scale_2", "nvfp4"),
+    (r"weight_scale|input_scale|scale_weight", "fp8 or int8 with a scale"),
+    (r"qweight|qzeros|scales|g_idx", "gptq or awq"),
+    (r"SCB", "bitsandbytes int8"),
+    (r"absmax|quant_map|nested_absmax|bitsandbytes__\w+", "bitsandbytes 4 bit"),
+    (r"codebooks", "aqlm"),
+)
+_QUANTISED_SECTIONS = ("quantization_config", "compression_config", "quantization")
 
 
 def load_model(
@@ -76,6 +90,51 @@ def check_names(
     if faults:
         more = f"\n  and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
         raise ValueError("checkpoint and model do not fit:\n  " + "\n  ".join(faults[:MAX_LISTED]) + more)
+
+
+def refuse_quantised(checkpoint: HFCheckpoint, config_json: Mapping[str, Any]) -> None:
+    """Raises: ValueError naming the method, where config.json or the names of tensors say that weights are codes."""
+    if (told := _find_quantisation(config_json, "")) is not None:
+        section, method = told
+        where = f"config.json has {section}"
+    elif (file := checkpoint.directory / "hf_quant_config.json").is_file():
+        where, method = f"it has {file.name}", "modelopt"
+    else:
+        ends = {name.rpartition(".")[2]: name for name in checkpoint.shapes}
+        found = ((ends[end], method) for pattern, method in _COMPANIONS for end in ends if re.fullmatch(pattern, end))
+        name, method = next(found, ("", ""))
+        where = f"it has {name}"
+    if method:
+        raise ValueError(
+            f"{checkpoint.directory}: its weights are quantised ({method}: {where}), and codes cannot be trained as "
+            "numbers; start from the checkpoint that was quantised, in bfloat16"
+        )
+
+
+def _find_quantisation(section: Any, path: str) -> tuple[str, str] | None:
+    """Where in a config.json a quantisation stands, and its method."""
+    if not isinstance(section, Mapping):
+        return None
+    for key, value in section.items():
+        if key in _QUANTISED_SECTIONS and value:
+            words = value if isinstance(value, Mapping) else {}
+            bits = next((name for name in ("load_in_4bit", "load_in_8bit") if words.get(name)), "no quant_method given")
+            return f"{path}{key}", str(words.get("quant_method") or words.get("quant_algo") or bits)
+        if (found := _find_quantisation(value, f"{path}{key}.")) is not None:
+            return found
+    return None
+
+
+def check_dtypes(checkpoint: HFCheckpoint, recipes: Mapping[str, Recipe]) -> None:
+    """Raises: ValueError for weights that are stored as integers or in 8 bits, which no config.json announced."""
+    names = dict.fromkeys(piece.published for recipe in recipes.values() for piece in recipe.pieces)
+    kinds = {name: checkpoint.entries[name].dtype for name in names}
+    odd = [name for name, kind in kinds.items() if not (DTYPES[kind].is_floating_point and DTYPES[kind].itemsize > 1)]
+    if odd:
+        raise ValueError(
+            f"{checkpoint.directory}: {odd[0]} is stored as {kinds[odd[0]]} ({len(odd)} of {len(kinds)} weights are of "
+            "integers or 8 bits): quantised weights cannot be trained as numbers; start from the checkpoint in bfloat16"
+        )
 
 
 def materialise(model: nn.Module, device: torch.device | str) -> None:

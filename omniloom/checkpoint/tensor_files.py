@@ -7,6 +7,7 @@ rest. Knows no model and no rank. `hf` reads models through it, `export` writes 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -129,9 +130,15 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
         header = json.loads(header_bytes)
         metadata = header.pop("__metadata__", {})
-        entries = [_entry(name, item, file, 8 + length) for name, item in header.items()]
+        unknown = next((name for name, item in header.items() if item["dtype"] not in DTYPES), None)
+        entries = [] if unknown else [_entry(name, item, file, 8 + length) for name, item in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file.name} has a garbage header ({error}); download it again") from None
+    if unknown:
+        raise ValueError(
+            f"{file.name}: {unknown} is stored as {header[unknown]['dtype']}, a format of quantised weights; known are "
+            f"{', '.join(DTYPES)}"
+        )
     entries.sort(key=lambda entry: (entry.start, entry.num_bytes))
     place = 8 + length
     for entry in entries:
@@ -161,8 +168,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _entry(name: str, item: dict[str, Any], file: Path, data_start: int) -> TensorEntry:
     dtype, shape, (start, stop) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
-    if dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop)):
         raise ValueError(f"{name} has shape {shape}, offsets {start}, {stop}")
     if stop - start != prod(shape) * DTYPES[dtype].itemsize:
@@ -213,6 +218,17 @@ def _hint(directory: Path) -> str:
         return f"it belongs to a run: `omniloom export {directory} DIR` writes the model to DIR"
     if (directory / "adapter_config.json").is_file():
         return "it holds adapters alone: name their base model, or merge them by `omniloom export RUN DIR` and name DIR"
+    names = sorted(path.name for path in directory.iterdir())
+    if pickles := [name for name in names if re.fullmatch(r"(pytorch_)?model.*\.(bin|pt|pth)", name)]:
+        return (
+            f"its weights are pickles ({pickles[0]}), which may run any code when they are loaded; where you trust "
+            f"them, rewrite them as safetensors by transformers: Class.from_pretrained({str(directory)!r})"
+            ".save_pretrained(NEW), Class being its architecture, and name NEW"
+        )
+    if others := [name for name in names if name.endswith(".gguf")]:
+        return f"{others[0]} is llama.cpp's format; take the checkpoint that it was made from"
+    if shards := [name for name in names if name.endswith(".safetensors")]:
+        return f"it has {shards[0]}, but no index that lists its files; download the index again"
     return "is it a model directory?"
 
 

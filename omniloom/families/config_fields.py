@@ -17,6 +17,7 @@ from omniloom.models.vision import VisionTowerConfig
 from omniloom.ops.rotary import SectionLayout
 
 DEFAULT_VISION_ROPE_THETA = 10_000.0  # published configs leave it out
+THINKER_SUFFIX = "_thinker"  # of the model_type of an omni model's thinker that was saved alone
 
 _VISION_FIELDS = (
     "depth",
@@ -90,6 +91,12 @@ class ConfigReader:
             raise ValueError(
                 f"config.json: not a {self._model_type} model that can be built; expected: " + "; ".join(broken)
             )
+
+
+def read_thinker(reader: ConfigReader, config_json: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section of an omni model's thinker: the whole file where the thinker was saved alone."""
+    alone = str(config_json.get("model_type")).endswith(THINKER_SUFFIX)
+    return config_json if alone else reader.section(config_json, "thinker_config")
 
 
 # ---------------------------------------------------------------------------------------- vision
@@ -259,13 +266,13 @@ def reduce_layers(
 ) -> dict[str, Any]:
     """The config of a model with so many layers of each component, from the front; None keeps all.
 
-    `parent` names the section that holds text_config and the towers' (None: the file itself); the decoder's fields may
-    lie beside the towers' sections, without one of their own. Lists of layers lose what
-    lies past the cut: deepstack levels, layers without experts, tower layers of full attention, layer types.
+    `parent` names the section that holds text_config and the towers' (absent, or None: the file itself); the decoder's
+    fields may lie beside the towers' sections, without one of their own. Lists of layers lose what lies past the cut:
+    deepstack levels, layers without experts, tower layers of full attention, layer types.
     Raises: ValueError for more layers than there are, and for a component that the model has not.
     """
     reduced = copy.deepcopy(dict(config_json))
-    sections = reduced if parent is None else reduced[parent]
+    sections = reduced if parent is None else reduced.get(parent, reduced)
     for component, key, count in (
         ("text", "num_hidden_layers", text),
         ("vision", "depth", vision),

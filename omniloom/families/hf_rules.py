@@ -100,10 +100,13 @@ def router_rule(model: str) -> Rule:
     return Rename(published=f"{model}.layers.{{i}}.mlp.gate.weight", ours="text.layers.{i}.moe.router.weight")
 
 
-def single_expert_rules(model: str) -> list[Rule]:
-    """Experts published one by one."""
-    expert, ours = f"{model}.layers.{{i}}.mlp.experts.{{e}}", "text.layers.{i}.moe.experts"
+def expert_rules(model: str) -> list[Rule]:
+    """Experts published one by one, or stacked as transformers 5 has them in memory, outputs before inputs."""
+    theirs, ours = f"{model}.layers.{{i}}.mlp.experts", "text.layers.{i}.moe.experts"
+    single = f"{theirs}.{{e}}"
     return [
-        Stack(published=(f"{expert}.gate_proj.weight", f"{expert}.up_proj.weight"), ours=f"{ours}.gate_up"),
-        Stack(published=f"{expert}.down_proj.weight", ours=f"{ours}.down"),
+        Stack(published=(f"{single}.gate_proj.weight", f"{single}.up_proj.weight"), ours=f"{ours}.gate_up"),
+        Stack(published=f"{single}.down_proj.weight", ours=f"{ours}.down"),
+        Rename(published=f"{theirs}.gate_up_proj", ours=f"{ours}.gate_up"),
+        Rename(published=f"{theirs}.down_proj", ours=f"{ours}.down"),
     ]

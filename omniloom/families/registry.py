@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from omniloom.families.config_fields import THINKER_SUFFIX
 from omniloom.families.qwen2_5_omni.spec import SPEC as QWEN2_5_OMNI
 from omniloom.families.qwen2_5_vl.spec import SPEC as QWEN2_5_VL
 from omniloom.families.qwen3_omni.spec import SPEC as QWEN3_OMNI
@@ -20,7 +21,7 @@ def find_spec(config_json: Mapping[str, Any], *, where: str = "config.json") -> 
     """The family of a checkpoint. Raises: ValueError naming the known model types."""
     model_type = config_json.get("model_type")
     for spec in SPECS:
-        if model_type == spec.model_type:
+        if model_type in (spec.model_type, f"{spec.model_type}{THINKER_SUFFIX}"):
             return spec
     known = {spec.model_type: spec.name for spec in SPECS}
     hint = suggest(str(model_type), known, among="", before="a checkpoint of ")

@@ -19,7 +19,14 @@ from omniloom.checkpoint.adapters import (
     load_adapter,
     open_adapter,
 )
-from omniloom.checkpoint.hf import HFCheckpoint, check_names, load_model, open_checkpoint
+from omniloom.checkpoint.hf import (
+    HFCheckpoint,
+    check_dtypes,
+    check_names,
+    load_model,
+    open_checkpoint,
+    refuse_quantised,
+)
 from omniloom.checkpoint.hub import resolve_model_path
 from omniloom.checkpoint.tensor_files import read_json
 from omniloom.config import Config
@@ -126,6 +133,7 @@ def open_workshop(config: Config) -> Workshop:
     path = resolve_model_path(config.model.path)
     checkpoint = open_checkpoint(path)
     whole_json = read_json(path / "config.json")
+    refuse_quantised(checkpoint, whole_json)
     spec = find_spec(whole_json, where=str(path / "config.json"))
     layers = config.model.num_layers
     whole_family = spec.read_config(whole_json)
@@ -146,6 +154,7 @@ def open_workshop(config: Config) -> Workshop:
         check_names(names_of["whole"], key_map.recipes(checkpoint.shapes), key_map)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; download it again, or start from the checkpoint of this model") from None
+    check_dtypes(checkpoint, key_map.recipes(checkpoint.shapes))
     workshop = Workshop(
         config=config,
         checkpoint=checkpoint,

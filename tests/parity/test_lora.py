@@ -15,9 +15,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from omniloom.checkpoint.adapters import CONFIG_NAME, TENSORS_NAME, adapter_targets, transformers_name, write_adapter
+from omniloom.checkpoint.adapters import CONFIG_NAME, TENSORS_NAME, adapter_targets, write_adapter
 from omniloom.checkpoint.hf import gather_full
 from omniloom.config import Config, LoraConfig, ModelConfig, PolicyRule
+from omniloom.keymap import canonical_name
 from omniloom.models.fusion import OmniModel
 from omniloom.run.opening import Workshop, load_weights, open_workshop
 from omniloom.run.results import export_adapter, export_model
@@ -121,7 +122,7 @@ def load_peft(reference: Any, directory: Path, *, is_trainable: bool = False) ->
 
 
 def _key(name: str) -> str:
-    name = transformers_name(name.removeprefix("base_model.model."))
+    name = canonical_name(name.removeprefix("base_model.model."))
     return name.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")
 
 
@@ -349,7 +350,7 @@ def test_peft_merges_every_family_as_we_do(tmp_path: Path, family: str, name: st
             changed.add(key)
     linears = {target.name for target in adapter_targets(workshop.recipes).values()}
     assert len(changed) == len(workshop.adapters)
-    assert {transformers_name(key).removesuffix(".weight") for key in changed} <= linears
+    assert {canonical_name(key).removesuffix(".weight") for key in changed} <= linears
 
 
 def test_dropout_follows_from_its_key_alone(published: Published) -> None:

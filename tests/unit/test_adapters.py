@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from omniloom.checkpoint.adapters import CONFIG_NAME, NOTE_NAME, TENSORS_NAME, fingerprint, transformers_name
+from omniloom.checkpoint.adapters import CONFIG_NAME, NOTE_NAME, TENSORS_NAME, fingerprint
 from omniloom.checkpoint.dcp import MODEL, OPTIMIZER
 from omniloom.checkpoint.hf import open_checkpoint
 from omniloom.checkpoint.stored import find_latest
 from omniloom.config import ConfigError, load_config
+from omniloom.keymap import canonical_name
 from omniloom.run.opening import open_workshop
 from omniloom.run.trainer import Trainer, run
 from omniloom.tools.export import export_checkpoint
@@ -268,10 +269,10 @@ def test_names_in_memory_are_reached_from_every_spelling() -> None:
         "thinker.model.language_model.layers.3.self_attn.q_proj",
         "model.language_model.layers.3.self_attn.q_proj",
     ):
-        assert transformers_name(name) == "model.language_model.layers.3.self_attn.q_proj"
-    assert transformers_name("thinker.visual.merger.mlp.0") == "model.visual.merger.mlp.0"
-    assert transformers_name("thinker.audio_tower.proj1") == transformers_name("model.audio_tower.proj1")
-    assert transformers_name("thinker.lm_head") == "lm_head"
+        assert canonical_name(name) == "model.language_model.layers.3.self_attn.q_proj"
+    assert canonical_name("thinker.visual.merger.mlp.0") == "model.visual.merger.mlp.0"
+    assert canonical_name("thinker.audio_tower.proj1") == canonical_name("model.audio_tower.proj1")
+    assert canonical_name("thinker.lm_head") == "lm_head"
 
 
 def test_an_adapter_names_the_model_it_was_trained_on(folder: Path, finished: Path) -> None:

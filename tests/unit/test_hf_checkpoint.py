@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from omniloom.checkpoint.export import export
-from omniloom.checkpoint.hf import gather_full, load_model, open_checkpoint
+from omniloom.checkpoint.hf import check_dtypes, gather_full, load_model, open_checkpoint, refuse_quantised
 from omniloom.checkpoint.tensor_files import INDEX_NAME
 from omniloom.keymap import Flatten, KeyMap, Rename, Stack, Tied, Transpose
 
@@ -237,6 +237,56 @@ def test_a_missing_directory_names_the_nearest(published):
 def test_a_directory_without_weights_says_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"expected model\.safetensors\.index\.json or model\.safetensors"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pytorch_model.bin", r"weights are pickles \(pytorch_model\.bin\).*save_pretrained"),
+        ("pytorch_model-00001-of-00002.bin", "weights are pickles"),
+        ("qwen.gguf", "llama.cpp's format"),
+        ("model-00001-of-00002.safetensors", "no index that lists its files"),
+    ],
+)
+def test_weights_in_another_format_are_named(tmp_path, name, words):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=words):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "words"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, None, r"\(awq: config\.json has quantization_config\)"),
+        (
+            {"thinker_config": {"text_config": {"quantization_config": {"quant_method": "fp8"}}}},
+            None,
+            r"\(fp8: config\.json has thinker_config\.text_config\.quantization_config\)",
+        ),
+        ({"quantization_config": {"load_in_4bit": True}}, None, "load_in_4bit"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, None, "compressed-tensors"),
+        ({}, "weight_scale_inv", r"\(fp8 in blocks: it has thinker\.x\.weight_scale_inv\)"),
+        ({}, "qweight", "gptq or awq"),
+        ({}, "absmax", "bitsandbytes 4 bit"),
+        ({}, "weight_packed", "compressed-tensors"),
+    ],
+)
+def test_quantised_weights_are_refused_by_their_method(tmp_path, config, extra, words):
+    tensors = published_tensors() | ({f"thinker.x.{extra}": torch.zeros(2)} if extra else {})
+    checkpoint = open_checkpoint(write_published(tmp_path / "model", tensors))
+    with pytest.raises(ValueError, match=words):
+        refuse_quantised(checkpoint, config)
+    refuse_quantised(open_checkpoint(write_published(tmp_path / "plain")), {"quantization_config": None, "x": [1]})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.int32])
+def test_weights_that_are_no_numbers_to_train_are_refused(tmp_path, dtype):
+    tensors = published_tensors() | {"thinker.embed.weight": torch.ones(11, HIDDEN).to(dtype)}
+    checkpoint = open_checkpoint(write_published(tmp_path / "model", tensors))
+    with pytest.raises(ValueError, match=r"thinker\.embed\.weight is stored as (I8|F8_E4M3|I32) \(1 of \d+ weights"):
+        check_dtypes(checkpoint, KEY_MAP.recipes(checkpoint.shapes))
+    checkpoint = open_checkpoint(write_published(tmp_path / "plain"))  # whose talker has integers
+    check_dtypes(checkpoint, KEY_MAP.recipes(checkpoint.shapes))
 
 
 def test_missing_and_misshapen_tensors_are_all_listed_before_anything_is_read(tmp_path, monkeypatch):

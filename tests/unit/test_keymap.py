@@ -121,6 +121,30 @@ def test_names_beyond_the_rules_are_an_error_that_lists_them():
         RULES.recipes({"thinker.surprise": (1,), "thinker.layers.x.norm.weight": (1,), "talker.fine": (1,)})
 
 
+def test_buffers_that_follow_from_the_config_are_passed_over():
+    extras = ("thinker.layers.0.self_attn.rotary_emb.inv_freq", "visual.rotary_pos_emb.inv_freq")
+    assert list(RULES.recipes(expert_shapes() | dict.fromkeys(extras, (4,)))) == list(RULES.recipes(expert_shapes()))
+
+
+def test_every_spelling_of_a_name_is_found_and_two_at_once_are_refused():
+    spellings = ("thinker.visual.{}", "visual.{}", "model.visual.{}", "thinker.model.visual.{}")
+    rules = KeyMap(
+        rules=(
+            Rename(published="thinker.visual.norm.weight", ours="vision.norm.weight"),
+            Stack(published="thinker.visual.{e}.down.weight", ours="vision.down"),
+            Rename(published="thinker.visual.down", ours="vision.down"),
+        ),
+        carried=("thinker.visual.unused.",),
+    )
+    for spelling in spellings:
+        recipes = rules.recipes({spelling.format("norm.weight"): (3,), spelling.format("unused.x"): (2,)})
+        assert recipes["vision.norm.weight"].pieces[0].published == spelling.format("norm.weight")
+    with pytest.raises(ValueError, match=r"visual\.norm\.weight and model\.visual\.norm\.weight are the same tensor"):
+        rules.recipes({"visual.norm.weight": (3,), "model.visual.norm.weight": (3,)})
+    with pytest.raises(ValueError, match=r"visual\.down and visual\.0\.down\.weight are the same weights"):
+        rules.recipes({"visual.0.down.weight": (3,), "visual.down": (1, 3)})
+
+
 def test_a_leading_zero_in_an_index_is_not_taken_for_the_number():
     with pytest.raises(ValueError, match=r"no rule for thinker\.layers\.00\.norm\.weight"):
         RULES.recipes({"thinker.layers.00.norm.weight": (1,)})

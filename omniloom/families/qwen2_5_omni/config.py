@@ -13,6 +13,7 @@ from omniloom.families.config_fields import (
     decoder_rules,
     read_audio_dims,
     read_decoder,
+    read_thinker,
     read_window_vision,
     reduce_layers,
     vision_rules,
@@ -44,7 +45,7 @@ reduce_config = partial(reduce_layers, parent="thinker_config")
 def read_config(config_json: Mapping[str, Any]) -> Qwen25OmniConfig:
     """Dims of the thinker. Raises: ValueError listing everything that is missing or cannot be."""
     reader = ConfigReader(MODEL_TYPE)
-    thinker = reader.section(config_json, "thinker_config")
+    thinker = read_thinker(reader, config_json)
     text = reader.section(thinker, "text_config")
     audio = read_audio_dims(reader, reader.section(thinker, "audio_config"))
     config = Qwen25OmniConfig(

@@ -1,4 +1,4 @@
-"""Names of Qwen2.5-VL's tensors and ours: as published, and as transformers holds them, by which some tools save."""
+"""Names of Qwen2.5-VL's published tensors and ours."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from omniloom.keymap import KeyMap
 
 
 def key_map(config: Qwen25VLConfig) -> KeyMap:
-    rules = [
-        rule
-        for tower, model in (("visual", "model"), ("model.visual", "model.language_model"))
-        for rule in (
-            *window_vision_rules(tower, attention={"attn.qkv": "qkv", "attn.proj": "proj"}),
-            *decoder_rules(model, "lm_head", config.text),
+    attention = {"attn.qkv": "qkv", "attn.proj": "proj"}
+    return KeyMap(
+        rules=(
+            *window_vision_rules("visual", attention=attention),
+            *decoder_rules("model", "lm_head", config.text),
         )
-    ]
-    return KeyMap(rules=tuple(dict.fromkeys(rules)))  # the head's is in both
+    )

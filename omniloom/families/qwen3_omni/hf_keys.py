@@ -1,17 +1,13 @@
-"""Names of Qwen3-Omni's published tensors and ours.
-
-transformers 5 holds the thinker as `thinker.model.{language_model,visual,audio_tower}` in memory but reads and writes
-the published layout, which is the one here.
-"""
+"""Names of Qwen3-Omni's published tensors and ours."""
 
 from __future__ import annotations
 
 from omniloom.families.hf_rules import (
     audio_layer_rules,
     decoder_rules,
+    expert_rules,
     linears,
     router_rule,
-    single_expert_rules,
     vision_rules,
 )
 from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
@@ -38,7 +34,7 @@ def key_map(config: Qwen3OmniConfig) -> KeyMap:
             *audio_layer_rules(audio),
             *decoder_rules(model, "thinker.lm_head", config.text),
             router_rule(model),
-            *single_expert_rules(model),
+            *expert_rules(model),
         ),
         carried=CARRIED,
     )

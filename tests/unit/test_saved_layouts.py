@@ -1,0 +1,96 @@
+"""Every layout in which transformers saves a family is read, and an export keeps it."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from omniloom.checkpoint.export import export
+from omniloom.checkpoint.hf import load_model
+from omniloom.checkpoint.tensor_files import SINGLE_NAME
+from omniloom.config import load_config
+from omniloom.run.opening import open_workshop
+from omniloom.tools.tiny import FAMILIES, make_tiny
+
+WHOLE = {
+    "qwen3_omni": "Qwen3OmniMoeForConditionalGeneration",
+    "qwen2_5_omni": "Qwen2_5OmniForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+}
+THINKERS = {
+    "qwen3_omni": "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+}
+
+
+def tensors_of(directory):
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def open_path(directory, *overrides):
+    return open_workshop(load_config(None, [f"model.path={directory}", *overrides]))
+
+
+def parameters_of(workshop):
+    model = workshop.build()
+    load_model(model, workshop.checkpoint, workshop.key_map, unbuilt=workshop.unbuilt)
+    return dict(model.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    root = tmp_path_factory.mktemp("published")
+    return {family: make_tiny(family, root / family) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize(("family", "architecture"), [*WHOLE.items(), *THINKERS.items()])
+def test_what_transformers_saves_is_the_same_model_and_exports_in_its_own_layout(
+    published, tmp_path, family, architecture, original
+):
+    """`original`: in the published names, else in those in memory, experts stacked."""
+    reference = getattr(transformers, architecture).from_pretrained(published[family], dtype="auto")
+    reference.save_pretrained(tmp_path / "saved", save_original_format=original)
+    workshop, before = open_path(tmp_path / "saved"), parameters_of(open_path(published[family]))
+    parameters = parameters_of(workshop)
+    assert parameters.keys() == before.keys()
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, before[name]), name
+    names = list(parameters)
+    export(tmp_path / "out", workshop.checkpoint, workshop.key_map, names, lambda name: parameters[name].detach())
+    there, here = tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "out")
+    assert there.keys() == here.keys()
+    for name, tensor in there.items():
+        assert torch.equal(tensor, here[name]), name
+
+
+def test_a_thinker_without_its_prefix_trains_on_fewer_layers(published, tmp_path):
+    """As older versions of transformers saved it: names of the published thinker, less `thinker.`."""
+    source, directory = published["qwen3_omni"], tmp_path / "thinker"
+    config_json = json.loads((source / "config.json").read_text())["thinker_config"]
+    architectures = {"architectures": [THINKERS["qwen3_omni"]], "model_type": "qwen3_omni_moe_thinker"}
+    tensors = {name: tensor for name, tensor in tensors_of(source).items() if name.startswith("thinker.")}
+    directory.mkdir()
+    save_file({name.removeprefix("thinker."): tensor for name, tensor in tensors.items()}, directory / SINGLE_NAME)
+    (directory / "config.json").write_text(json.dumps(config_json | architectures))
+    workshop = open_path(directory, "model.num_layers.text=1")
+    assert workshop.config_json["text_config"]["num_hidden_layers"] == 1
+    assert torch.equal(parameters_of(workshop)["text.embed.weight"], tensors["thinker.model.embed_tokens.weight"])
+
+
+def test_quantised_weights_are_refused_before_anything_is_built(published, tmp_path):
+    tensors = tensors_of(published["qwen3_vl"])
+    config_json = json.loads((published["qwen3_vl"] / "config.json").read_text())
+    name = "model.language_model.layers.0.mlp.down_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, tmp_path / SINGLE_NAME)
+    (tmp_path / "config.json").write_text(json.dumps(config_json))
+    with pytest.raises(ValueError, match=r"down_proj\.weight is stored as I8 \(1 of"):
+        open_path(tmp_path)
+    config_json["text_config"]["quantization_config"] = {"quant_method": "gptq"}
+    (tmp_path / "config.json").write_text(json.dumps(config_json))
+    with pytest.raises(ValueError, match=r"quantised \(gptq: config\.json has text_config\.quantization_config\)"):
+        open_path(tmp_path)
