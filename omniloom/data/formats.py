@@ -6,8 +6,6 @@ row says is kept whole: text beside tool calls, the order of parallel calls, rea
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -15,7 +13,7 @@ from typing import Any, Literal
 
 from omniloom.config import DataConfig
 from omniloom.data.row_media import KINDS, MediaKind, MediaRules, RowMedia, as_clips, join_sound
-from omniloom.data.tool_calls import parse_tool_calls, parse_tools, tool_call_part
+from omniloom.data.tool_calls import parse_tool_calls, parse_tools, tool_call_part, write_json
 from omniloom.types import Conversation, Part, Role, SampleError, Turn, suggest
 
 FORMATS = (
@@ -57,6 +55,7 @@ _PAIR_KEYS = ("instruction", "prompt", "input", "output", "query", "response", "
 _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios", "use_audio_in_video")
 _ROW_KEYS = {*_DIALOGUE_KEYS, *_PAIR_KEYS, *_MEDIA_KEYS, "tools", "system", "id", "weight"}
 _PREFERENCE_KEYS = ("ranking", "chosen", "rejected", "kto_tag")  # of the guides' `attr`, for training of another kind
+_LARGEST_WEIGHT = 1e30  # sums of them stay within float32
 _THINKING = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
@@ -205,13 +204,15 @@ def parse_row(row: Mapping[str, Any], *, file: str, line: int, options: RowOptio
     if options.needs_answer and not any(turn.role == "assistant" and turn.parts for turn in turns):
         raise SampleError("messages", "no assistant answer in the row: there is nothing to train on")
     source = f"{file}:{line}"
-    return Conversation(
+    conversation = Conversation(
         id=source if row.get("id") is None else str(row["id"]),
         source=source,
         turns=tuple(turns),
         tools=parse_tools(_find(row, names.tools, "tools")),
         weight=1.0 if row.get("weight") is None else _weight_number(row["weight"], "weight"),
     )
+    _refuse_half_characters(conversation)
+    return conversation
 
 
 def _messages(row: Mapping[str, Any], name: str, names: FieldNames) -> list[Mapping[str, Any]]:
@@ -353,9 +354,9 @@ class _TurnReader:
         if reasoning is not None:
             if not isinstance(reasoning, str):
                 raise SampleError(f"{where}.reasoning_content", f"expected text, got {str(reasoning)[:60]!r}")
-            parts.append(Part(kind="reasoning", text=_clean(reasoning.strip("\n"), where)))
+            parts.append(Part(kind="reasoning", text=reasoning.strip("\n")))
         elif isinstance(content, str) and (match := _THINKING.match(content)):
-            parts.append(Part(kind="reasoning", text=_clean(match[1].strip("\n"), where)))
+            parts.append(Part(kind="reasoning", text=match[1].strip("\n")))
             content = content[match.end() :].lstrip("\n")
         parts += _content(content, where, self._media)
         calls = _find(message, "tool_calls", "function_call")
@@ -372,7 +373,7 @@ def _content(content: Any, where: str, media: RowMedia) -> list[Part]:
     if content is None:
         return []
     if isinstance(content, str):
-        return join_sound(media.split_text(_clean(content, where)), where)
+        return join_sound(media.split_text(content), where)
     if isinstance(content, Mapping):
         content = [content]
     if not isinstance(content, list | tuple):
@@ -385,7 +386,7 @@ def _content(content: Any, where: str, media: RowMedia) -> list[Part]:
 
 def _block(block: Any, where: str, media: RowMedia) -> list[Part]:
     if isinstance(block, str):
-        return media.split_text(_clean(block, where))
+        return media.split_text(block)
     if not isinstance(block, Mapping):
         raise SampleError(where, f"expected a block with a type, got {str(block)[:60]!r}")
     kind = _type(block)
@@ -393,9 +394,9 @@ def _block(block: Any, where: str, media: RowMedia) -> list[Part]:
         text = block.get("text")
         if not isinstance(text, str):
             raise SampleError(where, f"expected a text block with its text, got {str(text)[:60]!r}")
-        return media.split_text(_clean(text, where))
+        return media.split_text(text)
     if kind == "thinking":
-        return [Part(kind="reasoning", text=_clean(str(block.get("thinking") or ""), where).strip("\n"))]
+        return [Part(kind="reasoning", text=str(block.get("thinking") or "").strip("\n"))]
     if kind == "tool_use":
         return [tool_call_part({"name": block.get("name"), "arguments": block.get("input")}, where)]
     if kind in _MEDIA_BLOCKS:
@@ -440,19 +441,20 @@ def _tool_content(content: Any, where: str, media: RowMedia) -> list[Part]:
         isinstance(block, Mapping) and _type(block) in ("text", *_MEDIA_BLOCKS) for block in content
     )
     if content is not None and not isinstance(content, str) and not is_blocks:
-        content = json.dumps(content, ensure_ascii=False)
+        content = write_json(content, where)
     return _content(content, where, media)
 
 
-def _clean(text: str, where: str) -> str:
-    if not text.isascii():
+def _refuse_half_characters(conversation: Conversation) -> None:
+    """Halves of surrogate pairs, which JSON can spell and UTF-8 cannot. Raises: SampleError."""
+    named = [("id", conversation.id), *(("tools", tool) for tool in conversation.tools)]
+    named += [(f"turn {index}", part.text) for index, turn in enumerate(conversation.turns) for part in turn.parts]
+    for where, text in named:
         try:
-            text.encode("utf-8")
+            text.isascii() or text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise SampleError(
-                where, f"half a surrogate pair at character {error.start}: {text[error.start]!r}"
-            ) from None
-    return text
+            found = f"half a surrogate pair at character {error.start}: {text[error.start]!r}"
+            raise SampleError(where, found) from None
 
 
 # ---------------------------------------------------------------------------------------- weights and names
@@ -467,8 +469,10 @@ def _turn_weight(message: Mapping[str, Any], where: str) -> float | None:
 
 
 def _weight_number(value: Any, where: str) -> float:
-    if not isinstance(value, int | float) or not (0 <= value < math.inf):
-        raise SampleError(where, f"expected true, false or a number from 0 up, got {value!r}")
+    if not isinstance(value, int | float) or not (0 <= value <= _LARGEST_WEIGHT):
+        raise SampleError(
+            where, f"expected true, false or a number from 0 to {_LARGEST_WEIGHT:g}, got {str(value)[:60]}"
+        )
     return float(value)
 
 

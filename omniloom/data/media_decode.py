@@ -75,7 +75,7 @@ def _to_rgb(image: Image) -> Image:
         grey = np.asarray(image).astype(np.int64)
         image = images.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("pictures of floating point pixels have no defined brightness; save as 8 or 16 bit")
+        raise SampleError("image", "pictures of floating point pixels have no defined brightness; save as 8 or 16 bit")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = images.alpha_composite(images.new("RGBA", image.size, (255, 255, 255, 255)), image)

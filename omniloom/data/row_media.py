@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ _MAGIC = re.compile(  # how files begin: of images, then of containers and sound
     rb"\xff[\xe0-\xff]|FLV|\x30\x26\xb2\x75|\0\0\x01[\xb3\xba]|FORM|caff|\.snd|#!AMR|wvpk",
     re.DOTALL,
 )
+_PATH = re.compile("[^\0\ud800-\udfff]*")
 _PAYLOAD_KEYS = ("path", "url", "bytes", "data", "base64")
 
 
@@ -163,8 +163,8 @@ class RowMedia:
             if scheme[0].lower() not in ("http://", "https://"):
                 raise SampleError(field, f"{path[:200]}: expected an http or https URL, got {scheme[0]}")
             return path
-        if "\0" in path:
-            raise SampleError(field, f"a path cannot hold a NUL character: {path[:60]!r}")
+        if not _PATH.fullmatch(path):
+            raise SampleError(field, f"a path cannot hold a NUL character or half a surrogate pair: {path[:60]!r}")
         full = os.path.normpath(os.path.join(self._folder, path))
         if not self._rules.allow_outside_media_dir:
             real, folder = os.path.realpath(full), os.path.realpath(self._folder)
@@ -258,6 +258,6 @@ def as_clips(kind: MediaKind, value: Any) -> list[Any]:
 def _positive(value: Any, field: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        raise SampleError(field, f"expected a positive number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < 1e18):
+        raise SampleError(field, f"expected a positive number, got {str(value)[:60]}")
     return value

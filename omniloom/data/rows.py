@@ -36,8 +36,10 @@ from omniloom.types import (
 )
 
 MEL_FRAMES_PER_SECOND = 100
-# What data can provoke. Anything else is a bug of ours and must not be filed under bad samples.
-DATA_ERRORS = (ValueError, OSError, EOFError, MemoryError)
+
+
+class RowFault(RuntimeError):
+    """A fault of this package that a row brought to light. It ends the run: filed as a bad row, it would be lost."""
 
 
 class Processor(Protocol):
@@ -94,8 +96,10 @@ class RowReader:
             try:
                 _refuse_skipped(row, skip)
                 found.append(self._measure_row(row, fresh))
-            except DATA_ERRORS as error:
+            except SampleError as error:
                 found.append(self._bad(row, error))
+            except (ValueError, OSError, EOFError, MemoryError) as error:
+                raise self._fault(row, error) from error
         if self.cache is not None:
             self.cache.put(fresh)
         return found
@@ -115,10 +119,12 @@ class RowReader:
             try:
                 _refuse_skipped(sample.row, skip)
                 examples.append(self._encode_row(sample, position, decode_clips))
-            except DATA_ERRORS as error:
+            except SampleError as error:
                 bad.append(self._bad(sample.row, error, sample.epoch))
                 name = f"{bad[-1].file}:{bad[-1].line}"
                 examples.append(FailedSlot(id=name, num_tokens=sample.extent.num_tokens))
+            except (ValueError, OSError, EOFError, MemoryError) as error:
+                raise self._fault(sample.row, error) from error
         batch = collate(
             examples,
             pack_tokens=self.pack_tokens,
@@ -172,12 +178,16 @@ class RowReader:
             raise SampleError("num_tokens", fault)
         return example
 
-    def _bad(self, row: int, error: BaseException, epoch: int = 0) -> BadSample:
+    def _bad(self, row: int, error: SampleError, epoch: int = 0) -> BadSample:
         file, line = self.source.locate(row)
-        if isinstance(error, SampleError):
-            return BadSample(file=file, line=line, field=error.field, reason=error.reason, epoch=epoch, row=row)
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return BadSample(file=file, line=line, field="row", reason=reason, epoch=epoch, row=row)
+        return BadSample(file=file, line=line, field=error.field, reason=error.reason, epoch=epoch, row=row)
+
+    def _fault(self, row: int, error: Exception) -> RowFault:
+        file, line = self.source.locate(row)
+        return RowFault(
+            f"{file}:{line}: {type(error).__name__}: {error}; this is a fault of omniloom, please report it. Without "
+            "this row the run goes on"
+        )
 
 
 class LockedRows:

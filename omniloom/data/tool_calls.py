@@ -44,8 +44,8 @@ def _tool(item: Any, field: str) -> str:
             function["parameters"] = function.pop("input_schema")
         item = {"type": "function", "function": function}
     if not isinstance(item["function"].get("name"), str):
-        raise SampleError(field, f"expected a tool with a name, got {json.dumps(item, ensure_ascii=False)[:80]}")
-    return json.dumps(item, ensure_ascii=False)
+        raise SampleError(field, f"expected a tool with a name, got {str(item)[:80]}")
+    return write_json(item, field)
 
 
 def parse_tool_calls(content: Any, field: str) -> list[Part]:
@@ -94,10 +94,18 @@ def tool_call_part(call: Any, field: str) -> Part:
         _load(arguments or "{}", f"{field}.arguments")
         written = arguments.strip() or "{}"
     else:
-        written = json.dumps(arguments, ensure_ascii=False)
-    more = "".join(f", {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in rest.items())
+        written = write_json(arguments, f"{field}.arguments")
+    more = "".join(f", {json.dumps(key)}: {write_json(value, field)}" for key, value in rest.items())
     name = json.dumps(call["name"], ensure_ascii=False)
     return Part(kind="tool_call", text=f'{{"name": {name}, "arguments": {written}{more}}}')
+
+
+def write_json(value: Any, field: str) -> str:
+    """JSON text of a value of a row. Raises: SampleError where it has none, such as bytes inside a column."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SampleError(field, f"cannot be written as JSON: {error}") from None
 
 
 def _load(text: str, field: str) -> Any:

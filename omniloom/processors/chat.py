@@ -72,7 +72,7 @@ class FamilyMedia(Protocol):
     pad_ids: frozenset[int]
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
-        """Planned size; `scale` below 1 lowers pixels and frames. Raises: ValueError for what cannot be."""
+        """Planned size; `scale` below 1 lowers pixels and frames. Raises: SampleError for what cannot be."""
 
     def placeholder(self, clip: ClipGeometry) -> str:
         """Text of the clip with its wrappers, one pad token for each of its layouts."""
@@ -126,12 +126,7 @@ class ChatProcessor:
             if part.kind != header.kind:
                 raise SampleError(f"{part.kind}s", f"the file is not of this kind but {header.kind}")
             assert part.media is not None
-            try:
-                clips.append(self._clip_geometry(part.media, header, scale))
-            except SampleError:
-                raise
-            except ValueError as error:
-                raise SampleError(f"{part.kind}s", str(error)) from None
+            clips.append(self._clip_geometry(part.media, header, scale))
         return tuple(clips)
 
     def _clip_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:

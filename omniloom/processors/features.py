@@ -14,20 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omniloom.types import SampleError
+
 MAX_ASPECT_RATIO = 200  # beyond it the published processors refuse
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Height and width to resize to: multiples of `factor`, the area within bounds, the aspect ratio nearly kept.
 
-    `factor` is patch size x merge size. Raises: ValueError for an aspect ratio over 200 or a side below 1.
+    `factor` is patch size x merge size. Raises: SampleError for an aspect ratio over 200 or a side below 1.
     Source: transformers, Qwen2VLImageProcessor.smart_resize.
     """
     if min(height, width) < 1:
-        raise ValueError(f"expected an image of at least 1x1 pixels, got {width}x{height}")
+        raise SampleError("images", f"expected an image of at least 1x1 pixels, got {width}x{height}")
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
-        raise ValueError(f"expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {ratio:.1f} ({width}x{height})")
+        raise SampleError(
+            "media", f"expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {ratio:.1f} ({width}x{height})"
+        )
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
@@ -45,17 +49,19 @@ def smart_resize_video(
 ) -> tuple[int, int]:
     """As `smart_resize`, the bounds being those of all frames together; frames under `factor` are enlarged first.
 
-    Raises: ValueError for an aspect ratio over 200 or a side below 1.
+    Raises: SampleError for an aspect ratio over 200 or a side below 1.
     Source: transformers, video_processing_qwen3_vl.smart_resize.
     """
     if min(height, width) < 1:
-        raise ValueError(f"expected frames of at least 1x1 pixels, got {width}x{height}")
+        raise SampleError("videos", f"expected frames of at least 1x1 pixels, got {width}x{height}")
     if min(height, width) < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
-        raise ValueError(f"expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {ratio:.1f} ({width}x{height})")
+        raise SampleError(
+            "media", f"expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {ratio:.1f} ({width}x{height})"
+        )
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     area = round(num_frames / temporal) * temporal * new_height * new_width
     if area > max_pixels:
@@ -75,13 +81,15 @@ def sample_frame_indices(
     """Indices of the frames to keep: `fps` per second, evenly spread, a multiple of `multiple` of them.
 
     The count is floor(duration x fps), at least `min_frames`, at most `max_frames` and the frames there are. A video
-    with fewer than `multiple` frames repeats its last one. Raises: ValueError for no frames or no rate.
+    with fewer than `multiple` frames repeats its last one. Raises: SampleError for no frames or no rate.
     Source: transformers, Qwen2VLVideoProcessor.sample_frames.
     """
     if num_frames < 1:
-        raise ValueError(f"expected a video with at least one frame, got {num_frames}")
+        raise SampleError("videos", f"expected a video with at least one frame, got {num_frames}")
     if not video_fps > 0 or not fps > 0:
-        raise ValueError(f"expected positive frame rates, got {video_fps!r} of the video and {fps!r} asked for")
+        raise SampleError(
+            "videos", f"expected positive frame rates, got {video_fps!r} of the video and {fps!r} asked for"
+        )
     if num_frames < multiple:
         return spread_frames(num_frames, multiple)
     most = max(min(max_frames, num_frames) // multiple, 1) * multiple
@@ -165,15 +173,16 @@ def log_mel(
     """Log-mel spectrogram float32 [num_mel_bins, num_samples // hop_length] of one mono clip float32 [num_samples].
 
     Clips of half a window and less are padded with silence first, since they cannot be reflected at their ends; the
-    number of frames is the same formula. Raises: ValueError for a clip shorter than one hop.
+    number of frames is the same formula. Raises: SampleError for a clip shorter than one hop.
     Source: transformers, WhisperFeatureExtractor on a single clip, padding "longest", no truncation.
     """
     samples = torch.as_tensor(waveform, dtype=torch.float32)
     num_frames = samples.shape[0] // hop_length
     if num_frames < 1:
-        raise ValueError(
+        raise SampleError(
+            "audios",
             f"expected at least {hop_length} samples ({hop_length / sampling_rate * 1000:g} ms) of audio, "
-            f"got {samples.shape[0]}"
+            f"got {samples.shape[0]}",
         )
     if samples.shape[0] <= n_fft // 2:
         samples = torch.nn.functional.pad(samples, (0, n_fft // 2 + 1 - samples.shape[0]))

@@ -16,10 +16,10 @@ from typing import Any
 from omniloom.checkpoint.hub import resolve_model_path
 from omniloom.config import Config, DataConfig, ModelConfig, load_config
 from omniloom.data.row_media import KINDS
-from omniloom.data.rows import DATA_ERRORS, RowReader, Source
+from omniloom.data.rows import RowReader, Source
 from omniloom.data.sources import Concatenated, open_sources
 from omniloom.processors.rendering import split_reasoning
-from omniloom.types import Conversation, Part
+from omniloom.types import Conversation, Part, SampleError
 
 # transformers' class that answers in text, where it is not the one that config.json names
 TEXT_CLASSES = {
@@ -88,7 +88,7 @@ def _read_row(reader: RowReader, index: int) -> Prompt | BadRow:
         row, file, line = reader.source.read(index)
         name = place if row.get("id") is None else str(row["id"])
         return read_prompt(reader, reader.parse(row, file, line), file)
-    except DATA_ERRORS as error:
+    except SampleError as error:
         return BadRow(id=name, error=f"{place}: {str(error) or type(error).__name__}")
 
 

@@ -15,7 +15,7 @@ from omniloom.run.opening import open_workshop
 from omniloom.run.rows import open_rows, planned_options
 from omniloom.tools.demo_data import write_demo_data
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import IGNORE_LABEL, PackedBatch
+from omniloom.types import IGNORE_LABEL, Extent, PackedBatch, PackPlan, PlannedSample
 
 REAL = Path(__file__).parents[3] / "shared" / "real"
 
@@ -83,6 +83,39 @@ def test_thinking_that_is_switched_off_reaches_the_processor(checkpoint, demo):
     for word, enabled in (("data.enable_thinking=true", True), ("data.enable_thinking=false", False)):
         recipe = open_rows(open_workshop(load_config(None, [*words, word])), source, cache=False)
         assert recipe().processor.options.enable_thinking is enabled
+
+
+ODD_ROWS = (
+    {"messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "a"}]},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "tool_call", "content": {"name": "\udc00"}}]},
+    {"query": "a", "response": "b", "tools": [{"name": "f", "parameters": {"\ud800": 1}}]},
+    {"query": "a", "response": "b", "id": "\ud800"},
+    {"query": "<image>", "response": "b", "images": ["\ud800.png"]},
+    {"query": "<image>", "response": "b", "images": [{"path": "flat.png", "min_pixels": 10**400}]},
+    {"query": "<image>", "response": "b", "images": ["flat.png"]},  # 900 pixels wide, 1 high
+    {"query": "<image>", "response": "b", "images": ["float.tiff"]},
+    {"query": "a", "response": "b", "weight": 10**400},
+    {"query": "a", "response": "b", "tools": '[{"name": "f", "x": "\\ud800"}]'},
+    {"query": "<|image_pad|>", "response": "b"},
+    {"query": "a\0b", "response": ""},
+)
+
+
+def test_whatever_a_row_holds_is_its_own_fault(checkpoint, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (900, 1)).save(tmp_path / "flat.png")
+    Image.new("F", (40, 40)).save(tmp_path / "float.tiff")
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ODD_ROWS))
+    config = load_config(None, [f"model.path={checkpoint}", f"train.run_dir={tmp_path}"])
+    reader = open_rows(open_workshop(config), open_sources((str(tmp_path / "odd.jsonl"),)), cache=False)()
+    found = reader.measure(range(len(ODD_ROWS)), {}, lambda row: None)
+    good = [index for index, row in enumerate(found) if isinstance(row, Extent)]
+    assert good == [7]  # its header is fine, its pixels have no brightness
+    sample = PlannedSample(row=7, epoch=0, extent=found[7], weight_scale=1.0)
+    (bad,) = reader.load(PackPlan(index=0, samples=(sample,)), None, {}, lambda row: None).bad
+    for row in (bad, *(row for row in found if row is not found[7])):
+        json.dumps([row.field, row.reason], ensure_ascii=False).encode()
 
 
 def check_batch(batch: PackedBatch) -> None:

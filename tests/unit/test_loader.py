@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from omniloom.data.agreement import RanksStopped, agree
 from omniloom.data.extent_cache import ExtentCache, extent_key, fingerprint_of
 from omniloom.data.loader import Loader
 from omniloom.data.planner import PlanError, Planner, PlanOptions
-from omniloom.data.rows import RowReader
+from omniloom.data.rows import RowFault, RowReader
 from omniloom.data.stream import BadSampleFile, StepStream
 from omniloom.data.worker_pool import PoolClosed
 from omniloom.types import (
@@ -37,6 +39,7 @@ from omniloom.types import (
     PackPlan,
     Part,
     PlannedSample,
+    RunError,
     SampleError,
     Segments,
     StepPlan,
@@ -382,6 +385,43 @@ def test_samples_that_fail_after_planning_keep_their_slots_as_padding(workers, i
                     assert pack.batch.loss_weights[rows].tolist() == tensors["loss_weights"][rows]
         assert step.agreement.weight_sum == pytest.approx(whole[1] - lost)
         assert step.agreement.stats.num_samples == sum(len(p.samples) for p in step.plan.packs) - len(step.bad)
+
+
+class FaultyProcessor(NumberProcessor):
+    """Has a fault of its own at row 3, and refuses row 4 by name."""
+
+    def measure(self, conversation, headers, clips=None):
+        if number_of(conversation) == 3:
+            raise ValueError("operands could not be broadcast together")
+        if number_of(conversation) == 4:
+            raise SampleError("videos", "too short")
+        return super().measure(conversation, headers, clips)
+
+    def encode(self, conversation, clips, decoded):
+        self.measure(conversation, ())
+        return super().encode(conversation, clips, decoded)
+
+
+def open_faulty_rows() -> RowReader:
+    return replace(open_rows(), processor=FaultyProcessor())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_of_ours_ends_the_run_by_the_row_instead_of_making_it_a_bad_one(workers):
+    loader = Loader(open_faulty_rows, workers=workers)
+    try:
+        assert [row.field for row in loader.measure([4])] == ["videos"]
+        for call in (lambda: loader.measure([2, 3]), lambda: loader.submit(plan_of(2, 3)).result()):
+            with pytest.raises(RowFault, match=r"numbers.jsonl:4: ValueError: operands could not .* report") as caught:
+                call()
+            assert "in measure" in "".join(traceback.format_exception(caught.value))  # where it happened
+            assert not isinstance(caught.value, ValueError | RunError)  # which end a run without a traceback
+    finally:
+        loader.close()
+
+
+def plan_of(*rows: int) -> PackPlan:
+    return PackPlan(index=0, samples=tuple(sample(row) for row in rows))
 
 
 def test_an_example_of_another_length_than_planned_is_a_bad_sample():
