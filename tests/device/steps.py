@@ -1,0 +1,233 @@
+"""Real steps of real models on the fake device: what is opened, which batch is given, what is called in which order.
+
+The one file here that knows the parts of the package. A model of any published size is opened as a run opens it, from
+a checkpoint that has headers and no bytes; then a step is made of the calls that the trainer makes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from omniloom.config import load_config
+from omniloom.data.collate import collate
+from omniloom.families.registry import find_spec
+from omniloom.models.audio import audio_batch
+from omniloom.models.vision import vision_batch
+from omniloom.ops import attention
+from omniloom.parallel.encoder_pool import EncoderPool, Seat
+from omniloom.parallel.gradients import clip_gradients
+from omniloom.parallel.mesh import build_layout, resolve_degrees
+from omniloom.parallel.step import Objective, evaluate, forward_backward
+from omniloom.run.opening import Workshop, build_model, open_workshop
+from omniloom.tools.tiny import FAMILIES, make_tiny
+from omniloom.training.optimizer import build_optimizer
+from omniloom.types import IGNORE_LABEL, AudioClip, Example, PackedBatch, VisionClip
+from tests.device.fake_device import Record, one_of
+from tests.parity.published_configs import PUBLISHED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step to make: model, rank, layout and settings. Layer counts of None are those published."""
+
+    model: str  # a published size, or a family, whose tiny checkpoint is taken as it is
+    layers: Mapping[str, int | None] = field(default_factory=lambda: {"text": 2, "vision": 2, "audio": 2})
+    world_size: int = 1
+    rank: int = 0
+    parallel: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    pack_tokens: int = 8192
+    num_packs: int = 1
+    evaluates: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a step left behind."""
+
+    gradients: frozenset[torch.dtype]
+    states: frozenset[torch.dtype]
+    devices: frozenset[str]
+    num_trained: int
+
+
+# ---------------------------------------------------------------------------------------- opening
+
+
+def open_case(case: Case, directory: Path) -> Workshop:
+    """The model of a case, opened as a run opens it. `directory` is written."""
+    if case.model in FAMILIES:
+        make_tiny(case.model, directory)
+    else:
+        published = PUBLISHED[case.model].config
+        spec = find_spec(published)
+        layers = {name: count for name, count in case.layers.items() if name in spec.modalities or name == "vision"}
+        write_headers(directory, spec.reduce_config(published, **layers))
+    tree = {
+        "model": {"path": str(directory), "dtype": "bf16"},
+        "data": {"pack_tokens": case.pack_tokens},
+        "train": {"packs_per_step": case.world_size * case.num_packs},
+        "parallel": dict(case.parallel),
+        "memory": dict(case.memory),
+        "policy": dict(case.policy),
+    }
+    return open_workshop(load_config(tree))
+
+
+def write_headers(directory: Path, config_json: Mapping[str, Any]) -> None:
+    """A checkpoint directory that looks whole: the names and shapes are there, the bytes are a hole in the file."""
+    spec = find_spec(config_json)
+    family = spec.read_config(config_json)
+    with torch.device("meta"):
+        model = spec.build(family, modalities=spec.modalities)
+    key_map, header, end = spec.key_map(family), {}, 0
+    for ours, tensor in model.state_dict().items():
+        names, shape = key_map.published_names(ours), tuple(tensor.shape)
+        if "*" in names[0]:  # stacked: a tensor for each row, or several that lie one after another in it
+            names = tuple(name.replace("*", str(row)) for row in range(shape[0]) for name in names)
+            shape = (shape[1] * shape[0] // len(names), *shape[2:])
+        for name in names:
+            if name not in header:  # a tied head is the embedding
+                start, end = end, end + 2 * prod(shape)
+                header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config_json), encoding="utf-8")
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+# ---------------------------------------------------------------------------------------- a pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a pack is made of: samples of one length, their media first and their answer last."""
+
+    num_samples: int = 4
+    grid: tuple[int, int, int] = (1, 24, 24)  # of each picture
+    pictures: int = 1  # of each sample
+    mel_frames: int = 200  # of each sample's sound; 0: none
+    answer: float = 0.5  # share of each sample that has a loss
+
+
+def make_pack(family: Any, pack_tokens: int, content: Content) -> PackedBatch:
+    """A pack as a worker would load it, on the host; its values mean nothing."""
+    length = (pack_tokens - 64) // content.num_samples  # some padding at the end
+    examples = [_example(family, number, length, content) for number in range(content.num_samples)]
+    hears = getattr(family, "audio", None) is not None
+    return collate(
+        examples,
+        pack_tokens=pack_tokens,
+        weight_scales=[1.0] * len(examples),
+        collate_vision=lambda clips: vision_batch(clips, family.vision),
+        collate_audio=(lambda clips: audio_batch(clips, family.audio)) if hears else None,
+    )
+
+
+def _example(family: Any, number: int, length: int, content: Content) -> Example:
+    place, vision, audio = 8, [], []
+    for _ in range(content.pictures):
+        patches, rows = prod(content.grid), prod(content.grid) // family.vision.spatial_merge_size**2
+        index = torch.arange(place, place + rows)
+        vision.append(
+            VisionClip(patches=torch.zeros(patches, family.vision.patch_dim), grid_thw=content.grid, token_index=index)
+        )
+        place += rows + 8
+    if content.mel_frames and getattr(family, "audio", None) is not None:
+        rows = family.audio.num_tokens(content.mel_frames)
+        features = torch.zeros(family.audio.num_mel_bins, content.mel_frames)
+        audio.append(AudioClip(features=features, token_index=torch.arange(place, place + rows)))
+        place += rows + 8
+    assert place <= length, f"media of {place} tokens in a sample of {length}"
+    trained = torch.arange(length) >= length - int(length * content.answer)
+    return Example(
+        id=str(number),
+        input_ids=torch.ones(length, dtype=torch.int64),
+        labels=torch.where(trained, 1, IGNORE_LABEL),
+        loss_weights=trained.float(),
+        position_ids=torch.arange(length).expand(3, -1).contiguous(),
+        vision=tuple(vision),
+        audio=tuple(audio),
+    )
+
+
+# ---------------------------------------------------------------------------------------- a step
+
+
+def run_case(
+    case: Case,
+    workshop: Workshop,
+    device: torch.device,
+    content: Content | None = None,
+    on_op: Callable[..., None] | None = None,
+) -> tuple[Record, Outcome]:
+    """One optimizer step as rank `case.rank` takes it, and an evaluation where the case asks for one."""
+    config, family = workshop.config, workshop.family
+    batch = make_pack(family, case.pack_tokens, content or Content())
+    with one_of(case.world_size, case.rank, device) as ranks, _imagined_members():
+        degrees = resolve_degrees(config.parallel, case.world_size, packs_per_step=config.train.packs_per_step)
+        local_tokens = case.pack_tokens // degrees.context
+        record = Record(device=device, rows=local_tokens * family.text.num_experts_per_tok, on_op=on_op)
+        layout = build_layout(degrees, ranks)
+        pool = EncoderPool(layout, workshop.spec.sharding(family), config.parallel.encoder_pool)
+        with record:
+            record.phase = "opening"
+            model, policies = build_model(workshop, layout)
+            optimizer = build_optimizer(
+                model.named_parameters(), policies, betas=config.train.betas, epsilon=config.train.epsilon
+            )
+            objective = Objective(weight_sum=1.0, num_packs=case.num_packs, router_coefficient=config.train.router_loss)
+            for number in range(case.num_packs):
+                record.phase = f"pack {number}"
+                last = number == case.num_packs - 1
+                forward_backward(model, batch, layout, objective, pool, is_last=last)
+            record.phase = "optimizer"
+            clip_gradients(model.parameters(), config.train.clip_norm, device)
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+            optimizer.step()
+            if case.evaluates:
+                record.phase = "evaluation"
+                model.eval()
+                evaluate(model, batch, layout, pool)
+    states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]  # no step counts
+    return record, Outcome(
+        gradients=frozenset(gradient.dtype for gradient in gradients if gradient is not None),
+        states=frozenset(state.dtype for state in states),
+        devices=frozenset(tensor.device.type for tensor in (*gradients, *states) if tensor is not None and tensor.ndim),
+        num_trained=len(gradients),
+    )
+
+
+@contextlib.contextmanager
+def _imagined_members() -> Iterator[None]:
+    """The other ranks of an encoder pool say what this one says, from their own seats; flash attention is at hand."""
+    gather, resolve = dist.all_gather_object, attention.resolve_kernel
+
+    def all_gather_object(gathered: list[Any], value: Any, group: Any = None) -> None:
+        gathered[:] = [value] * len(gathered)
+        if isinstance(value, tuple) and isinstance(value[0], Seat):
+            seat, *media = value
+            gathered[:] = [
+                (dataclasses.replace(seat, first_token=member * seat.num_tokens), *media)
+                for member in range(len(gathered))
+            ]
+
+    dist.all_gather_object = all_gather_object
+    attention.resolve_kernel = lambda kernel, _, dtype: resolve(kernel, "cuda", dtype)
+    try:
+        yield
+    finally:
+        dist.all_gather_object, attention.resolve_kernel = gather, resolve
