@@ -9,9 +9,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from omniloom.exit_codes import BAD_INPUT
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-BAD_INPUT = 2
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="dotted overrides, e.g. train.steps=100", metavar="[A.B=C]...")
@@ -34,8 +35,9 @@ def train(
 
     def run_here() -> int:
         from omniloom.run.trainer import run
+        from omniloom.tools.report import write_report
 
-        return run(config)
+        return run(config, on_end=lambda run_dir: print(f"wrote {write_report(run_dir)}"))
 
     raise typer.Exit(launch_or_join(run_here, ["train", *(words or [])], nproc))
 

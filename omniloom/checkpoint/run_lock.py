@@ -1,26 +1,37 @@
-"""One run per directory: a lock that ends with the process that holds it, however that process ends."""
+"""One run per directory, and one directory per run: a lock, and the proof that all ranks see the same place.
+
+The lock ends with the process that holds it, however that process ends. Where a run's directory lies is known by what
+each rank sees of a file that the first one wrote: neither paths nor host names tell.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
+import secrets
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from torch.distributed import ProcessGroup
+from omniloom.checkpoint.agreement import Group, agree, gather, rank
 
-from omniloom.checkpoint.agreement import agree, rank
+_log = logging.getLogger(__name__)
+SIGHT_SECONDS = 3.0  # that a network file system is given to show a new file on another node
+_NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL))
 
 
 class RunLock:
     """Held by one process (rank 0) from entering to leaving the `with` block.
 
     A POSIX record lock: unlike `flock` it is not shared with forked children, so that a loader worker which outlives
-    its killed parent does not keep the directory locked. The same process may take it twice.
+    its killed parent does not keep the directory locked. The same process may take it twice. A file system that offers
+    no locks (Lustre without its flock option) is warned of, and the run goes on without.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -32,25 +43,39 @@ class RunLock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             stream = self.path.open("a+", encoding="utf-8")
+            try:
+                self._take(stream)
+                stream.truncate(0)
+                stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                stream.flush()
+            except BaseException:
+                stream.close()
+                raise
         except OSError as error:
             raise ValueError(
                 f"cannot write the run directory {self.path.parent}: {error.strerror}; name one that can be "
                 "written as train.run_dir"
             ) from None
+        self._stream = stream
+        return self
+
+    def _take(self, stream: IO[str]) -> None:
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             stream.seek(0)
             holder = stream.read().strip() or "another process"
-            stream.close()
             raise ValueError(
                 f"{self.path.parent} is in use by {holder}; wait for that run, stop it, or set another train.run_dir"
             ) from None
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        stream.flush()
-        self._stream = stream
-        return self
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _log.warning(
+                "warning: the file system of %s offers no locks (%s): nothing keeps a second run out of it, and two "
+                "would damage each other's files; start one at a time",
+                *(self.path.parent, error.strerror),
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -62,8 +87,11 @@ class RunLock:
 
 
 @contextmanager
-def hold_run_lock(run_dir: str | Path, group: ProcessGroup | None = None) -> Iterator[None]:
-    """The lock of a job: rank 0 of `group` takes it. Collective. Raises: RunLock's ValueError, on every rank."""
+def hold_run_lock(run_dir: str | Path, group: Group = None) -> Iterator[None]:
+    """The lock of a job: rank 0 of `group` takes it. Collective.
+
+    Raises: RunLock's ValueError, on every rank; ValueError where a rank does not see rank 0's directory.
+    """
     with ExitStack() as stack:
         fault = None
         if rank(group) == 0:
@@ -72,4 +100,34 @@ def hold_run_lock(run_dir: str | Path, group: ProcessGroup | None = None) -> Ite
             except ValueError as error:
                 fault = str(error)
         agree(fault, group)
+        check_shared(Path(run_dir), group)
         yield
+
+
+def check_shared(run_dir: Path, group: Group = None) -> None:
+    """That all ranks see one run directory. Collective. Raises: ValueError on every rank, naming those that do not."""
+    name = gather(f".seen_by_all_ranks.{secrets.token_hex(8)}", group)[0]  # new, so that no node remembers its absence
+    fault = None
+    if rank(group) == 0:
+        try:
+            (run_dir / name).touch()
+        except OSError as error:
+            fault = f"cannot write the run directory {run_dir}: {error.strerror}"
+    agree(fault, group)
+    deadline = time.monotonic() + SIGHT_SECONDS
+    while not (seen := (run_dir / name).exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    views = gather((seen, socket.gethostname(), str(run_dir.absolute())), group)
+    if rank(group) == 0:
+        (run_dir / name).unlink(missing_ok=True)
+    blind: dict[str, list[str]] = {}
+    for number, (seen, host, path) in enumerate(views):
+        if not seen:
+            blind.setdefault(f"on {host} in {path}", []).append(str(number))
+    if blind:
+        _, host, path = views[0]
+        ranks = "; ".join(f"rank {', '.join(numbers)} {where}" for where, numbers in blind.items())
+        raise ValueError(
+            f"train.run_dir={run_dir} is not one directory for all ranks: what rank 0 on {host} wrote in {path} is not "
+            f"seen by {ranks}. Name a directory that all nodes share, by its absolute path"
+        )

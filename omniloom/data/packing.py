@@ -12,6 +12,7 @@ import numpy as np
 
 LEFT_OVER = -1  # the pack number of a sample that no pack took
 _FULL_ENOUGH = 0.005  # share of a pack's room that is not worth a search for a better filling
+_STRETCH_PACKS = 512  # packed together by `pack_everything`
 _EVEN_ENOUGH = 0.01  # spread of costs, over their mean, below which swapping stops
 
 
@@ -45,8 +46,20 @@ def fill_packs(
 
 
 def pack_everything(tokens: np.ndarray, costs: np.ndarray, *, pack_tokens: int) -> np.ndarray:
-    """Like `fill_packs`, with as many packs as it takes to leave nothing over. Returns: int64 [n], packs from 0."""
+    """Like `fill_packs`, with as many packs as it takes to leave nothing over. Returns: int64 [n], packs from 0.
+
+    Swapping looks at all pairs of packs, so that long lists are packed a stretch of them after another.
+    """
     assert len(tokens) == 0 or int(tokens.max()) <= pack_tokens, "a sample longer than a pack reached the packing"
+    packs, num_packs = np.zeros_like(tokens), 0
+    stretch = (tokens.cumsum() - 1) // (_STRETCH_PACKS * pack_tokens)
+    for part in np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(stretch)) + 1):
+        packs[part] = num_packs + _pack_stretch(tokens[part], costs[part], pack_tokens)
+        num_packs = int(packs[part].max(initial=-1)) + 1
+    return packs
+
+
+def _pack_stretch(tokens: np.ndarray, costs: np.ndarray, pack_tokens: int) -> np.ndarray:
     num_packs = -(-int(tokens.sum()) // pack_tokens)
     while True:
         packs = fill_packs(tokens, costs, pack_tokens=pack_tokens, num_packs=num_packs)

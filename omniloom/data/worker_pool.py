@@ -203,7 +203,8 @@ def _fail(future: Future, error: Exception) -> None:
 
 def _work(connection: Connection, factory: Callable[[], Any], directory: Path) -> None:
     """Serve tasks until the pipe ends, which it also does when the training process dies in whatever way."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which then ends this one
+    for number in (signal.SIGINT, signal.SIGUSR1):  # for the training process, which then ends this one
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     target, fault = None, None
     try:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
-EXIT_CODE = 124  # as timeout(1) has it; not the code of a run that left a checkpoint and wants to be started again
+from omniloom.exit_codes import HUNG
+
 ANSWER_SECONDS = 5.0  # that the store is given to answer before the report is written without it
 
 
@@ -81,7 +82,7 @@ class Watchdog:
     """Keeps this rank's heartbeat and watches its age from a thread. `enter` costs one attribute write.
 
     `end(report)` is called where a phase lasts longer than `timeout_seconds`; by default it prints the report and ends
-    the process with EXIT_CODE.
+    the process with HUNG.
     """
 
     def __init__(
@@ -173,4 +174,4 @@ class Watchdog:
 def _print_and_exit(report: str) -> None:
     sys.stderr.write(f"error: {report}\n")
     sys.stderr.flush()
-    os._exit(EXIT_CODE)  # the main thread sits in a collective and cannot be interrupted
+    os._exit(HUNG)  # the main thread sits in a collective and cannot be interrupted

@@ -181,12 +181,11 @@ class Evaluation:
         tokens = np.array([sample.extent.num_tokens + room for sample in samples], np.int64)
         costs = np.array([sample.extent.cost for sample in samples], np.int64)
         place = pack_everything(tokens, costs, pack_tokens=pack_tokens).tolist()
-        filled = [
-            tuple(sample for sample, at in zip(samples, place, strict=True) if at == number)
-            for number in range(1 + max(place, default=-1))
-        ]
-        filled += [()] * (-len(filled) % self.layout.data_world)
-        return [PackPlan(index=index, samples=own) for index, own in enumerate(filled)]
+        filled: list[list[PlannedSample]] = [[] for _ in range(1 + max(place, default=-1))]
+        for sample, number in zip(samples, place, strict=True):
+            filled[number].append(sample)
+        filled += [[] for _ in range(-len(filled) % self.layout.data_world)]
+        return [PackPlan(index=index, samples=tuple(own)) for index, own in enumerate(filled)]
 
     def _list_bad(self, bad: tuple[BadSample, ...]) -> None:
         if self.bad_samples is not None and bad:

@@ -7,7 +7,7 @@ nothing is written and nothing said.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +16,9 @@ import torch
 
 from omniloom.config import Config, save_config
 from omniloom.data.stream import LoadedStep
-from omniloom.parallel.device import peak_memory_bytes
 from omniloom.parallel.mesh import Layout
 from omniloom.run.evaluation import EvaluationReport
+from omniloom.run.stopping import remove_stopped
 from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation
 from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepFigures, StepMetrics
 from omniloom.training.policy import ParameterPolicy, table_lines, trainable_table
@@ -28,8 +28,15 @@ from omniloom.types import Source
 class RunRecords:
     """The records of one run, on every rank. Made before generators are seeded: measuring the peak draws numbers."""
 
-    def __init__(self, config: Config, layout: Layout, compute_dtype: torch.dtype, stack: ExitStack) -> None:
-        self.config, self.layout, self._stack = config, layout, stack
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        compute_dtype: torch.dtype,
+        stack: ExitStack,
+        on_step: Callable[[StepMetrics], None] | None = None,
+    ) -> None:
+        self.config, self.layout, self._stack, self._on_step = config, layout, stack, on_step
         self.run_dir = Path(config.train.run_dir)
         self._peak_flops = measure_matmul_peak(layout.device, compute_dtype)
         self._screen = Screen(enabled=layout.is_first, total_steps=config.train.steps, every=config.log.every)
@@ -53,6 +60,7 @@ class RunRecords:
         """
         if not self.layout.is_first:
             return
+        remove_stopped(self.run_dir)
         save_config(self.config, self.run_dir / "config.yaml")
         table = trainable_table(policies, sizes)
         rows = json.dumps([asdict(row) for row in table], indent=1)
@@ -60,7 +68,7 @@ class RunRecords:
         for words in (*about, *table_lines(table)):
             self.say(words)
         log = self.config.log
-        self._log = MetricsLog(self.run_dir, first_step=first_step, tensorboard=log.tensorboard, load_every=log.every)
+        self._log = MetricsLog(self.run_dir, first_step=first_step, tensorboard=log.tensorboard)
         self._stack.callback(self._log.close)
 
     def step(
@@ -83,7 +91,7 @@ class RunRecords:
             tokens_per_second=stats.num_tokens / seconds,
             mfu=model_flops_utilisation(megaflops, seconds, self._peak_flops, self.layout.world_size),
             data_wait_fraction=loaded.data_wait_seconds / seconds,
-            peak_memory_bytes=peak_memory_bytes(self.layout.device),
+            peak_memory_bytes=figures.peak_memory_bytes,
             step_seconds=seconds,
             pack_fill=stats.num_tokens / (len(loaded.plan.packs) * self.config.data.pack_tokens),
             num_bad_samples=len(loaded.bad),
@@ -93,9 +101,19 @@ class RunRecords:
         )
         if self._log is not None:
             self._log.write(line, figures.expert_load)
+            if self._on_step is not None:
+                self._on_step(line)
         self._screen.step(line, progress=loaded.progress)
-        if (usual := self._spikes.check(line.loss)) is not None:
+        if line.loss is not None and (usual := self._spikes.check(line.loss)) is not None:
             self.say(f"warning: loss {line.loss:.3f} at step {line.step + 1} is a spike, usual is {usual:.3f}")
+
+    def nothing_trained(self, loaded: LoadedStep) -> None:
+        """Say that a step had nothing to learn from; its loss is null in the metrics."""
+        planned, failed = sum(len(pack.samples) for pack in loaded.plan.packs), len(loaded.agreement.bad)
+        self.say(
+            f"warning: step {loaded.plan.step + 1} trained nothing: {failed} of its {planned} samples could not be "
+            "read (see bad_samples.jsonl), the others have no loss weight; the weights stay as they are"
+        )
 
     def not_finite(self, figures: StepFigures, loaded: LoadedStep, source: Source) -> str:
         """Write out which samples were in a step whose loss or gradient is not finite. Returns what to say of it."""

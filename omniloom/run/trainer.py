@@ -7,10 +7,9 @@ which order they act within a step, and is the place where all of them meet.
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,9 +22,11 @@ from omniloom.config import Config, ConfigError
 from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner, plan_options
 from omniloom.data.stream import BadSampleFile, LoadedStep, StepStream
+from omniloom.exit_codes import LOST_RANK, STOPPED_EARLY
 from omniloom.models.fusion import OmniModel
 from omniloom.ops.attention import resolve_kernel
 from omniloom.ops.grouped_gemm import ROW_BYTES, fits_grouped_gemm
+from omniloom.parallel.device import peak_memory_bytes
 from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import (
@@ -44,22 +45,26 @@ from omniloom.run.records import RunRecords
 from omniloom.run.results import NO_ADAPTER, export_adapter, export_model
 from omniloom.run.rows import describe_files, describe_template, open_data, open_rows, planned_options
 from omniloom.run.state import RunState
-from omniloom.tools.launch import LOST_RANK
-from omniloom.tools.report import write_report
+from omniloom.run.stopping import StopRequest, write_stopped
 from omniloom.training.flops import TrainingWork
 from omniloom.training.lora import find_dropouts
-from omniloom.training.metrics import StepFigures
+from omniloom.training.metrics import StepFigures, StepMetrics
 from omniloom.training.optimizer import build_optimizer, set_learning_rate
 from omniloom.training.profile import Profile
 from omniloom.training.schedule import decay_progress, schedule_factor
 from omniloom.types import RunError, Source
 
-STOPPED_EARLY = 75  # sysexits.h EX_TEMPFAIL: a checkpoint was written, and the same command goes on from it
 COLLECTIVE_GRACE_SECONDS = 60.0  # collectives give up this much later than the watchdog, which has more to say
 
 
-def run(config: Config) -> int:
+def run(
+    config: Config,
+    on_step: Callable[[StepMetrics], None] | None = None,
+    on_end: Callable[[Path], None] | None = None,
+) -> int:
     """Train as the config says, on every rank of the job. Returns 0, or STOPPED_EARLY after a signal or time limit.
+
+    On the first rank `on_step` is called after each step, and `on_end`, with the run directory, once all is written.
 
     Raises: ValueError for whatever is wrong with config, checkpoint or data, before the first step where it is known.
     RunError for what stops a sound run: numbers that are not finite, a rank that is gone.
@@ -83,12 +88,16 @@ def run(config: Config) -> int:
     try:
         degrees = resolve_degrees(config.parallel, ranks.world_size, packs_per_step=config.train.packs_per_step)
         layout = build_layout(degrees, ranks)
-        with hold_run_lock(config.train.run_dir, layout.channels["checkpoint"]), ExitStack() as stack:
-            watchdog = Watchdog(
-                rank=ranks.rank, world_size=ranks.world_size, store=ranks.store, timeout_seconds=timeout_seconds
-            )
-            stack.callback(watchdog.close)
-            return Trainer(workshop, layout, train_rows, eval_rows, watchdog, stack).run()
+        with hold_run_lock(config.train.run_dir, layout.channels["checkpoint"]):
+            with ExitStack() as stack:
+                watchdog = Watchdog(
+                    rank=ranks.rank, world_size=ranks.world_size, store=ranks.store, timeout_seconds=timeout_seconds
+                )
+                stack.callback(watchdog.close)
+                code = Trainer(workshop, layout, train_rows, eval_rows, watchdog, stack, on_step).run()
+            if on_end is not None and layout.is_first and code == 0:
+                on_end(Path(config.train.run_dir))
+            return code
     except RuntimeError as error:
         if says_rank_is_gone(error):
             raise LostRankError(
@@ -146,11 +155,13 @@ class Trainer:
         eval_rows: Source | None,
         watchdog: Watchdog,
         stack: ExitStack,
+        on_step: Callable[[StepMetrics], None] | None = None,
     ) -> None:
         config = workshop.config
         self.config, self.layout, self.workshop, self.watchdog = config, layout, workshop, watchdog
         self.run_dir, self.train_rows = Path(config.train.run_dir), train_rows
-        self.records = RunRecords(config, layout, workshop.compute_dtype, stack)
+        self.records = RunRecords(config, layout, workshop.compute_dtype, stack, on_step)
+        self.stop = stack.enter_context(StopRequest(config.train.time_limit_minutes, self.records.say))
         self._make_deterministic()
         self.planner, self.loader = self._open_planner(train_rows)
         stack.callback(self.loader.close)
@@ -191,8 +202,6 @@ class Trainer:
             {name: parameter.numel() for name, parameter in parameters.items()},
         )
         self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json")
-        self.started = time.monotonic()
-        self.stop_requested = False
 
     # ------------------------------------------------------------------------------------ the loop
 
@@ -200,29 +209,24 @@ class Trainer:
         """Loop until the run is over, or until a signal or the time limit asks to stop."""
         every, eval_every = self.config.checkpoint.every, self.config.train.eval_every
         step, saved, evaluated = self.first_step, self.first_step, -1
-        with self._signals():
+        if any(self.layout.exchange(self.stop.reason)):  # while the run was opened
+            return self._leave_early(step)
+        self.stop.start_clock()
+        self.watchdog.enter(step, "waiting for data")
+        for loaded in self.stream:
+            with self.profile.step(loaded.plan.step):
+                figures, stop = self._step(loaded)
+            step = loaded.plan.step + 1
+            report = None
+            if self.evaluation is not None and eval_every and step % eval_every == 0 and not stop:
+                report, evaluated = self._evaluate(step), step
+            self.records.step(figures, loaded, self.work, report)
+            if stop or (every and step % every == 0):
+                self._save(step)
+                saved = step
+            if stop:
+                return self._leave_early(step)
             self.watchdog.enter(step, "waiting for data")
-            for loaded in self.stream:
-                with self.profile.step(loaded.plan.step):
-                    figures, stop = self._step(loaded)
-                step = loaded.plan.step + 1
-                report = None
-                if self.evaluation is not None and eval_every and step % eval_every == 0:
-                    report, evaluated = self._evaluate(step), step
-                self.records.step(figures, loaded, self.work, report)
-                if stop or (every and step % every == 0):
-                    self._save(step)
-                    saved = step
-                if stop:
-                    self.state.finish()
-                    way = (
-                        "the same command goes"
-                        if self.config.checkpoint.resume == "auto"
-                        else "checkpoint.resume=auto goes"
-                    )
-                    self.records.say(f"stopped after step {step}; {way} on from there")
-                    return STOPPED_EARLY
-                self.watchdog.enter(step, "waiting for data")
         if saved != step:
             self._save(step)
         self.state.finish()
@@ -230,9 +234,18 @@ class Trainer:
             self._evaluate(step)
         if self.config.checkpoint.export or self.workshop.adapters:
             self._export(step)
-        if self.layout.is_first:
-            self.records.say(f"wrote {write_report(self.run_dir)}")
         return 0
+
+    def _leave_early(self, step: int) -> int:
+        """Say why, on screen and in `stopped.json`, after `step` steps that are saved. Collective."""
+        self.state.finish()
+        reason = next(reason for reason in self.layout.exchange(self.stop.reason) if reason)
+        if self.layout.is_first:
+            write_stopped(self.run_dir, reason=reason, step=step)
+        self.layout.barrier()  # a launcher may end all ranks as soon as one has ended
+        goes_on = "the same command goes" if self.config.checkpoint.resume == "auto" else "checkpoint.resume=auto goes"
+        self.records.say(f"{reason}: stopped after step {step}; {goes_on} on from there")
+        return STOPPED_EARLY
 
     def _step(self, loaded: LoadedStep) -> tuple[StepFigures, bool]:
         """One optimizer step. Returns its figures and whether any rank was asked to stop."""
@@ -264,21 +277,27 @@ class Trainer:
             expert_counts = terms.expert_counts if expert_counts is None else expert_counts + terms.expert_counts
         self.watchdog.enter(loaded.plan.step, "gradient norm and optimizer")
         norm = clip_gradients(self.state.parameters.values(), train.clip_norm, layout.device)
-        totals[2] = self._wants_to_stop()
+        totals[2] = self.stop.reason is not None
+        peaks = totals.new_zeros(layout.world_size)  # each rank fills its own place: a sum that is a gather
+        peaks[layout.rank] = peak_memory_bytes(layout.device)
         counts = totals.new_empty(0, 0) if expert_counts is None else expert_counts.double()
         num_layers, width = counts.shape
-        sums = layout.sum_over_ranks(torch.cat([totals, counts.flatten()]))
+        sums = layout.sum_over_ranks(torch.cat([peaks, totals, counts.flatten()]))
         # the step's one wait for the device
-        loss_sum, router_sum, stop, *loads, grad_norm = torch.cat([sums, norm.double()[None]]).tolist()
+        numbers = torch.cat([sums, norm.double()[None]]).tolist()
+        peak, (loss_sum, router_sum, stop, *loads, grad_norm) = max(numbers[: len(peaks)]), numbers[len(peaks) :]
         figures = StepFigures(
-            loss=loss_sum / objective.weight_sum,
+            loss=loss_sum / objective.weight_sum if agreement.weight_sum else None,
             # ranks that share a pack share its router loss too
             router_loss=router_sum / max(agreement.num_nonempty_packs, 1),
             grad_norm=grad_norm,
             learning_rate=self._set_learning_rate(loaded),
             expert_load=tuple(tuple(map(int, loads[row * width :][:width])) for row in range(num_layers)),
+            peak_memory_bytes=int(peak),
         )
-        if math.isfinite(figures.loss) and math.isfinite(figures.grad_norm):
+        if figures.loss is None:  # a step of momentum alone would be one that no data asked for
+            self.records.nothing_trained(loaded)
+        elif math.isfinite(figures.loss) and math.isfinite(figures.grad_norm):
             self.optimizer.step()
         else:
             self._handle_nonfinite(loaded, figures)
@@ -311,25 +330,6 @@ class Trainer:
                 "train.learning_rate, look at the samples, or set train.nonfinite=skip"
             )
         self.records.say(f"warning: {what}; the step is skipped")
-
-    # ------------------------------------------------------------------------------------ stopping
-
-    def _wants_to_stop(self) -> bool:
-        limit = self.config.train.time_limit_minutes
-        return self.stop_requested or (limit is not None and time.monotonic() - self.started > 60 * limit)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM asks for a checkpoint and an orderly end after the step under way."""
-
-        def request(_number: int, _frame: object) -> None:
-            self.stop_requested = True
-
-        previous = signal.signal(signal.SIGTERM, request)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
 
     # ------------------------------------------------------------------------------------ opening
 

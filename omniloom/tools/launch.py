@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable
 from typing import IO
 
+from omniloom.exit_codes import HUNG, LOST_RANK
+
 GRACE_SECONDS = 20.0  # between asking ranks to stop and killing them
-LOST_RANK = 3  # exit code of a rank that ended only because another one had
-HUNG = 124  # of one whose watchdog ended it; the others hang as well
 
 
 def launch_or_join(run: Callable[[], int], arguments: list[str], nproc: int | None) -> int:
@@ -58,6 +58,7 @@ def _launch(arguments: list[str], nproc: int) -> int:
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.PIPE,
                 stderr=log,
+                start_new_session=True,  # a terminal's Ctrl-C reaches ranks through here alone, and so once
             )
         )
         logs.append(log)
@@ -67,7 +68,8 @@ def _launch(arguments: list[str], nproc: int) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    forwarded = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    previous = {number: signal.signal(number, forward) for number in forwarded}
     try:
         ended_here = _wait_for_all(ranks)
     finally:

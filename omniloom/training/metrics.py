@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 import time
 from collections import deque
@@ -17,17 +18,19 @@ from typing import Any
 from omniloom.types import RunError
 
 EXPERT_LOAD = "expert_load.jsonl"  # of a run directory
+_STEP = re.compile(rb'\{"step": (\d+)[,}]')  # how each of our lines begins
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepFigures:
     """What one step's arithmetic gave, over all ranks."""
 
-    loss: float
+    loss: float | None  # None where nothing was measured: no sample of the step had a loss weight and could be read
     router_loss: float
     grad_norm: float
     learning_rate: float
     expert_load: tuple[tuple[int, ...], ...] = ()  # tokens sent to each expert, by MoE layer
+    peak_memory_bytes: int = 0  # the largest of any rank
     step_seconds: float = 0.0
 
     @property
@@ -40,10 +43,10 @@ class StepFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One line of `metrics.jsonl`. Counts are of the whole step, over all ranks."""
+    """One line of `metrics.jsonl`. Counts are of the whole step, over all ranks; memory is the largest of any rank."""
 
     step: int
-    loss: float
+    loss: float | None  # null in the file where the step measured nothing
     grad_norm: float
     learning_rate: float
     num_tokens: int
@@ -67,13 +70,11 @@ class StepMetrics:
 class MetricsLog:
     """Appends to `metrics.jsonl`, `expert_load.jsonl` and TensorBoard.
 
-    Lines past the resumed step are dropped, so steps never repeat. The load of every expert is a long line, so only
-    each `load_every`-th step has one.
+    Lines past the resumed step are dropped, so steps never repeat.
     """
 
-    def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool, load_every: int = 1) -> None:
+    def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool) -> None:
         self.path = run_dir / "metrics.jsonl"
-        self._load_every = load_every
         self._files = {path: _reopen(path, first_step) for path in (self.path, run_dir / EXPERT_LOAD)}
         self._board: Any = None
         if tensorboard:
@@ -82,19 +83,19 @@ class MetricsLog:
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, metrics: StepMetrics, expert_load: Sequence[Sequence[int]] = ()) -> None:
+        """Raises: RunError where the disk takes no more."""
         line = {item.name: getattr(metrics, item.name) for item in fields(metrics)}
         line |= line.pop("evaluation") or {}
-        line = {key: value for key, value in line.items() if value is not None}
+        line = {key: value for key, value in line.items() if value is not None or key == "loss"}
         self._append(self.path, line)
-        if expert_load and metrics.step % self._load_every == 0:
+        if expert_load and is_load_kept(metrics.step):
             self._append(self.path.with_name(EXPERT_LOAD), {"step": metrics.step, "tokens": expert_load})
         if self._board is not None:
             for key, value in line.items():
-                if key != "step":
+                if key != "step" and value is not None:
                     self._board.add_scalar(key, value, metrics.step)
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
-        """Raises: RunError where the disk takes no more."""
         text = (json.dumps(line) + "\n").encode()
         try:
             fault = None if self._files[path].write(text) == len(text) else "only a part fitted"
@@ -113,12 +114,26 @@ class MetricsLog:
             self._board.close()
 
 
+def is_load_kept(step: int) -> bool:
+    """Whether `expert_load.jsonl` has a line for a step: each of the first 32, then 16 each time their number doubles.
+
+    48 layers of 128 experts are 40 KB a line. A million steps leave 280 lines, and a resumed run the same ones.
+    """
+    return step % (1 << max(0, step.bit_length() - 5)) == 0
+
+
 def _reopen(path: Path, first_step: int) -> io.RawIOBase:
-    kept = [line for line in read_metrics(path) if line["step"] < first_step]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    scratch.replace(path)
-    return path.open("ab", buffering=0)  # a buffer that cannot be written would raise at close again
+    """Open for appending what is kept: the whole lines of earlier steps. Only the beginnings of lines are read."""
+    file = path.open("ab+", buffering=0)  # a buffer that cannot be written would raise at close again
+    file.seek(0)
+    kept = 0
+    for line in io.BufferedReader(io.FileIO(file.fileno(), closefd=False)):
+        found = _STEP.match(line)
+        if found is None or int(found[1]) >= first_step or not line.endswith(b"\n"):
+            break
+        kept += len(line)
+    file.truncate(kept)
+    return file
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -159,19 +174,13 @@ class Screen:
         self._enabled = enabled
         self._total = total_steps
         self._every = every
-        self._start = time.monotonic()
-        self._start_progress: float | None = None  # share of the run that was over at the first step shown
+        self._start: tuple[float, float] | None = None  # time and share of the run at the end of the first step shown
         self._bar: Any = None
         if enabled and sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
-            )
+            text = TextColumn("{task.fields[text]}")
+            self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), text)
             self._task = self._bar.add_task("train", total=total_steps, text="")
             self._bar.start()
 
@@ -188,26 +197,29 @@ class Screen:
         if not self._enabled:
             return
         text = (
-            f"loss {metrics.loss:.4f}  norm {metrics.grad_norm:.3f}  lr {metrics.learning_rate:.2e}  "
-            f"{metrics.tokens_per_second:,.0f} tok/s  wait {100 * metrics.data_wait_fraction:.0f}%"
+            f"loss {'none' if metrics.loss is None else f'{metrics.loss:.4f}'}  norm {metrics.grad_norm:.3f}  "
+            f"lr {metrics.learning_rate:.2e}  {metrics.tokens_per_second:,.0f} tok/s  "
+            f"wait {100 * metrics.data_wait_fraction:.0f}%"
         )
         if metrics.num_bad_samples:
             text += f"  bad {metrics.num_bad_samples}"
+        text += f"  eta {self._eta(progress, time.monotonic())}"
         if self._bar is not None:
             self._bar.update(self._task, completed=metrics.step + 1, text=text)
         elif metrics.step % self._every == 0:
             of = f"/{self._total}" if self._total else ""
-            print(f"step {metrics.step + 1}{of}  {text}  eta {self._eta(progress)}", flush=True)
+            print(f"step {metrics.step + 1}{of}  {text}", flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def _eta(self, progress: float) -> str:
-        if self._start_progress is None:
-            self._start_progress = progress
-        done = progress - self._start_progress
-        if done <= 0:
+    def _eta(self, progress: float, now: float) -> str:
+        """By the steps since the first one, which waits for kernels, compilation and the first rows."""
+        if self._start is None:
+            self._start = now, progress
+        begun, before = self._start
+        if progress <= before:
             return "?"
-        seconds = int((1 - progress) * (time.monotonic() - self._start) / done)
+        seconds = int((1 - progress) * (now - begun) / (progress - before))
         return f"{seconds // 3600:d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from omniloom.parallel.watchdog import EXIT_CODE
+from omniloom.exit_codes import HUNG
 
 BODY = """
 import sys, time
@@ -50,5 +50,5 @@ def test_a_rank_stuck_in_its_data_ends_the_job_and_is_named(tmp_path: Path) -> N
     reports = [rank.communicate(timeout=90)[1] for rank in ranks]
     assert time.monotonic() - start < 60  # start-up included; the sleep alone is 100 s
     # whoever's limit passes first reports; the store, and with it the other's report, may end with rank 0
-    assert EXIT_CODE in {rank.returncode for rank in ranks}, reports
+    assert HUNG in {rank.returncode for rank in ranks}, reports
     assert any("rank 1 is behind, at step 6" in report and "waiting for data" in report for report in reports), reports

@@ -27,7 +27,8 @@ class Hook:
     """What the process does to itself once a step is done. `step` counts from 0."""
 
     step: int
-    action: str  # terminate (SIGTERM to itself), stop (SIGSTOP), pause (wait for a signal), remove (a file)
+    action: str  # signal (named by `target`, to itself), stop (SIGSTOP), pause (wait for a signal), remove (a file),
+    # allocate (bytes)
     target: str = ""
     rank: int = 0
 
@@ -250,8 +251,10 @@ def _observe_steps(folder: Path, rank: int, hooks: Sequence[Hook]) -> None:
 def _act(hook: Hook) -> None:
     if hook.action == "remove":
         Path(hook.target).unlink()
-    elif hook.action == "terminate":
-        os.kill(os.getpid(), signal.SIGTERM)
+    elif hook.action == "signal":
+        os.kill(os.getpid(), signal.Signals[hook.target])
+    elif hook.action == "allocate":
+        bytearray(b"1" * int(hook.target))
     elif hook.action == "pause":
         signal.pause()
     elif hook.action == "stop":

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from omniloom.checkpoint.stored import find_latest, load_tensors
+from omniloom.exit_codes import LOST_RANK
 from omniloom.training.metrics import read_metrics
 from tests.faults.conftest import write_rows
 from tests.faults.run_server import ROOT, Hook, Run, RunServer, read_events, wait_for
 
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "num_tokens", "num_loss_tokens", "num_samples", "router_loss")
 NUM_ROWS = 200
-LOST_RANK = 3  # exit code of a rank whose peer is gone
 
 
 def with_values(words: Sequence[str], **values: str) -> list[str]:

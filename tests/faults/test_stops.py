@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -19,8 +20,7 @@ from PIL import Image
 
 from omniloom.checkpoint.dcp import RNG
 from omniloom.checkpoint.stored import find_latest, load_tensors, open_stored
-from omniloom.parallel.watchdog import EXIT_CODE
-from omniloom.run.trainer import STOPPED_EARLY
+from omniloom.exit_codes import HUNG, STOPPED_EARLY
 from omniloom.training.metrics import read_metrics
 from tests.faults.run_server import ROOT, Hook, read_events, wait_for
 from tests.faults.test_kills import (
@@ -48,19 +48,28 @@ def partials(run_dir: Path) -> list[Path]:
 # ---------------------------------------------------------------------------------------- asked to stop
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_sigterm_to_any_rank_leaves_a_checkpoint_from_which_the_run_goes_on(server, words, tmp_path, num_ranks) -> None:
+@pytest.mark.parametrize(("num_ranks", "name"), [(1, "SIGINT"), (2, "SIGTERM")])
+def test_a_signal_to_any_rank_leaves_a_checkpoint_from_which_the_run_goes_on(
+    server, words, tmp_path, num_ranks, name
+) -> None:
     words = with_values(words, train__epochs="1", checkpoint__every="0", train__packs_per_step=str(num_ranks))
     expected = tmp_path / "expected"
     assert set(server.run(with_values(words, train__run_dir=str(expected)), expected, num_ranks=num_ranks).wait()) == {
         0
     }
-    hook = Hook(step=3, action="terminate", rank=num_ranks - 1)
-    stopped = server.run(words, tmp_path, num_ranks=num_ranks, hooks=[hook])
+    hook = Hook(step=3, action="signal", target=name, rank=num_ranks - 1)
+    memory = Hook(step=1, action="allocate", target="900_000_000", rank=num_ranks - 1)
+    stopped = server.run(words, tmp_path, num_ranks=num_ranks, hooks=[hook, memory])
     assert set(stopped.wait()) == {STOPPED_EARLY}, stopped.tail()
-    assert newest_step(tmp_path / "run") in (4, 5)  # after the step under way when the signal came, or the next
-    assert "stopped after step" in stopped.log()
+    peaks = [line["peak_memory_bytes"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert peaks[3] - peaks[0] > 400_000_000  # the largest of any rank
+    record = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert record["reason"] == name
+    assert record["step"] == newest_step(tmp_path / "run")
+    assert record["step"] in (4, 5)  # after the step under way when the signal came, or the next
+    assert f"{name}: stopped after step {record['step']}" in stopped.log()
     assert set(server.run(words, tmp_path, num_ranks=num_ranks).wait()) == {0}
+    assert not (tmp_path / "run" / "stopped.json").exists()
     assert_same_end(tmp_path / "run", expected)
     assert_each_row_once(tmp_path, num_rows=90)
 
@@ -75,15 +84,29 @@ def test_a_time_limit_stops_and_the_same_command_goes_on(server, words, tmp_path
     assert [event["step"] for event in read_events(tmp_path)] == [0, 1, 2, 3]
 
 
-def test_the_launcher_passes_a_signal_on_and_returns_its_ranks_code(words, tmp_path) -> None:
-    words = with_values(words, train__steps="2000", train__packs_per_step="2", checkpoint__every="0")
-    command = [sys.executable, "-m", "omniloom.cli", "train", "--nproc", "2", *words]
-    launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: losses(tmp_path / "run") or launcher.poll() is not None, "a step")
-    launcher.send_signal(signal.SIGTERM)
-    assert launcher.communicate()[1] == ""
-    assert launcher.returncode == STOPPED_EARLY
-    assert newest_step(tmp_path / "run") > 0
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "omniloom.cli", "train")
+OURS = (sys.executable, "-m", "omniloom.cli", "train", "--nproc", "2")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "code"), [(OURS, signal.SIGUSR1, STOPPED_EARLY), (TORCHRUN, signal.SIGINT, 1)]
+)
+def test_a_launcher_passes_a_signal_on_and_its_ranks_save(words, tmp_path, launcher, number, code) -> None:
+    """torchrun signals the whole group, data workers among them, and has no exit code but 1: the file tells why."""
+    words = with_values(words, train__steps="2000", train__packs_per_step="2", checkpoint__every="0", data__workers="1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = ("--master-port", str(probe.getsockname()[1])) if launcher is TORCHRUN else ()
+    command = [*launcher[:3], *port, *launcher[3:], *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: losses(tmp_path / "run") or process.poll() is not None, "a step")
+    process.send_signal(number)
+    said = process.communicate()[1]
+    assert launcher is TORCHRUN or said == ""
+    assert process.returncode == code, said
+    record = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert record["reason"] == number.name
+    assert record["step"] == newest_step(tmp_path / "run") > 0
 
 
 # ---------------------------------------------------------------------------------------- resuming
@@ -280,8 +303,8 @@ def test_what_hangs_is_named_with_its_step_and_the_run_ends(server, words, tmp_p
     for number in (0, 1):
         runs[number].kill(1 - waiting[number])
         codes = runs[number].wait()
-        assert codes[waiting[number]] == EXIT_CODE, runs[number].tail(waiting[number])
-    assert runs[2].wait() == [EXIT_CODE], runs[2].tail()
+        assert codes[waiting[number]] == HUNG, runs[number].tail(waiting[number])
+    assert runs[2].wait() == [HUNG], runs[2].tail()
     os.kill(worker, signal.SIGKILL)
 
     by_stopped_1, by_stopped_0, by_worker = (runs[number].log(rank) for number, rank in waiting.items())

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from omniloom.tools.launch import HUNG, LOST_RANK, _explain, _wait_for_all
+from omniloom.exit_codes import HUNG, LOST_RANK
+from omniloom.tools.launch import _explain, _wait_for_all
 
 
 def logs(*texts: str) -> list[io.BytesIO | None]:

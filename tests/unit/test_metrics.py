@@ -2,11 +2,20 @@
 
 import json
 import resource
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import pairwise
 
 import pytest
 
-from omniloom.training.metrics import MetricsLog, SpikeDetector, StepFigures, StepMetrics, read_metrics
+from omniloom.training.metrics import (
+    MetricsLog,
+    Screen,
+    SpikeDetector,
+    StepFigures,
+    StepMetrics,
+    is_load_kept,
+    read_metrics,
+)
 from omniloom.types import RunError
 
 
@@ -58,12 +67,43 @@ def test_a_loss_learnt_by_heart_has_no_spikes() -> None:
 def test_the_load_of_every_expert_is_kept_and_its_imbalance_averaged_over_layers(tmp_path) -> None:
     figures = StepFigures(loss=1.0, router_loss=0.0, grad_norm=1.0, learning_rate=1.0, expert_load=((6, 2), (4, 4)))
     assert figures.expert_imbalance == pytest.approx((6 / 4 + 1) / 2)
-    log = MetricsLog(tmp_path, first_step=0, tensorboard=False, load_every=2)
-    for step in range(4):
-        log.write(line(step), figures.expert_load)
+    log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
+    log.write(line(3), figures.expert_load)
     log.close()
-    lines = [json.loads(text) for text in (tmp_path / "expert_load.jsonl").read_text().splitlines()]
-    assert lines == [{"step": step, "tokens": [[6, 2], [4, 4]]} for step in (0, 2)]
+    assert json.loads((tmp_path / "expert_load.jsonl").read_text()) == {"step": 3, "tokens": [[6, 2], [4, 4]]}
+
+
+def test_a_long_run_keeps_few_lines_of_expert_load_and_the_same_after_a_resumption() -> None:
+    kept = [step for step in range(100_000) if is_load_kept(step)]
+    assert kept[:33] == list(range(33))
+    assert len(kept) < 250  # of 40 KB each for 48 layers of 128 experts
+    assert max(after / before for before, after in pairwise(kept[1:])) <= 2.0
+    assert all(after - before <= before / 16 + 1 for before, after in pairwise(kept[32:]))
+
+
+def test_going_on_reads_the_beginnings_of_lines_and_not_what_they_hold(tmp_path) -> None:
+    """Lines that are no JSON further on: what is parsed whole would end at the first."""
+    path = tmp_path / "expert_load.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "tokens": [[...]]}}\n' for step in range(6)) + '{"step": 6, "tok')
+    MetricsLog(tmp_path, first_step=4, tensorboard=False).close()
+    assert len(path.read_text().splitlines()) == 4
+    MetricsLog(tmp_path, first_step=9, tensorboard=False).close()
+    assert path.read_text().endswith('{"step": 3, "tokens": [[...]]}\n')
+
+
+def test_a_step_that_measured_nothing_has_a_loss_of_null(tmp_path) -> None:
+    log = MetricsLog(tmp_path, first_step=0, tensorboard=True)
+    log.write(replace(line(0), loss=None))
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+def test_the_time_left_is_told_by_steps_alone(capsys) -> None:
+    screen = Screen(enabled=True, total_steps=5, every=1)
+    assert screen._eta(0.2, 1000.0) == "?"  # however long the opening and the first step took
+    assert screen._eta(0.4, 1010.0) == "0:00:30"
+    screen.step(replace(line(4), loss=None), progress=1.0)
+    assert "loss none" in capsys.readouterr().out
 
 
 def test_a_disk_that_is_full_is_one_clear_error(tmp_path) -> None:

@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,3 +83,14 @@ def test_no_pack_overflows_and_no_sample_is_lost(data):
     assert packs[placed].max(initial=-1) < num_packs
     assert np.bincount(packs[placed], tokens[placed], minlength=1).max() <= 100
     assert (packs == fill_packs(tokens, costs, pack_tokens=100, num_packs=num_packs)).all()
+
+
+def test_many_samples_are_packed_in_a_time_that_grows_as_they_do():
+    """160,000 rows of a thousand tokens took 179 s when all packs were evened out together, 5 s in stretches."""
+    tokens = draw_lengths("text", seed=3, num_rows=150_000)
+    begin = time.process_time()
+    packs = pack_everything(tokens, tokens**2, pack_tokens=PACK_TOKENS)
+    assert time.process_time() - begin < 5
+    used = np.bincount(packs, tokens)
+    assert used.max() <= PACK_TOKENS
+    assert used.mean() >= 0.97 * PACK_TOKENS

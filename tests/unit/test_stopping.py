@@ -1,0 +1,75 @@
+"""What asks a run to stop is heard once, by name; a second Ctrl-C ends the process whatever its main thread does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from omniloom.exit_codes import INTERRUPTED
+from omniloom.run.stopping import SAME_KEY_SECONDS, STOP_SIGNALS, StopRequest, write_stopped
+
+
+def wait_for_reason(stop: StopRequest) -> str | None:
+    deadline = time.monotonic() + 5
+    while stop.reason is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return stop.reason
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_each_signal_asks_to_stop_by_its_name_and_handlers_come_back(number: signal.Signals) -> None:
+    before, said = signal.getsignal(number), []
+    with StopRequest(None, said.append) as stop:
+        assert stop.reason is None
+        os.kill(os.getpid(), number)
+        assert wait_for_reason(stop) == number.name
+        assert said[0].startswith(f"{number.name}: stopping after the step under way")
+    assert signal.getsignal(number) == before
+
+
+DEADLOCKED = """
+import ctypes
+from omniloom.run.stopping import StopRequest
+
+with StopRequest(None, lambda words: print(words, flush=True)):
+    mutex = ctypes.create_string_buffer(64)  # as PTHREAD_MUTEX_INITIALIZER
+    print("ready", flush=True)
+    for _ in range(2):  # as a collective whose peer is gone: nothing of Python runs in this thread any more
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+def test_the_second_ctrl_c_ends_a_process_whose_main_thread_is_held_in_native_code() -> None:
+    process = subprocess.Popen([sys.executable, "-c", DEADLOCKED], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # at once: one keystroke that arrived twice
+    assert "Ctrl-C again leaves at once" in process.stdout.readline()
+    time.sleep(2 * SAME_KEY_SECONDS)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == INTERRUPTED
+    process.stdout.close()
+
+
+def test_the_time_limit_counts_from_the_first_step() -> None:
+    with StopRequest(1e-9, print) as stop:
+        assert stop.reason is None
+        stop.start_clock()
+        assert wait_for_reason(stop) == "time limit"
+
+
+def test_what_stopped_a_run_is_a_file_for_its_scheduler(tmp_path: Path) -> None:
+    write_stopped(tmp_path, reason="SIGUSR1", step=12)
+    record = json.loads((tmp_path / "stopped.json").read_text())
+    assert {key: record[key] for key in ("reason", "step", "exit_code")} == {
+        "reason": "SIGUSR1", "step": 12, "exit_code": 75}  # fmt: skip
+    assert os.listdir(tmp_path) == ["stopped.json"]
