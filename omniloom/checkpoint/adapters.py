@@ -35,6 +35,8 @@ PREFIX = "base_model.model."
 NOTE_NAME = "omniloom_adapter.json"  # which model it was trained on, by fingerprint
 # PEFT takes linears of these names, in a model with experts, for parts of the stacked ones
 EXPERT_LEAVES = ("gate", "gate_proj", "up_proj", "down_proj")
+# settings of PEFT by which an adapter does something else than add a product
+OTHER_FORMS = ("alora_invocation_tokens", "arrow_config", "layer_replication", "use_bdlora", "use_qalora")
 SAMPLED_TENSORS, SAMPLED_BYTES = 64, 4096
 
 
@@ -285,24 +287,40 @@ class StoredAdapter:
         with safetensors.safe_open(self.entries[name].file, framework="pt") as file:
             return file.get_tensor(self.entries[name].name)
 
-    def scaling(self, target: str, rank: int) -> float:
+    def size(self, target: str) -> tuple[int, float]:
+        """Rank and alpha of the addition to a module of this name (`Target.name`)."""
+        return int(self._setting("rank_pattern", "r", target)), float(
+            self._setting("alpha_pattern", "lora_alpha", target)
+        )
+
+    def scaling(self, target: str) -> float:
         """What PEFT multiplies the addition to a module of this name with."""
-        alpha = self.config.get("lora_alpha", 8)
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", target):
-                alpha = value
-                break
+        rank, alpha = self.size(target)
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    def follows(self, rank: int, alpha: float, rslora: bool) -> bool:
+        """Whether a policy asks for what the adapter has where its patterns say nothing: then they hold, too."""
+        settings = self.config["r"], self.config["lora_alpha"], bool(self.config.get("use_rslora"))
+        return settings == (rank, alpha, rslora)
+
+    def _setting(self, patterns: str, default: str, target: str) -> Any:
+        """Source: peft.utils.other.get_pattern_key, on names in memory with or without `thinker.`."""
+        for pattern, value in (self.config.get(patterns) or {}).items():
+            if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (target, f"thinker.{target}")):
+                return value
+        return self.config[default]
 
     @cached_property
     def needs(self) -> str:
         """The policy settings that fit it, for messages."""
-        words = [f"rank: {self.config.get('r')}", f"alpha: {self.config.get('lora_alpha')}"]
+        words = [f"rank: {self.config['r']}", f"alpha: {self.config['lora_alpha']}"]
         words += [f"{ours}: true" for theirs, ours in (("use_rslora", "rslora"), ("use_dora", "dora"))
                   if self.config.get(theirs)]  # fmt: skip
         modules = {name.split(".lora_")[0] for name in self.entries if ".lora_" in name}
         leaves = {"gate_up_proj" if name.endswith("base_layer") else name.rpartition(".")[2] for name in modules}
-        return ", ".join(words) + f" on {', '.join(sorted(leaves))}"
+        patterns = " and ".join(name for name in ("rank_pattern", "alpha_pattern") if self.config.get(name))
+        others = f" (other modules by its {patterns})" if patterns else ""
+        return f"{', '.join(words)}{others} on {', '.join(sorted(leaves))}"
 
 
 def open_adapter(directory: str | Path) -> StoredAdapter:
@@ -316,6 +334,13 @@ def open_adapter(directory: str | Path) -> StoredAdapter:
         raise ValueError(f"model.adapter: {directory} is a {kind} adapter; only LORA can go on here")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         raise ValueError(f"model.adapter: {directory} trains biases too; only adapters with bias: none can go on here")
+    if unknown := [name for name in OTHER_FORMS if config.get(name)]:
+        raise ValueError(f"model.adapter: {directory} sets {', '.join(unknown)}, which is not computed here")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), int | float):
+            raise ValueError(
+                f"model.adapter: {directory / CONFIG_NAME}: expected a number as {name}, got {config.get(name)}"
+            )
     entries, _ = read_header(directory / TENSORS_NAME)
     note = directory / NOTE_NAME
     return StoredAdapter(
@@ -408,7 +433,7 @@ def _check_fit(
                 faults.append(f"{name} is {list(stored.entries[name].shape)}, here {list(shape)}")
     for adapter in adapters:
         name = targets[adapter.base].name
-        scaling = stored.scaling(name, adapter.rank)
+        scaling = stored.scaling(name)
         if abs(scaling - adapter.scaling) > 1e-6 * scaling:
             faults.append(f"{name} is scaled by {scaling:g}, here by {adapter.scaling:g}")
     if faults:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -57,6 +57,8 @@ class Workshop:
     cut: tuple[str, ...]  # tensors of ours in layers that `model.num_layers` leaves out: not exported
     unbuilt: tuple[str, ...]  # tensors of ours that the checkpoint has and the built model has not, `cut` included
     adapter: StoredAdapter | None  # with which LoRA starts
+    # rank and alpha of single weights of ours, where they are not the policy's
+    adapter_sizes: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -113,7 +115,12 @@ class Workshop:
             return ()
         policies = self._base_policies([name for name, _ in model.named_parameters()])
         adaptable = {name: target.name for name, target in adapter_targets(self.recipes).items() if name in policies}
-        return install_lora(model, policies, adaptable, rules)
+        sizes = dict(self.adapter_sizes)
+        for name, target in adaptable.items() if self.adapter is not None else ():
+            lora = policies[name].lora
+            if lora is not None and self.adapter.follows(lora.rank, lora.alpha, lora.rslora):
+                sizes[name] = self.adapter.size(target)
+        return install_lora(model, policies, adaptable, rules, sizes)
 
     def _build(self, family: Any, modalities: tuple[str, ...]) -> OmniModel:
         attention, chunk = self.config.model.attention, self.config.memory.loss_chunk_tokens
@@ -125,8 +132,10 @@ class Workshop:
         )
 
 
-def open_workshop(config: Config) -> Workshop:
+def open_workshop(config: Config, *, adapter_sizes: Mapping[str, tuple[int, float]] | None = None) -> Workshop:
     """Read headers and config.json, choose the family, compare names and shapes. Reads no weights.
+
+    `adapter_sizes`: rank and alpha by our names of weights, where a run's adapters do not follow its policy.
 
     Raises: ValueError for whatever does not fit.
     """
@@ -166,6 +175,7 @@ def open_workshop(config: Config) -> Workshop:
         cut=tuple(name for name in names_of["whole"] if name not in names_of["uncut"]),
         unbuilt=tuple(name for name in names_of["whole"] if name not in names_of["built"]),
         adapter=None if config.model.adapter is None else open_adapter(config.model.adapter),
+        adapter_sizes=adapter_sizes or {},
     )
     if workshop.adapter is not None:
         check_base(workshop.adapter, checkpoint, workshop.base_name)

@@ -48,6 +48,11 @@ class RunState:
                 if policy.lora is not None and policy.trainable
                 for key in ("alpha", "rslora", "dora")
             },
+            "adapter_sizes": {  # of those that follow the adapter they began with
+                adapter.base: [adapter.rank, adapter.alpha]
+                for adapter in workshop.adapters
+                if (lora := policies[adapter.base].lora) and (lora.rank, lora.alpha) != (adapter.rank, adapter.alpha)
+            },
         }
         self._saver = dcp.Saver(
             self._run_dir,

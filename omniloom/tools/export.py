@@ -31,7 +31,9 @@ def export_checkpoint(source: Path, directory: Path, *, adapter: bool = False, o
             f"{run_dir} has no config.yaml beside its checkpoints; export reads the source model's path there"
         )
     config = load_config(run_dir / "config.yaml")
-    workshop = open_workshop(replace(config, model=replace(config.model, adapter=None)))  # the run has its own by now
+    sizes = {name: (rank, alpha) for name, (rank, alpha) in stored.extras.get("adapter_sizes", {}).items()}
+    # the run has an adapter of its own by now
+    workshop = open_workshop(replace(config, model=replace(config.model, adapter=None)), adapter_sizes=sizes)
     with torch.device("meta"):
         known = [name for name, _ in workshop.build().named_parameters()]
     changed = dcp.stored_names(stored, known)

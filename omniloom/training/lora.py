@@ -133,6 +133,7 @@ def install_lora(
     policies: Mapping[str, ParameterPolicy],
     adaptable: Mapping[str, str],
     rules: Mapping[str, PolicyRule],
+    sizes: Mapping[str, tuple[int, float]],
 ) -> tuple[Adapter, ...]:
     """Put adapters where the policy asks for them, in place; their values are undefined until they are loaded.
 
@@ -140,6 +141,7 @@ def install_lora(
         policies: by parameter name of the bare model.
         adaptable: weights that transformers may hold as a linear or as stacked experts, with their name there.
         rules: the policy table, each of whose `lora` sections must find something.
+        sizes: rank and alpha of single weights, in place of their rule's.
 
     Raises: ValueError for rules that match nothing, and for what PEFT could not express.
     """
@@ -150,7 +152,10 @@ def install_lora(
         if (settings := policies[name].lora) is not None and _is_named(end, settings.modules)
     }
     _check_choice(model, chosen, policies, linears, rules)
-    adapters = {name: _describe(model, name, settings) for name, settings in chosen.items()}
+    adapters = {
+        name: _describe(model, name, settings, sizes.get(name, (settings.rank, settings.alpha)))
+        for name, settings in chosen.items()
+    }
     for holder_name in dict.fromkeys(name.rpartition(".")[0] for name in chosen):
         own = {name.rpartition(".")[2]: name for name in chosen if name.rpartition(".")[0] == holder_name}
         holder = model.get_submodule(holder_name)
@@ -224,7 +229,7 @@ def keyed_seed(*key: object) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _describe(model: nn.Module, base: str, settings: LoraConfig) -> Adapter:
+def _describe(model: nn.Module, base: str, settings: LoraConfig, size: tuple[int, float]) -> Adapter:
     holder = base.rpartition(".")[0]
     stem = f"{base}_" if model.get_parameter(base).ndim == 3 else f"{holder}."
     return Adapter(
@@ -232,8 +237,8 @@ def _describe(model: nn.Module, base: str, settings: LoraConfig) -> Adapter:
         lora_a=f"{stem}lora_a",
         lora_b=f"{stem}lora_b",
         magnitude=f"{stem}magnitude" if settings.dora else None,
-        rank=settings.rank,
-        alpha=settings.alpha,
+        rank=size[0],
+        alpha=size[1],
         dropout=settings.dropout,
         rslora=settings.rslora,
     )

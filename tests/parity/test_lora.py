@@ -250,7 +250,14 @@ def test_training_goes_on_from_an_adapter_made_by_peft(published: Published, tmp
     reference = published.reference()
     names = [name for name, _ in reference.named_modules() if re.fullmatch(linears, name)]
     settings = peft.LoraConfig(
-        r=4, lora_alpha=10, target_modules=names, target_parameters=stacked, use_dora=dora, init_lora_weights=False
+        r=4,
+        lora_alpha=10,
+        target_modules=names,
+        target_parameters=stacked,
+        use_dora=dora,
+        init_lora_weights=False,
+        rank_pattern={"layers.0.self_attn.q_proj": 2, r".*blocks\.0\.attn\.qkv": 3},
+        alpha_pattern={"layers.1.self_attn.v_proj": 7, "^model.visual.blocks.0.attn.qkv": 5},
     )
     adapted = peft.get_peft_model(reference, settings).eval()
     with warnings.catch_warnings():

@@ -16,7 +16,7 @@ from omniloom.checkpoint.hf import open_checkpoint
 from omniloom.checkpoint.stored import find_latest
 from omniloom.config import ConfigError, load_config
 from omniloom.keymap import canonical_name
-from omniloom.run.opening import open_workshop
+from omniloom.run.opening import load_weights, open_workshop
 from omniloom.run.trainer import Trainer, run
 from omniloom.tools.export import export_checkpoint
 from omniloom.tools.tiny import make_tiny
@@ -129,13 +129,52 @@ def test_merging_changes_what_is_adapted_and_nothing_else(folder: Path, finished
     assert "thinker.lm_head.weight" in changed
 
 
-def test_training_goes_on_from_an_adapter_of_its_own(folder: Path, finished: Path) -> None:
-    run_dir = train(
-        folder, "further", f"model.adapter={finished / 'adapter'}", "train.steps=1", "train.learning_rate=1e-30"
-    )
-    before, after = (load_file(path / "adapter" / TENSORS_NAME) for path in (finished, run_dir))
-    for name, value in before.items():
-        assert torch.equal(after[name], value), name
+def test_training_goes_on_from_an_adapter_of_its_own(folder: Path, finished: Path, tmp_path: Path) -> None:
+    """One module has another rank and alpha than the rest of its component, as PEFT's patterns may say."""
+    adapter = shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    stem = "base_model.model.thinker.model.layers.0.self_attn.q_proj"
+    before = load_file(adapter / TENSORS_NAME)
+    before[f"{stem}.lora_A.weight"] = before[f"{stem}.lora_A.weight"][:2].clone()
+    before[f"{stem}.lora_B.weight"] = before[f"{stem}.lora_B.weight"][:, :2].clone()
+    save_file(before, adapter / TENSORS_NAME)
+    config = json.loads((adapter / CONFIG_NAME).read_text())
+    config["rank_pattern"]["language_model.layers.0.self_attn.q_proj"] = 2
+    config["alpha_pattern"]["layers.0.self_attn.q_proj"] = 6
+    (adapter / CONFIG_NAME).write_text(json.dumps(config))
+    run_dir = train(folder, "further", f"model.adapter={adapter}", "train.steps=1", "train.learning_rate=1e-30")
+    shutil.rmtree(adapter)  # what is saved does without it
+    export_checkpoint(run_dir, tmp_path / "out", adapter=True)
+    for directory in (run_dir / "adapter", tmp_path / "out"):
+        after = load_file(directory / TENSORS_NAME)
+        for name, value in before.items():
+            assert torch.equal(after[name], value), name
+        settings = json.loads((directory / CONFIG_NAME).read_text())
+        name = r"model\.language_model\.layers\.0\.self_attn\.q_proj"
+        assert (settings["rank_pattern"][name], settings["alpha_pattern"][name]) == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("use_bdlora", True, "sets use_bdlora, which is not computed here"),
+        ("r", "4", "expected a number as r, got 4"),
+        ("rank_pattern", {"layers.0.self_attn.v_proj": 2}, r"v_proj\.lora_A.* is \[4, 64\], here \[2, 64\]"),
+    ],
+)
+def test_an_adapter_whose_settings_do_not_hold_is_refused(
+    folder: Path, finished: Path, tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    adapter = shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / CONFIG_NAME).read_text())
+    (adapter / CONFIG_NAME).write_text(json.dumps(config | {key: value}))
+    words_of_run = [f"model.path={folder / 'model'}", f"model.adapter={adapter}", *LORA]
+
+    def load() -> None:
+        workshop = open_workshop(load_config(None, words_of_run))
+        load_weights(workshop, workshop.build())
+
+    with pytest.raises(ValueError, match=words):
+        load()
 
 
 def test_frozen_weights_are_kept_in_the_dtype_of_compute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
