@@ -128,6 +128,19 @@ def convert(
 
 
 @app.command()
+def migrate(
+    words: Annotated[
+        list[str],
+        typer.Argument(help="files, then variables that a script leaves open", metavar="FILE... [NAME=VALUE]..."),
+    ],
+) -> None:
+    """Print the config that files of MindSpeed-MM, Pai-Megatron-Patch, LLaMA-Factory or ms-swift come to."""
+    from omniloom.tools.migrate.write import migrate as migrate_files
+
+    print(migrate_files(words), end="")
+
+
+@app.command()
 def check(words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None) -> None:
     """Check a config, its checkpoint and its data without training."""
     from omniloom.tools.inspect import check_config
