@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from omniloom.tools.migrate.shell import is_open
 
@@ -26,34 +29,74 @@ class Setting:
         return self.origin if self.value is None else f"{self.origin} {self.value}"
 
 
-@dataclass(frozen=True)
-class Key:
-    """A setting that one key of ours takes."""
+Rules = Mapping[str, "Rule"]  # names, or patterns of names, which the first that fits decides
 
-    key: str
-    convert: Callable[[Any], Value] = lambda value: value
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of a setting: a key of ours takes it, or `why` says that nothing does."""
+
+    why: str = ""
+    lost: bool = False  # without counterpart, where nothing here does its work either
+    key: str = ""
+    reads: str = ""  # of `READERS`
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Needless:
-    """A setting that does its work elsewhere without one here."""
-
-    why: str
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A setting without counterpart."""
-
-    why: str
+def read_rules(system: str) -> Rules:
+    """The rules of `rules.yaml` for one system; exact names stand before patterns."""
+    tree = yaml.safe_load((Path(__file__).parent / "rules.yaml").read_text(encoding="utf-8"))[system]
+    rules = {name: Rule(key=row[0], reads=row[1], note=row[2] if row[2:] else "") for name, row in tree["keys"].items()}
+    for kind in ("needless", "lost"):
+        rules |= {
+            name: Rule(why=why, lost=kind == "lost") for why, names in tree[kind].items() for name in names.split()
+        }
+    return dict(sorted(rules.items(), key=lambda item: "*" in item[0]))
 
 
-Rules = Mapping[str, "Key | Needless | Lost"]  # names or patterns of names
+def switch(value: Value) -> bool:
+    """A flag without value, or a word."""
+    if value is None or isinstance(value, bool):
+        return value is not False
+    return bool(_one_of(str(value).lower(), {"true": True, "false": False, "1": True, "0": False}))
 
 
-def named(why: Needless | Lost, names: str) -> dict[str, Key | Needless | Lost]:
-    return dict.fromkeys(names.split(), why)
+def whole(value: Value) -> int:
+    if float(value) != int(float(value)):
+        raise ValueError("a whole number")
+    return int(float(value))
+
+
+def files(value: Value) -> list[str]:
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return [str(part) for part in parts if part]
+
+
+def _one_of(value: Value, known: Mapping[str, Value]) -> Value:
+    if value not in known:
+        raise ValueError(f"one of {', '.join(known)}")
+    return known[value]
+
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant",
+             "cosine_with_min_lr": "cosine"}  # fmt: skip
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attn", "fa2", "auto")  # auto is flash wherever it runs
+KERNELS = {**dict.fromkeys(FLASH, "auto"), "sdpa": "sdpa", "eager": "eager", "disabled": "eager"}
+READERS: dict[str, Callable[[Value], Value]] = {
+    "text": str,
+    "number": float,
+    "whole": whole,
+    "bound": lambda value: whole(value) or None,  # 0 there is no bound, null here
+    "switch": switch,
+    "off": lambda value: not switch(value),
+    "files": files,
+    "minutes": lambda value: 60.0 * float(value),
+    "seconds": lambda value: min(float(value), 86_400.0),
+    "schedule": lambda value: _one_of(value, SCHEDULES),
+    "kernel": lambda value: _one_of(value, KERNELS),
+    "dtype": lambda value: _one_of(value, {"bf16": "bf16", "fp32": "float32", "float32": "float32"}),
+    "shard": lambda value: value if value == "auto" else whole(value),
+}
 
 
 @dataclass(kw_only=True)
@@ -114,14 +157,16 @@ class Draft:
         """Deal with every setting that a rule knows."""
         rest = []
         for setting in self.settings:
-            rule = next((rule for name, rule in rules.items() if fnmatchcase(setting.name, name)), None)
+            rule = rules.get(setting.name) or next(
+                (rule for name, rule in rules.items() if fnmatchcase(setting.name, name)), None
+            )
             if rule is None:
                 rest.append(setting)
-            elif isinstance(rule, Needless):
-                self.needless.append((setting, rule.why))
-            elif isinstance(rule, Lost):
+            elif rule.lost:
                 self.lost.append((str(setting), rule.why))
-            elif setting.value is None:
+            elif not rule.key:
+                self.needless.append((setting, rule.why))
+            elif setting.value is None and rule.reads != "switch":
                 self.needless.append((setting, "not set there either"))
             else:
                 self._convert(setting, rule)
@@ -133,13 +178,13 @@ class Draft:
                       for setting in self.settings]  # fmt: skip
         self.settings = []
 
-    def _convert(self, setting: Setting, rule: Key) -> None:
+    def _convert(self, setting: Setting, rule: Rule) -> None:
         if isinstance(setting.value, str) and is_open(setting.value):
             self._not_usable(setting, "a value that the script itself gives")
             return
         try:
-            self.put(rule.key, rule.convert(setting.value), [setting], rule.note)
-        except (TypeError, ValueError, KeyError) as error:
+            self.put(rule.key, READERS[rule.reads](setting.value), [setting], rule.note)
+        except (TypeError, ValueError) as error:
             known = ", ".join(map(str, error.args)) if isinstance(error, ValueError) else "another kind of value"
             self._not_usable(setting, known)
 

@@ -6,9 +6,8 @@ Names are as their files spell them: flags with underscores, the paths of the JS
 from __future__ import annotations
 
 import re
-from typing import Any
 
-from omniloom.tools.migrate.draft import Draft, Key, Lost, Needless, Rules, Setting, named
+from omniloom.tools.migrate.draft import Draft, Setting, files, read_rules, switch, whole
 
 STEPS = ("train_iters", "training.train_iters")
 MEGATRON_DEFAULTS = {  # where they differ from ours
@@ -18,175 +17,12 @@ MEGATRON_DEFAULTS = {  # where they differ from ours
     "train.seed": 1234,
     "train.loss": "batch",
 }
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant"}
-KERNELS = {
-    "flash_attention_2": "auto",
-    "flash_attention_3": "auto",
-    "sdpa": "sdpa",
-    "eager": "eager",
-}  # auto: flash where it runs
 LORA_MODULES = {
     "linear_qkv": ["q_proj", "k_proj", "v_proj"],
     "linear_proj": ["o_proj"],
     "linear_fc1": ["gate_proj", "up_proj"],
     "linear_fc2": ["down_proj"],
 }
-FROM_CHECKPOINT = Needless("the checkpoint's config.json says it")
-BUILT_IN = Needless("always so, or chosen by what the device offers")
-LAUNCH = Needless("the launcher's: omniloom train --nproc N, or torchrun")
-
-
-def yes(value: Any) -> bool:
-    """A switch: a flag without value, or a word. Raises: ValueError."""
-    if value is None or isinstance(value, bool):
-        return value is not False
-    words = {"true": True, "false": False, "1": True, "0": False}
-    if str(value).lower() not in words:
-        raise ValueError("true or false")
-    return words[str(value).lower()]
-
-
-def schedule(value: Any) -> str:
-    if value not in SCHEDULES:
-        raise ValueError(f"one of {', '.join(SCHEDULES)}, which are all that there are here")
-    return SCHEDULES[value]
-
-
-def whole(value: Any) -> int:
-    number = float(value)
-    if number != int(number):
-        raise ValueError("a whole number")
-    return int(number)
-
-
-def files(value: Any) -> list[str]:
-    return (
-        [str(item) for item in value] if isinstance(value, list) else [part for part in str(value).split(",") if part]
-    )
-
-
-def size(value: Any) -> int | None:
-    return whole(value) or None  # 0 there is no bound, null here
-
-
-TRAINING: Rules = {
-    "lr": Key("train.learning_rate", float),
-    "min_lr": Key("train.min_learning_rate", float),
-    "lr_min": Key("train.min_learning_rate", float),
-    "lr_decay_style": Key("train.schedule", schedule),
-    "weight_decay": Key("train.weight_decay", float),
-    "clip_grad": Key("train.clip_norm", float, "0 measures the norm and clips nothing"),
-    "adam_eps": Key("train.epsilon", float),
-    "seed": Key("train.seed", whole),
-    "use_deter_comp": Key("train.deterministic", yes),
-    "npu_deterministic": Key("train.deterministic", yes),
-    "num_workers": Key("data.workers", whole, "any number resumes exactly"),
-    "save": Key("train.run_dir", str, "checkpoints, the exported model and the report lie there"),
-    "save_interval": Key("checkpoint.every", whole),
-    "log_interval": Key("log.every", whole),
-    "moe_aux_loss_coeff": Key("train.router_loss", float),
-    "distributed_timeout_minutes": Key("train.step_timeout_seconds", lambda value: 60.0 * float(value)),
-    "exit_duration_in_mins": Key("train.time_limit_minutes", float),
-    "data_path": Key("data.train", files),
-    "train_data_path": Key("data.train", files, "tar shards are read as they are"),
-    "lr_decay_iters": Lost("the schedule ends with the run (train.steps)"),
-    "eval_iters": Lost("evaluation takes all held-out rows"),
-    "init_model_with_meta_device": Needless("every rank reads its own slices of the published checkpoint"),
-    "load": Needless("training starts from model.path, as published; a run goes on from its own train.run_dir"),
-    "micro_batch_size": Needless("a pack of data.pack_tokens is the micro-batch; packs are full, so nothing is padded"),
-    "variable_seq_lengths": Needless("samples are packed, so every pack has the same length"),
-    "hetero_parallel": Needless("towers always run on all ranks of a model-parallel group (parallel.encoder_pool)"),
-    "enable_dummy_optimizer": Needless("ranks whose parameters are all frozen need no trick"),
-    "no_save_rng": Needless("generator states take a few kilobytes and make resuming exact"),
-    "gradient_accumulation_steps": Needless("part of train.packs_per_step"),
-    "max_padding_length": Needless("nothing is padded to a length; data.pack_tokens bounds a sample"),
-    "exit_on_missing_checkpoint": Needless("a checkpoint that is named and missing is an error"),
-    **named(Needless("loss and gradient norm are checked at every step (train.nonfinite)"),
-            "no_check_for_nan_in_loss_and_grad check_for_nan_in_loss_and_grad"),
-    **named(FROM_CHECKPOINT,
-            "*num_layers *hidden_size ffn_hidden_size moe_ffn_hidden_size normalization norm_epsilon swiglu "
-            "disable_bias_linear add_qkv_bias num_attention_heads max_position_embeddings position_embedding_type "
-            "untie_embeddings_and_output_weights group_query_attention num_query_groups moe_router_topk "
-            "moe_router_load_balancing_type moe_router_score_function moe_layer_freq num_experts mrope_section "
-            "patch_size qk_layernorm kv_channels use_rotary_position_embeddings rotary_* padded_vocab_size vocab_size "
-            "make_vocab_size_divisible_by init_method_std attention_dropout hidden_dropout tokenizer_type "
-            "patch_tokenizer_type disable_vision_class_token rope_scaling extra_vocab_size spatial_merge_size "
-            "moe_router_pre_softmax moe_shared_expert_intermediate_size"),
-    **named(BUILT_IN,
-            "use_mcore_models transformer_impl use_fused_* use_flash_attn no_masked_softmax_fusion attention_backend "
-            "no_gradient_accumulation_fusion gradient_accumulation_fusion moe_grouped_gemm moe_permute_fusion "
-            "moe_token_dispatcher_type moe_router_dtype use_distributed_optimizer sequence_parallel bf16 "
-            "overlap_grad_reduce overlap_param_gather use_torch_fsdp2 use_cpu_initialization optimizer_selection "
-            "optimizer adam_fused manual_gc manual_gc_interval enable_experimental dataloader_type log_throughput "
-            "log_tps log_timers_to_tensorboard log_memory_to_tensorboard log_validation_ppl_to_tensorboard plugin "
-            "ckpt_format auto_detect_ckpt_format dist_ckpt_strictness context_parallel_algo use_ascend_coc "
-            "cross_entropy_loss_fusion tensorboard_dir tensorboard_queue_size calculate_per_token_loss_fusion"),
-    **named(LAUNCH, "nproc_per_node nnodes node_rank master_addr master_port distributed_backend rdzv_* tee log_dir"),
-}  # fmt: skip
-DATA: Rules = {
-    "preprocess_parameters.model_name_or_path": Key("model.path", str),
-    "preprocess_parameters.image_max_pixels": Key("data.image.max_pixels", size),
-    "preprocess_parameters.image_min_pixels": Key("data.image.min_pixels", size),
-    "preprocess_parameters.video_max_pixels": Key("data.video.max_pixels", size),
-    "preprocess_parameters.video_min_pixels": Key("data.video.min_pixels", size),
-    "preprocess_parameters.video_fps": Key("data.video.fps", float),
-    "preprocess_parameters.video_maxlen": Key("data.video.max_frames", whole),
-    "preprocess_parameters.use_audio_in_video": Key("data.video.use_audio", yes),
-    "preprocess_parameters.audio_sampling_rate": Needless("any rate is resampled to the checkpoint's"),
-    "preprocess_parameters.split_special_tokens": Needless("text is tokenised as the checkpoint's processor does"),
-    "preprocess_parameters.use_fast_tokenizer": BUILT_IN,
-    "basic_parameters.dataset": Key("data.train", files),
-    "basic_parameters.dataset_dir": Key("data.media_dir", str, "where relative media paths start"),
-    "basic_parameters.eval_dataset": Key("data.eval", files),
-    "basic_parameters.val_dataset": Key("data.eval", files),
-    "basic_parameters.template": Needless("the checkpoint's own chat template renders (data.template: auto)"),
-    "basic_parameters.enable_thinking": Key("data.enable_thinking", yes),
-    "basic_parameters.train_on_prompt": Key("data.train_on_prompt", yes),
-    "basic_parameters.mask_history": Key("data.last_turn_only", yes),
-    "basic_parameters.max_samples": Key("data.max_samples", whole),
-    "basic_parameters.cutoff_len": Key("data.pack_tokens", whole, "longer rows are listed, never cut"),
-    "basic_parameters.tool_format": Needless("the checkpoint's own chat template writes tools"),
-    "basic_parameters.streaming": Needless("files are read by random access and start at once, with exact resume"),
-    "basic_parameters.cache_dir": Needless("sizes of media are kept in the run's cache/, safely for several nodes"),
-    **named(Needless("rows are read, measured and decoded while training goes on; there is no preprocessing pass"),
-            "basic_parameters.preprocess_on_fly basic_parameters.preprocessing_* basic_parameters.overwrite_cache"),
-    "dataset_type": Needless("the format is detected"),
-    "dataloader.shuffle": Key("data.shuffle", yes),
-    "dataloader.num_workers": Key("data.workers", whole, "any number resumes exactly"),
-    **named(BUILT_IN, "dataloader.*"),
-}  # fmt: skip
-FSDP: Rules = {
-    "sharding_size": Key("parallel.shard", lambda value: value if value == "auto" else whole(value)),
-    "fully_shard_parallel_size": Key("parallel.shard", lambda value: value if value == "auto" else whole(value)),
-    "reshard_after_forward": Key("parallel.reshard_after_forward", lambda value: yes(value)),
-    "num_to_forward_prefetch": Key("parallel.prefetch", whole),
-    "num_to_backward_prefetch": Key("parallel.prefetch", whole),
-    "offload_to_cpu": Key("parallel.cpu_offload", yes),
-    "param_dtype": Key("model.dtype", lambda value: {"bf16": "bf16", "fp32": "float32", "float32": "float32"}[value]),
-    "reduce_dtype": Needless("gradients are reduced in float32"),
-    "expert_parallel_size": Key("parallel.expert", whole),
-    "ulysses_parallel_size": Key("parallel.context", whole),
-    **named(Needless("what is sharded follows from the model"),
-            "cast_forward_inputs align_fsdp_param_groups reshard_local_experts moe_modules fsdp_plan.* ep_plan.* "
-            "pin_memory shard_placement_fn ignored_modules use_orig_params hook_modules"),
-}  # fmt: skip
-MODEL: Rules = {
-    "init_from_hf_path": Key("model.path", str),
-    "model_name_or_path": Key("model.path", str),
-    "image_encoder.vision_encoder.attn_implementation": Key("model.attention.vision", KERNELS.__getitem__),
-    "audio_encoder.audio_encoder.attn_implementation": Key("model.attention.audio", KERNELS.__getitem__),
-    "text_decoder.attn_implementation": Key("model.attention.text", KERNELS.__getitem__),
-    "attn_implementation": Key("model.attention.text", KERNELS.__getitem__),
-    "loss_cfg.router_aux_loss_coef": Key("train.router_loss", float),
-    **named(Needless("attention is always the packed, variable-length one"), "*.attn_layout attn_layout *.is_causal"),
-    **named(Needless("experts always run as grouped products"), "*.use_npu_fused_moe use_grouped_expert_matmul"),
-    **named(BUILT_IN, "patch.* *.synchronize_per_layer trust_remote_code"),
-    **named(Needless("towers are shared out by parallel.encoder_pool"),
-            "image_encoder.tp image_encoder.pp image_encoder.cp audio_encoder.tp audio_encoder.pp audio_encoder.cp "
-            "image_encoder.vision_encoder.pipeline_num_layers audio_encoder.audio_encoder.pipeline_num_layers"),
-    **named(FROM_CHECKPOINT,
-            "image_encoder.* audio_encoder.* text_decoder.* model_id *_token_id text_encoder video_encoder"),
-}  # fmt: skip
 
 
 def migrate_megatron(draft: Draft) -> None:
@@ -204,7 +40,7 @@ def migrate_megatron(draft: Draft) -> None:
     _split(draft)
     _checkpoints(draft)
     _profile(draft)
-    draft.apply({**TRAINING, **FSDP, **DATA, **MODEL})
+    draft.apply(read_rules("megatron"))
     if uses_megatron:
         for key, value in MEGATRON_DEFAULTS.items():
             if key not in draft.entries:
@@ -259,9 +95,9 @@ def _schedule(draft: Draft) -> None:
 def _loss(draft: Draft) -> None:
     token, sample = draft.first("calculate_per_token_loss"), draft.first("calculate_per_sample_loss")
     kind = draft.first("loss_cfg.loss_type")
-    if token is not None and yes(token.value):
+    if token is not None and switch(token.value):
         draft.put("train.loss", "token", [token])
-    if sample is not None and yes(sample.value):
+    if sample is not None and switch(sample.value):
         draft.put("train.loss", "sample", [sample])
     if kind is not None:
         names = {"default": "batch", "per_sample_loss": "sample", "per_token_loss": "token", "square": "sqrt",
@@ -299,29 +135,28 @@ def _layout(draft: Draft) -> None:
             draft.lost.append((str(ring), "set parallel.context, which divides a pack by heads (Ulysses)"))
         else:
             draft.needless.append((ring, "1 is the default"))
-    if (half := draft.first("fp16")) is not None and yes(half.value):
+    if (half := draft.first("fp16")) is not None and switch(half.value):
         draft.faults.append(f"{half.origin}: fp16 is not offered, since it overflows; bf16 is the same size")
 
 
 def _recompute(draft: Draft) -> None:
     plan = draft.first("recompute_plan.apply_modules")
-    switch = draft.first("recompute")
-    if switch is not None and yes(switch.value) and plan is not None:
+    asked = draft.first("recompute")
+    if asked is not None and switch(asked.value) and plan is not None:
         for root, mark in (("vision", "visual"), ("audio", "audio_tower"), ("text", "layers")):
             if any(mark in str(name) for name in plan.value):
                 draft.put(f"policy.{root}.recompute", True, [plan])
-    elif switch is not None and yes(switch.value):
-        draft.put("memory.recompute", "full", [switch])
+    elif asked is not None and switch(asked.value):
+        draft.put("memory.recompute", "full", [asked])
     elif plan is not None:
         draft.needless.append((plan, "recompute is off"))
-    places = {"": None, "image_encoder.vision_encoder.": "vision", "audio_encoder.audio_encoder.": "audio",
+    places = {"": "", "image_encoder.vision_encoder.": "vision", "audio_encoder.audio_encoder.": "audio",
               "text_decoder.": "text"}  # fmt: skip
     for prefix, root in places.items():
         how = draft.first(f"{prefix}recompute_granularity")
         details = draft.take(f"{prefix}recompute_method", f"{prefix}recompute_num_layers")
         if how is not None and how.value == "full":
-            draft.put("memory.recompute" if root is None else f"policy.{root}.recompute",
-                      "full" if root is None else True, [how])  # fmt: skip
+            draft.put(f"policy.{root}.recompute" if root else "memory.recompute", True if root else "full", [how])
         elif how is not None and how.value is not None:
             draft.lost.append((str(how), "what of a block is recomputed is not chosen there; memory.recompute: full "
                                "recomputes blocks whole, and is not needed where memory is enough"))  # fmt: skip
@@ -330,16 +165,16 @@ def _recompute(draft: Draft) -> None:
 
 def _offload_and_chunks(draft: Draft) -> None:
     for one in draft.take("*activation_offload", "activation_offload_plan.*", "enable_activation_offload"):
-        wanted = bool(one.value) if isinstance(one.value, list) else yes(one.value)
+        wanted = bool(one.value) if isinstance(one.value, list) else switch(one.value)
         if wanted and one.name != "activation_offload_plan.apply_modules":
             draft.put("memory.offload_activations", True, [one])
         else:
             draft.needless.append((one, "off, or a list of modules; memory.offload_activations takes all blocks"))
-    mode, switch = draft.first("loss_cfg.compute_mode"), draft.first("enable_chunk_loss")
+    mode, on = draft.first("loss_cfg.compute_mode"), draft.first("enable_chunk_loss")
     chunk = draft.first("loss_cfg.chunk_size", "chunkloss_plan.chunk_size")
     module = draft.take("chunkloss_plan.apply_module")
-    draft.needless += [(one, "the head's loss is always chunked") for one in (*module, mode, switch) if one]
-    asked = (mode is not None and mode.value == "chunk") or (switch is not None and yes(switch.value))
+    draft.needless += [(one, "the head's loss is always chunked") for one in (*module, mode, on) if one]
+    asked = (mode is not None and mode.value == "chunk") or (on is not None and switch(on.value))
     if chunk is not None and asked:
         draft.put("memory.loss_chunk_tokens", whole(chunk.value), [chunk])
     elif chunk is not None:
@@ -357,7 +192,7 @@ def _freezing(draft: Draft) -> None:
     for name, components in rules.items():
         if (one := draft.first(name)) is not None and one.value is not None:
             for component in components:
-                draft.put(f"policy.{component}.freeze", yes(one.value), [one])
+                draft.put(f"policy.{component}.freeze", switch(one.value), [one])
     listed = draft.first("freeze")
     if listed is not None and listed.value:
         _frozen_modules(draft, listed)
@@ -397,10 +232,10 @@ def _lora(draft: Draft) -> None:
     draft.needless += [(one, "gradients reach adapters without hooks") for one in hooks]
     if not any(found.values()):
         return
-    keys = {"r": ("rank", whole), "alpha": ("alpha", float), "dropout": ("dropout", float)}
-    for name, (key, convert) in keys.items():
+    for name, key in (("r", "rank"), ("alpha", "alpha"), ("dropout", "dropout")):
         if (one := found[name]) is not None:
-            draft.put(f"policy.text.lora.{key}", convert(one.value), [one])
+            value = whole(one.value) if name == "r" else float(one.value)
+            draft.put(f"policy.text.lora.{key}", value, [one])
     if (targets := found["target_modules"]) is not None:
         names = re.split(r"[\s,]+", targets.value) if isinstance(targets.value, str) else files(targets.value)
         modules = [part for name in names if name for part in LORA_MODULES.get(name, [name])]
@@ -453,7 +288,7 @@ def _checkpoints(draft: Draft) -> None:
     for name, key in (("no_load_optim", "load_optimizer"), ("no_load_rng", "load_rng"),
                       ("no_save_optim", "save_optimizer")):  # fmt: skip
         if (one := draft.first(name)) is not None:
-            if yes(one.value):
+            if switch(one.value):
                 draft.put(f"checkpoint.{key}", False, [one], "remove it to resume exactly")
             else:
                 draft.needless.append((one, "off"))
@@ -461,10 +296,10 @@ def _checkpoints(draft: Draft) -> None:
 
 def _profile(draft: Draft) -> None:
     for prefix in ("profile.", "memory_profile."):
-        switch = draft.first(f"{prefix}enable")
-        on = switch is not None and yes(switch.value)
+        enabled = draft.first(f"{prefix}enable")
+        on = enabled is not None and switch(enabled.value)
         first, last = draft.take(f"{prefix}*start_step"), draft.take(f"{prefix}*end_step")
-        rest = [one for one in (switch, *draft.take(f"{prefix}*")) if one is not None]
+        rest = [one for one in (enabled, *draft.take(f"{prefix}*")) if one is not None]
         if on and prefix == "profile." and first and last:
             draft.put("log.profile", [whole(first[0].value), whole(last[0].value)], [first[0], last[0]])
             draft.needless += [(one, "log.profile writes a whole trace of these steps") for one in rest]

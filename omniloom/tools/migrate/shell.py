@@ -99,7 +99,7 @@ def _take(words: list[str], script: Script, *, certain: bool) -> None:
 
 def _commands(text: str, variables: Mapping[str, str | tuple[str, ...]]) -> Iterator[list[str]]:
     """The simple commands of a script, each as its words, variables put in as they stand at that point."""
-    place, words = 0, []
+    place, words = 0, list[str]()
     while place < len(text):
         char = text[place]
         if char in SPACE:

@@ -10,106 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omniloom.tools.migrate.draft import Draft, Key, Lost, Needless, Rules, Setting, named
-from omniloom.tools.migrate.megatron import BUILT_IN, LAUNCH, files, whole, yes
+from omniloom.tools.migrate.draft import Draft, Setting, files, read_rules, switch, whole
 
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant",
-             "cosine_with_min_lr": "cosine"}  # fmt: skip
-KERNELS = {"fa2": "auto", "flash_attn": "auto", "flash_attention_2": "auto", "flash_attention_3": "auto",
-           "sdpa": "sdpa", "eager": "eager", "auto": "auto", "disabled": "eager"}  # fmt: skip
 FROM_TRANSFORMERS = {  # where they differ from ours
     "train.betas": [0.9, 0.999],
     "train.seed": 42,
 }
-
-
-def _scheduler(value: Any) -> str:
-    if value not in SCHEDULES:
-        raise ValueError(f"one of {', '.join(SCHEDULES)}")
-    return SCHEDULES[value]
-
-
-COMMON: Rules = {
-    "model_name_or_path": Key("model.path", str),
-    "model": Key("model.path", str),
-    "learning_rate": Key("train.learning_rate", float),
-    "lr_scheduler_type": Key("train.schedule", _scheduler),
-    "weight_decay": Key("train.weight_decay", float),
-    "max_grad_norm": Key("train.clip_norm", float),
-    "adam_epsilon": Key("train.epsilon", float),
-    "seed": Key("train.seed", whole),
-    "full_determinism": Key("train.deterministic", yes),
-    "num_train_epochs": Key("train.epochs", float),
-    "max_steps": Key("train.steps", whole),
-    "warmup_steps": Key("train.warmup_steps", whole),
-    "output_dir": Key("train.run_dir", str, "checkpoints, the exported model and the report lie there"),
-    "save_steps": Key("checkpoint.every", whole),
-    "save_total_limit": Key("checkpoint.keep", whole),
-    "save_only_model": Key("checkpoint.save_optimizer", lambda value: not yes(value)),
-    "logging_steps": Key("log.every", whole),
-    "eval_steps": Key("train.eval_every", whole),
-    "dataloader_num_workers": Key("data.workers", whole),
-    "cutoff_len": Key("data.pack_tokens", whole, "longer rows are listed, never cut"),
-    "max_length": Key("data.pack_tokens", whole, "longer rows are listed, never cut"),
-    "max_samples": Key("data.max_samples", whole),
-    "val_size": Key("data.split", float),
-    "split_dataset_ratio": Key("data.split", float),
-    "train_on_prompt": Key("data.train_on_prompt", yes),
-    "mask_history": Key("data.last_turn_only", yes),
-    "enable_thinking": Key("data.enable_thinking", yes),
-    "default_system": Key("data.system", str),
-    "system": Key("data.system", str),
-    "media_dir": Key("data.media_dir", str),
-    "flash_attn": Key("model.attention.text", KERNELS.__getitem__),
-    "attn_impl": Key("model.attention.text", KERNELS.__getitem__),
-    "image_max_pixels": Key("data.image.max_pixels", whole),
-    "image_min_pixels": Key("data.image.min_pixels", whole),
-    "video_max_pixels": Key("data.video.max_pixels", whole),
-    "video_min_pixels": Key("data.video.min_pixels", whole),
-    "max_pixels": Key("data.image.max_pixels", whole),
-    "min_pixels": Key("data.image.min_pixels", whole),
-    "video_fps": Key("data.video.fps", float),
-    "fps": Key("data.video.fps", float),
-    "video_maxlen": Key("data.video.max_frames", whole),
-    "fps_max_frames": Key("data.video.max_frames", whole),
-    "use_audio_in_video": Key("data.video.use_audio", yes),
-    "router_aux_loss_coef": Key("train.router_loss", float),
-    "moe_aux_loss_coef": Key("train.router_loss", float),
-    "aux_loss_coef": Key("train.router_loss", float),
-    "sequence_parallel_size": Key("parallel.context", whole),
-    "ddp_timeout": Key("train.step_timeout_seconds", lambda value: min(float(value), 86_400.0)),
-    "resume_from_checkpoint": Needless("the same command goes on from the newest checkpoint of its train.run_dir"),
-    "overwrite_output_dir": Needless("a used run directory is never overwritten in part"),
-    "template": Needless("the checkpoint's own chat template renders (data.template: auto)"),
-    "audio_sampling_rate": Needless("any rate is resampled to the checkpoint's"),
-    "use_audio_output": Needless("untrained parts are carried through to the export"),
-    "cache_dir": Needless("checkpoints are read where they lie"),
-    "metric_for_best_model": Lost("every checkpoint is kept by age (checkpoint.keep)"),
-    "neftune_noise_alpha": Lost("noise on embeddings is not offered"),
-    "optim": Needless("AdamW with float32 states"),
-    "lora_bias": Needless("biases stay as published"),
-    "streaming": Needless("files are read by random access and start at once, with exact resume"),
-    "packing_length": Key("data.pack_tokens", whole),
-    **named(Needless("samples are always packed, each seeing only itself"),
-            "packing neat_packing padding_free group_by_length packing_num_proc"),
-    **named(Needless("rows are read, measured and decoded while training goes on; there is no preprocessing pass"),
-            "preprocessing_* overwrite_cache dataset_num_proc load_from_cache_file tokenized_path buffer_size "
-            "dataset_shuffle lazy_tokenize"),
-    **named(Needless("parameters, gradients and states are sharded over all ranks (parallel.shard: auto)"),
-            "deepspeed fsdp fsdp_config ddp_find_unused_parameters"),
-    **named(Needless("TensorBoard files and report.html are always written"),
-            "report_to plot_loss logging_dir logging_first_step run_name"),
-    **named(Needless("evaluation packs rows like training"), "per_device_eval_batch_size eval_accumulation_steps"),
-    **named(BUILT_IN,
-            "stage do_train do_eval eval_strategy evaluation_strategy eval_on_start save_strategy bf16 torch_dtype "
-            "trust_remote_code use_fast_tokenizer remove_unused_columns disable_gradient_checkpointing liger_kernel "
-            "enable_liger_kernel use_liger_kernel pin_memory dataloader_pin_memory low_cpu_mem_usage use_cache "
-            "use_hf model_type task_type check_model add_version save_safetensors ddp_backend experts_impl "
-            "include_num_input_tokens_seen attn_implementation safe_serialization split_special_tokens "
-            "dataloader_persistent_workers gradient_checkpointing_kwargs loss_scale enable_audio_output"),
-    **named(LAUNCH, "nproc_per_node nnodes node_rank master_addr master_port nproc cuda_visible_devices "
-                    "ascend_rt_visible_devices omp_num_threads"),
-}  # fmt: skip
 
 
 def migrate_llama_factory(draft: Draft, data_sets: Mapping[str, Any] | None, folder: Path) -> None:
@@ -125,7 +31,7 @@ def migrate_llama_factory(draft: Draft, data_sets: Mapping[str, Any] | None, fol
     _frozen(draft, "freeze_multi_modal_projector", True, ("vision.merger",), lora)
     _frozen(draft, "freeze_language_model", False, ("text",), lora)
     _dataset_info(draft, data_sets, folder)
-    draft.apply(COMMON)
+    draft.apply(read_rules("transformers"))
     _defaults(draft, {
         **FROM_TRANSFORMERS, "train.learning_rate": 5e-5, "train.schedule": "linear", "data.pack_tokens": 2048,
         "data.image.max_pixels": 768 * 768, "data.image.min_pixels": 32 * 32, "data.video.max_pixels": 256 * 256,
@@ -151,7 +57,7 @@ def migrate_swift(draft: Draft) -> None:
         _swift_data(draft, data)
     if (valid := draft.first("val_dataset")) is not None:
         draft.put("data.eval", str(valid.value).split(), [valid])
-    draft.apply(COMMON)
+    draft.apply(read_rules("transformers"))
     _defaults(draft, {**FROM_TRANSFORMERS, "train.betas": [0.9, 0.95], "train.weight_decay": 0.1,
                       "train.learning_rate": 1e-4 if lora else 1e-5}, "ms-swift's own default")  # fmt: skip
     if "train.steps" not in draft.entries:
@@ -205,7 +111,7 @@ def _warmup_and_betas(draft: Draft, beta2: float = 0.999) -> None:
 
 def _recompute(draft: Draft, name: str, *, off: bool) -> None:
     one = draft.first(name)
-    wanted = True if one is None else yes(one.value) != off
+    wanted = True if one is None else switch(one.value) != off
     if wanted:
         draft.put("memory.recompute", "full", [one or "the default there"], "none is faster where memory is enough")
     elif one is not None:
@@ -236,7 +142,7 @@ def _lora(draft: Draft, kind: str, how: Setting | None, *, rank: int, alpha: flo
     drop = found["dropout"]
     draft.put("policy.text.lora.dropout", float(drop.value) if drop else dropout, [drop] if drop else default)
     for name, one in switches.items():
-        if one is not None and yes(one.value):
+        if one is not None and switch(one.value):
             draft.put(f"policy.text.lora.{name}", True, [one])
     if targets is not None and targets.value not in ("all", "all-linear"):
         names = targets.value if isinstance(targets.value, list) else str(targets.value).replace(",", " ").split()
@@ -254,7 +160,7 @@ def _towers(draft: Draft) -> tuple[str, ...]:
 
 def _frozen(draft: Draft, name: str, usual: bool, components: tuple[str, ...], lora: bool) -> None:
     one = draft.first(name)
-    frozen = usual if one is None else yes(one.value)
+    frozen = usual if one is None else switch(one.value)
     if lora and not frozen and components != ("text",):
         draft.lost.append((str(one), f"give {components[0]} a lora section of its own if adapters shall train there"))
     elif components == ("text",):
