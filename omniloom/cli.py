@@ -26,6 +26,9 @@ def train(
         list[str] | None, typer.Argument(help="a YAML file, then dotted overrides", metavar="[CONFIG] [A.B=C]...")
     ] = None,
     nproc: Nproc = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="start anew: remove what an earlier run left in train.run_dir")
+    ] = False,
 ) -> None:
     """Train a model: omniloom train CONFIG a.b=c ..., or just model.path=DIR data.train=FILE."""
     from omniloom.config import config_from_words
@@ -37,9 +40,10 @@ def train(
         from omniloom.run.trainer import run
         from omniloom.tools.report import write_report
 
-        return run(config, on_end=lambda run_dir: print(f"wrote {write_report(run_dir)}"))
+        return run(config, on_end=lambda run_dir: print(f"wrote {write_report(run_dir)}"), overwrite=overwrite)
 
-    raise typer.Exit(launch_or_join(run_here, ["train", *(words or [])], nproc))
+    flags = ["--overwrite"] if overwrite else []
+    raise typer.Exit(launch_or_join(run_here, ["train", *flags, *(words or [])], nproc))
 
 
 @app.command()

@@ -315,7 +315,7 @@ def stored_names(stored: StoredCheckpoint, known: Collection[str]) -> list[str]:
         more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
         raise ValueError(
             f"{stored.directory} is a checkpoint of another model or policy: it holds {', '.join(foreign[:8])}{more}, "
-            "which this run has not; go on with the config it was made with, or set checkpoint.resume=none"
+            "which this run has not; go on with the config it was made with, or start anew with --overwrite"
         )
     return names
 

@@ -95,8 +95,7 @@ def find_latest(
             damaged.append(str(error))
     if damaged:
         raise ValueError(
-            f"{root}: none of {len(damaged)} checkpoints is whole; set checkpoint.resume=none to start over:\n  "
-            + "\n  ".join(damaged)
+            f"{root}: none of {len(damaged)} checkpoints is whole; --overwrite starts over:\n  " + "\n  ".join(damaged)
         )
     return None, tuple(incomplete)
 

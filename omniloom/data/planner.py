@@ -193,13 +193,19 @@ class Planner:
             raise ValueError(
                 "the checkpoint's data plan does not fit this run: "
                 + "; ".join(changed)
-                + ". Resume with the old values, or start anew with checkpoint.resume=none"
+                + ". Resume with the old values, or start anew in another train.run_dir or with --overwrite"
             )
         position = dict(record["position"])
         position["carried"] = tuple(sample_from_json(sample) for sample in position["carried"])
         position["unreported"] = tuple(bad_from_json(bad) for bad in position["unreported"])
         self._position = PlanPosition(**position)
         self._steps = tuple(step_from_json(step) for step in record["steps"])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run's last step has been given out."""
+        has_step = bool(self._steps) and self._steps[0].step < (self.options.steps or np.inf)
+        return not has_step and self._at_end(self._position)
 
     @property
     def unreported_bad_rows(self) -> tuple[BadSample, ...]:

@@ -283,9 +283,11 @@ class _FailureBudget:
 class BadSampleFile:
     """`bad_samples.jsonl`: one line per row and epoch, also over resumed runs. Written by rank 0 alone."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, anew: bool = False) -> None:
         self._path = Path(path)
         self._known: set[tuple[str, int, int, int]] = set()
+        if anew:
+            self._path.unlink(missing_ok=True)
         if not self._path.exists():
             return
         *lines, rest = self._path.read_bytes().split(b"\n")

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from omniloom.config import Config, save_config
+from omniloom.config import Config
 from omniloom.data.stream import LoadedStep
 from omniloom.parallel.mesh import Layout
+from omniloom.run.directory import FINISHED, record_config
 from omniloom.run.evaluation import EvaluationReport
-from omniloom.run.stopping import remove_stopped
+from omniloom.run.stopping import STOPPED
 from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation
 from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepFigures, StepMetrics
 from omniloom.training.policy import ParameterPolicy, table_lines, trainable_table
@@ -60,8 +61,13 @@ class RunRecords:
         """
         if not self.layout.is_first:
             return
-        remove_stopped(self.run_dir)
-        save_config(self.config, self.run_dir / "config.yaml")
+        for name in (FINISHED, STOPPED):  # the run goes on
+            (self.run_dir / name).unlink(missing_ok=True)
+        if changes := record_config(self.run_dir, self.config, first_step):
+            self.say(
+                f"changed from step {first_step + 1} on: {'; '.join(map(str, changes))}; what held before is in "
+                f"config_until_step_{first_step:08d}.yaml"
+            )
         table = trainable_table(policies, sizes)
         rows = json.dumps([asdict(row) for row in table], indent=1)
         (self.run_dir / "trainable.json").write_text(rows, encoding="utf-8")

@@ -63,9 +63,14 @@ class RunState:
         self.group = self._saver.group
         stack.callback(self._saver.close)
 
-    def find(self) -> dcp.StoredCheckpoint | None:
-        """The checkpoint to go on from, verified. Raises: ValueError for one of another model or policy."""
+    def find(self, *, overwrite: bool = False) -> dcp.StoredCheckpoint | None:
+        """The checkpoint to go on from, verified; with `overwrite` only one that is named.
+
+        Raises: ValueError for one of another model or policy.
+        """
         stored = None
+        if self._settings.resume == "auto" and overwrite:
+            return None
         if self._settings.resume == "auto":
             stored, passed_over = dcp.find_latest(self._run_dir, group=self.group)
             for words in passed_over:
@@ -112,13 +117,13 @@ class RunState:
         if stored.extras["model"] != self._own["model"]:
             raise ValueError(
                 f"{stored.directory} belongs to a run on another model than model.path="
-                f"{self._workshop.config.model.path}; name that model, set another train.run_dir, or start anew with "
-                "checkpoint.resume=none"
+                f"{self._workshop.config.model.path}; name that model, set another train.run_dir, or start "
+                "anew with --overwrite"
             )
         before, asked = stored.extras.get("adapters", {}), self._own["adapters"]
         for key in sorted(asked, key=len):  # what a rule is named for before what lies below
             if (then := before.get(key, asked[key])) != asked[key]:
                 raise ValueError(
                     f"{stored.directory}: {key} is {then} there and {asked[key]} here, which makes another model of "
-                    f"the same weights; set it to {then}, or start anew with checkpoint.resume=none"
+                    f"the same weights; set it to {then}, or start anew with --overwrite"
                 )

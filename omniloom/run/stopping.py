@@ -20,7 +20,7 @@ from omniloom.exit_codes import INTERRUPTED, STOPPED_EARLY
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm's --signal=USR1 warns with
 SAME_KEY_SECONDS = 0.25  # a Ctrl-C that reaches a rank twice, from the terminal and from its launcher, is one
-FILE_NAME = "stopped.json"
+STOPPED = "stopped.json"
 
 
 class StopRequest:
@@ -89,14 +89,9 @@ class StopRequest:
 def write_stopped(run_dir: Path, *, reason: str, step: int) -> None:
     """Say in `stopped.json` why the run is not over and how many steps are done and saved."""
     record = {"reason": reason, "step": step, "exit_code": STOPPED_EARLY, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    scratch = run_dir / f".{FILE_NAME}.tmp"
+    scratch = run_dir / f".{STOPPED}.tmp"
     scratch.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    scratch.replace(run_dir / FILE_NAME)
-
-
-def remove_stopped(run_dir: Path) -> None:
-    """The run goes on, or is over."""
-    (run_dir / FILE_NAME).unlink(missing_ok=True)
+    scratch.replace(run_dir / STOPPED)
 
 
 def _do_nothing(_number: int, _frame: object) -> None:

@@ -39,6 +39,14 @@ from omniloom.parallel.mesh import (
 )
 from omniloom.parallel.step import Objective, forward_backward
 from omniloom.parallel.watchdog import Watchdog
+from omniloom.run.directory import (
+    check_all_done,
+    check_anew,
+    check_start,
+    find_finished,
+    remove_own_files,
+    write_finished,
+)
 from omniloom.run.evaluation import Evaluation, EvaluationReport
 from omniloom.run.opening import Workshop, build_model, open_workshop
 from omniloom.run.records import RunRecords
@@ -61,10 +69,14 @@ def run(
     config: Config,
     on_step: Callable[[StepMetrics], None] | None = None,
     on_end: Callable[[Path], None] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> int:
     """Train as the config says, on every rank of the job. Returns 0, or STOPPED_EARLY after a signal or time limit.
 
     On the first rank `on_step` is called after each step, and `on_end`, with the run directory, once all is written.
+    A run that is finished already is left as it is. With `overwrite` what an earlier run wrote in the directory is
+    removed before the first step, once everything else has proved sound.
 
     Raises: ValueError for whatever is wrong with config, checkpoint or data, before the first step where it is known.
     RunError for what stops a sound run: numbers that are not finite, a rank that is gone.
@@ -88,15 +100,25 @@ def run(
     try:
         degrees = resolve_degrees(config.parallel, ranks.world_size, packs_per_step=config.train.packs_per_step)
         layout = build_layout(degrees, ranks)
-        with hold_run_lock(config.train.run_dir, layout.channels["checkpoint"]):
+        run_dir = Path(config.train.run_dir)
+        with hold_run_lock(run_dir, layout.channels["checkpoint"]):
+            if not overwrite and (words := find_finished(run_dir, config)) is not None:
+                if layout.is_first:
+                    print(words)
+                return 0
+            check_start(run_dir, config, overwrite=overwrite)
+            layout.barrier()  # nobody writes before everybody has looked
             with ExitStack() as stack:
                 watchdog = Watchdog(
                     rank=ranks.rank, world_size=ranks.world_size, store=ranks.store, timeout_seconds=timeout_seconds
                 )
                 stack.callback(watchdog.close)
-                code = Trainer(workshop, layout, train_rows, eval_rows, watchdog, stack, on_step).run()
+                trainer = Trainer(
+                    workshop, layout, train_rows, eval_rows, watchdog, stack, on_step, overwrite=overwrite
+                )
+                code = trainer.run()
             if on_end is not None and layout.is_first and code == 0:
-                on_end(Path(config.train.run_dir))
+                on_end(run_dir)
             return code
     except RuntimeError as error:
         if says_rank_is_gone(error):
@@ -156,6 +178,8 @@ class Trainer:
         watchdog: Watchdog,
         stack: ExitStack,
         on_step: Callable[[StepMetrics], None] | None = None,
+        *,
+        overwrite: bool = False,
     ) -> None:
         config = workshop.config
         self.config, self.layout, self.workshop, self.watchdog = config, layout, workshop, watchdog
@@ -183,10 +207,16 @@ class Trainer:
             decoder_weights=any(name.startswith("text.") and name not in of_adapters for name in self.state.changed),
             towers=any(not name.startswith("text.") for name in self.state.changed),
         )
-        stored = self.state.find()
+        stored = self.state.find(overwrite=overwrite)
         if stored is not None:
             self.planner.load_state_dict(stored.extras["data"])
-        self.bad_samples = BadSampleFile(self.run_dir / "bad_samples.jsonl") if layout.is_first else None
+            if self.planner.is_over:
+                check_all_done(self.run_dir, config, stored.step)
+        elif not overwrite:
+            check_anew(self.run_dir)
+        self.bad_samples = (
+            BadSampleFile(self.run_dir / "bad_samples.jsonl", anew=overwrite) if layout.is_first else None
+        )
         self.evaluation = (
             Evaluation(workshop, layout, eval_rows, self.bad_samples, stack) if eval_rows is not None else None
         )
@@ -195,6 +225,8 @@ class Trainer:
         self.stream.prepare()  # before the weights: rows that cannot be used are said within seconds
         self.watchdog.enter(0, "loading weights")
         self.first_step = self.state.load(stored)
+        if overwrite and layout.is_first:
+            remove_own_files(self.run_dir)
         self.records.begin(
             self.first_step,
             self._about(train_rows),
@@ -234,6 +266,8 @@ class Trainer:
             self._evaluate(step)
         if self.config.checkpoint.export or self.workshop.adapters:
             self._export(step)
+        if self.layout.is_first:
+            write_finished(self.run_dir, step)
         return 0
 
     def _leave_early(self, step: int) -> int:

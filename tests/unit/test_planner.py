@@ -248,7 +248,7 @@ def test_resume_with_options_that_change_the_plan_is_refused_and_with_more_steps
     planner = make(epochs=None, steps=3)
     drain(planner)
     state = planner.state_dict()
-    with pytest.raises(ValueError, match=r"pack_tokens was 1024, is 2048.*checkpoint.resume=none"):
+    with pytest.raises(ValueError, match=r"pack_tokens was 1024, is 2048.*--overwrite"):
         make(epochs=None, steps=3, pack_tokens=2048).load_state_dict(state)
     with pytest.raises(ValueError, match="num_rows was 400, is 300"):
         make(num_rows=300, epochs=None, steps=3).load_state_dict(state)
@@ -275,7 +275,7 @@ def test_resume_names_the_options_that_changed_what_rows_become():
     words = r"data.last_turn_only was the default, is True; data.system was 'be brief', is the default\. Resume with"
     with pytest.raises(ValueError, match=words):
         run(data_last_turn_only=True, model_modalities=["image"]).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"the rows of data.train are others.*checkpoint.resume=none"):
+    with pytest.raises(ValueError, match=r"the rows of data.train are others.*--overwrite"):
         run("other rows", data_system="be brief", model_modalities=["image"]).load_state_dict(state)
 
 
