@@ -34,6 +34,7 @@ from omniloom.types import BadSample, LoadedPack, PackPlan, StepPlan
 
 _log = logging.getLogger(__name__)
 _JOIN_SECONDS = 30.0
+LISTED = "All are listed in bad_samples.jsonl of the run directory."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +129,9 @@ class StepStream:
         waited = time.perf_counter() - begin
         if isinstance(item, BaseException):
             self._ended = True
-            if isinstance(item, PlanError):
+            if isinstance(item, PlanError) and item.bad_rows:
                 self._write_bad(item.bad_rows)
+                raise PlanError(f"{item}\n{LISTED}", item.bad_rows) from None
             raise item
         if item is None:
             self._ended = True

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ import torch
 from omniloom.data.agreement import StepAgreement, agree
 from omniloom.data.loader import Loader
 from omniloom.data.packing import pack_everything
-from omniloom.data.planner import plan_all
-from omniloom.data.stream import BadSampleFile
+from omniloom.data.planner import PlanError, plan_all
+from omniloom.data.stream import LISTED, BadSampleFile
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
 from omniloom.parallel.mesh import Layout
@@ -34,14 +34,18 @@ from omniloom.types import BadSample, Extent, LoadedPack, PackPlan, PlannedSampl
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationReport:
-    loss: float  # weighted mean over all held-out tokens
-    loss_by_modality: dict[str, float]
+    """What was measured. `loss` is None where nothing was: no row with a loss weight could be read."""
+
+    loss: float | None  # weighted mean over all held-out tokens
+    loss_by_modality: dict[str, float]  # of those that were measured
+    num_rows: int
+    num_bad: int  # rows that could not be read
     answers: Agreement | None = None
     rows: tuple[dict[str, Any], ...] = ()  # id, modality, question, media, expected and answer of each row answered
 
     def figures(self) -> dict[str, float]:
         """All numbers by name, as `metrics.jsonl` has them."""
-        found = {"eval_loss": self.loss}
+        found = {} if self.loss is None else {"eval_loss": self.loss}
         found |= {f"eval_loss.{modality}": loss for modality, loss in self.loss_by_modality.items()}
         if self.answers is not None:
             found["eval_exact_match"] = self.answers.exact_match
@@ -59,11 +63,21 @@ class EvaluationReport:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
             (run_dir / "answers" / f"step_{step:08d}.jsonl").write_text(lines, encoding="utf-8")
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """One line for the screen."""
-        return "evaluation " + ", ".join(
+        figures = ", ".join(
             f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for name, value in self.figures().items()
         )
+        bad = f"{self.num_bad} of {self.num_rows} held-out rows could not be read (see bad_samples.jsonl)"
+        if self.loss is None:
+            return f"evaluation measured nothing: {bad}, the others have no loss weight"
+        return f"evaluation {figures}" + (f"; {bad}" if self.num_bad else "")
+
+
+class _Measured(NamedTuple):
+    loss_sum: float  # weighted, over all ranks
+    weight_sum: float
+    num_bad: int
 
 
 class Evaluation:
@@ -77,21 +91,13 @@ class Evaluation:
         bad_samples: BadSampleFile | None,
         stack: ExitStack,
     ) -> None:
+        """Reads headers. Collective. Raises: ValueError where no row can be used."""
         config = workshop.config
-        recipe = open_rows(workshop, rows)
         self.layout, self.bad_samples = layout, bad_samples
-        self.loader = Loader(recipe, workers=min(config.data.workers, 1))
+        open_reader = open_rows(workshop, rows)
+        self.loader = Loader(open_reader, workers=min(config.data.workers, 1))
         stack.callback(self.loader.close)
-        packs, bad = plan_all(
-            num_rows=len(rows),
-            pack_tokens=config.data.pack_tokens,
-            measure=self.loader.measure,
-            locate=rows.locate,
-            exchange=layout.exchange,
-            rank=layout.rank,
-            world_size=layout.world_size,
-        )
-        self._list_bad(bad)
+        packs = self._plan(rows, config.data.pack_tokens)
         groups: dict[str, list[PlannedSample]] = {}
         for sample in (sample for pack in packs for sample in pack.samples):
             groups.setdefault(modality_of(sample.extent), []).append(sample)
@@ -99,39 +105,63 @@ class Evaluation:
         self.packs = {name: self._pack(samples, pack_tokens) for name, samples in sorted(groups.items())}
         chosen = choose_in_turn(groups, config.train.eval_answers, pack_tokens - self.max_new_tokens)
         self.to_answer = self._pack(chosen, pack_tokens, room=self.max_new_tokens)
-        self.asker = self.loader
+        self.answer_loader = self.loader
         if chosen:
-            recipe = replace(recipe, last_answer_only=True)
-            self.asker = Loader(recipe, workers=0)
-            stack.callback(self.asker.close)
-            self.reader = recipe()
+            open_reader = replace(open_reader, last_answer_only=True)
+            self.answer_loader = Loader(open_reader, workers=0)
+            stack.callback(self.answer_loader.close)
+            self.reader = open_reader()
+
+    def _plan(self, rows: Source, pack_tokens: int) -> list[PackPlan]:
+        self.num_rows = len(rows)
+        try:
+            packs, bad = plan_all(
+                num_rows=len(rows),
+                pack_tokens=pack_tokens,
+                measure=self.loader.measure,
+                locate=rows.locate,
+                exchange=self.layout.exchange,
+                rank=self.layout.rank,
+                world_size=self.layout.world_size,
+            )
+        except PlanError as error:
+            self._list_bad(error.bad_rows)
+            listed = f"\n{LISTED}" if error.bad_rows else ""
+            raise ValueError(f"held-out rows (data.eval, data.split): {error}{listed}") from None
+        self._list_bad(bad)
+        self.num_unusable = len(bad)
+        return packs
 
     def run(self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]) -> EvaluationReport:
         """Everything about the model as it is; `on_pack` is called before each pack. Collective over all ranks."""
-        sums = {name: self._losses(packs, model, pool, on_pack) for name, packs in self.packs.items()}
+        losses = {name: self._measure(packs, model, pool, on_pack) for name, packs in self.packs.items()}
+        measured = {name: loss for name, loss in losses.items() if loss.weight_sum}
         rows = self._answers(model, pool, on_pack)
         pairs = [(row["expected"], row["answer"]) for row in rows]
         spoken = [(row["expected"], row["answer"]) for row in rows if "audio" in row["modality"]]
+        weight_sum = sum(loss.weight_sum for loss in measured.values())
         return EvaluationReport(
-            loss=sum(loss for loss, _ in sums.values()) / max(sum(weight for _, weight in sums.values()), 1e-9),
-            loss_by_modality={name: loss / max(weight, 1e-9) for name, (loss, weight) in sums.items()},
+            loss=sum(loss.loss_sum for loss in measured.values()) / weight_sum if measured else None,
+            loss_by_modality={name: loss.loss_sum / loss.weight_sum for name, loss in measured.items()},
+            num_rows=self.num_rows,
+            num_bad=self.num_unusable + sum(loss.num_bad for loss in losses.values()),
             answers=compare(pairs, spoken) if rows else None,
             rows=tuple(rows),
         )
 
-    def _losses(
+    def _measure(
         self, packs: list[PackPlan], model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]
-    ) -> tuple[float, float]:
-        """Weighted sum of the losses, and sum of the weights."""
-        loss_sum, weight_sum = torch.zeros((), dtype=torch.float64, device=self.layout.device), 0.0
+    ) -> _Measured:
+        loss_sum, weight_sum, num_bad = torch.zeros((), dtype=torch.float64, device=self.layout.device), 0.0, 0
         for _, pack, agreement in self._load(packs, on_pack, self.loader):
             loss_sum += evaluate(model, pack.batch, self.layout, pool).loss_sum
             weight_sum += agreement.weight_sum
-        return float(self.layout.sum_over_ranks(loss_sum)), weight_sum
+            num_bad += len(agreement.bad)
+        return _Measured(float(self.layout.sum_over_ranks(loss_sum)), weight_sum, num_bad)
 
     def _answers(self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]) -> list[dict[str, Any]]:
         found = []
-        for plan, pack, _ in self._load(self.to_answer, on_pack, self.asker):
+        for plan, pack, _ in self._load(self.to_answer, on_pack, self.answer_loader):
             answers = answer_pack(
                 model, pack.batch, self.layout, pool, self.layout.exchange, max_new_tokens=self.max_new_tokens
             )

@@ -240,7 +240,7 @@ class Trainer:
     def run(self) -> int:
         """Loop until the run is over, or until a signal or the time limit asks to stop."""
         every, eval_every = self.config.checkpoint.every, self.config.train.eval_every
-        step, saved, evaluated = self.first_step, self.first_step, -1
+        step, saved, evaluated, report = self.first_step, self.first_step, -1, None
         if any(self.layout.exchange(self.stop.reason)):  # while the run was opened
             return self._leave_early(step)
         self.stop.start_clock()
@@ -249,7 +249,7 @@ class Trainer:
             with self.profile.step(loaded.plan.step):
                 figures, stop = self._step(loaded)
             step = loaded.plan.step + 1
-            report = None
+            report = None  # of an evaluation at this step
             if self.evaluation is not None and eval_every and step % eval_every == 0 and not stop:
                 report, evaluated = self._evaluate(step), step
             self.records.step(figures, loaded, self.work, report)
@@ -263,9 +263,14 @@ class Trainer:
             self._save(step)
         self.state.finish()
         if self.evaluation is not None and evaluated != step:
-            self._evaluate(step)
+            report = self._evaluate(step)
         if self.config.checkpoint.export or self.workshop.adapters:
             self._export(step)
+        if report is not None and report.loss is None:
+            raise ValueError(
+                f"{report.describe()}. The model is trained and saved; correct the rows or name others as data.eval, "
+                "then the same command measures them"
+            )
         if self.layout.is_first:
             write_finished(self.run_dir, step)
         return 0
@@ -423,7 +428,7 @@ class Trainer:
         self.model.eval()  # without dropout
         report = self.evaluation.run(self.model, self.pool, lambda: self.watchdog.enter(step, "evaluation"))
         self.model.train()
-        self.records.say(report.words())
+        self.records.say(report.describe())
         if self.layout.is_first:
             report.write(self.run_dir, step)
         return report
