@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from omniloom.config import load_config
+from omniloom.config import Config, keys_of, load_config
 from omniloom.run.trainer import run
+from omniloom.tools.migrate.draft import READERS, read_rules
 from omniloom.tools.migrate.shell import is_open, read_script
 from omniloom.tools.migrate.write import MigrateError, migrate
 from omniloom.tools.tiny import make_tiny
@@ -347,3 +348,10 @@ def test_the_shell_is_resolved_as_bash_does() -> None:
     assert flags == {"one": "2", "two": "a b", "b": "7 2x", "d": "$A", "f": "$(hostname)", "a": "$A"}
     assert is_open(flags["f"] or "")
     assert is_open(flags["a"] or "")  # set in a branch
+
+
+@pytest.mark.parametrize("system", ["megatron", "transformers"])
+def test_every_rule_names_a_key_that_there_is_and_how_it_is_read(system: str) -> None:
+    keys = {name for name, _ in keys_of(Config)}
+    for name, rule in read_rules(system).items():
+        assert rule.why or (rule.key in keys and rule.reads in READERS), name

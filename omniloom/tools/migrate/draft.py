@@ -88,7 +88,7 @@ READERS: dict[str, Callable[[Value], Value]] = {
     "whole": whole,
     "bound": lambda value: whole(value) or None,  # 0 there is no bound, null here
     "switch": switch,
-    "off": lambda value: not switch(value),
+    "negated": lambda value: not switch(value),
     "files": files,
     "minutes": lambda value: 60.0 * float(value),
     "seconds": lambda value: min(float(value), 86_400.0),
