@@ -17,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="dotted overrides, e.g. train.steps=100", metavar="[A.B=C]...")
 ]
+AdapterDir = Annotated[str | None, typer.Option("--adapter", help="a PEFT adapter, to be put on the model")]
 Nproc = Annotated[int | None, typer.Option("--nproc", help="local ranks to start; under torchrun leave it out")]
 
 
@@ -66,11 +67,11 @@ def tiny(
 
 
 @app.command()
-def score(model: Path, data: Path, overrides: Overrides = None) -> None:
+def score(model: str, data: str, overrides: Overrides = None, adapter: AdapterDir = None) -> None:
     """Print the loss of every sample as JSON lines: {"id", "num_loss_tokens", "loss"}."""
     from omniloom.tools.score import score_file
 
-    score_file(model, data, overrides or [])
+    score_file(model, data, overrides or [], adapter=adapter)
 
 
 @app.command()
@@ -102,15 +103,16 @@ def generate(
     image: Annotated[list[str] | None, typer.Option()] = None,
     audio: Annotated[list[str] | None, typer.Option()] = None,
     video: Annotated[list[str] | None, typer.Option()] = None,
-    data: Annotated[Path | None, typer.Option(help="JSONL of rows to answer, instead of one prompt")] = None,
+    data: Annotated[str | None, typer.Option(help="rows to answer, instead of one prompt")] = None,
+    adapter: AdapterDir = None,
     max_new_tokens: int = 256,
 ) -> None:
     """Answer a prompt about media, or every row of a file, with transformers' generate fed by our processor."""
-    from omniloom.tools.generate import print_answers
+    from omniloom.tools.generate import print_answers, split_words
 
     media = {"image": image or [], "audio": audio or [], "video": video or []}
-    prompt, overrides = (None, words) if data is not None else ((words or [None])[0], (words or [])[1:])
-    print_answers(model, prompt, media, data=data, max_new_tokens=max_new_tokens, overrides=overrides or [])
+    prompt, overrides = split_words(words or [], has_data=data is not None)
+    print_answers(model, prompt, media, data=data, max_new_tokens=max_new_tokens, overrides=overrides, adapter=adapter)
 
 
 @app.command()

@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -280,16 +281,17 @@ def config_from_words(words: Sequence[str]) -> Config:
 
 
 def override_config(config: Config, overrides: Sequence[str], *, verb: str, takes: Sequence[str]) -> Config:
-    """`config` with the overrides that a verb takes: keys, or sections ending in a dot.
+    """`config` with the overrides that a verb takes: keys, or whole sections as `data.image.*`.
 
     Raises: ConfigError, also for a key that the verb would not use.
     """
     faults: list[str] = []
     tree = config_to_dict(config)
-    known = [path for path, _ in keys_of(Config)]
+    known = {path for path, _ in keys_of(Config)}
     for override in overrides:
         name = override.partition("=")[0]
-        if (name in known and not name.startswith(tuple(takes))) or name.startswith("policy."):
+        taken = any(fnmatchcase(name, pattern) or fnmatchcase(f"{name}.", pattern) for pattern in takes)
+        if not taken and (name in known or name.startswith("policy.")):
             faults.append(f"{name}: {verb} does not use it; it takes {', '.join(takes)}")
         else:
             _apply_override(tree, override, faults)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 from omniloom.checkpoint.agreement import agree, rank
 from omniloom.checkpoint.hf import local_region
 from omniloom.checkpoint.tensor_files import DTYPES, MAX_LISTED, HFCheckpoint, TensorEntry, read_header, read_json
-from omniloom.keymap import Recipe, canonical_name
+from omniloom.config import LoraConfig
+from omniloom.keymap import Recipe, Shape, canonical_name
 from omniloom.types import Adapter
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -351,6 +352,33 @@ def open_adapter(directory: str | Path) -> StoredAdapter:
     )
 
 
+def adapted_weights(stored: StoredAdapter, recipes: Mapping[str, Recipe]) -> dict[str, LoraConfig]:
+    """The weights of ours that an adapter adapts, with its own rank, scaling and kind for each.
+
+    Of what it holds beyond them `load_adapter` says so. Raises: ValueError for DoRA on what has none here.
+    """
+    first = ".lora_A.weight"
+    stems = {name.removesuffix(first) for name in stored.entries if name.endswith(first)}
+    parameters = {name.rpartition(".")[2] for name in stored.config.get("target_parameters") or ()}
+    found = {}
+    for base, target in adapter_targets(recipes).items():
+        stem, num_experts = canonical_name(target.published), 1
+        if target.parameter is not None:  # PEFT wraps the module once per parameter, gate_up_proj's the inner one
+            num_experts = recipes[base].shape[0]
+            if f"{stem}.base_layer" in stems:
+                stem += ".base_layer" if target.parameter == "gate_up_proj" else ""
+            elif target.parameter not in parameters:
+                continue
+        if stem not in stems:
+            continue
+        dora, rank = f"{stem}.lora_magnitude_vector" in stored.entries, stored.entries[f"{stem}{first}"].shape[0]
+        if dora and (num_experts > 1 or target.name == "lm_head"):
+            raise ValueError(f"model.adapter: {stored.directory} has DoRA on {target.name}, which has none here")
+        rank //= num_experts
+        found[base] = LoraConfig(rank=rank, alpha=stored.scaling(target.name, rank) * rank, dora=dora)
+    return found
+
+
 def check_base(stored: StoredAdapter, source: HFCheckpoint, name: str) -> None:
     """Raises: ValueError if the adapter says that it was trained on another model than `source`, called `name`."""
     if stored.base is not None:
@@ -376,15 +404,23 @@ def load_adapter(
 
     Raises: ValueError unless the adapter has exactly the tensors, shapes and scalings of `adapters`.
     """
-    recipes = {name: recipe for name, recipe in recipes.items() if name in parameters}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    for name, values in adapter_values(stored, shapes, recipes, adapters):
+        fill(parameters[name], values)
+
+
+def adapter_values(
+    stored: StoredAdapter, shapes: Mapping[str, Shape], recipes: Mapping[str, Recipe], adapters: Collection[Adapter]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of an adapter by our parameter's name, in its shape. Raises: as `load_adapter`."""
+    recipes = {name: recipe for name, recipe in recipes.items() if name in shapes}
     targets = adapter_targets(recipes)
     parts = {_canonical(part.key): part for part in _parts(adapters, targets)}
     whole = {part.key: part for part in map(_whole_part, recipes.values())}
     parts |= {name: whole[name] for name in stored.entries if name in whole}  # modules_to_save
-    _check_fit(stored, parts, parameters, targets, adapters)
+    _check_fit(stored, parts, shapes, targets, adapters)
     for name, part in parts.items():
-        parameter = parameters[part.parameter]
-        fill(parameter, part.from_peft(stored.read(name), parameter.shape))
+        yield part.parameter, part.from_peft(stored.read(name), shapes[part.parameter])
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:
@@ -407,6 +443,11 @@ def _canonical(key: str) -> str:
     return canonical_name(key.removeprefix(PREFIX))
 
 
+def name_in_memory(recipe: Recipe) -> str:
+    """Of transformers' parameter that holds a weight of ours alone, less what its classes do not share."""
+    return _whole_part(recipe).key
+
+
 def _whole_part(recipe: Recipe) -> _Part:
     """A weight that trains beside adapters, under transformers' name; stacked experts stay stacked."""
     target = adapter_targets({recipe.ours: recipe}).get(recipe.ours)
@@ -419,7 +460,7 @@ def _whole_part(recipe: Recipe) -> _Part:
 def _check_fit(
     stored: StoredAdapter,
     parts: Mapping[str, _Part],
-    parameters: Mapping[str, Tensor],
+    shapes: Mapping[str, Shape],
     targets: Mapping[str, Target],
     adapters: Collection[Adapter],
 ) -> None:
@@ -427,7 +468,7 @@ def _check_fit(
     faults += [f"it lacks {name}, which the policy adapts" for name in parts if name not in stored.entries]
     for name, part in parts.items():
         if name in stored.entries:
-            shape = part.shape_in_file(parameters[part.parameter].shape)
+            shape = part.shape_in_file(shapes[part.parameter])
             flat = part.layout == "flatten" and prod(shape) == prod(stored.entries[name].shape)
             if stored.entries[name].shape != shape and not flat:
                 faults.append(f"{name} is {list(stored.entries[name].shape)}, here {list(shape)}")

@@ -12,6 +12,7 @@ import torch
 
 from omniloom.checkpoint.adapters import (
     StoredAdapter,
+    adapted_weights,
     adapter_targets,
     check_base,
     fill,
@@ -36,7 +37,7 @@ from omniloom.keymap import KeyMap, Recipe, Tied
 from omniloom.models.fusion import Kernels, OmniModel
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.mesh import Layout
-from omniloom.training.lora import adapter_policies, initial_lora_a, install_lora
+from omniloom.training.lora import adapter_policies, choose_adapted, initial_lora_a, install_lora
 from omniloom.training.policy import ParameterPolicy, check_rates, resolve_policy
 from omniloom.types import Adapter
 
@@ -112,7 +113,7 @@ class Workshop:
     def _install(self, model: OmniModel) -> tuple[Adapter, ...]:
         rules = self.config.policy
         if all(rule.lora is None for rule in rules.values()):
-            return ()
+            return () if self.adapter is None else install_lora(model, adapted_weights(self.adapter, self.recipes))
         policies = self._base_policies([name for name, _ in model.named_parameters()])
         adaptable = {name: target.name for name, target in adapter_targets(self.recipes).items() if name in policies}
         sizes = dict(self.adapter_sizes)
@@ -120,7 +121,7 @@ class Workshop:
             lora = policies[name].lora
             if lora is not None and self.adapter.follows(lora.rank, lora.alpha, lora.rslora):
                 sizes[name] = self.adapter.size(target)
-        return install_lora(model, policies, adaptable, rules, sizes)
+        return install_lora(model, choose_adapted(model, policies, adaptable, rules, sizes))
 
     def _build(self, family: Any, modalities: tuple[str, ...]) -> OmniModel:
         attention, chunk = self.config.model.attention, self.config.memory.loss_chunk_tokens
@@ -132,9 +133,12 @@ class Workshop:
         )
 
 
-def open_workshop(config: Config, *, adapter_sizes: Mapping[str, tuple[int, float]] | None = None) -> Workshop:
+def open_workshop(
+    config: Config, *, adapter_decides: bool = False, adapter_sizes: Mapping[str, tuple[int, float]] | None = None
+) -> Workshop:
     """Read headers and config.json, choose the family, compare names and shapes. Reads no weights.
 
+    With `adapter_decides`, `model.adapter` itself says what is adapted and how, and no policy has to.
     `adapter_sizes`: rank and alpha by our names of weights, where a run's adapters do not follow its policy.
 
     Raises: ValueError for whatever does not fit.
@@ -179,7 +183,7 @@ def open_workshop(config: Config, *, adapter_sizes: Mapping[str, tuple[int, floa
     )
     if workshop.adapter is not None:
         check_base(workshop.adapter, checkpoint, workshop.base_name)
-        if not workshop.adapters:
+        if not adapter_decides and not any(rule.lora for rule in config.policy.values()):
             raise ValueError(
                 f"model.adapter is set, but no rule of policy has lora; what it needs: {workshop.adapter.needs}"
             )

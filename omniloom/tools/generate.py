@@ -13,12 +13,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omniloom.checkpoint.hub import resolve_model_path
-from omniloom.config import Config, DataConfig, ModelConfig, load_config
+import torch
+
+from omniloom.checkpoint.adapters import adapter_values, name_in_memory
+from omniloom.config import Config, DataConfig, ModelConfig, keys_of, override_config
 from omniloom.data.row_media import KINDS
 from omniloom.data.rows import RowReader, Source
 from omniloom.data.sources import Concatenated, open_sources
 from omniloom.processors.rendering import split_reasoning
+from omniloom.run.opening import Workshop, open_workshop
+from omniloom.run.rows import open_rows
+from omniloom.training.lora import merging
 from omniloom.types import Conversation, Part, SampleError
 
 # transformers' class that answers in text, where it is not the one that config.json names
@@ -28,6 +33,14 @@ TEXT_CLASSES = {
     "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
 }
 BATCH_ROWS = 64
+PROMPT_TAKES = (
+    *("data.template", "data.system", "data.enable_thinking", "data.allow_urls"),
+    *("data.image.*", "data.video.*", "data.audio.*"),
+)
+ROWS_TAKE = (
+    *("data.format", "data.attr.*", "data.max_samples", "data.media_dir", "data.allow_outside_media_dir"),
+    "data.unplaced_media",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +61,19 @@ class BadRow:
     error: str
 
 
-def open_reader(model_dir: Path, data: DataConfig, source: Source) -> RowReader:
+def open_reader(model: str | Path, data: DataConfig, source: Source) -> RowReader:
     """The row reader of a checkpoint; `data` as it was in training. Rows need no answer.
 
     Raises: ValueError for no known checkpoint.
     """
-    from omniloom.run.opening import open_workshop
-    from omniloom.run.rows import open_rows
+    return _reader(_open(model, data, None), source)
 
-    config = Config(model=ModelConfig(path=str(model_dir)), data=data)
-    workshop = open_workshop(config)
+
+def _open(model: str | Path, data: DataConfig, adapter: str | None) -> Workshop:
+    return open_workshop(Config(model=ModelConfig(path=str(model), adapter=adapter), data=data), adapter_decides=True)
+
+
+def _reader(workshop: Workshop, source: Source) -> RowReader:
     recipe = open_rows(workshop, source, cache=False)
     return replace(recipe, rows=replace(recipe.rows, needs_answer=False))()
 
@@ -72,8 +88,6 @@ def read_prompts(reader: RowReader) -> list[Prompt]:
 
 def read_rows(reader: RowReader, rows: Iterable[int]) -> list[Prompt | BadRow]:
     """Some rows of the reader's source, their media decoded, or what is wrong with them."""
-    import torch
-
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader's worker: on tensors this small, threads cost five times the work
     try:
@@ -106,7 +120,6 @@ def read_prompt(reader: RowReader, conversation: Conversation, file: str) -> Pro
 
 def load_model(model_dir: Path) -> Any:
     """transformers' text-answering model in evaluation mode, on the accelerator if there is one, else in float32."""
-    import torch
     import transformers
 
     from omniloom.checkpoint.tensor_files import read_json
@@ -121,10 +134,32 @@ def load_model(model_dir: Path) -> Any:
     return model_class.from_pretrained(model_dir, dtype=dtype).to(device or "cpu").eval()
 
 
+def add_adapter(model: Any, workshop: Workshop) -> None:
+    """Add the adapter of `model.adapter` into transformers' weights, in place, and those that were trained beside it.
+
+    Raises: ValueError for an adapter that does not fit.
+    """
+    assert workshop.adapter is not None
+    with torch.device("meta"):
+        shapes = {name: tuple(weight.shape) for name, weight in workshop.build().named_parameters()}
+    values = dict(adapter_values(workshop.adapter, shapes, workshop.recipes, workshop.adapters))
+    held = dict(model.named_parameters())
+
+    def find(name: str) -> torch.nn.Parameter:
+        end = name_in_memory(workshop.recipes[name])
+        (found,) = (weight for theirs, weight in held.items() if theirs == end or theirs.endswith(f".{end}"))
+        return found
+
+    merged = merging(lambda name: values[name] if name in values else find(name).cpu(), workshop.adapters)
+    changed = {adapter.base for adapter in workshop.adapters} | (values.keys() & workshop.recipes.keys())
+    with torch.no_grad():
+        for name in changed:
+            weight = find(name)
+            weight.copy_(merged(name).reshape(weight.shape))
+
+
 def answer(model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
     """The greedy answer to every prompt, in order, without special tokens and surrounding space."""
-    import torch
-
     answers = [""] * len(prompts)
     pad_id = model.generation_config.pad_token_id
     pad_id = 0 if pad_id is None else pad_id
@@ -143,8 +178,6 @@ def join_inputs(batch: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str,
 
     Values that are no tensors must agree.
     """
-    import torch
-
     joined: dict[str, Any] = {}
     for key in dict.fromkeys(key for inputs in batch for key in inputs):
         values = [inputs[key] for inputs in batch if key in inputs]
@@ -160,62 +193,105 @@ def join_inputs(batch: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str,
     return joined
 
 
+def split_words(words: Sequence[str], *, has_data: bool) -> tuple[str | None, Sequence[str]]:
+    """The prompt and the overrides of a command line, where the prompt comes first unless there is a file of rows.
+
+    Raises: ValueError where the prompt was left out: the first word would be asked that sets a key.
+    """
+    if has_data or not words:
+        return None, words
+    if words[0].partition("=")[0] in {path for path, _ in keys_of(Config)}:
+        raise ValueError(f"no prompt: expected it before the overrides, got {words[0]!r} there")
+    return words[0], words[1:]
+
+
 def print_answers(
     model: str | Path,
     prompt: str | None,
     media: Mapping[str, Sequence[str | Path]],
     *,
-    data: Path | None,
+    data: str | Path | None,
     max_new_tokens: int,
     overrides: Sequence[str] = (),
+    adapter: str | None = None,
 ) -> None:
-    """`omniloom generate`: the answer to one prompt, or one JSON line per row of a file.
+    """`omniloom generate`: the answer to one prompt, or one JSON line per row of a file. Raises: as `answers`."""
+    found = answers(
+        model, prompt, media, data=data, max_new_tokens=max_new_tokens, overrides=overrides, adapter=adapter
+    )
+    num_rows, errors = 0, []
+    for line in found:
+        print(line["answer"] if data is None else json.dumps(line, ensure_ascii=False), flush=True)
+        num_rows += 1
+        errors += [line["error"]] if "error" in line else []
+    if errors and len(errors) == num_rows:
+        raise ValueError(f"none of the {num_rows} rows can be answered; the first: {errors[0]}")
+    if errors:
+        print(f"{len(errors)} of {num_rows} rows are bad; their lines hold the reason as error", file=sys.stderr)
 
-    `model` is a directory or a hub id; `overrides` say how rows and media are read (`data.video.fps=4`), as in
-    training. Raises: ValueError unless exactly one of `prompt` and `data` is given, and where nothing can be answered.
+
+def answers(
+    model: str | Path,
+    prompt: str | None = None,
+    media: Mapping[str, Sequence[str | Path]] | None = None,
+    *,
+    data: str | Path | None = None,
+    max_new_tokens: int = 256,
+    overrides: Sequence[str] = (),
+    adapter: str | None = None,
+) -> Iterator[dict[str, str]]:
+    """The answer to one prompt about media (by kind), or to each row of a file as soon as it is there.
+
+    `model` is a directory or a hub id, `adapter` a PEFT adapter of it; `overrides` say how rows and media are read
+    (`data.video.fps=4`), as in training. A row that cannot be asked has an `error` in place of its answer.
+    Raises: ValueError unless exactly one of `prompt` and `data` is given, for a prompt that cannot be asked, and for
+    overrides that are of no use here.
     """
     if (prompt is None) == (data is None):
         raise ValueError("expected either a prompt or --data FILE; give one of the two")
-    config = load_config(None, overrides).data
-    model_dir = resolve_model_path(str(model))
+    takes = PROMPT_TAKES if data is None else (*PROMPT_TAKES, *ROWS_TAKE)
+    config = override_config(Config(), overrides, verb="generate", takes=takes).data
     if data is not None:
         source = open_sources((str(data),), max_samples=config.max_samples)
-        _answer_rows(model_dir, open_reader(model_dir, config, source), max_new_tokens)
+        workshop = _open(model, config, adapter)
+        yield from _answer_rows(workshop, _reader(workshop, source), max_new_tokens)
     elif prompt is not None:
-        # who names a file by hand may name any, from where they are; the row is ours, in no format of theirs
-        config = replace(config, media_dir=".", allow_outside_media_dir=True, format="auto", attr={})
-        reader = open_reader(model_dir, config, Concatenated(()))
-        asked = read_prompt(reader, _ask(reader, prompt, media), "command line")
+        # who names a file by hand may name any, from where they are
+        config = replace(config, media_dir=".", allow_outside_media_dir=True)
+        workshop = _open(model, config, adapter)
+        reader = _reader(workshop, Concatenated(()))
+        asked = read_prompt(reader, _ask(reader, prompt, media or {}), "command line")
         processor: Any = reader.processor
-        print(answer(load_model(model_dir), processor.tokenizer, [asked], max_new_tokens=max_new_tokens)[0])
+        (text,) = answer(_load(workshop), processor.tokenizer, [asked], max_new_tokens=max_new_tokens)
+        yield {"id": asked.id, "answer": text}
 
 
-def _answer_rows(model_dir: Path, reader: RowReader, max_new_tokens: int) -> None:
-    """Print a line for every row as soon as it is answered; a bad one costs only itself. Raises: ValueError for all."""
+def _load(workshop: Workshop) -> Any:
+    model = load_model(workshop.checkpoint.directory)
+    if workshop.adapter is not None:
+        add_adapter(model, workshop)
+    return model
+
+
+def _answer_rows(workshop: Workshop, reader: RowReader, max_new_tokens: int) -> Iterator[dict[str, str]]:
+    """A line for every row; a bad one costs only itself."""
     processor: Any = reader.processor
     model: Any = None
-    bad: list[BadRow] = []
     num_rows = len(reader.source)
     for start in range(0, num_rows, BATCH_ROWS):
         found = read_rows(reader, range(start, min(start + BATCH_ROWS, num_rows)))
         prompts = [one for one in found if isinstance(one, Prompt)]
         if prompts and model is None:
-            model = load_model(model_dir)
-        words = iter(answer(model, processor.tokenizer, prompts, max_new_tokens=max_new_tokens) if prompts else ())
+            model = _load(workshop)
+        texts = iter(answer(model, processor.tokenizer, prompts, max_new_tokens=max_new_tokens) if prompts else ())
         for one in found:
-            line = asdict(one) if isinstance(one, BadRow) else _answer_line(one, next(words))
-            print(json.dumps(line, ensure_ascii=False), flush=True)
-        bad += [one for one in found if isinstance(one, BadRow)]
-    if len(bad) == num_rows:
-        raise ValueError(f"none of the {num_rows} rows can be answered; the first: {bad[0].error}")
-    if bad:
-        print(f"{len(bad)} of {num_rows} rows are bad; their lines hold the reason as error", file=sys.stderr)
+            yield asdict(one) if isinstance(one, BadRow) else _answer_line(one, next(texts))
 
 
 def _answer_line(prompt: Prompt, text: str) -> dict[str, str]:
-    reasoning, words = split_reasoning(text)
+    reasoning, said = split_reasoning(text)
     thought = {"reasoning": reasoning} if reasoning else {}
-    return {"id": prompt.id, "answer": words, **thought, "expected": prompt.expected}
+    return {"id": prompt.id, "answer": said, **thought, "expected": prompt.expected}
 
 
 def _ask(reader: RowReader, prompt: str, media: Mapping[str, Sequence[str | Path]]) -> Conversation:
@@ -253,8 +329,6 @@ def _batches(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
 
 
 def _pad(values: Sequence[Any], *, left: bool, value: int) -> Any:
-    import torch
-
     longest = max(tensor.shape[-1] for tensor in values)
     pad = torch.nn.functional.pad
     missing = [longest - tensor.shape[-1] for tensor in values]

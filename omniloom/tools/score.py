@@ -4,45 +4,72 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from omniloom.config import load_config
+from omniloom.config import Config, DataConfig, ModelConfig, override_config
 from omniloom.data.loader import Loader
-from omniloom.data.planner import plan_all
+from omniloom.data.planner import PlanError, plan_all
 from omniloom.data.sources import open_sources
 from omniloom.models.fusion import OmniModel
 from omniloom.run.opening import Workshop, load_weights, open_workshop
 from omniloom.run.rows import open_rows
-from omniloom.types import LoadedPack
+from omniloom.types import BadSample, LoadedPack
+
+TAKES = (
+    *("model.modalities", "model.num_layers.*", "model.attention.*", "model.dtype", "memory.loss_chunk_tokens"),
+    *("data.format", "data.attr.*", "data.max_samples", "data.media_dir", "data.allow_outside_media_dir"),
+    *("data.allow_urls", "data.unplaced_media", "data.template", "data.system", "data.train_on_prompt"),
+    *("data.last_turn_only", "data.enable_thinking", "data.pack_tokens", "data.overlong", "data.workers"),
+    *("data.cache_dir", "data.image.*", "data.video.*", "data.audio.*"),
+)
 
 
-def score_file(model: Path, data: Path, overrides: list[str]) -> None:
-    """Print {"id", "num_loss_tokens", "loss"} per row, in the order of the file; bad rows go to standard error."""
-    config = load_config(None, [f"model.path={model}", f"data.train=[{data}]", *overrides])
-    workshop = open_workshop(config)
+def score_file(
+    model: str | Path, data: str | Path, overrides: Sequence[str] = (), *, adapter: str | None = None
+) -> None:
+    """Print {"id", "num_loss_tokens", "loss"} per row, in the order of the file; bad rows go to standard error.
+
+    Raises: ValueError as `score_rows` does, and where no row could be scored.
+    """
+    scores, bad = score_rows(model, data, overrides, adapter=adapter)
+    for score in scores:
+        print(json.dumps(score, ensure_ascii=False))
+    for one in bad:
+        print(f"{one.file}:{one.line}: {one.field}: {one.reason}", file=sys.stderr)
+    if not scores:
+        raise ValueError(f"none of the {len(bad)} rows of {data} could be scored")
+
+
+def score_rows(
+    model: str | Path, data: str | Path, overrides: Sequence[str] = (), *, adapter: str | None = None
+) -> tuple[list[dict[str, object]], list[BadSample]]:
+    """The loss of every row of one file, in order, and the rows that have none. `adapter` is one of PEFT, put on top.
+
+    Raises: ValueError for a checkpoint, adapter or file that cannot be read, and for overrides that scoring ignores.
+    """
+    given = Config(model=ModelConfig(path=str(model), adapter=adapter), data=DataConfig(train=(str(data),)))
+    config = override_config(given, overrides, verb="score", takes=TAKES)
+    workshop = open_workshop(config, adapter_decides=True)
     source = open_sources(config.data.train, max_samples=config.data.max_samples)
-    recipe = open_rows(workshop, source, cache=False)
-    loader = Loader(recipe, workers=config.data.workers)
+    loader = Loader(open_rows(workshop, source, cache=False), workers=config.data.workers)
+    scores: dict[int, dict[str, object]] = {}
     try:
         packs, bad = plan_all(
             num_rows=len(source), pack_tokens=config.data.pack_tokens, measure=loader.measure, locate=source.locate
         )
-        net = _load(workshop)
-        scores: dict[int, dict[str, object]] = {}
-        failures = list(bad)
+        net, failures = _load(workshop), list(bad)
         for plan, loaded in zip(packs, loader.load_in_order(packs), strict=True):
             failures += loaded.bad
             rows = [sample.row for sample in plan.samples]
             scores |= {rows[position]: score for position, score in score_pack(net, loaded)}
+    except PlanError as error:  # no row can be used; its words are of a run's files
+        failures = list(error.bad_rows)
     finally:
         loader.close()
-    for row in sorted(scores):
-        print(json.dumps(scores[row], ensure_ascii=False))
-    for failure in failures:
-        print(f"{failure.file}:{failure.line}: {failure.field}: {failure.reason}", file=sys.stderr)
+    return [scores[row] for row in sorted(scores)], failures
 
 
 @torch.no_grad()

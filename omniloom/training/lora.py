@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -128,14 +129,14 @@ class LoraExperts(nn.Module):
         return out + self.scalings[name] * low
 
 
-def install_lora(
+def choose_adapted(
     model: nn.Module,
     policies: Mapping[str, ParameterPolicy],
     adaptable: Mapping[str, str],
     rules: Mapping[str, PolicyRule],
     sizes: Mapping[str, tuple[int, float]],
-) -> tuple[Adapter, ...]:
-    """Put adapters where the policy asks for them, in place; their values are undefined until they are loaded.
+) -> dict[str, LoraConfig]:
+    """The weights that the policy asks adapters for, by name, with the settings of each.
 
     Args:
         policies: by parameter name of the bare model.
@@ -152,10 +153,15 @@ def install_lora(
         if (settings := policies[name].lora) is not None and _is_named(end, settings.modules)
     }
     _check_choice(model, chosen, policies, linears, rules)
-    adapters = {
-        name: _describe(model, name, settings, sizes.get(name, (settings.rank, settings.alpha)))
+    return {
+        name: replace(settings, rank=sizes[name][0], alpha=sizes[name][1]) if name in sizes else settings
         for name, settings in chosen.items()
     }
+
+
+def install_lora(model: nn.Module, chosen: Mapping[str, LoraConfig]) -> tuple[Adapter, ...]:
+    """Put adapters beside weights of the bare model, in place; their values are undefined until they are loaded."""
+    adapters = {name: _describe(model, name, settings) for name, settings in chosen.items()}
     for holder_name in dict.fromkeys(name.rpartition(".")[0] for name in chosen):
         own = {name.rpartition(".")[2]: name for name in chosen if name.rpartition(".")[0] == holder_name}
         holder = model.get_submodule(holder_name)
@@ -229,7 +235,7 @@ def keyed_seed(*key: object) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _describe(model: nn.Module, base: str, settings: LoraConfig, size: tuple[int, float]) -> Adapter:
+def _describe(model: nn.Module, base: str, settings: LoraConfig) -> Adapter:
     holder = base.rpartition(".")[0]
     stem = f"{base}_" if model.get_parameter(base).ndim == 3 else f"{holder}."
     return Adapter(
@@ -237,8 +243,8 @@ def _describe(model: nn.Module, base: str, settings: LoraConfig, size: tuple[int
         lora_a=f"{stem}lora_a",
         lora_b=f"{stem}lora_b",
         magnitude=f"{stem}magnitude" if settings.dora else None,
-        rank=size[0],
-        alpha=size[1],
+        rank=settings.rank,
+        alpha=settings.alpha,
         dropout=settings.dropout,
         rslora=settings.rslora,
     )

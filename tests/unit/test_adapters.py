@@ -19,6 +19,8 @@ from omniloom.keymap import canonical_name
 from omniloom.run.opening import load_weights, open_workshop
 from omniloom.run.trainer import Trainer, run
 from omniloom.tools.export import export_checkpoint
+from omniloom.tools.generate import answers
+from omniloom.tools.score import score_rows
 from omniloom.tools.tiny import make_tiny
 from tests.mixed_rows import write_rows
 
@@ -63,6 +65,46 @@ def train(folder: Path, run_name: str, *overrides: str) -> Path:
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> Path:
     return train(folder, "run")
+
+
+SCORED = ("model.dtype=float32", "data.workers=0", "data.image.max_pixels=4096")
+
+
+def test_scores_with_an_adapter_are_those_of_the_merged_model(folder: Path, finished: Path) -> None:
+    own, bad = score_rows(folder / "model", folder / "rows.json", SCORED, adapter=str(finished / "adapter"))
+    merged, _ = score_rows(finished / "hf", folder / "rows.json", SCORED)
+    plain, _ = score_rows(folder / "model", folder / "rows.json", SCORED)
+    assert (len(own), len(bad)) == (23, 1)
+    rounding, effect = (
+        sum(abs(one["loss"] - two["loss"]) for one, two in zip(own, other, strict=True)) for other in (merged, plain)
+    )
+    assert rounding < 0.05 * effect  # the merged weights are bfloat16, as published
+
+
+def test_answers_with_an_adapter_are_those_of_the_merged_model(folder: Path, finished: Path) -> None:
+    def ask(model: Path, adapter: str | None = None) -> list[str]:
+        return [line["answer"] for line in answers(model, data=rows, max_new_tokens=4, adapter=adapter)]
+
+    rows = folder / "asked.jsonl"
+    rows.write_text("\n".join(json.dumps({"query": f"Row {number}"}) for number in range(3)))
+    assert ask(folder / "model", str(finished / "adapter")) == ask(finished / "hf") != ask(folder / "model")
+
+
+@pytest.mark.parametrize("verb", ["score", "generate"])
+def test_an_adapter_that_is_not_there_or_of_another_model_is_refused(folder: Path, finished: Path, verb: str) -> None:
+    def call(adapter: Path) -> None:
+        rows = folder / "rows.json"
+        if verb == "score":
+            score_rows(folder / "model", rows, SCORED, adapter=str(adapter))
+        else:
+            list(answers(folder / "model", data=rows, adapter=str(adapter)))
+
+    with pytest.raises(ValueError, match=r"gone has no adapter_config\.json"):
+        call(folder / "gone")
+    other = shutil.copytree(finished / "adapter", folder / f"other_{verb}")
+    (other / NOTE_NAME).write_text(json.dumps({"base": "0"}))
+    with pytest.raises(ValueError, match="trained on another model"):
+        call(other)
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:

@@ -139,6 +139,16 @@ def test_the_command_line_tells_the_prompt_from_data_options(
     code, _, err = run("Which colour?", "data.vidio.fps=1")
     assert code == 2
     assert "did you mean" in err
+    code, _, err = run("data.video.fps=1")
+    assert code == 2
+    assert "no prompt: expected it before the overrides, got 'data.video.fps=1'" in err
+    for key in ("model.adapter=a", "train.seed=3", "policy.text.freeze=true", "data.pack_tokens=9", "data.media_dir=."):
+        code, _, err = run("Which colour?", key)
+        assert code == 2
+        assert f"{key.partition('=')[0]}: generate does not use it; it takes data.template" in err
+    code, _, err = run("Which colour?", "--adapter", str(tmp_path / "gone"))
+    assert code == 2
+    assert "gone has no adapter_config.json" in err
 
 
 @pytest.fixture
@@ -174,9 +184,9 @@ def test_media_of_a_prompt_follow_the_rules_of_rows(
         generate.print_answers(model_dir, "?", {"video": [name]}, data=None, max_new_tokens=1, overrides=overrides)
         return asked[-1][0]
 
-    assert ask("../sounding.mp4", "data.media_dir=/elsewhere").inputs["use_audio_in_video"] is False
+    assert ask("../sounding.mp4").inputs["use_audio_in_video"] is False
     assert ask("../sounding.mp4", "data.video.use_audio=true").inputs["use_audio_in_video"] is True
-    assert ask("../silent.mp4", "data.format=alpaca").inputs["use_audio_in_video"] is False
+    assert ask("../silent.mp4").inputs["use_audio_in_video"] is False
     with pytest.raises(ValueError, match="its sound is asked for, but it has none"):
         ask("../silent.mp4", "data.video.use_audio=true")
     with pytest.raises(ValueError, match=r"is a URL; .*data\.allow_urls=true"):

@@ -1,0 +1,71 @@
+"""score: one loss a row, one path whatever it contains, and no overrides that it would not use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from omniloom import cli
+from omniloom.config import ConfigError
+from omniloom.tools.score import score_file, score_rows
+from omniloom.tools.tiny import make_tiny
+
+WORDS = ("model.dtype=float32", "data.workers=0", "data.pack_tokens=128")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("qwen3_vl", tmp_path_factory.mktemp("score") / "model")
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a, b.jsonl", "a #1.jsonl", "[a].jsonl", "{1,2}.jsonl", "'q'.jsonl", "yes.jsonl"])
+def test_the_data_is_one_path_whatever_it_contains(model: Path, tmp_path: Path, name: str) -> None:
+    rows = write(tmp_path / name, {"id": 1, "query": "q", "response": "r"})
+    scores, bad = score_rows(model, rows, WORDS)
+    assert ([score["id"] for score in scores], bad) == (["1"], [])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.learning_rate=1", "policy.text.freeze=true", "model.path=x", "model.adapter=x", "data.train=x",
+     "data.split=0.1", "parallel.shard=2", "checkpoint.every=3", "log.every=2", "train={steps: 3}"],
+)  # fmt: skip
+def test_an_override_that_scoring_does_not_use_is_refused_by_name(model: Path, override: str) -> None:
+    name = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{name}: score does not use it; it takes model.modalities, .*data.audio.*"):
+        score_rows(model, "rows.jsonl", [override])
+
+
+def test_a_wrong_name_is_told_from_one_of_no_use(model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.vidio: unknown key; did you mean data\.video\?"):
+        score_rows(model, "rows.jsonl", ["data.vidio.fps=1"])
+
+
+def test_nothing_scored_is_no_success(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = {"query": "<image>", "response": "r", "images": ["gone.png"]}
+    rows = write(tmp_path / "rows.jsonl", gone, {"what": 1})
+    monkeypatch.setattr("sys.argv", ["omniloom", "score", str(model), str(rows), *WORDS])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    written = capsys.readouterr()
+    assert stop.value.code == 2
+    assert written.out == ""
+    assert f"{rows}:1: image: " in written.err
+    assert written.err.splitlines()[-1] == f"error: none of the 2 rows of {rows} could be scored"
+    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:1500])  # its header is whole
+    cut = {**gone, "images": ["cut.jpg"]}
+    with pytest.raises(ValueError, match="none of the 1 rows"):
+        score_file(model, write(rows, cut), WORDS)
+    score_file(model, write(rows, gone, cut, {"query": "q", "response": "r"}), WORDS)
+    assert len(capsys.readouterr().out.splitlines()) == 1
