@@ -362,20 +362,19 @@ def adapted_weights(stored: StoredAdapter, recipes: Mapping[str, Recipe]) -> dic
     parameters = {name.rpartition(".")[2] for name in stored.config.get("target_parameters") or ()}
     found = {}
     for base, target in adapter_targets(recipes).items():
-        stem, num_experts = canonical_name(target.published), 1
-        if target.parameter is not None:  # PEFT wraps the module once per parameter, gate_up_proj's the inner one
-            num_experts = recipes[base].shape[0]
-            if f"{stem}.base_layer" in stems:
-                stem += ".base_layer" if target.parameter == "gate_up_proj" else ""
-            elif target.parameter not in parameters:
-                continue
+        stem, is_stacked = canonical_name(target.published), target.parameter is not None
+        if is_stacked and f"{stem}.base_layer" in stems:  # PEFT wraps once per parameter, gate_up_proj's is the inner
+            stem += ".base_layer" if target.parameter == "gate_up_proj" else ""
+        elif is_stacked and target.parameter not in parameters:
+            continue
         if stem not in stems:
             continue
-        dora, rank = f"{stem}.lora_magnitude_vector" in stored.entries, stored.entries[f"{stem}{first}"].shape[0]
-        if dora and (num_experts > 1 or target.name == "lm_head"):
+        dora = f"{stem}.lora_magnitude_vector" in stored.entries
+        if dora and (is_stacked or target.name == "lm_head"):
             raise ValueError(f"model.adapter: {stored.directory} has DoRA on {target.name}, which has none here")
-        rank //= num_experts
-        found[base] = LoraConfig(rank=rank, alpha=stored.scaling(target.name, rank) * rank, dora=dora)
+        rank, alpha = stored.size(target.name)
+        rslora = bool(stored.config.get("use_rslora"))
+        found[base] = LoraConfig(rank=rank, alpha=alpha, rslora=rslora, dora=dora)
     return found
 
 
