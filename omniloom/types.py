@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the config and the command line import this file before it 
 
 IGNORE_LABEL = -100  # the field's value for "no label here" (torch.nn.CrossEntropyLoss.ignore_index)
 
+MediaKind = Literal["image", "video", "audio"]
 PartKind = Literal["text", "reasoning", "tool_call", "image", "video", "audio"]
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -74,22 +75,39 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MediaSource:
-    """Where one clip lies. Exactly one of `path`, `frames`, `data` is set.
+class ClipOptions:
+    """What a row asks of one clip, by the names and rules of qwen-vl-utils and qwen-omni-utils. None: not asked.
 
-    `audio_path` and `use_audio` concern videos only: with `use_audio` the clip's sound is interleaved with its
-    frames, taken from `audio_path` if given, else from the video file itself.
+    Pixels are those of an image or of each frame, but for `total_pixels`, which all frames of a video share.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    total_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+    fps: float | None = None  # of a list of frames: the rate at which it was sampled
+    num_frames: int | None = None  # `nframes`; even, as the next two
+    min_frames: int | None = None
+    max_frames: int | None = None
+    start_seconds: float | None = None  # the span of the file that is used, counted from its first frame or sample
+    end_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaSource:
+    """Where one clip lies, and what is asked of it. Exactly one of `path`, `frames`, `data` is set.
+
+    `use_audio` and `sound` concern videos only: with `use_audio` the clip's sound is interleaved with its frames,
+    taken from `sound` if given, else from the video file itself.
     """
 
     path: str | None = None
     frames: tuple[str, ...] | None = None  # a video given as a list of image paths
     data: bytes | None = None  # the encoded file itself (data URI, {"bytes"}, tar member)
     use_audio: bool = False
-    audio_path: str | None = None
-    fps: float | None = None  # None: the data config's value
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    max_frames: int | None = None
+    sound: MediaSource | None = None
+    options: ClipOptions = ClipOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +147,10 @@ class MediaHeader:
     feature extractor's rate. Fields that do not concern the kind are zero.
     """
 
-    kind: Literal["image", "video", "audio"]
+    kind: MediaKind
     width: int = 0
     height: int = 0
+    first_frame: int = 0  # of the span that is used, which the following describe
     num_frames: int = 0
     fps: float = 0.0
     duration_seconds: float = 0.0
@@ -143,21 +162,20 @@ class MediaHeader:
 class ClipGeometry:
     """The planned size of one clip: a contract with the decoder.
 
-    Image: `grid_thw`. Video: `grid_thw`, `num_frames` sampled frames, `duration_seconds`. Audio: `num_mel_frames`.
+    Image: `grid_thw`. Video: `grid_thw`, `frame_indices`, `duration_seconds`. Audio: `num_mel_frames`.
     A video with its sound carries both. `num_tokens` counts the clip's token rows, wrappers not included.
     """
 
-    kind: Literal["image", "video", "audio"]
+    kind: MediaKind
     num_tokens: int
     grid_thw: tuple[int, int, int] | None = None
-    num_frames: int = 0
-    num_source_frames: int = 0  # frames of the file, of which `num_frames` are taken, evenly spread
-    reaches_last_frame: bool = False  # spread from the first frame to the very last; else the last stretch ends there
+    frame_indices: tuple[int, ...] = ()  # the file's frames that are shown, not decreasing
     source_fps: float = 0.0
     duration_seconds: float = 0.0
     seconds_per_grid: float = 0.0
     num_mel_frames: int = 0  # 0: no sound
     num_audio_samples: int = 0  # at the feature extractor's rate
+    sound_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +206,7 @@ class BadSample:
 class DecodedClip:
     """What a decoder made of one clip: the planned number of frames and samples, pictures of any size."""
 
-    pixels: NDArray[uint8] | None = None  # [height, width, 3] of an image, [num_frames, height, width, 3] of a video
+    pixels: NDArray[uint8] | None = None  # [height, width, 3] of an image, [N, height, width, 3] of a video's N frames
     waveform: NDArray[float32] | None = None  # [num_audio_samples], mono, at the feature extractor's rate
 
 

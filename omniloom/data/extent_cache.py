@@ -40,7 +40,7 @@ def fingerprint_of(checkpoint_dir: str | Path, *options: object) -> str:
     """Hash of all but the row that sizes depend on: the checkpoint's small files, the options, this package's code."""
     digest = hashlib.sha256(repr(options).encode())
     package = Path(__file__).parents[1]
-    code = [path for folder in ("data", "models", "ops") for path in sorted((package / folder).rglob("*.py"))]
+    code = [path for folder in ("data", "processors", "families") for path in sorted((package / folder).rglob("*.py"))]
     for path in [Path(checkpoint_dir) / name for name in _PROCESSOR_FILES] + code:
         if path.is_file():
             content = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -57,8 +57,9 @@ def extent_key(conversation: Conversation, fingerprint: str) -> str | None:
     record = dataclasses.asdict(dataclasses.replace(conversation, id="", source=""))
     text = json.dumps(record, sort_keys=True, default=_hash_bytes)
     stamps = []
-    for media in media_of(conversation):
-        for path in (media.path, media.audio_path, *(media.frames or ())):
+    clips = media_of(conversation)
+    for media in (*clips, *(clip.sound for clip in clips if clip.sound is not None)):
+        for path in (media.path, *(media.frames or ())):
             if path is None:
                 continue
             try:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from omniloom.config import DataConfig
-from omniloom.data.row_media import KINDS, MediaKind, MediaRules, RowMedia, as_clips, join_sound
+from omniloom.data.row_media import KINDS, MediaRules, RowMedia, as_clips, join_sound, names_clip
 from omniloom.data.tool_calls import parse_tool_calls, parse_tools, tool_call_part, write_json
-from omniloom.types import Conversation, Part, Role, SampleError, Turn, suggest
+from omniloom.types import Conversation, MediaKind, Part, Role, SampleError, Turn, suggest
 
 FORMATS = (
     "sharegpt",
@@ -373,7 +373,7 @@ def _content(content: Any, where: str, media: RowMedia) -> list[Part]:
     if content is None:
         return []
     if isinstance(content, str):
-        return join_sound(media.split_text(content), where)
+        return join_sound(media.split_text(content))
     if isinstance(content, Mapping):
         content = [content]
     if not isinstance(content, list | tuple):
@@ -381,7 +381,7 @@ def _content(content: Any, where: str, media: RowMedia) -> list[Part]:
     parts: list[Part] = []
     for index, block in enumerate(content):
         parts += _block(block, f"{where}.content[{index}]", media)
-    return join_sound(parts, where)
+    return join_sound(parts)
 
 
 def _block(block: Any, where: str, media: RowMedia) -> list[Part]:
@@ -400,27 +400,17 @@ def _block(block: Any, where: str, media: RowMedia) -> list[Part]:
     if kind == "tool_use":
         return [tool_call_part({"name": block.get("name"), "arguments": block.get("input")}, where)]
     if kind in _MEDIA_BLOCKS:
-        payload = _block_payload(block, kind)
-        return [
-            media.next_clip(_MEDIA_BLOCKS[kind]) if payload is None else media.clip(_MEDIA_BLOCKS[kind], payload, where)
-        ]
+        clip_kind, item = _MEDIA_BLOCKS[kind], _block_item(block, kind)
+        return [media.clip(clip_kind, item, where) if names_clip(item, clip_kind) else media.next_clip(clip_kind, item)]
     known = sorted({"text", "thinking", "tool_use", "tool_result", *_MEDIA_BLOCKS})
     raise SampleError(where, f"unknown block type {kind!r}; known types: {', '.join(known)}")
 
 
-def _block_payload(block: Mapping[str, Any], kind: str) -> Any:
-    """A media block's clip with the options beside it; None for a block that only marks a place."""
-    source = block.get("source")  # Anthropic
-    inner = source if isinstance(source, Mapping) else block.get(kind)
-    names = (_MEDIA_BLOCKS[kind], "path", "url", "bytes", "data", "base64")
-    value = inner if inner is not None else _find(block, *names)
-    if value is None:
-        return None
-    options = {key: block.get(key) for key in ("fps", "min_pixels", "max_pixels", "max_frames", "use_audio_in_video")}
-    if isinstance(value, Mapping):
-        return {**options, **{key: item for key, item in value.items() if item is not None}}
-    key = next((name for name in ("bytes", "data", "base64") if block.get(name) is value), _MEDIA_BLOCKS[kind])
-    return {**options, key: value}
+def _block_item(block: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """A media block as a dict of its clip, if it names one, and the options beside it."""
+    inner = block["source"] if isinstance(block.get("source"), Mapping) else block.get(kind)  # the first is Anthropic's
+    rest = {key: item for key, item in block.items() if item is not None and key not in ("text", "source", kind)}
+    return rest if inner is None else {**rest, _MEDIA_BLOCKS[kind]: inner}
 
 
 def _blocks(content: Any) -> list[Mapping[str, Any]]:

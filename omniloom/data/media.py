@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omniloom.config import DataConfig
-from omniloom.data.row_media import MediaKind, decode_data_uri
-from omniloom.types import MediaSource, SampleError
+from omniloom.data.row_media import decode_data_uri
+from omniloom.types import MediaKind, MediaSource, SampleError
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -34,6 +34,11 @@ CONTAINER_FORMATS = (
 )
 URL_TIMEOUT_SECONDS = 30.0
 URL_LIMIT_BYTES = 1 << 30
+HEAD_BYTES = 4096
+ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+UNFILLED_BYTES = 0x7FFFF000  # sizes from here on were to be filled in at the end and never were
+SLACK_BYTES = 1024  # by which writers miscount
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +48,11 @@ class MediaLimits:
     max_pixels: int = 178_956_970  # of an image or a video's frame
     max_video_seconds: float = 7200.0
     max_audio_seconds: float = 7200.0
-    sampling_rate: int = 16000
+    sampling_rate: int = 16000  # the feature extractor's
 
 
-def media_limits(config: DataConfig, sampling_rate: int = 16000) -> MediaLimits:
+def media_limits(config: DataConfig, sampling_rate: int) -> MediaLimits:
+    """The limits of a run on a checkpoint that hears at `sampling_rate` Hz."""
     return MediaLimits(
         max_pixels=config.image.limit_pixels,
         max_video_seconds=config.video.limit_seconds,
@@ -105,15 +111,37 @@ def size_of(data: bytes | str, kind: MediaKind) -> int:
     return size
 
 
+def _refuse_cut(data: bytes | str, size_bytes: int, kind: MediaKind, name: str) -> None:
+    """Refuse a wav, avi or wmv that ends before its header says; av would take what is there for the whole."""
+    head = data[:HEAD_BYTES] if isinstance(data, bytes) else b""
+    if not isinstance(data, bytes):
+        with open(data, "rb") as handle:
+            head = handle.read(HEAD_BYTES)
+    claimed = _claimed_bytes(head)
+    if size_bytes + SLACK_BYTES < claimed < UNFILLED_BYTES:
+        raise SampleError(kind, f"{name} is truncated: {claimed - size_bytes} of its {claimed} bytes are missing")
+
+
+def _claimed_bytes(head: bytes) -> int:
+    """Size of a RIFF or ASF file by its header; 0 for others, and where a live writer could not fill it in."""
+    if head[:4] == b"RIFF":
+        return 8 + int.from_bytes(head[4:8], "little")
+    at = head.find(ASF_FILE_PROPERTIES) if head.startswith(ASF_HEADER) else -1
+    if at < 0 or int.from_bytes(head[at + 88 : at + 92], "little") & 1:  # a broadcast
+        return 0
+    return int.from_bytes(head[at + 40 : at + 48], "little")
+
+
 @contextmanager
 def open_container(file: str | bytes, kind: MediaKind) -> Iterator[InputContainer]:
     """An av container over a file, URL, data URI or bytes. Raises: SampleError, also for what its use raises."""
     import av
 
     data = read_bytes(file, kind)
-    size_of(data, kind)
+    size_bytes = size_of(data, kind)
     target: Any = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
+        _refuse_cut(data, size_bytes, kind, name_of(file))
         with av.open(target, options={"format_whitelist": CONTAINER_FORMATS}, metadata_errors="replace") as container:
             yield container
     except SampleError:

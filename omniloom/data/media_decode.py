@@ -6,15 +6,15 @@ sample is bad. Sizes of pictures stay the file's own; resizing is the processor'
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from omniloom.data.media import MediaLimits, clip_file, find_stream, name_of, open_container, open_image
-from omniloom.data.row_media import MediaKind
-from omniloom.processors.features import spread_frames
-from omniloom.types import ClipGeometry, DecodedClip, MediaSource, SampleError
+from omniloom.data.packets import decode_packets
+from omniloom.types import ClipGeometry, ClipOptions, DecodedClip, MediaKind, MediaSource, SampleError
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TOLERANCE_SECONDS = 0.1  # by which a clip may miss its planned length
-MAX_LOST_PACKETS = 3  # about as long; one broken packet at either end is common in files cut from longer ones
 FRAME_PLANES = 8  # of a frame's own, further ones lie elsewhere
 CHUNK_SAMPLES = 1 << 16  # decoded together before they are mixed and resampled
 
@@ -44,8 +43,7 @@ def decode_clip(
         pixels = decode_image(source, limits)
         pixels = each_frame(pixels) if each_frame is not None else pixels
     elif clip.kind == "video":
-        indices = spread_frames(clip.num_source_frames, clip.num_frames, reach_last=clip.reaches_last_frame)
-        pixels = decode_video_frames(source, indices, limits, each_frame=each_frame)
+        pixels = decode_video_frames(source, clip.frame_indices, limits, each_frame=each_frame)
     if clip.num_audio_samples:
         waveform = decode_audio(source, limits, num_samples=clip.num_audio_samples)
     return DecodedClip(pixels=pixels, waveform=waveform)
@@ -123,7 +121,7 @@ def _file_frames(source: MediaSource, frame_indices: Sequence[int]) -> Iterator[
     with open_container(file, "video") as container:
         stream = find_stream(container, "video", "video", file)
         slot, count, size, last = 0, 0, None, None
-        for frame in decode_stream(container, stream, "video", file):
+        for frame in decode_packets(container.demux(stream), stream, "video", file):
             size = size or (frame.width, frame.height)
             last = frame
             while slot < len(wanted) and wanted[slot] == count:
@@ -157,16 +155,36 @@ def resampled_length(num_samples: int, rate: int, new_rate: int) -> int:
     return -(-num_samples * new_rate // rate)
 
 
+def sound_of(source: MediaSource, kind: MediaKind) -> tuple[str | bytes, MediaKind, ClipOptions]:
+    """The file that a clip's sound lies in, what kind of clip that is, and which options hold for it.
+
+    Sound beside a video is used for the video's span unless it has a span of its own.
+    """
+    if source.sound is None:
+        return clip_file(source, kind), kind, source.options
+    own = source.sound.options
+    asked = own.start_seconds is not None or own.end_seconds is not None
+    return clip_file(source.sound, "audio"), "audio", own if asked else source.options
+
+
+def sound_span(options: ClipOptions, rate: int) -> tuple[int, int]:
+    """First sample and number of samples, at the file's own rate, of the span that is used, if the file is so long.
+
+    Source: qwen-omni-utils, process_audio_info, by way of librosa.load.
+    """
+    start, end = options.start_seconds or 0.0, options.end_seconds
+    return int(start * rate), sys.maxsize // 2 if end is None else int((end - start) * rate)
+
+
 def decode_audio(source: MediaSource, limits: MediaLimits, *, num_samples: int | None = None) -> np.ndarray:
     """float32 [n] mono at the limits' rate: the clip's sound, or a video's, or that of the file given beside it.
 
     Channels are averaged, soxr resamples. With `num_samples` the result is padded with silence or trimmed to it by at
     most 100 ms. Raises: SampleError, also for samples that are not finite.
     """
-    kind: MediaKind = "audio" if source.audio_path is not None or not source.use_audio else "video"
-    file = source.audio_path if source.audio_path is not None else clip_file(source, kind)
+    file, kind, options = sound_of(source, "video" if source.use_audio else "audio")
     with open_container(file, kind) as container:
-        waveform = _resample(_mono_chunks(container, kind, file, limits), limits.sampling_rate)
+        waveform = _resample(_used_chunks(container, kind, file, options, limits), limits.sampling_rate)
     if not len(waveform):
         raise SampleError(kind, f"{name_of(file)} has no sound that can be decoded")
     if num_samples is None or len(waveform) == num_samples:
@@ -179,37 +197,44 @@ def decode_audio(source: MediaSource, limits: MediaLimits, *, num_samples: int |
     return np.pad(waveform, (0, max(0, num_samples - len(waveform))))[:num_samples]
 
 
-def _mono_chunks(
-    container: InputContainer, kind: MediaKind, file: str | bytes, limits: MediaLimits
+def _used_chunks(
+    container: InputContainer, kind: MediaKind, file: str | bytes, options: ClipOptions, limits: MediaLimits
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Rate and mono float32 samples, about CHUNK_SAMPLES at a time."""
-    rate = count = num_held = 0
-    held: list[np.ndarray] = []
-    for frame in decode_stream(container, find_stream(container, "audio", kind, file), kind, file):
-        if rate and frame.sample_rate != rate:
+    """Of `_mono_chunks`, what lies in the span that is used. Raises: SampleError where that is over the limit."""
+    position = used = 0
+    for rate, chunk in _mono_chunks(container, kind, file):
+        begin, length = sound_span(options, rate)
+        samples = chunk[max(0, begin - position) : max(0, begin + length - position)]
+        position += len(chunk)
+        used += len(samples)
+        if used > limits.max_audio_seconds * rate:
+            raise SampleError(kind, f"{name_of(file)} has over {limits.max_audio_seconds:g} s of sound at {rate} Hz")
+        if len(samples):
+            yield rate, samples
+        if position >= begin + length:
+            return
+
+
+def _mono_chunks(container: InputContainer, kind: MediaKind, file: str | bytes) -> Iterator[tuple[int, np.ndarray]]:
+    """Rate and mono float32 samples, about CHUNK_SAMPLES at a time: numpy is not called for each small frame."""
+    import av
+
+    stream = find_stream(container, "audio", kind, file)
+    rate, shape, fifo = 0, ("", ""), av.AudioFifo()
+    for frame in decode_packets(container.demux(stream), stream, kind, file):
+        if frame.sample_rate <= 0 or frame.sample_rate != (rate or frame.sample_rate):
             raise SampleError(kind, f"{name_of(file)} changes its rate from {rate} to {frame.sample_rate} Hz midway")
         rate = frame.sample_rate
-        count += frame.samples
-        if rate <= 0 or count > limits.max_audio_seconds * rate:
-            raise SampleError(kind, f"{name_of(file)} has over {limits.max_audio_seconds:g} s of sound at {rate} Hz")
-        channels = _frame_channels(frame)
-        if held and (num_held >= CHUNK_SAMPLES or len(channels) != len(held[0])):
-            yield rate, _mix(held, kind, file)
-            held, num_held = [], 0
-        held.append(channels)
-        num_held += frame.samples
-    if held:
+        if frame.format.is_planar and frame.layout.nb_channels >= FRAME_PLANES:
+            frame = _interleave(frame)
+        if shape != (frame.format.name, frame.layout.name) or fifo.samples >= CHUNK_SAMPLES:
+            if held := fifo.read():
+                yield rate, _mix(held, kind, file)
+            shape, fifo = (frame.format.name, frame.layout.name), av.AudioFifo()
+        frame.pts = None  # a gap in the times is no gap in the samples
+        fifo.write(frame)
+    if held := fifo.read():
         yield rate, _mix(held, kind, file)
-
-
-def _frame_channels(frame: AudioFrame) -> np.ndarray:
-    """[channels, n] in the file's own sample type."""
-    num_channels = frame.layout.nb_channels
-    if frame.format.is_planar and num_channels < FRAME_PLANES:
-        return frame.to_ndarray()
-    if frame.format.is_planar:
-        frame = _interleave(frame)
-    return frame.to_ndarray().reshape(-1, num_channels).T
 
 
 def _interleave(frame: AudioFrame) -> AudioFrame:
@@ -222,19 +247,22 @@ def _interleave(frame: AudioFrame) -> AudioFrame:
     return packed
 
 
-def _mix(held: list[np.ndarray], kind: MediaKind, file: str | bytes) -> np.ndarray:
+def _mix(frame: AudioFrame, kind: MediaKind, file: str | bytes) -> np.ndarray:
     """Mono float32 in [-1, 1], by the scale that soundfile uses."""
-    raw = np.concatenate(held, axis=1)
+    raw, num_channels = frame.to_ndarray(), frame.layout.nb_channels
+    channels = raw if frame.format.is_planar else raw.reshape(-1, num_channels).T
+    total = channels[0].astype(np.float32)
+    for channel in channels[1:]:
+        total += channel.astype(np.float32)
     if raw.dtype.kind == "f":
-        samples = raw.astype(np.float32)
+        total /= num_channels
+        if not np.isfinite(total).all():
+            raise SampleError(kind, f"{name_of(file)} has samples that are not finite (NaN or infinite)")
     elif raw.dtype == np.uint8:
-        samples = (raw.astype(np.float32) - 128) / 128
+        total = (total - 128 * num_channels) / (128 * num_channels)
     else:
-        samples = raw.astype(np.float32) / np.float32(2.0 ** (8 * raw.dtype.itemsize - 1))
-    mono = samples.mean(axis=0)
-    if not np.isfinite(mono).all():
-        raise SampleError(kind, f"{name_of(file)} has samples that are not finite (NaN or infinite)")
-    return mono
+        total /= np.float32(num_channels * 2.0 ** (8 * raw.dtype.itemsize - 1))
+    return total
 
 
 def _resample(chunks: Iterator[tuple[int, np.ndarray]], new_rate: int) -> np.ndarray:
@@ -259,19 +287,3 @@ def _resample(chunks: Iterator[tuple[int, np.ndarray]], new_rate: int) -> np.nda
     waveform = np.concatenate(out)
     length = resampled_length(count, rate, new_rate)
     return np.pad(waveform, (0, max(0, length - len(waveform))))[:length]
-
-
-def decode_stream(container: InputContainer, stream: Any, kind: MediaKind, file: str | bytes) -> Iterator[Any]:
-    """Frames of one stream; a few packets that cannot be decoded are passed over, more make the file bad."""
-    import av
-
-    stream.codec_context.thread_count = 1  # workers are the parallelism
-    num_lost = 0
-    for number, packet in enumerate(container.demux(stream)):
-        try:
-            yield from packet.decode()
-        except av.error.InvalidDataError:
-            num_lost += 1
-            if num_lost > MAX_LOST_PACKETS:
-                reason = f"{num_lost} of the first {number + 1} packets are broken"
-                raise SampleError(kind, f"{name_of(file)}: {reason}") from None

@@ -6,9 +6,11 @@ Sizes are those that `media_decode` will give: orientation applied, sound at the
 
 from __future__ import annotations
 
-import io
+import math
 import os
-import re
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from omniloom.data.media import (
@@ -21,23 +23,22 @@ from omniloom.data.media import (
     read_bytes,
     size_of,
 )
-from omniloom.data.media_decode import decode_stream, resampled_length
-from omniloom.data.row_media import MediaKind
-from omniloom.types import MediaHeader, MediaSource, SampleError
+from omniloom.data.media_decode import resampled_length, sound_of, sound_span
+from omniloom.data.packets import SampleCounter, decode_packets, full_table, packets_to_end, pcm_frame_bytes
+from omniloom.types import ClipOptions, MediaHeader, MediaKind, MediaSource, SampleError
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-# Containers whose index or packets count exactly the frames that decoding gives. In all others frames are counted by
-# decoding: streams cut off before a key frame (ts), packed B-frames (avi), raw streams.
-_PACKET_IS_FRAME = {"matroska", "gif", "flv", "avi"}
+# Containers whose packets are exactly the frames that decoding gives. In all others frames are counted by decoding:
+# streams cut off before a key frame (ts), packed B-frames (avi), raw streams.
+_PACKET_IS_FRAME = {"mov", "matroska", "gif", "flv", "avi"}
 _PACKED_CODECS = {"mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4v3"}  # avi may hold two frames in one packet
 _PCM_CONTAINERS = {"wav", "aiff", "au"}
-_CLAIMS_DURATION = {"mov", "matroska", "avi", "flv", "aiff", "asf"}  # of the whole file, not an estimate
-_UNFILLED_BYTES = 0x7FFFF000
-_PCM = re.compile(r"pcm_[sfu](\d+)")
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -47,8 +48,7 @@ def read_header(source: MediaSource, kind: MediaKind, limits: MediaLimits) -> Me
         width, height = _image_size(clip_file(source, kind), kind, limits)
         return MediaHeader(kind="image", width=width, height=height)
     if kind == "audio":
-        num_samples = _sound_length(clip_file(source, kind), kind, limits)
-        assert num_samples is not None
+        num_samples = _sound_length(source, kind, limits)
         seconds = num_samples / limits.sampling_rate
         return MediaHeader(kind="audio", num_audio_samples=num_samples, duration_seconds=seconds, has_audio=True)
     return _video_header(source, limits)
@@ -90,72 +90,135 @@ def _png_hides_orientation(file: Any) -> bool:
 # ---------------------------------------------------------------------------------------- videos
 
 
+@dataclass(frozen=True, kw_only=True)
+class _VideoFile:
+    """All frames of a video, whatever span of it is used."""
+
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    has_audio: bool
+
+
 def _video_header(source: MediaSource, limits: MediaLimits) -> MediaHeader:
     if source.frames is not None:
-        file: str | bytes = "the list of frames"
+        name = "the list of frames"
         width, height = _image_size(source.frames[0], "video", limits)
-        num_frames, fps, has_audio = len(source.frames), source.fps or 0.0, False
+        video = _VideoFile(
+            width=width,
+            height=height,
+            num_frames=len(source.frames),
+            fps=source.options.fps or 0.0,
+            has_audio=False,
+        )
     else:
-        file = read_bytes(clip_file(source, "video"), "video")
-        num_frames, fps, has_audio = _measure_video(file, limits)
-        width, height = _frame_size(file, limits)
-    seconds = num_frames / fps if fps else 0.0
+        file = clip_file(source, "video")
+        name, video = name_of(file), _measure_video(read_bytes(file, "video"), limits)
+    first, num_frames = frame_span(source.options, video.num_frames, video.fps)
+    seconds = num_frames / video.fps if video.fps else 0.0
     if seconds > limits.max_video_seconds:
-        raise _too_long("video", file, seconds, limits.max_video_seconds)
-    num_samples: int | None = None
-    if source.use_audio and source.audio_path is not None:
-        num_samples = _sound_length(source.audio_path, "audio", limits)
-    elif source.use_audio and has_audio:
-        num_samples = _sound_length(file, "video", limits, optional=True)
+        raise _too_long("video", name, seconds, limits.max_video_seconds)
+    num_samples = 0
+    if source.use_audio and (source.sound is not None or video.has_audio):
+        num_samples = _sound_length(source, "video", limits)
     return MediaHeader(
         kind="video",
-        width=width,
-        height=height,
+        width=video.width,
+        height=video.height,
+        first_frame=first,
         num_frames=num_frames,
-        fps=fps,
+        fps=video.fps,
         duration_seconds=seconds,
-        num_audio_samples=num_samples or 0,
-        has_audio=bool(num_samples) if source.use_audio else has_audio,
+        num_audio_samples=num_samples,
+        has_audio=bool(num_samples) if source.use_audio else video.has_audio,
     )
 
 
-def _measure_video(file: str | bytes, limits: MediaLimits) -> tuple[int, float, bool]:
-    """Frames, frames per second, and whether there is sound."""
+def frame_span(options: ClipOptions, num_frames: int, fps: float) -> tuple[int, int]:
+    """First frame and number of frames of the span that is used.
+
+    Raises: SampleError for a span of fewer than two frames.
+    Source: qwen-vl-utils, calculate_video_frame_range.
+    """
+    start, end = options.start_seconds, options.end_seconds
+    if start is None and end is None:
+        return 0, num_frames
+    if not fps:
+        raise SampleError("video", "a span of time is asked for, but the frames have no rate; give sample_fps")
+    seconds = num_frames / fps
+    first = math.ceil(min(start or 0.0, seconds) * fps)
+    last = num_frames - 1 if end is None else min(math.floor(min(end, seconds) * fps), num_frames - 1)
+    if first >= last:
+        until = "its end" if end is None else f"{end:g} s"
+        raise SampleError("video", f"{start or 0:g} s to {until} holds under two frames of its {seconds:.2f} s")
+    return first, last - first + 1
+
+
+def _measure_video(file: str | bytes, limits: MediaLimits) -> _VideoFile:
+    """Counts the frames; the first is decoded, since the decoder knows of cropping and rotation that headers miss."""
     with open_container(file, "video") as container:
         stream = find_stream(container, "video", "video", file)
         _check_frame_size(file, stream.codec_context.width, stream.codec_context.height, limits)
-        claimed = _claimed_seconds(container, stream)
-        if claimed is not None and claimed > limits.max_video_seconds:
-            raise _too_long("video", file, claimed, limits.max_video_seconds)
         fps = float(stream.average_rate or stream.guessed_rate or 0)
-        num_frames = _count_indexed_frames(container, stream, size_of(file, "video"), file)
-        if num_frames is None and _packets_are_frames(container, stream):
-            num_frames, measured = _scan_frames(container, stream)
-            if measured and not 0.95 < fps / measured < 1.05:
-                fps = measured  # containers without a rate have av guess from the first packets
-        elif num_frames is None:
-            num_frames = 0
-            for _ in decode_stream(container, stream, "video", file):
-                num_frames += 1
-                if fps and num_frames / fps > limits.max_video_seconds:
-                    raise _too_long("video", file, num_frames / fps, limits.max_video_seconds)
-        if not num_frames:
-            raise SampleError("video", f"{name_of(file)} has no frame that can be decoded")
-        if not 0 < fps < float("inf"):
-            raise SampleError("video", f"{name_of(file)} states no frame rate")
-        _refuse_truncated("video", file, claimed, num_frames / fps)
-        return num_frames, fps, bool(container.streams.audio)
-
-
-def _frame_size(file: str | bytes, limits: MediaLimits) -> tuple[int, int]:
-    """Width and height of the first frame, upright; the decoder knows of cropping and rotation that headers miss."""
-    with open_container(file, "video") as container:
-        stream = find_stream(container, "video", "video", file)
-        frame = next(decode_stream(container, stream, "video", file), None)
-        if frame is None:
+        num_frames, measured, frame = _count_frames(container, stream, file, fps, limits)
+        if frame is None or not num_frames:
             raise SampleError("video", f"{name_of(file)} has no frame that can be decoded")
         _check_frame_size(file, frame.width, frame.height, limits)
-        return (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
+        if measured and not 0.95 < fps / measured < 1.05:
+            fps = measured  # containers without a rate have av guess from the first packets
+        if not 0 < fps < float("inf"):
+            raise SampleError("video", f"{name_of(file)} states no frame rate")
+        width, height = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
+        has_audio = bool(container.streams.audio)
+    return _VideoFile(width=width, height=height, num_frames=num_frames, fps=fps, has_audio=has_audio)
+
+
+def _count_frames(
+    container: InputContainer, stream: VideoStream, file: str | bytes, fps: float, limits: MediaLimits
+) -> tuple[int, float, VideoFrame | None]:
+    """Number of frames, their rate by timestamps where packets were counted (0 where there are none), the first one."""
+    times = _PacketTimes()
+    indexed = full_table(container, stream, "video", file)
+    packets = packets_to_end(container, stream, "video", file, times.add, indexed=indexed is not None)
+    frames = decode_packets(packets, stream, "video", file)
+    first = next(frames, None)
+    if indexed is not None:
+        return indexed, 0.0, first
+    name = container.format.name.split(",")[0]
+    if name in _PACKET_IS_FRAME and not (name == "avi" and stream.codec_context.name in _PACKED_CODECS):
+        for _ in packets:
+            pass
+        return times.num_packets, times.rate(stream.time_base), first
+    num_frames = int(first is not None)
+    for _ in frames:
+        num_frames += 1
+        if fps and num_frames / fps > limits.max_video_seconds:
+            raise _too_long("video", name_of(file), num_frames / fps, limits.max_video_seconds)
+    return num_frames, 0.0, first
+
+
+class _PacketTimes:
+    """Counts packets that are shown, and when the first and the last of them are."""
+
+    def __init__(self) -> None:
+        self.num_packets = self._num_timed = 0
+        self._first = self._last = 0
+
+    def add(self, packet: Packet) -> None:
+        if packet.is_discard:
+            return
+        self.num_packets += 1
+        if packet.pts is not None:
+            self._first = min(self._first, packet.pts) if self._num_timed else packet.pts
+            self._last = max(self._last, packet.pts) if self._num_timed else packet.pts
+            self._num_timed += 1
+
+    def rate(self, time_base: Fraction | None) -> float:
+        """Frames per second; 0 where the packets have no times."""
+        if time_base is None or self._num_timed < 2 or self._last == self._first:
+            return 0.0
+        return float((self._num_timed - 1) / ((self._last - self._first) * time_base))
 
 
 def _check_frame_size(file: str | bytes, width: int, height: int, limits: MediaLimits) -> None:
@@ -167,175 +230,71 @@ def _check_frame_size(file: str | bytes, width: int, height: int, limits: MediaL
         )
 
 
-def _count_indexed_frames(
-    container: InputContainer, stream: VideoStream, size_bytes: int, file: str | bytes
-) -> int | None:
-    """Frames by the sample table of an mp4 or mov, without those that its edit list leaves out."""
-    if not container.format.name.startswith("mov") or not stream.frames:
-        return None  # a fragmented file has no full table
-    entries = list(stream.index_entries)
-    if len(entries) != stream.frames:
-        return None
-    end = max(entry.pos + entry.size for entry in entries)
-    if end > size_bytes:
-        raise SampleError(
-            "video", f"{name_of(file)} is truncated: its frames need {end} bytes, the file has {size_bytes}"
-        )
-    return sum(not entry.is_discard for entry in entries)
-
-
-def _packets_are_frames(container: InputContainer, stream: VideoStream) -> bool:
-    name = container.format.name.split(",")[0]
-    if name == "mov":
-        return True
-    return name in _PACKET_IS_FRAME and not (name == "avi" and stream.codec_context.name in _PACKED_CODECS)
-
-
-def _scan_frames(container: InputContainer, stream: VideoStream) -> tuple[int, float]:
-    """Number of frames by packets, and their rate by timestamps (0 where there are none)."""
-    count, times = 0, []
-    for packet in container.demux(stream):
-        if packet.size and not packet.is_discard:
-            count += 1
-            if packet.pts is not None:
-                times.append(packet.pts)
-    if len(times) < 2 or max(times) == min(times) or stream.time_base is None:
-        return count, 0.0
-    return count, float((len(times) - 1) / ((max(times) - min(times)) * stream.time_base))
-
-
 # ---------------------------------------------------------------------------------------- sound
 
 
-def _sound_length(file: str | bytes, kind: MediaKind, limits: MediaLimits, *, optional: bool = False) -> int | None:
-    """Samples of a file's sound at the limits' rate; None where there are none and that is allowed."""
+def _sound_length(source: MediaSource, kind: MediaKind, limits: MediaLimits) -> int:
+    """Samples of the sound that is used of a clip, at the limits' rate; 0 for an empty stream."""
+    file, kind, options = sound_of(source, kind)
     data = read_bytes(file, kind)
     with open_container(data, kind) as container:
         stream, size_bytes = find_stream(container, "audio", kind, file), size_of(data, kind)
-        if container.format.name == "wav":
-            _check_wav(data, size_bytes, kind, file)
-        num_samples, rate = _measure_sound(container, stream, size_bytes, file, kind, limits)
-    if not num_samples and optional:
-        return None
-    length = resampled_length(num_samples, rate, limits.sampling_rate)
-    shortest = limits.sampling_rate // 100
-    if length < shortest:
-        raise SampleError(kind, f"{name_of(file)} has only {length} samples of sound, expected at least {shortest}")
-    return length
-
-
-def _measure_sound(
-    container: InputContainer,
-    stream: AudioStream,
-    size_bytes: int,
-    file: str | bytes,
-    kind: MediaKind,
-    limits: MediaLimits,
-) -> tuple[int, int]:
-    """Samples per channel, and their rate."""
-    rate = stream.codec_context.sample_rate
-    exact = _header_length(container, stream, size_bytes)
-    claimed = _claimed_seconds(container, stream) if exact is None else exact / rate
-    if claimed is not None and claimed > limits.max_audio_seconds:
-        raise _too_long(kind, file, claimed, limits.max_audio_seconds)
-    if exact is not None:
-        return exact, rate
-    if container.format.name == "mp3":
-        num_samples = _scan_mp3(container, stream)
-    else:
-        num_samples = 0
-        for frame in decode_stream(container, stream, kind, file):
-            num_samples += frame.samples
-            rate = frame.sample_rate
-            if num_samples > limits.max_audio_seconds * rate:
-                break
+        rate = stream.codec_context.sample_rate
+        num_samples = _header_length(container, stream, size_bytes)
+        if num_samples is None:
+            num_samples, rate = _count_samples(container, stream, file, kind, limits)
     if rate <= 0:
         raise SampleError(kind, f"{name_of(file)} states a sampling rate of {rate} Hz")
+    if not num_samples:
+        return 0
+    begin, length = sound_span(options, rate)
+    if begin >= num_samples:
+        reason = f"{name_of(file)} has {num_samples / rate:.2f} s of sound, none from {begin / rate:g} s on"
+        raise SampleError(kind, reason)
+    num_samples = min(length, num_samples - begin)
     if num_samples > limits.max_audio_seconds * rate:
-        raise _too_long(kind, file, num_samples / rate, limits.max_audio_seconds)
-    _refuse_truncated(kind, file, claimed, num_samples / rate)
+        raise _too_long("audio", name_of(file), num_samples / rate, limits.max_audio_seconds)
+    return resampled_length(num_samples, rate, limits.sampling_rate)
+
+
+def _count_samples(
+    container: InputContainer, stream: AudioStream, file: str | bytes, kind: MediaKind, limits: MediaLimits
+) -> tuple[int, int]:
+    """Samples per channel, and their rate: by packets where they tell, else by decoding."""
+    context, counter = stream.codec_context, SampleCounter(container, stream)
+    rate, frame_size = context.sample_rate, context.frame_size
+    indexed = full_table(container, stream, kind, file) is not None
+    packets = packets_to_end(container, stream, kind, file, counter.add, indexed=indexed)
+    frames = decode_packets(packets, stream, kind, file)
+    first = next(frames, None)
+    if first is None:
+        return 0, rate
+    if counter.exact and (first.sample_rate, context.frame_size) == (rate, frame_size):  # else the header knew little
+        for _ in packets:
+            pass
+        return counter.num_samples, rate
+    num_samples = 0
+    for frame in chain((first,), frames):
+        num_samples, rate = num_samples + frame.samples, frame.sample_rate
+        if num_samples > limits.max_audio_seconds * rate:
+            raise _too_long("audio", name_of(file), num_samples / rate, limits.max_audio_seconds)
     return num_samples, rate
 
 
 def _header_length(container: InputContainer, stream: AudioStream, size_bytes: int) -> int | None:
     """Samples by the header, where it can be believed: PCM that fits the file, FLAC."""
     name, rate = container.format.name, stream.codec_context.sample_rate
-    if stream.duration is None or stream.duration <= 0 or rate <= 0 or stream.time_base != _one_over(rate):
+    if stream.duration is None or stream.duration <= 0 or rate <= 0 or stream.time_base != Fraction(1, rate):
         return None
     if name == "flac":
         return stream.duration
-    frame_bytes = _pcm_frame_bytes(stream)
+    frame_bytes = pcm_frame_bytes(stream)
     if name in _PCM_CONTAINERS and frame_bytes and stream.duration * frame_bytes <= size_bytes:
         return stream.duration
     return None
 
 
-def _pcm_frame_bytes(stream: AudioStream) -> int:
-    """Bytes of one sample of all channels; 0 for what is not PCM."""
-    codec = stream.codec_context.name
-    match = _PCM.match(codec)
-    bits = int(match[1]) if match else 8 if codec in ("pcm_alaw", "pcm_mulaw") else 0
-    return bits // 8 * stream.codec_context.channels
-
-
-def _check_wav(data: str | bytes, size_bytes: int, kind: MediaKind, file: str | bytes) -> None:
-    """Refuse a wav whose data end before its header says; av would take what is there for the whole.
-
-    Sizes that a writer fills in at the end and never did (0, 2 GiB and more) are no claim.
-    """
-    with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as handle:
-        if handle.read(12)[:4] != b"RIFF":
-            return
-        while len(head := handle.read(8)) == 8:
-            length = int.from_bytes(head[4:], "little")
-            if head[:4] == b"data":
-                missing = handle.tell() + length - size_bytes
-                if missing > 0 and length < _UNFILLED_BYTES:
-                    raise SampleError(kind, f"{name_of(file)} is truncated: {missing} of {length} bytes are missing")
-                return
-            handle.seek(length + length % 2, os.SEEK_CUR)
-
-
-def _scan_mp3(container: InputContainer, stream: AudioStream) -> int:
-    """Samples by packets, less what the encoder's delay and padding have the decoder skip."""
-    ticks = skipped = 0
-    for packet in container.demux(stream):
-        if not packet.size:
-            continue
-        ticks += packet.duration or 0
-        if packet.has_sidedata("skip_samples"):  # two little-endian uint32: at the start, at the end
-            side = bytes(packet.get_sidedata("skip_samples"))
-            skipped += int.from_bytes(side[:4], "little") + int.from_bytes(side[4:8], "little")
-    assert stream.time_base is not None
-    return max(0, round(ticks * stream.time_base * stream.codec_context.sample_rate) - skipped)
-
-
-# ---------------------------------------------------------------------------------------- claims
-
-
-def _one_over(rate: int) -> Any:
-    from fractions import Fraction
-
-    return Fraction(1, rate)
-
-
-def _claimed_seconds(container: InputContainer, stream: Any) -> float | None:
-    """Duration by the header, of containers that write it rather than have it estimated."""
-    if container.format.name.split(",")[0] not in _CLAIMS_DURATION:
-        return None
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    return None if container.duration is None else container.duration / 1e6
-
-
-def _refuse_truncated(kind: MediaKind, file: str | bytes, claimed: float | None, found: float) -> None:
-    if claimed is not None and found < claimed - max(1.0, 0.05 * claimed):
-        raise SampleError(
-            kind, f"{name_of(file)} is truncated: its header claims {claimed:.1f} s, {found:.1f} s can be decoded"
-        )
-
-
-def _too_long(kind: MediaKind, file: str | bytes, seconds: float, limit: float) -> SampleError:
+def _too_long(kind: MediaKind, name: str, seconds: float, limit: float) -> SampleError:
     return SampleError(
-        kind, f"{name_of(file)} lasts {seconds:.0f} s, more than the limit of {limit:g} s (data.{kind}.limit_seconds)"
+        kind, f"{name} lasts {seconds:.0f} s, more than the limit of {limit:g} s (data.{kind}.limit_seconds)"
     )

@@ -23,8 +23,8 @@ def extent_from_json(record: dict[str, Any]) -> Extent:
     """Raises: TypeError or ValueError where the record is not an extent's."""
     clips = []
     for clip in record.get("clips", ()):
-        grid = clip.get("grid_thw")
-        clips.append(ClipGeometry(**{**clip, "grid_thw": None if grid is None else tuple(grid)}))
+        arrays = {name: tuple(clip[name]) for name in ("grid_thw", "frame_indices") if name in clip}
+        clips.append(ClipGeometry(**{**clip, **arrays}))
     return Extent(**{**record, "clips": tuple(clips)})
 
 

@@ -1,7 +1,8 @@
 """The media of one row: what a path, a dict, a data URI or bytes names, and which placeholder gets which clip.
 
 Owns the rules of where media may lie (under the media folder, no URLs, unless allowed) and the count of placeholders
-against clips. Opens nothing: whether a file exists and what it holds is `media`'s to say.
+against clips. Opens nothing: whether a file exists and what it
+holds is `media`'s to say.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from omniloom.types import MediaSource, Part, SampleError, Turn
+from omniloom.data.clip_options import SAYS_NOTHING, clip_options
+from omniloom.types import MediaKind, MediaSource, Part, SampleError, Turn
 
-MediaKind = Literal["image", "video", "audio"]
 KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
 PLACEHOLDER = re.compile(r"<(image|video|audio)>")
 _URL_SAFE = str.maketrans("-_", "+/")
@@ -30,7 +31,7 @@ _MAGIC = re.compile(  # how files begin: of images, then of containers and sound
     re.DOTALL,
 )
 _PATH = re.compile("[^\0\ud800-\udfff]*")
-_PAYLOAD_KEYS = ("path", "url", "bytes", "data", "base64")
+_BYTES_KEYS = ("bytes", "base64", "data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +79,16 @@ class RowMedia:
             parts.append(Part(kind="text", text=text[start:]))
         return parts
 
-    def next_clip(self, kind: MediaKind) -> Part:
+    def next_clip(self, kind: MediaKind, asked: Mapping[str, Any] | None = None) -> Part:
+        """The next clip of the row's list, with what is asked of it where it stands."""
         index = self._num_taken[kind]
         self._num_taken[kind] += 1
         if index >= len(self._items[kind]):  # `place_rest` will name both counts
             return Part(kind=kind, media=MediaSource())
-        return self.clip(kind, self._items[kind][index], f"{kind}s[{index}]")
+        item = self._items[kind][index]
+        if asked:
+            item = {**asked, **(item if isinstance(item, Mapping) else {kind: item})}
+        return self.clip(kind, item, f"{kind}s[{index}]")
 
     def place_rest(self, turns: list[Turn]) -> list[Turn]:
         """The turns, clips without any placeholder put before the first question where the rules say so.
@@ -110,33 +115,33 @@ class RowMedia:
 
     def clip(self, kind: MediaKind, item: Any, field: str) -> Part:
         """One clip from a path, bytes, a list of frames (video), or a dict of these with options."""
-        options: dict[str, Any] = {}
-        use_audio: Any = None
+        asked: dict[str, Any] = {}
         if isinstance(item, Mapping):
-            options = {key: _positive(item.get(key), f"{field}.{key}") for key in ("fps", "min_pixels", "max_pixels")}
-            options["max_frames"] = _positive(item.get("max_frames"), f"{field}.max_frames")
-            for key in ("min_pixels", "max_pixels", "max_frames"):
-                options[key] = None if options[key] is None else int(options[key])
-            low, high = options["min_pixels"], options["max_pixels"]
-            if low is not None and high is not None and low > high:
-                raise SampleError(field, f"min_pixels {low} is more than max_pixels {high}")
-            use_audio = item.get("use_audio_in_video")
-            item = _payload(item, kind, field)
-        if kind == "video":
-            options["use_audio"] = self._use_audio if use_audio is None else bool(use_audio)
-        if isinstance(item, list | tuple):
-            if kind != "video":
-                raise SampleError(field, f"expected one {kind}, got a list; only a video may be a list of frames")
-            if not item:
-                raise SampleError(field, "expected a list of frames, got an empty list")
-            frames = tuple(self._frame(frame, f"{field}[{index}]") for index, frame in enumerate(item))
-            options["fps"] = options.get("fps") or self._rules.frame_list_fps
-            return Part(kind=kind, media=MediaSource(frames=frames, **options))
-        return Part(kind=kind, media=MediaSource(**self._locate(item, field), **options))
+            item, asked = _payload(item, kind, field)
+        use_audio = asked.pop("use_audio_in_video", None) if kind == "video" else None
+        options = clip_options(kind, asked, field)
+        listed = isinstance(item, list | tuple)
+        if "sample_fps" in asked and not listed:
+            raise SampleError(f"{field}.sample_fps", "is of a video given as a list of frames, this one is a file")
+        media = MediaSource(
+            use_audio=kind == "video" and (self._use_audio if use_audio is None else bool(use_audio)), options=options
+        )
+        if not listed:
+            return Part(kind=kind, media=replace(media, **self._locate(item, field)))
+        if kind != "video":
+            raise SampleError(field, f"expected one {kind}, got a list; only a video may be a list of frames")
+        if not item:
+            raise SampleError(field, "expected a list of frames, got an empty list")
+        frames = tuple(self._frame(frame, f"{field}[{index}]") for index, frame in enumerate(item))
+        rate = options.fps or self._rules.frame_list_fps
+        return Part(kind=kind, media=replace(media, frames=frames, options=replace(options, fps=rate)))
 
     def _frame(self, item: Any, field: str) -> str:
         if isinstance(item, Mapping):
-            item = _payload(item, "image", field)
+            item, asked = _payload(item, "image", field)
+            if words := asked.keys() - SAYS_NOTHING:
+                said = ", ".join(sorted(words))
+                raise SampleError(field, f"{said}: what is asked of a video stands beside its list of frames")
         located = self._locate(item, field)
         return located["path"] if "path" in located else "data:;base64," + base64.b64encode(located["data"]).decode()
 
@@ -178,18 +183,15 @@ class RowMedia:
         return full
 
 
-def join_sound(parts: list[Part], field: str) -> list[Part]:
-    """Let an audio that directly follows a video whose sound is used become that video's sound. Raises: SampleError."""
+def join_sound(parts: list[Part]) -> list[Part]:
+    """Let an audio that directly follows a video whose sound is used become that video's sound."""
     joined: list[Part] = []
     for part in parts:
         video = joined[-1].media if joined and joined[-1].kind == "video" else None
-        if part.kind != "audio" or video is None or not video.use_audio or video.audio_path is not None:
+        if part.kind != "audio" or video is None or not video.use_audio or video.sound is not None:
             joined.append(part)
-            continue
-        assert part.media is not None
-        if part.media.path is None:
-            raise SampleError(field, "the sound of a video must be a file: expected a path, got embedded bytes")
-        joined[-1] = replace(joined[-1], media=replace(video, audio_path=part.media.path))
+        else:
+            joined[-1] = replace(joined[-1], media=replace(video, sound=part.media))
     return joined
 
 
@@ -224,22 +226,30 @@ def decode_base64(text: str, field: str) -> bytes:
     return data
 
 
-def _payload(item: Mapping[str, Any], kind: MediaKind, field: str) -> Any:
-    """What a media dict holds: bytes before a path, since data sets store both and the path is then only a name."""
-    for key in ("bytes", "base64", "data"):
-        value = item.get(key)
-        if isinstance(value, str) and value:
-            return value if value.startswith("data:") else decode_base64(value, field)
-        if value:
-            return value
-    for key in (kind, "path", "url", f"{kind}_url"):
+def _payload_keys(kind: MediaKind) -> tuple[str, ...]:
+    """Bytes come before a path, since data sets store both and the path is then only a name."""
+    return (*_BYTES_KEYS, kind, "path", "url", f"{kind}_url")
+
+
+def names_clip(item: Mapping[str, Any], kind: MediaKind) -> bool:
+    """Whether a media dict says which clip it is, rather than only mark a place."""
+    return any(item.get(key) for key in _payload_keys(kind))
+
+
+def _payload(item: Mapping[str, Any], kind: MediaKind, field: str) -> tuple[Any, dict[str, Any]]:
+    """What a media dict holds, and what stands beside it without being null."""
+    keys = _payload_keys(kind)
+    beside = {str(key): value for key, value in item.items() if value is not None and key not in keys}
+    for key in keys:
         value = item.get(key)
         if isinstance(value, Mapping):
-            return _payload(value, kind, field)
+            value, inner = _payload(value, kind, field)
+            return value, {**beside, **inner}
         if value:
-            return value
-    keys = f"one of {kind}, {', '.join(_PAYLOAD_KEYS)}"
-    raise SampleError(field, f"expected a file under {keys}; got none under {', '.join(map(str, item)) or '{}'}")
+            is_text = key in _BYTES_KEYS and isinstance(value, str) and not value.startswith("data:")
+            return decode_base64(value, field) if is_text else value, beside
+    known = f"one of {', '.join((kind, 'path', 'url', *_BYTES_KEYS))}"
+    raise SampleError(field, f"expected a file under {known}; got none under {', '.join(map(str, item)) or '{}'}")
 
 
 def as_clips(kind: MediaKind, value: Any) -> list[Any]:
@@ -253,11 +263,3 @@ def as_clips(kind: MediaKind, value: Any) -> list[Any]:
     if not isinstance(value, list | tuple):
         raise SampleError(f"{kind}s", f"expected a list of {kind}s, got {type(value).__name__}: {str(value)[:60]!r}")
     return list(value)
-
-
-def _positive(value: Any, field: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < 1e18):
-        raise SampleError(field, f"expected a positive number, got {str(value)[:60]}")
-    return value

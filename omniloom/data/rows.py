@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from omniloom.data.collate import FailedSlot, check_example, collate, weight_sum
 from omniloom.data.extent_cache import ExtentCache, extent_key, media_of
-from omniloom.data.row_media import MediaKind
 from omniloom.types import (
     AudioBatch,
     AudioClip,
@@ -25,6 +24,7 @@ from omniloom.types import (
     Extent,
     LoadedPack,
     MediaHeader,
+    MediaKind,
     MediaSource,
     PackPlan,
     PackStats,
@@ -34,8 +34,6 @@ from omniloom.types import (
     VisionBatch,
     VisionClip,
 )
-
-MEL_FRAMES_PER_SECOND = 100
 
 
 class RowFault(RuntimeError):
@@ -214,8 +212,8 @@ def count_samples(samples: Sequence[PlannedSample]) -> PackStats:
         num_loss_tokens=sum(sample.extent.num_loss_tokens for sample in samples),
         num_samples=len(samples),
         num_images=sum(clip.kind == "image" for clip in clips),
-        video_frames=sum(clip.num_frames for clip in clips if clip.kind == "video"),
-        audio_seconds=sum(clip.num_mel_frames for clip in clips) / MEL_FRAMES_PER_SECOND,
+        video_frames=sum(len(clip.frame_indices) for clip in clips),
+        audio_seconds=sum(clip.sound_seconds for clip in clips),
     )
 
 

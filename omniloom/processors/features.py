@@ -98,20 +98,20 @@ def sample_frame_indices(
     return spread_frames(num_frames, count)
 
 
-def spread_frames(num_frames: int, count: int, *, reach_last: bool = False) -> list[int]:
-    """Indices of `count` frames evenly spread over a video; the last frame repeats where there are fewer.
+def spread_frames(num_frames: int, count: int, *, first: int = 0, reach_last: bool = False) -> list[int]:
+    """Indices of `count` frames evenly spread over `num_frames` from `first` on; the last repeats if there are fewer.
 
     Each stands for a stretch of equal length and begins it; with `reach_last` they run from the first to the last.
     Source: transformers, Qwen2VLVideoProcessor.sample_frames and, with `reach_last`, Qwen3VLVideoProcessor's.
     """
     if num_frames < count:
-        return [min(index, num_frames - 1) for index in range(count)]
+        return [first + min(index, num_frames - 1) for index in range(count)]
     if reach_last:
-        return np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
+        return np.linspace(first, first + num_frames - 1, count).round().astype(int).tolist()
     # arange in torch's own rounding, so that indices equal transformers'; it may yield one index too many
     indices = torch.arange(0, num_frames, num_frames / count).int()[:count].tolist()
     assert len(indices) == count, (len(indices), count)
-    return indices
+    return [first + index for index in indices]
 
 
 def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -34,6 +34,7 @@ from omniloom.types import (
     AudioBatch,
     AudioClip,
     ClipGeometry,
+    ClipOptions,
     DecodedClip,
     MediaHeader,
     MediaSource,
@@ -43,6 +44,7 @@ from omniloom.types import (
 )
 
 Features = tuple[Tensor | None, Tensor | None]  # patches and log-mel frames of a clip
+ASKED_SIZE_TOKENS = (4, 16384)  # least and most of a picture whose size a row asks for. Source: qwen-vl-utils
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,16 +107,31 @@ class TowerInputs:
     # ------------------------------------------------------------------------------------ sizes
 
     def grid(
-        self, source: MediaSource, header: MediaHeader, pixels: tuple[int, int], scale: float = 1.0
+        self,
+        options: ClipOptions,
+        header: MediaHeader,
+        pixels: tuple[int, int],
+        scale: float = 1.0,
+        num_frames: int | None = None,
     ) -> tuple[int, int]:
-        """Rows and columns of patches; the source's own bounds win over `pixels`, `scale` multiplies the area."""
+        """Rows and columns of patches; the clip's own bounds win over `pixels`, `scale` multiplies the area.
+
+        Source, where the row asks for a size or a total: qwen-vl-utils, fetch_image and fetch_video.
+        """
         patch = self.vision.patch_size
         factor = patch * self.vision.spatial_merge_size
-        low, high = bounds(source.min_pixels, source.max_pixels, pixels)
-        height, width = smart_resize(header.height, header.width, factor, low, high)
+        wanted = header.height, header.width
+        low, high = bounds(options.min_pixels, options.max_pixels, pixels)
+        if options.total_pixels is not None and num_frames is not None:
+            share = options.total_pixels * self.vision.temporal_patch_size / num_frames
+            high = min(high, max(int(share), int(low * 1.05)))
+        if options.resized_height is not None and options.resized_width is not None:
+            wanted = options.resized_height, options.resized_width
+            low, high = (num_tokens * factor**2 for num_tokens in ASKED_SIZE_TOKENS)
+        height, width = smart_resize(*wanted, factor, low, high)
         if scale < 1:
             high = max(int(height * width * scale), factor**2)
-            height, width = smart_resize(header.height, header.width, factor, min(low, high), high)
+            height, width = smart_resize(*wanted, factor, min(low, high), high)
         return height // patch, width // patch
 
     def num_merged(self, grid_thw: tuple[int, int, int]) -> int:
@@ -125,7 +142,7 @@ class TowerInputs:
         return self.audio.num_tokens(num_mel_frames) if self.audio is not None else 0
 
     def image_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
-        grid = (1, *self.grid(source, header, self.settings.image_pixels, scale))
+        grid = (1, *self.grid(source.options, header, self.settings.image_pixels, scale))
         return ClipGeometry(kind="image", num_tokens=self.num_merged(grid), grid_thw=grid)
 
     def audio_geometry(self, header: MediaHeader) -> ClipGeometry:
@@ -138,7 +155,8 @@ class TowerInputs:
         return ClipGeometry(
             kind="audio",
             num_tokens=self.num_audio_tokens(num_mel_frames),
-            duration_seconds=header.num_audio_samples / self.settings.sampling_rate,
+            duration_seconds=(seconds := header.num_audio_samples / self.settings.sampling_rate),
+            sound_seconds=seconds,
             num_mel_frames=num_mel_frames,
             num_audio_samples=header.num_audio_samples,
         )
@@ -156,36 +174,47 @@ class TowerInputs:
         Source: transformers, Qwen2VLVideoProcessor.
         """
         pixels = bounds(self.options.video_min_pixels, self.options.video_max_pixels, default_pixels)
-        fps, most = self.video_rate(source)
-        temporal = self.vision.temporal_patch_size
+        options, temporal = source.options, self.vision.temporal_patch_size
+        fps, least, most = self.frame_bounds(options, header, min_frames)
         rate = header.fps or fps  # a list of frames without a rate of its own is taken as already sampled
-        indices = sample_frame_indices(header.num_frames, rate, fps, most, min_frames, temporal)
+        indices = sample_frame_indices(header.num_frames, rate, fps, most, least, temporal)
         if scale < 1:
             most = max(int(len(indices) * math.sqrt(scale)), temporal)
-            indices = sample_frame_indices(header.num_frames, rate, fps, most, min_frames, temporal)
-        grid = (len(indices) // temporal, *self.grid(source, header, pixels, math.sqrt(scale)))
+            indices = sample_frame_indices(header.num_frames, rate, fps, most, min(least, most), temporal)
+        num_grids = len(indices) // temporal
+        grid = (num_grids, *self.grid(options, header, pixels, math.sqrt(scale), len(indices)))
         seconds = header.duration_seconds or header.num_frames / rate
         # As published, a grid lasts temporal / fps; only where a bound kept fewer frames, as long as it truly does.
         wanted = max(math.floor(header.num_frames / rate * fps / temporal), 1)
-        seconds_per_grid = temporal / fps if wanted == grid[0] else seconds / grid[0]
+        as_published = wanted == num_grids and options.num_frames is None
+        seconds_per_grid = temporal / fps if as_published else seconds / num_grids
         num_samples = self._num_sound_samples(source, header)
         num_mel_frames = num_samples // self.settings.hop_length if num_samples else 0
         return ClipGeometry(
             kind="video",
             num_tokens=self.num_merged(grid) + self.num_audio_tokens(num_mel_frames),
             grid_thw=grid,
-            num_frames=len(indices),
-            num_source_frames=header.num_frames,
+            frame_indices=tuple(header.first_frame + index for index in indices),
             duration_seconds=seconds,
             seconds_per_grid=seconds_per_grid,
             num_mel_frames=num_mel_frames,
             num_audio_samples=num_samples,
+            sound_seconds=num_samples / self.settings.sampling_rate if num_samples else 0.0,
         )
 
-    def video_rate(self, source: MediaSource) -> tuple[float, int]:
-        """Frames per second, and frames at most, that are asked of a video."""
-        fps = self.options.video_fps if source.fps is None else source.fps
-        return fps, self.options.video_max_frames if source.max_frames is None else source.max_frames
+    def frame_bounds(self, options: ClipOptions, header: MediaHeader, min_frames: int) -> tuple[float, int, int]:
+        """Frames per second, and frames at least and at most, that are asked of a video.
+
+        Raises: SampleError where a row asks for more frames than there are.
+        """
+        fps = self.options.video_fps if options.fps is None else options.fps
+        if options.num_frames is None:
+            most = self.options.video_max_frames if options.max_frames is None else options.max_frames
+            return fps, min_frames if options.min_frames is None else options.min_frames, most
+        if options.num_frames > header.num_frames:
+            reason = f"nframes asks for {options.num_frames} frames, there are {header.num_frames}"
+            raise SampleError("videos", reason)
+        return fps, options.num_frames, options.num_frames
 
     def _num_sound_samples(self, source: MediaSource, header: MediaHeader) -> int:
         if not source.use_audio:
@@ -224,7 +253,7 @@ class TowerInputs:
 
     def _patches(self, clip: ClipGeometry, grid_thw: tuple[int, int, int], pixels: np.ndarray | None) -> Tensor:
         frames = None if pixels is None else pixels[None] if pixels.ndim == 3 else pixels
-        num_frames = max(clip.num_frames, 1)
+        num_frames = max(len(clip.frame_indices), 1)
         if frames is None or len(frames) != num_frames:
             got = "none" if frames is None else len(frames)
             raise SampleError(f"{clip.kind}s", f"expected {num_frames} decoded frames as planned, got {got}")

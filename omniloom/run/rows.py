@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from omniloom.config import Config, DataConfig
 from omniloom.data.extent_cache import ExtentCache, fingerprint_of
 from omniloom.data.formats import RowOptions, describe_format, parse_row, row_options
-from omniloom.data.media import MediaLimits, media_limits
+from omniloom.data.media import media_limits
 from omniloom.data.media_decode import decode_clip
 from omniloom.data.media_headers import read_header
 from omniloom.data.rows import RowReader
@@ -19,9 +20,10 @@ from omniloom.data.sources import Subset, open_sources
 from omniloom.families.registry import spec_named
 from omniloom.processors.settings import ProcessorOptions
 from omniloom.run.opening import Workshop
-from omniloom.types import ClipGeometry, Conversation, DecodedClip, MediaHeader, MediaSource, SampleError, Source
+from omniloom.types import Conversation, SampleError, Source
 
 DESCRIBED_FILES = 8
+SILENT_RATE = 16000  # Hz at which sound is counted for a model without an audio tower
 # Of `data`, what does not change the sample that a row becomes: the planner itself holds on to which rows there are and
 # how they are packed; the rest is where files lie, what may be opened, speed, and evaluation.
 _OTHER_OPTIONS = frozenset(
@@ -81,7 +83,7 @@ class OpenRows:
 
     source: Source
     rows: RowOptions
-    limits: MediaLimits
+    data: DataConfig
     family_name: str
     family: Any
     model_dir: Path
@@ -97,16 +99,17 @@ class OpenRows:
         if self.last_answer_only:
             options = replace(options, train_on_prompt=False, last_turn_only=True)
         processor = spec_named(self.family_name).make_processor(self.model_dir, self.family, options)
+        limits = media_limits(self.data, processor.towers.settings.sampling_rate or SILENT_RATE)
         return RowReader(
             source=self.source,
             parse=self._parse,
-            read_header=self._read_header,
-            decode=self._decode,
+            read_header=partial(read_header, limits=limits),
+            decode=partial(decode_clip, limits=limits),
             processor=processor,
             pack_tokens=self.pack_tokens,
             shrink=self.shrink,
             cache=ExtentCache(self.cache_dir) if self.cache_dir is not None else None,
-            fingerprint=fingerprint_of(self.model_dir, self.family, self.processor, self.rows, self.limits),
+            fingerprint=fingerprint_of(self.model_dir, self.family, self.processor, self.rows, limits),
         )
 
     def _parse(self, row: dict[str, Any], file: str, line: int) -> Conversation:
@@ -120,12 +123,6 @@ class OpenRows:
                         has = ", ".join(self.modalities)
                         raise SampleError(f"{kind}s", f"the row has {kind}, this run only {has} (model.modalities)")
         return _without_weights(conversation) if self.last_answer_only else conversation
-
-    def _read_header(self, source: MediaSource, kind: Any) -> MediaHeader:
-        return read_header(source, kind, self.limits)
-
-    def _decode(self, source: MediaSource, clip: ClipGeometry) -> DecodedClip:
-        return decode_clip(source, clip, self.limits)
 
 
 def _without_weights(conversation: Conversation) -> Conversation:
@@ -168,7 +165,7 @@ def open_rows(workshop: Workshop, source: Source, *, cache: bool = True) -> Open
     return OpenRows(
         source=source,
         rows=row_options(data),
-        limits=media_limits(data),
+        data=data,
         family_name=workshop.spec.name,
         family=workshop.family,
         model_dir=workshop.checkpoint.directory,

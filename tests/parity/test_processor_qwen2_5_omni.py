@@ -13,7 +13,7 @@ from omniloom.families.registry import find_spec
 from omniloom.processors.positions import merge_by_chunks
 from omniloom.processors.settings import ProcessorOptions
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import Conversation, DecodedClip, MediaHeader, MediaSource, Part, SampleError, Turn
+from omniloom.types import ClipOptions, Conversation, DecodedClip, MediaHeader, MediaSource, Part, SampleError, Turn
 
 OPTIONS = ProcessorOptions(
     image_min_pixels=28 * 28, image_max_pixels=84 * 84, video_min_pixels=28 * 28, video_max_pixels=56 * 84
@@ -71,7 +71,10 @@ audios = st.builds(
 def videos(use_audio):
     return st.builds(
         lambda width, height, frames, rate, fps, most, sound: (
-            Part(kind="video", media=MediaSource(path="x", use_audio=use_audio, fps=fps, max_frames=most)),
+            Part(
+                kind="video",
+                media=MediaSource(path="x", use_audio=use_audio, options=ClipOptions(fps=fps, max_frames=most)),
+            ),
             MediaHeader(
                 kind="video",
                 width=width,
@@ -227,7 +230,7 @@ def decode(clips):
     for clip in clips:
         pixels = waveform = None
         if clip.grid_thw:
-            shape = (40, 50, 3) if clip.kind == "image" else (clip.num_frames, 40, 50, 3)
+            shape = (40, 50, 3) if clip.kind == "image" else (len(clip.frame_indices), 40, 50, 3)
             pixels = generator.integers(0, 256, shape, dtype=np.uint8)
         if clip.num_audio_samples:
             waveform = (0.1 * generator.standard_normal(clip.num_audio_samples)).astype(np.float32)

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from omniloom.families.qwen2_5_vl.processor import VIDEO_PIXELS
 from omniloom.families.registry import find_spec
-from omniloom.processors.features import smart_resize, spread_frames
+from omniloom.processors.features import smart_resize
 from omniloom.processors.settings import ProcessorOptions
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import Conversation, MediaHeader, MediaSource, Part, Turn
+from omniloom.types import ClipOptions, Conversation, MediaHeader, MediaSource, Part, Turn
 from tests.parity.test_processor_qwen3_vl import conversation_of, decode, expected_positions, samples
 
 OPTIONS = ProcessorOptions(image_min_pixels=28 * 28, image_max_pixels=84 * 84, video_max_pixels=56 * 84)
@@ -50,12 +50,12 @@ def model(checkpoint):
         return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(checkpoint)).model
 
 
-def video(num_frames, rate, **source):
+def video(num_frames, rate, **options):
     """A video's part and header."""
     header = MediaHeader(
         kind="video", width=64, height=48, num_frames=num_frames, fps=rate, duration_seconds=num_frames / rate
     )
-    return Part(kind="video", media=MediaSource(path="x", **source)), header
+    return Part(kind="video", media=MediaSource(path="x", options=ClipOptions(**options))), header
 
 
 # ------------------------------------------------------------------------------------ tokens and positions
@@ -95,7 +95,7 @@ def expected_seconds(headers, clips):
 
     for header, clip in zip(headers, clips, strict=True):
         if clip.kind == "video":
-            frames = spread_frames(header.num_frames, clip.num_frames)
+            frames = list(clip.frame_indices)
             metadata = VideoMetadata(total_num_frames=header.num_frames, fps=header.fps, frames_indices=frames)
             yield 2 / metadata.sampled_fps
 
@@ -165,7 +165,7 @@ def test_sampled_frames_are_those_of_transformers(processor, theirs, num_frames,
     part, header = video(num_frames, rate, fps=fps, max_frames=most)
     clip = processor.media.video_geometry(part.media, header, 1.0)
     # its arange may overshoot by one index through float rounding
-    assert spread_frames(num_frames, clip.num_frames) == expected[: len(expected) // 2 * 2]
+    assert list(clip.frame_indices) == expected[: len(expected) // 2 * 2]
 
 
 def test_without_bounds_of_ours_a_video_has_those_of_its_processor(checkpoint, tmp_path):

@@ -19,6 +19,7 @@ from omniloom.tools.tiny import make_tiny
 from omniloom.types import (
     IGNORE_LABEL,
     ClipGeometry,
+    ClipOptions,
     Conversation,
     DecodedClip,
     MediaHeader,
@@ -82,7 +83,10 @@ audios = st.builds(
 def videos(use_audio):
     return st.builds(
         lambda size, frames, rate, fps, most, sound: (
-            Part(kind="video", media=MediaSource(path="x", use_audio=use_audio, fps=fps, max_frames=most)),
+            Part(
+                kind="video",
+                media=MediaSource(path="x", use_audio=use_audio, options=ClipOptions(fps=fps, max_frames=most)),
+            ),
             MediaHeader(
                 kind="video",
                 width=size[0],
@@ -125,7 +129,7 @@ def decode(clips, seed=0):
     for clip in clips:
         pixels = waveform = None
         if clip.grid_thw:
-            shape = (40, 50, 3) if clip.kind == "image" else (clip.num_frames, 40, 50, 3)
+            shape = (40, 50, 3) if clip.kind == "image" else (len(clip.frame_indices), 40, 50, 3)
             pixels = generator.integers(0, 256, shape, dtype=np.uint8)
         if clip.num_audio_samples:
             waveform = (0.1 * generator.standard_normal(clip.num_audio_samples)).astype(np.float32)
@@ -245,7 +249,7 @@ def test_positions_are_those_of_transformers_floored(processor, thinker, config,
 def test_positions_equal_transformers_exactly_at_the_usual_rates(processor, thinker, config):
     video = MediaHeader(kind="video", width=64, height=64, num_frames=50, fps=25.0, duration_seconds=2.0)
     for fps in (1.0, 2.0, 4.0):
-        source = MediaSource(path="x", fps=fps)
+        source = MediaSource(path="x", options=ClipOptions(fps=fps))
         conversation = one_turn(Part(kind="video", media=source))
         clips = processor.geometry(conversation, (video,))
         assert (13 * clips[0].seconds_per_grid) % 1 == (0.5 if fps == 4.0 else 0.0)
@@ -394,8 +398,10 @@ def test_shrinking_fits_the_limit_and_keeps_what_it_can(processor):
 
 def test_a_video_kept_to_fewer_frames_still_spans_its_time(processor):
     long = MediaHeader(kind="video", width=64, height=64, num_frames=3000, fps=25.0, duration_seconds=120.0)
-    clips = processor.geometry(one_turn(Part(kind="video", media=MediaSource(path="x", max_frames=8))), (long,))
-    assert clips[0].num_frames == 8
+    clips = processor.geometry(
+        one_turn(Part(kind="video", media=MediaSource(path="x", options=ClipOptions(max_frames=8)))), (long,)
+    )
+    assert len(clips[0].frame_indices) == 8
     assert clips[0].seconds_per_grid == 30.0
 
 

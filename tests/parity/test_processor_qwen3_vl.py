@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniloom.families.registry import find_spec
-from omniloom.processors.features import smart_resize_video, spread_frames
+from omniloom.processors.features import smart_resize_video
 from omniloom.processors.settings import ProcessorOptions
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import Conversation, DecodedClip, MediaHeader, MediaSource, Part, SampleError, Turn
+from omniloom.types import ClipOptions, Conversation, DecodedClip, MediaHeader, MediaSource, Part, SampleError, Turn
 
 OPTIONS = ProcessorOptions(image_min_pixels=32 * 32, image_max_pixels=96 * 96, video_max_pixels=64 * 64)
 
@@ -62,7 +62,7 @@ images = st.builds(
 )
 videos = st.builds(
     lambda width, height, frames, rate, fps, most: (
-        Part(kind="video", media=MediaSource(path="x", fps=fps, max_frames=most)),
+        Part(kind="video", media=MediaSource(path="x", options=ClipOptions(fps=fps, max_frames=most))),
         MediaHeader(
             kind="video", width=width, height=height, num_frames=frames, fps=rate, duration_seconds=frames / rate
         ),
@@ -116,7 +116,7 @@ def expected_ids(processor, conversation, headers, clips):
         if clip.kind == "image":
             replacements["image"].append(Qwen3VLProcessor.replace_image_token(stub, {"image_grid_thw": grid}, 0))
             continue
-        frames = spread_frames(header.num_frames, clip.num_frames, reach_last=True)
+        frames = clip.frame_indices
         metadata = VideoMetadata(total_num_frames=header.num_frames, fps=header.fps, frames_indices=np.array(frames))
         inputs = {"video_grid_thw": grid, "video_metadata": [metadata]}
         replacements["video"].append(Qwen3VLProcessor.replace_video_token(stub, inputs, 0))
@@ -161,7 +161,7 @@ def test_each_of_several_videos_has_the_times_of_its_own_rate(processor):
     def video(fps):
         return MediaHeader(kind="video", width=64, height=64, num_frames=40, fps=fps, duration_seconds=40 / fps)
 
-    parts = [Part(kind="video", media=MediaSource(path="x", fps=fps)) for fps in (2.0, 1.0)]
+    parts = [Part(kind="video", media=MediaSource(path="x", options=ClipOptions(fps=fps))) for fps in (2.0, 1.0)]
     conversation = conversation_of(*parts)
     clips = processor.geometry(conversation, (video(10.0), video(5.0)))
     words = processor.tokenizer.decode(
@@ -189,8 +189,10 @@ def test_sampled_frames_are_those_of_transformers(processor, num_frames, rate, f
     metadata = VideoMetadata(total_num_frames=num_frames, fps=rate)
     expected = Qwen3VLVideoProcessor.sample_frames(stub, metadata, fps=fps).tolist()
     header = MediaHeader(kind="video", width=64, height=64, num_frames=num_frames, fps=rate)
-    clip = processor.media.video_geometry(MediaSource(path="x", fps=fps, max_frames=most), header, 1.0)
-    assert spread_frames(num_frames, clip.num_frames, reach_last=clip.reaches_last_frame) == expected
+    clip = processor.media.video_geometry(
+        MediaSource(path="x", options=ClipOptions(fps=fps, max_frames=most)), header, 1.0
+    )
+    assert list(clip.frame_indices) == expected
 
 
 @settings(deadline=None, max_examples=150)
@@ -222,7 +224,7 @@ def test_without_bounds_of_ours_a_video_has_those_of_the_checkpoint(make):
 def test_a_video_of_one_frame_shows_it_twice(processor):
     header = MediaHeader(kind="video", width=64, height=64, num_frames=1, fps=25.0, duration_seconds=0.04)
     clip = processor.media.video_geometry(MediaSource(path="x"), header, 1.0)
-    assert (clip.num_frames, clip.grid_thw[0]) == (2, 1)
+    assert (len(clip.frame_indices), clip.grid_thw[0]) == (2, 1)
     assert processor.media.timestamps(clip) == [0.0]
 
 
@@ -240,7 +242,7 @@ def test_sound_is_refused_clearly(processor):
 
 def decode(clips):
     generator = np.random.default_rng(0)
-    shapes = [(40, 50, 3) if clip.kind == "image" else (clip.num_frames, 40, 50, 3) for clip in clips]
+    shapes = [(40, 50, 3) if clip.kind == "image" else (len(clip.frame_indices), 40, 50, 3) for clip in clips]
     return tuple(DecodedClip(pixels=generator.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes)
 
 

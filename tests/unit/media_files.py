@@ -37,6 +37,16 @@ AUDIO_FILES = [
     ("pcm.avi", "pcm_s16le"),
     ("pcm.mov", "pcm_s16le"),
     ("mp2.ts", "mp2"),
+    ("aac.mp4", "aac"),
+    ("aac.mov", "aac"),
+    ("aac.mka", "aac"),
+    ("aac.avi", "aac"),
+    ("fragmented.m4a", "aac"),
+    ("mp3.mp4", "libmp3lame"),
+    ("flac.mp4", "flac"),
+    ("alac.mkv", "alac"),
+    ("pcm.mkv", "pcm_s16le"),
+    ("opus.ts", "libopus"),
     ("a.mp2", "mp2"),
     ("a.wv", "wavpack"),
     ("a.tta", "tta"),
@@ -76,14 +86,15 @@ def write_audio(path: Path, codec: str, rate: int, samples: np.ndarray) -> Path:
     import av
 
     layout = _LAYOUTS[len(samples)]
-    with av.open(str(path), "w") as container:
+    fragments = {"movflags": "frag_keyframe+empty_moov"} if path.name.startswith("fragmented") else {}
+    with av.open(str(path), "w", options=fragments) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.codec_context.layout = layout
         encode_audio(container, stream, rate, layout, samples)
     return path
 
 
-def encode_audio(container, stream, rate: int, layout: str, samples: np.ndarray) -> None:
+def encode_audio(container, stream, rate: int, layout: str, samples: np.ndarray, first: int = 0) -> None:
     import av
 
     context = stream.codec_context
@@ -95,7 +106,7 @@ def encode_audio(container, stream, rate: int, layout: str, samples: np.ndarray)
     for part in av.AudioResampler(format=context.format.name, layout=layout, rate=rate).resample(frame):
         part.pts = None
         fifo.write(part)
-    pts, size = 0, context.frame_size or 1024
+    pts, size = first, context.frame_size or 1024
     while (part := fifo.read(size) or fifo.read(0, True)) is not None and part.samples:
         part.pts, part.time_base = pts, Fraction(1, rate)
         pts += part.samples
@@ -175,3 +186,50 @@ def truth_of_video(path: Path) -> np.ndarray:
 
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def write_streams(
+    path: Path,
+    codec: str,
+    *,
+    video_seconds: float,
+    sound_seconds: float,
+    sound_codec: str = "aac",
+    first_seconds: float = 0.0,
+    subtitle_until: int | None = None,
+) -> Path:
+    """A video at 10 fps and its sound, of different lengths, both with timestamps from `first_seconds` on."""
+    import av
+
+    with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"} if first_seconds else {}) as container:
+        video = container.add_stream(codec, rate=10)
+        video.width, video.height, video.pix_fmt = 64, 48, _PIXEL_FORMATS.get(codec, "yuv420p")
+        sound, words = None, []
+        if sound_seconds:
+            sound = container.add_stream(sound_codec, rate=48000)
+            sound.codec_context.layout, sound.codec_context.bit_rate = "mono", 96_000
+        if subtitle_until is not None:
+            words = _subtitle(path.with_suffix(".srt"), container, subtitle_until)
+        for index in range(round(video_seconds * 10)):
+            frame = av.VideoFrame.from_ndarray(picture(index, 64, 48), format="rgb24")
+            frame.pts, frame.time_base = index + round(first_seconds * 10), Fraction(1, 10)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        if sound is not None:
+            samples = tone(round(sound_seconds * 48000), 48000)
+            encode_audio(container, sound, 48000, "mono", samples, first=round(first_seconds * 48000))
+        container.mux(words)
+    return path
+
+
+def _subtitle(path: Path, container, until: int) -> list:
+    """Packets of a subtitle stream, added to the container, whose only words end at `until` seconds."""
+    import av
+
+    path.write_text(f"1\n00:00:{until - 1:02},000 --> 00:00:{until:02},000\nwords\n")
+    with av.open(str(path)) as source:
+        stream = container.add_stream_from_template(source.streams.subtitles[0])
+        packets = [packet for packet in source.demux() if packet.dts is not None]
+    for packet in packets:
+        packet.stream = stream
+    return packets

@@ -559,9 +559,9 @@ def test_a_list_of_frames_is_one_video_at_the_sampling_rate():
     rules = MediaRules(frame_list_fps=3.0)
     (video,) = media_of(user_row("<video>", videos=[["1.jpg", "2.jpg"]]), media=rules)
     assert [Path(frame).name for frame in video.frames] == ["1.jpg", "2.jpg"]
-    assert (video.path, video.fps) == (None, 3.0)
+    assert (video.path, video.options.fps) == (None, 3.0)
     (video,) = media_of(user_row([{"type": "video", "video": ["1.jpg", b"raw"], "fps": 1}]), media=rules)
-    assert video.fps == 1
+    assert video.options.fps == 1
     assert video.frames[1] == "data:;base64," + base64.b64encode(b"raw").decode()
     assert "only a video may be a list" in failure(user_row("<image>", images=[["1.jpg"]]))
     assert "empty list" in failure(user_row("<video>", videos=[[]]))
@@ -576,8 +576,8 @@ def test_options_beside_a_clip_travel_with_it():
         user_row([{"type": "video_url", "video_url": {"url": "a.mp4"}, **options}]),
     ):
         (source,) = media_of(row)
-        assert {key: getattr(source, key) for key in options} == options
-    assert "fps: expected a positive number" in failure(user_row("<video>", videos=[{"path": "a", "fps": 0}]))
+        assert {key: getattr(source.options, key) for key in options} == options
+    assert "fps: expected a number, more than 0" in failure(user_row("<video>", videos=[{"path": "a", "fps": 0}]))
     assert "min_pixels 9 is more than" in failure(
         user_row("<image>", images=[{"path": "a", "min_pixels": 9, "max_pixels": 4}])
     )
@@ -592,18 +592,18 @@ def test_sound_is_joined_to_its_video_only_where_interleaving_is_asked_for():
         parse_row(row, file="f", line=1, options=row_options(DataConfig(video=VideoConfig(use_audio=True)))),
     ):
         video, text = joined.turns[0].parts
-        assert (video.media.use_audio, Path(video.media.audio_path).name, text.text) == (True, "a.mp3", "q")
+        assert (video.media.use_audio, Path(video.media.sound.path).name, text.text) == (True, "a.mp3", "q")
     assert len(parse({**row, "use_audio_in_video": False}, media=MediaRules(use_audio=True)).turns[0].parts) == 3
 
 
 def test_sound_that_does_not_follow_directly_stays_a_clip_of_its_own():
     row = user_row("<video> <audio>", videos=["v.mp4"], audios=["a.mp3"], use_audio_in_video=True)
     video, _, audio = parse(row).turns[0].parts
-    assert (video.media.use_audio, video.media.audio_path, audio.kind) == (True, None, "audio")
+    assert (video.media.use_audio, video.media.sound, audio.kind) == (True, None, "audio")
     row = user_row("<video><audio><audio>", videos=["v.mp4"], audios=["a.mp3", "b.mp3"], use_audio_in_video=True)
     assert [name_of(part) for part in parse(row).turns[0].parts] == ["v.mp4", "b.mp3"]
     row = user_row("<video><audio>", videos=["v.mp4"], audios=[b"RIFF"], use_audio_in_video=True)
-    assert "must be a file" in failure(row)
+    assert parse(row).turns[0].parts[0].media.sound.data == b"RIFF"
 
 
 def test_use_of_sound_can_be_said_per_clip():

@@ -681,7 +681,9 @@ EXTENT = Extent(
     num_tokens=90,
     num_loss_tokens=7,
     weight_sum=0.1 + 0.2,
-    clips=(ClipGeometry(kind="video", num_tokens=8, grid_thw=(2, 4, 4), num_frames=4, duration_seconds=2.04),),
+    clips=(
+        ClipGeometry(kind="video", num_tokens=8, grid_thw=(2, 4, 4), frame_indices=(0, 1, 2, 3), duration_seconds=2.04),
+    ),
 )
 
 

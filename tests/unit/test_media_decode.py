@@ -107,8 +107,7 @@ def test_a_planned_clip_decodes_to_its_geometry(tmp_path):
     clip = ClipGeometry(
         kind="video",
         num_tokens=1,
-        num_frames=4,
-        num_source_frames=header.num_frames,
+        frame_indices=tuple(sample_frame_indices(50, 25.0, 2.0, 768)),
         num_audio_samples=header.num_audio_samples,
     )
     decoded = decode_clip(source, clip, LIMITS)
@@ -221,3 +220,59 @@ def test_a_rate_that_changes_midway_is_refused(tmp_path):
     path.write_bytes(first.read_bytes() + second.read_bytes())
     with pytest.raises(SampleError, match="changes its rate from 48000 to 32000 Hz"):
         decode_audio(source_of(path), LIMITS)
+
+
+# ---------------------------------------------------------------------------------------- what is broken
+
+
+def break_packets(path, numbers):
+    """The file again, with packets of its first stream made of bytes that no decoder takes."""
+    import av
+
+    broken = path.with_name(f"broken_{path.name}")
+    with av.open(str(path)) as source, av.open(str(broken), "w") as target:
+        stream = target.add_stream_from_template(source.streams[0])
+        packets = [packet for packet in source.demux(source.streams[0]) if packet.size]
+        for number in numbers:
+            fake = av.Packet(b"\xff" * packets[number].size)
+            fake.pts, fake.dts, fake.time_base = packets[number].pts, packets[number].dts, packets[number].time_base
+            fake.duration = packets[number].duration
+            packets[number] = fake
+        for packet in packets:
+            packet.stream = stream
+            target.mux(packet)
+    return broken
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.m4a", "aac"), ("a.mka", "aac"), ("a.mkv", "ac3")])
+def test_a_broken_packet_inside_sound_makes_the_clip_bad(tmp_path, name, codec):
+    path = write_audio(tmp_path / name, codec, 48000, tone(48000 * 2, 48000))
+    path = break_packets(path, [9])
+    with pytest.raises(SampleError, match=r"packet 9 of its audio is broken|damaged"):
+        decode_audio(source_of(path), LIMITS)
+
+
+def test_a_broken_packet_inside_a_video_makes_the_clip_bad(tmp_path):
+    path = write_video(tmp_path / "a.mp4", num_frames=30, options={"g": "5", "bf": "2"})
+    path = break_packets(path, [10])
+    with pytest.raises(SampleError, match="packet 10 of its video is broken"):
+        decode_video_frames(source_of(path), [29], LIMITS)
+
+
+def test_a_picture_that_the_decoder_made_up_in_part_makes_the_clip_bad(tmp_path):
+    path = write_video(tmp_path / "a.avi", "mpeg4", 30, size=(320, 240))
+    raw = bytearray(path.read_bytes())
+    middle = len(raw) // 2
+    raw[middle : middle + 3] = bytes(3)
+    path.write_bytes(raw)
+    with pytest.raises(SampleError, match=r"the video at \d\.\d\d s is damaged"):
+        decode_video_frames(source_of(path), range(30), LIMITS)
+
+
+def test_broken_packets_at_the_ends_are_left_out_with_a_word(tmp_path, caplog):
+    path = write_audio(tmp_path / "a.m4a", "aac", 48000, tone(48000 * 2, 48000))
+    whole, cut = decode_audio(source_of(path), LIMITS), break_packets(path, [-1])
+    assert len(whole) - 400 < len(decode_audio(source_of(cut), LIMITS)) < len(whole)  # one packet is 341 samples
+    assert "a.m4a: its last 1 packets are broken and left out" in caplog.text
+    with pytest.raises(SampleError, match="4 packets in a row are broken"):
+        decode_audio(source_of(break_packets(path, range(-5, 0))), LIMITS)

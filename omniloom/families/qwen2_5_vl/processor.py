@@ -60,9 +60,9 @@ class Qwen25VLMedia:
         size = self.towers.settings.video.get("size") or {}
         pixels = (size.get("shortest_edge", VIDEO_PIXELS[0]), size.get("longest_edge", VIDEO_PIXELS[1]))
         clip = self.towers.video_geometry(source, header, scale, pixels, MIN_FRAMES)
-        rate = header.fps or self.towers.video_rate(source)[0]  # as for the frames
+        rate = header.fps or self.towers.frame_bounds(source.options, header, MIN_FRAMES)[0]  # as for the frames
         # in transformers' order of operations: the last bit decides where the floor of a position falls
-        sampled_fps = clip.num_frames / header.num_frames * rate
+        sampled_fps = len(clip.frame_indices) / header.num_frames * rate
         return replace(clip, seconds_per_grid=self.config.vision.temporal_patch_size / sampled_fps)
 
     def placeholder(self, clip: ClipGeometry) -> str:

@@ -20,12 +20,13 @@ from omniloom.processors.features import smart_resize_video, spread_frames
 from omniloom.processors.positions import vision_block
 from omniloom.processors.settings import ProcessorOptions, find_word
 from omniloom.processors.tower_inputs import Features, TowerInputs, vision_inputs
-from omniloom.types import ClipGeometry, MediaHeader, MediaSource
+from omniloom.types import ClipGeometry, ClipOptions, MediaHeader, MediaSource
 
 # of transformers' Qwen3VLVideoProcessor, where a checkpoint has no file of its own
 VIDEO_PIXELS = (128 * 32 * 32, 768 * 32 * 32)  # of all frames together
 MIN_FRAMES = 4
 MAX_VIDEO_TOKENS = 768  # per frame, where a checkpoint asks for that cap
+MIN_FRAME_TOKENS = 128  # of qwen-vl-utils
 
 
 def make_processor(
@@ -88,46 +89,60 @@ class Qwen3VLMedia:
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
         """Frames from the first to the last, at least four; bounds on the pixels of all of them together."""
-        vision, video = self.config.vision, self.towers.settings.video
-        fps, most = self.towers.video_rate(source)
+        vision, options = self.config.vision, source.options
         temporal, factor = vision.temporal_patch_size, vision.patch_size * vision.spatial_merge_size
+        min_frames = self.towers.settings.video.get("min_frames", MIN_FRAMES)
+        fps, least, most = self.towers.frame_bounds(options, header, min_frames)
         rate = header.fps or fps  # a list of frames without a rate of its own is taken as already sampled
-        count = max(int(header.num_frames / rate * fps), video.get("min_frames", MIN_FRAMES))
+        count = max(int(header.num_frames / rate * fps), least)
         count = max(min(count, most, header.num_frames), temporal)  # one frame alone is shown twice
         if scale < 1:
             count = max(int(count * math.sqrt(scale)), temporal)
-        low, high = self._pixels(source, count)
-        height, width = smart_resize_video(count, header.height, header.width, temporal, factor, low, high)
-        if scale < 1:
-            high = max(int(count * height * width * math.sqrt(scale)), count * factor**2)
-            height, width = smart_resize_video(
-                count, header.height, header.width, temporal, factor, min(low, high), high
-            )
+        height, width = self._frame_size(options, header, count, factor, scale)
         grid = (-(-count // temporal), height // vision.patch_size, width // vision.patch_size)
         seconds = header.duration_seconds or header.num_frames / rate
+        frames = spread_frames(header.num_frames, count, first=header.first_frame, reach_last=True)
         return ClipGeometry(
             kind="video",
             num_tokens=self.towers.num_merged(grid),
             grid_thw=grid,
-            num_frames=count,
-            num_source_frames=header.num_frames,
-            reaches_last_frame=True,
+            frame_indices=tuple(frames),
             source_fps=rate,
             duration_seconds=seconds,
             seconds_per_grid=seconds / grid[0],
         )
 
-    def _pixels(self, source: MediaSource, num_frames: int) -> tuple[int, int]:
+    def _frame_size(
+        self, options: ClipOptions, header: MediaHeader, count: int, factor: int, scale: float
+    ) -> tuple[int, int]:
+        """Height and width of each of `count` frames."""
+        if options.resized_height is not None:  # the same for a frame as for an image
+            patch = self.config.vision.patch_size
+            rows, columns = self.towers.grid(options, header, (1, 1), math.sqrt(scale))
+            return rows * patch, columns * patch
+        temporal, size = self.config.vision.temporal_patch_size, (header.height, header.width)
+        low, high = self._pixels(options, count)
+        height, width = smart_resize_video(count, *size, temporal, factor, low, high)
+        if scale < 1:
+            high = max(int(count * height * width * math.sqrt(scale)), count * factor**2)
+            height, width = smart_resize_video(count, *size, temporal, factor, min(low, high), high)
+        return height, width
+
+    def _pixels(self, asked: ClipOptions, num_frames: int) -> tuple[int, int]:
         """Least and most pixels of all frames together. Ours are given per frame, the checkpoint's for all."""
         options, size = self.towers.options, self.towers.settings.video.get("size") or {}
-        low = options.video_min_pixels if source.min_pixels is None else source.min_pixels
-        high = options.video_max_pixels if source.max_pixels is None else source.max_pixels
+        low = options.video_min_pixels if asked.min_pixels is None else asked.min_pixels
+        high = options.video_max_pixels if asked.max_pixels is None else asked.max_pixels
         most = size.get("longest_edge", VIDEO_PIXELS[1]) if high is None else high * num_frames
         least = size.get("shortest_edge", VIDEO_PIXELS[0]) if low is None else low * num_frames
+        factor = self.config.vision.patch_size * self.config.vision.spatial_merge_size
         if high is None and self.towers.settings.video.get("cap_pixels_per_frame"):
-            factor = self.config.vision.patch_size * self.config.vision.spatial_merge_size
             cap = self.towers.settings.video.get("max_video_tokens", MAX_VIDEO_TOKENS) * factor**2
             most = max(min(cap, most // num_frames), int(least * 1.05)) * num_frames
+        if asked.total_pixels is not None:  # by qwen-vl-utils, whose bounds are those of each frame
+            floor = low if low is not None else MIN_FRAME_TOKENS * factor**2
+            share = asked.total_pixels * self.config.vision.temporal_patch_size // num_frames
+            most = min(most, max(share, int(floor * 1.05)) * num_frames)
         return min(least, most), most
 
     def placeholder(self, clip: ClipGeometry) -> str:
@@ -139,8 +154,7 @@ class Qwen3VLMedia:
 
     def timestamps(self, clip: ClipGeometry) -> list[float]:
         """Seconds at the middle of each temporal grid, between its first frame and its last."""
-        frames = spread_frames(clip.num_source_frames, clip.num_frames, reach_last=True)
-        temporal = self.config.vision.temporal_patch_size
+        frames, temporal = clip.frame_indices, self.config.vision.temporal_patch_size
         frames += frames[-1:] * (-len(frames) % temporal)
         times = [frame / clip.source_fps for frame in frames]
         return [(times[first] + times[first + temporal - 1]) / 2 for first in range(0, len(times), temporal)]

@@ -1,0 +1,193 @@
+"""Packets of a stream, and the frames that they decode to: what is counted without decoding, and what is broken.
+
+`media_headers` counts with it, `media_decode` decodes with it, so that both see the same frames and refuse the same
+files.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from omniloom.data.media import name_of
+from omniloom.types import MediaKind, SampleError
+
+if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
+    from av.container import InputContainer
+    from av.packet import Packet
+
+_log = logging.getLogger(__name__)
+MAX_BROKEN_ENDS = 3  # packets; one at either end is common in files cut from longer ones
+# Containers that write how long the file is, rather than have it estimated.
+_CLAIMS_DURATION = {"mov", "matroska", "avi", "flv", "aiff", "asf"}
+_FIXED_FRAME = {"aac", "mp3", "mp3float", "mp2", "mp2float", "mp1", "mp1float"}
+_AC3_SAMPLES = 1536  # six blocks of 256. Source: ATSC A/52
+_OPUS_RATE = 48000  # whatever went in. Source: RFC 6716
+_OPUS_SAMPLES = (480, 960, 1920, 2880) * 3 + (480, 960) * 2 + (120, 240, 480, 960) * 4  # of a frame, by configuration
+
+
+def packets_to_end(
+    container: InputContainer,
+    stream: Any,
+    kind: MediaKind,
+    file: str | bytes,
+    add: Callable[[Packet], None],
+    *,
+    indexed: bool,
+) -> Iterator[Packet]:
+    """Packets of one stream up to the end of the file, each one handed to `add` as well.
+
+    Unless a table has told what the file holds, the end that its header claims, which may be that of another stream, is
+    compared with where the last packet of all streams ends. Raises: SampleError where the file ends well before.
+    """
+    claims = False
+    if indexed:
+        _read_only(container, stream)
+    else:
+        claims = container.format.name.split(",")[0] in _CLAIMS_DURATION and container.duration is not None
+    ends: dict[int, Fraction] = {}
+    for packet in container.demux() if claims else container.demux(stream):
+        time = packet.pts if packet.pts is not None else packet.dts
+        if packet.size and time is not None and packet.time_base is not None:
+            end = (time + (packet.duration or 0)) * packet.time_base
+            ends[packet.stream.index] = max(end, ends.get(packet.stream.index, end))
+        if packet.stream.index == stream.index:
+            if packet.size:
+                add(packet)
+            yield packet
+    found = float(max(ends.values(), default=Fraction(0)))
+    claimed = container.duration / 1e6 if claims and container.duration is not None else 0.0
+    if found < claimed - max(1.0, 0.05 * claimed):
+        raise SampleError(
+            kind, f"{name_of(file)} is truncated: its header claims {claimed:.1f} s, its packets end at {found:.1f} s"
+        )
+
+
+def full_table(container: InputContainer, stream: Any, kind: MediaKind, file: str | bytes) -> int | None:
+    """Packets that the table of an mp4 or mov counts, without those that its edit list leaves out; None without table.
+
+    Raises: SampleError where the table leads beyond the end of the file.
+    """
+    if not container.format.name.startswith("mov") or not stream.frames:
+        return None  # a fragmented file has no full table
+    entries = list(stream.index_entries)
+    if len(entries) != stream.frames:
+        return None
+    end, size_bytes = max(entry.pos + entry.size for entry in entries), container.size
+    if end > size_bytes:
+        raise SampleError(
+            kind, f"{name_of(file)} is truncated: its {stream.type} needs {end} bytes, the file has {size_bytes}"
+        )
+    return sum(not entry.is_discard for entry in entries)
+
+
+def _read_only(container: InputContainer, stream: Any) -> None:
+    """Have the container pass over the bytes of all other streams."""
+    from av.stream import Discard
+
+    for other in container.streams:
+        if other.index != stream.index:
+            other.discard = Discard.all
+
+
+def decode_packets(packets: Iterable[Packet], stream: Any, kind: MediaKind, file: str | bytes) -> Iterator[Any]:
+    """Frames of the packets of one stream.
+
+    A few packets at either end that cannot be decoded are left out, with a warning: files cut from longer ones have
+    them. Raises: SampleError for a broken packet with good ones around it, and for a frame that the decoder says it
+    has made up in part.
+    """
+    import av
+
+    stream.codec_context.thread_count = 1  # workers are the parallelism
+    broken: list[int] = []
+    num_good = 0
+    for number, packet in enumerate(packets):
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            broken.append(number)
+            if len(broken) > MAX_BROKEN_ENDS:
+                raise SampleError(kind, f"{name_of(file)}: {len(broken)} packets in a row are broken") from None
+            continue
+        if packet.size and broken:
+            if num_good:
+                raise SampleError(kind, f"{name_of(file)}: packet {broken[0]} of its {stream.type} is broken")
+            _log.warning("%s: its first %d packets are broken and left out", name_of(file), len(broken))
+            broken = []
+        num_good += bool(packet.size)
+        for frame in frames:
+            if frame.is_corrupt:
+                raise SampleError(kind, f"{name_of(file)}: the {stream.type} at {frame.time or 0:.2f} s is damaged")
+            yield frame
+    if broken:
+        _log.warning("%s: its last %d packets are broken and left out", name_of(file), len(broken))
+
+
+class SampleCounter:
+    """Samples of a stream by its packets, as the decoder will give them.
+
+    Encoders begin with silence of their own and fill up the last packet. What is to be skipped of both (by edit lists,
+    Xing headers, codec delays) stands in the packets' side data. The tests hold every codec named here to its decoder.
+    Source: libavcodec, decode.c, discard_samples.
+    """
+
+    def __init__(self, container: InputContainer, stream: AudioStream) -> None:
+        self._samples_of = _samples_of(container, stream)
+        self._skip = 0
+        self.num_samples = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether this codec's packets say how many samples they hold."""
+        return self._samples_of is not None
+
+    def add(self, packet: Packet) -> None:
+        if self._samples_of is None:
+            return
+        num_samples, at_end = self._samples_of(packet), 0
+        if packet.has_sidedata("skip_samples"):  # two little-endian uint32: from here on, at this packet's end
+            side = bytes(packet.get_sidedata("skip_samples"))
+            self._skip, at_end = int.from_bytes(side[:4], "little"), int.from_bytes(side[4:8], "little")
+        if not packet.is_discard:
+            self.num_samples += max(0, num_samples - self._skip - at_end)
+        self._skip = max(0, self._skip - num_samples)
+
+
+def _samples_of(container: InputContainer, stream: AudioStream) -> Callable[[Packet], int] | None:
+    """How many samples a packet holds before any are skipped; None where only decoding tells."""
+    context = stream.codec_context
+    codec, rate, size = context.name, context.sample_rate, context.frame_size
+    if codec in _FIXED_FRAME and size and (codec != "aac" or context.profile == "LC"):
+        return lambda packet: size
+    if codec == "ac3":
+        return lambda packet: _AC3_SAMPLES
+    if codec in ("opus", "libopus") and rate == _OPUS_RATE:
+        return lambda packet: _opus_samples(bytes(packet))
+    if bytes_each := pcm_frame_bytes(stream):
+        return lambda packet: packet.size // bytes_each
+    by_sample = stream.time_base == Fraction(1, rate) if rate > 0 else False
+    if codec in ("flac", "alac") and by_sample and container.format.name.startswith("mov"):
+        return lambda packet: packet.duration or 0
+    return None
+
+
+def pcm_frame_bytes(stream: AudioStream) -> int:
+    """Bytes of one sample of all channels; 0 for what is not PCM."""
+    codec, context = stream.codec_context.name, stream.codec_context
+    if codec in ("pcm_alaw", "pcm_mulaw"):
+        return context.channels
+    bits = codec.removeprefix("pcm_")[1:].rstrip("lebp") if codec.startswith(("pcm_s", "pcm_u", "pcm_f")) else ""
+    return int(bits) // 8 * context.channels if bits.isdecimal() else 0
+
+
+def _opus_samples(packet: bytes) -> int:
+    """Samples at 48 kHz of one packet. Source: RFC 6716, section 3."""
+    if not packet:
+        return 0
+    per_frame, code = _OPUS_SAMPLES[packet[0] >> 3], packet[0] & 3
+    num_frames = packet[1] & 63 if code == 3 and len(packet) > 1 else (1, 2, 2, 0)[code]
+    return per_frame * num_frames
