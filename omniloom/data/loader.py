@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from omniloom.data.rows import LockedRows, RowReader
+from omniloom.data.rows import RowReader
 from omniloom.data.worker_pool import PoolClosed, WorkerPool
 from omniloom.types import BadSample, Extent, LoadedPack, PackPlan
 
@@ -20,41 +20,28 @@ _LOAD_FIRST, _MEASURE_AFTER = 0, 1
 
 
 class Pending(Protocol):
-    """A pack on its way."""
+    """A pack, or the extents of some rows, on the way."""
 
-    def result(self) -> LoadedPack: ...
+    def result(self) -> Any: ...
 
 
 class Loader:
     """Rows to extents and packs to tensors. `open_rows` is picklable; it is called once in every worker."""
 
     def __init__(self, open_rows: Callable[[], RowReader], *, workers: int) -> None:
-        self._pool = WorkerPool(open_rows, workers) if workers > 0 else None
-        self._inline = LockedRows(open_rows()) if workers == 0 else None
-        self._closed = threading.Event()
+        self._pool = WorkerPool(open_rows, workers) if workers > 0 else _CallingThread(open_rows())
 
     def measure(self, rows: Sequence[int]) -> list[Extent | BadSample]:
         """The extents of rows, in their order; what the planner calls, from its own thread."""
         parts = [list(rows[start : start + _ROWS_PER_TASK]) for start in range(0, len(rows), _ROWS_PER_TASK)]
-        if self._inline is not None:
-            found: list[Extent | BadSample] = []
-            for part in parts:
-                if self._closed.is_set():  # asked to end in the middle of a window
-                    raise PoolClosed("the loader was closed")
-                found += self._inline.measure(part)
-            return found
-        assert self._pool is not None
-        futures = [self._pool.submit("measure", part, priority=_MEASURE_AFTER) for part in parts]
-        return [extent for future in futures for extent in future.result()]
+        pending = [self._pool.submit("measure", part, priority=_MEASURE_AFTER) for part in parts]
+        return [extent for part in pending for extent in part.result()]
 
     def submit(self, plan: PackPlan, decode_clips: frozenset[tuple[int, int]] | None = None) -> Pending:
         """Start loading a pack; packs are served in the order of their submission, before any measuring.
 
         `decode_clips` names the (sample, clip) pairs that this rank decodes; None is all of them.
         """
-        if self._inline is not None:
-            return _Deferred(self._inline, plan, decode_clips)
-        assert self._pool is not None
         return self._pool.submit("load", plan, decode_clips, priority=_LOAD_FIRST)
 
     def load_in_order(
@@ -75,21 +62,37 @@ class Loader:
 
     @property
     def pids(self) -> list[int]:
-        """Processes that are alive now."""
-        return self._pool.pids if self._pool is not None else []
+        """Worker processes."""
+        return self._pool.pids
 
     def close(self) -> None:
         """End the workers; whoever still waits for a result gets a PoolClosed."""
+        self._pool.close()
+
+
+class _CallingThread:
+    """In place of a pool: a task is run when its result is asked for, one at a time, as tokenizers need it."""
+
+    pids: tuple[int, ...] = ()
+
+    def __init__(self, target: RowReader) -> None:
+        self._target = target
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+
+    def submit(self, method: str, *arguments: Any, priority: int) -> Pending:
+        return _Later(lambda: self._run(method, arguments))
+
+    def _run(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        with self._lock:
+            if self._closed.is_set():
+                raise PoolClosed("the loader was closed")
+            return getattr(self._target, method)(*arguments, {}, lambda row: None)
+
+    def close(self) -> None:
         self._closed.set()
-        if self._pool is not None:
-            self._pool.close()
 
 
-class _Deferred:
-    """A pack that is loaded when it is asked for."""
-
-    def __init__(self, rows: LockedRows, plan: PackPlan, decode_clips: frozenset[tuple[int, int]] | None) -> None:
-        self._rows, self._plan, self._decode_clips = rows, plan, decode_clips
-
-    def result(self) -> LoadedPack:
-        return self._rows.load(self._plan, self._decode_clips)
+class _Later:
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.result = run

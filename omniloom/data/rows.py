@@ -6,7 +6,6 @@ refuses a row. Knows no process, no rank and no plan beyond the pack it is given
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -186,22 +185,6 @@ class RowReader:
             f"{file}:{line}: {type(error).__name__}: {error}; this is a fault of omniloom, please report it. Without "
             "this row the run goes on"
         )
-
-
-class LockedRows:
-    """A RowReader in the training process itself (`data.workers=0`): tokenizers do not bear two threads at once."""
-
-    def __init__(self, rows: RowReader) -> None:
-        self._rows = rows
-        self._lock = threading.Lock()
-
-    def measure(self, rows: Sequence[int]) -> list[Extent | BadSample]:
-        with self._lock:
-            return self._rows.measure(rows, {}, lambda row: None)
-
-    def load(self, plan: PackPlan, decode_clips: frozenset[tuple[int, int]] | None) -> LoadedPack:
-        with self._lock:
-            return self._rows.load(plan, decode_clips, {}, lambda row: None)
 
 
 def count_samples(samples: Sequence[PlannedSample]) -> PackStats:

@@ -1,49 +1,40 @@
 """Worker processes that may die: each runs one task at a time, and what it held is run again by its successor.
 
-Owns processes, pipes and threads, and knows which row a worker was at when it died: a row that kills its worker twice
-is passed over by name (`skip`) instead of being tried for ever. Knows nothing of what tasks do; a target object, built
-once per worker by a factory, has methods that take `skip` and `report` last.
+Owns processes and the threads that talk to them, and knows which row a worker was at when it died: a row that kills its
+worker twice is passed over by name (`skip`) instead of being tried for ever. Knows nothing of what tasks do; a target
+object, built once per worker by a factory, has methods that take `skip` and `report` last.
 
-Plain processes and not `concurrent.futures.ProcessPoolExecutor`: that fails all tasks of all workers when one dies and
-cannot say whose fault it was. Workers come from a fork server, since the training process holds threads and a device.
+Not `concurrent.futures.ProcessPoolExecutor`: that fails all tasks of all workers when one dies and cannot say whose
+fault it was. Not `multiprocessing`'s fork server: its processes import the caller's main module, and run a script that
+lacks its guard once more.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import itertools
 import logging
-import multiprocessing
-import pickle
+import os
 import queue
-import shutil
+import select
 import signal
+import subprocess
+import sys
 import threading
-import traceback
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
+from multiprocessing.reduction import ForkingPickler, send_handle
 from typing import Any
 
-import torch
-
-from omniloom.data import tensor_transfer
+from omniloom.data.worker import receive_result
 from omniloom.types import RunError
 
 _log = logging.getLogger(__name__)
-# Imported once by the fork server instead of by every worker; what a machine lacks is passed over.
-_PRELOAD = (
-    "torch",
-    "numpy",
-    "omniloom.data.rows",
-    "omniloom.data.worker_pool",
-    "transformers.models.auto.tokenization_auto",
-    "av",
-    "soxr",
-    "PIL.Image",
-)
 _DEATHS_PER_ROW = 2  # the first may be chance (memory, a kill from outside)
 _DEATHS_PER_TASK = 6
 _STOP_SECONDS = 5.0
@@ -58,11 +49,35 @@ class _Task:
     priority: int
     number: int
     method: str = field(compare=False)
-    arguments: tuple = field(compare=False)
-    future: Future = field(compare=False)
+    arguments: tuple[Any, ...] = field(compare=False)
+    future: Future[Any] = field(compare=False)
     skip: dict[int, str] = field(compare=False, default_factory=dict)
     row: int | None = field(compare=False, default=None)  # that a worker is at now, None before the first
     deaths: list[int | None] = field(compare=False, default_factory=list)  # the row of each
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+@dataclass(kw_only=True)
+class _Worker:
+    connection: Connection
+    pid: int
+    handle: int  # a pidfd: it names this process and never another
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+
+    def bury(self) -> None:
+        """End it and wait until it has ended."""
+        self.connection.close()
+        self.kill()
+        end = select.poll()
+        end.register(self.handle, select.POLLIN)
+        end.poll(1000 * _STOP_SECONDS)
+        os.close(self.handle)
 
 
 class WorkerPool:
@@ -70,15 +85,12 @@ class WorkerPool:
 
     def __init__(self, factory: Callable[[], Any], num_workers: int) -> None:
         assert num_workers >= 1, num_workers
-        self._factory = factory
-        self._directory = tensor_transfer.make_transfer_dir()
-        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)  # also at exit, if never closed
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(_PRELOAD))
+        self._factory = ForkingPickler.dumps(factory)
         self._tasks: queue.PriorityQueue[_Task] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._closed = threading.Event()
-        self._processes: list[Any] = [None] * num_workers
+        self._lock = threading.Lock()  # of the workers: none is killed after it was buried
+        self._workers: list[_Worker | None] = [None] * num_workers
         self._threads = [
             threading.Thread(target=self._serve, args=(slot,), name=f"omniloom-worker-{slot}", daemon=True)
             for slot in range(num_workers)
@@ -86,99 +98,85 @@ class WorkerPool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, method: str, *arguments: Any, priority: int = 0) -> Future:
+    def submit(self, method: str, *arguments: Any, priority: int = 0) -> Future[Any]:
         """Call `target.method(*arguments, skip, report)` in a worker; the future has its result or its exception."""
-        future: Future = Future()
+        task = _Task(priority, next(self._numbers), method, arguments, Future())
         if self._closed.is_set():
-            future.set_exception(PoolClosed("the data workers are closed"))
-            return future
-        number = next(self._numbers)
-        self._tasks.put(_Task(priority=priority, number=number, method=method, arguments=arguments, future=future))
-        return future
+            task.fail(PoolClosed("the data workers are closed"))
+        else:
+            self._tasks.put(task)
+        return task.future
 
     @property
     def pids(self) -> list[int]:
-        return [process.pid for process in self._processes if process is not None and process.is_alive()]
+        """Processes that have not been found dead."""
+        return [worker.pid for worker in self._workers if worker is not None]
 
     def close(self) -> None:
         """End all workers now; tasks that are not done fail with PoolClosed."""
         if self._closed.is_set():
             return
         self._closed.set()
-        for process in self._processes:
-            if process is not None:
-                process.terminate()
+        with self._lock:
+            for worker in self._workers:
+                if worker is not None:
+                    worker.kill()
         for _ in self._threads:
-            self._put_stop()
+            self._tasks.put(_Task(-1, -1, "", (), Future()))
         for thread in self._threads:
             thread.join(_STOP_SECONDS)
         while not self._tasks.empty():
-            _fail(self._tasks.get_nowait().future, PoolClosed("the data workers were closed"))
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _put_stop(self) -> None:
-        self._tasks.put(_Task(priority=-1, number=-1, method="", arguments=(), future=Future()))
+            self._tasks.get_nowait().fail(PoolClosed("the data workers were closed"))
 
     # ------------------------------------------------------------------------------------ one thread per worker
 
     def _serve(self, slot: int) -> None:
-        connection: Connection | None = None
         while not self._closed.is_set():
             task = self._tasks.get()
-            if self._closed.is_set():
-                _fail(task.future, PoolClosed("the data workers were closed"))
-                break
             while not task.future.done():
+                if self._closed.is_set():
+                    task.fail(PoolClosed("the data workers were closed"))
+                    break
                 try:
-                    connection = connection or self._start(slot)
-                    self._run(task, connection)
-                except (EOFError, OSError):  # the pipe's other end is gone, and the worker with it, or none started
-                    self._bury(slot, connection)
-                    connection = None
-                    if self._closed.is_set():
-                        _fail(task.future, PoolClosed("the data workers were closed"))
-                    else:
+                    self._run(task, self._workers[slot] or self._start(slot))
+                except (EOFError, OSError):  # the other end is gone, and the worker with it, or none started
+                    self._bury(slot)
+                    if not self._closed.is_set():
                         self._blame(task, slot)
-        self._bury(slot, connection)
+        self._bury(slot)
 
-    def _start(self, slot: int) -> Connection:
-        """A new worker; the connection is ready for tasks. Raises: EOFError if it died at once."""
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(
-            target=_work, args=(theirs, self._factory, self._directory), name=f"omniloom-data-{slot}", daemon=True
-        )
-        process.start()
-        theirs.close()  # so that the worker's death is the end of file on ours
-        self._processes[slot] = process
-        if self._closed.is_set():  # closed while it started: nobody else will end it
-            process.terminate()
-        return ours
+    def _start(self, slot: int) -> _Worker:
+        """A new worker that is ready for tasks. Raises: EOFError or OSError if it died at once."""
+        connection = fork_server().fork()
+        pid = connection.recv()
+        worker = _Worker(connection=connection, pid=pid, handle=os.pidfd_open(pid))
+        with self._lock:
+            self._workers[slot] = worker
+            if self._closed.is_set():  # closed while it started: nobody else will end it
+                worker.kill()
+        connection.send(sys.path)
+        connection.send_bytes(self._factory)
+        return worker
 
-    def _run(self, task: _Task, connection: Connection) -> None:
+    def _run(self, task: _Task, worker: _Worker) -> None:
         task.row = None
-        connection.send((task.method, task.arguments, task.skip))
+        worker.connection.send((task.method, task.arguments, task.skip))
         while True:
-            kind, value = connection.recv()
+            kind, value = worker.connection.recv()
             if kind == "row":
                 task.row = value
             elif kind == "result":
-                task.future.set_result(tensor_transfer.receive(value))
+                task.future.set_result(receive_result(worker.connection, value))
                 return
             else:
                 task.future.set_exception(value)
                 return
 
-    def _bury(self, slot: int, connection: Connection | None) -> None:
-        if connection is not None:
-            connection.close()
-        process, self._processes[slot] = self._processes[slot], None
-        if process is None:
-            return
-        process.join(_STOP_SECONDS if not self._closed.is_set() else 1.0)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        process.close()
+    def _bury(self, slot: int) -> None:
+        with self._lock:
+            worker, self._workers[slot] = self._workers[slot], None
+        if worker is not None:
+            worker.bury()
 
     def _blame(self, task: _Task, slot: int) -> None:
         """Decide what becomes of a task whose worker died."""
@@ -189,55 +187,36 @@ class WorkerPool:
         if row is not None and task.deaths.count(row) >= _DEATHS_PER_ROW:
             task.skip[row] = f"it ended the process that read it, {_DEATHS_PER_ROW} times"
         if len(task.deaths) - sum(dead in task.skip for dead in task.deaths) >= _DEATHS_PER_TASK:
-            message = f"data workers died {len(task.deaths)} times in {task.method}, last {at}; is memory short?"
-            task.future.set_exception(RunError(message))
+            way = "see what they said above" if row is None else "is memory short?"
+            task.fail(RunError(f"data workers died {len(task.deaths)} times in {task.method}, last {at}; {way}"))
 
 
-def _fail(future: Future, error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
+class _ForkServer:
+    """The process that workers are forked from, see `worker.serve_forks`."""
+
+    def __init__(self) -> None:
+        self._connection, theirs = Pipe()
+        with theirs:
+            number = theirs.fileno()
+            program = f"import sys; sys.path[:] = {sys.path!r}; from omniloom.data import worker; "
+            command = [sys.executable, "-c", program + f"worker.serve_forks({number})"]
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[number])
+        atexit.register(self.close)
+
+    def fork(self) -> Connection:
+        """The connection of a new worker."""
+        ours, theirs = Pipe()
+        with theirs:
+            send_handle(self._connection, theirs.fileno(), self._process.pid)
+        return ours
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
 
 
-# ---------------------------------------------------------------------------------------- in the worker
-
-
-def _work(connection: Connection, factory: Callable[[], Any], directory: Path) -> None:
-    """Serve tasks until the pipe ends, which it also does when the training process dies in whatever way."""
-    for number in (signal.SIGINT, signal.SIGUSR1):  # for the training process, which then ends this one
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    target, fault = None, None
-    try:
-        target = factory()
-    except BaseException as error:  # noqa: BLE001 - told to the training process with every task
-        fault = _portable(error)
-    try:
-        while True:
-            method, arguments, skip = connection.recv()
-            if fault is not None:
-                connection.send(("error", fault))
-                continue
-            try:
-                value = getattr(target, method)(*arguments, skip, lambda row: connection.send(("row", row)))
-                answer = ("result", tensor_transfer.send(value, directory))
-            except BrokenPipeError:
-                raise
-            except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
-                answer = ("error", _portable(error))
-            connection.send(answer)
-    except (EOFError, OSError):
-        # Nobody listens any more. If the training process was killed, nobody else removes what lies in shared memory.
-        if not multiprocessing.parent_process().is_alive():
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-def _portable(error: BaseException) -> Exception:
-    """The exception as it can be sent, with its traceback as a note."""
-    trace = "in a data worker:\n" + "".join(traceback.format_exception(error))
-    try:
-        copy = pickle.loads(pickle.dumps(error))
-        assert isinstance(copy, Exception)
-    except (pickle.PicklingError, TypeError, AttributeError, ValueError, AssertionError):
-        copy = RuntimeError(f"{type(error).__name__}: {error}")
-    copy.add_note(trace)
-    return copy
+@functools.cache
+def fork_server() -> _ForkServer:
+    """The one of this process: starting it costs the imports that its workers are spared."""
+    return _ForkServer()
