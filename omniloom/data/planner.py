@@ -175,6 +175,11 @@ class Planner:
         return step
 
     @property
+    def is_ready(self) -> bool:
+        """Whether `next_step` would return at once, instead of waiting for a window."""
+        return bool(self._steps) or (self._ahead is not None and self._ahead.done()) or self._at_end(self._position)
+
+    @property
     def state(self) -> PlannerState:
         """What follows the last step that was given out."""
         return PlannerState(position=self._position, steps=self._steps, fixed=self._fixed_options())

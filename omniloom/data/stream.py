@@ -1,9 +1,9 @@
 """The training loop's view of the data: one step after another, loaded, agreed and counted, ahead of time.
 
-Joins planner and loader. Three threads run ahead of the loop: the planner's own (next window), one that takes planned
-steps and starts their packs, one that waits for the oldest step's packs and agrees on it with the other ranks while the
-step before it computes. The last two call in one order on all ranks, whatever their speed. Knows no model and no
-process group; the exchanges are handed in.
+Joins planner and loader. Two threads run ahead of the loop: the planner's own (next window), and one that starts the
+packs of planned steps, waits for those of the oldest and agrees on it with the other ranks while the step before it
+computes. It calls in one order on all ranks, whatever their speed. Knows no model and no process group; the exchanges
+are handed in.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,10 +99,10 @@ class StepStream:
         self._state = planner.state
         self._stop = threading.Event()
         packs_per_rank = -(-planner.options.packs_per_step // data_world)
-        self._planned: queue.Queue[Any] = queue.Queue(maxsize=max(1, -(-prefetch_packs // packs_per_rank)))
-        self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
-        self._threads: list[threading.Thread] = []
-        self._head: tuple[Any] | None = None  # what `prepare` has waited for
+        self._depth = 1 + max(1, -(-prefetch_packs // packs_per_rank))  # steps being loaded
+        self._ready: queue.Queue[_Ready | BaseException | None] = queue.Queue(maxsize=1)
+        self._thread: threading.Thread | None = None
+        self._head: tuple[_Ready | BaseException | None] | None = None  # what `prepare` has waited for
         self._ended = False
 
     def __iter__(self) -> Iterator[LoadedStep]:
@@ -112,7 +113,7 @@ class StepStream:
 
         Raises: as `next`.
         """
-        if not self._threads:
+        if self._thread is None:
             self._start()
         self._head = self._head or (self._ready.get(),)
         if isinstance(self._head[0], BaseException):
@@ -122,7 +123,7 @@ class StepStream:
         """The next step. Raises: StopIteration; PlanError and RuntimeError, the same on every rank."""
         if self._ended:
             raise StopIteration
-        if not self._threads:
+        if self._thread is None:
             self._start()
         begin = time.perf_counter()
         (item,), self._head = self._head or (self._ready.get(),), None
@@ -155,16 +156,16 @@ class StepStream:
         return self._state.to_json()
 
     def close(self, *, failed: bool = False) -> None:
-        """End threads and workers. All ranks call it; with `failed` none is waited for, since one may be gone."""
+        """End thread and workers. All ranks call it; with `failed` none is waited for, since one may be gone."""
         self._ended = True
         self._stop.set()
         self._loader.close()
         deadline = time.monotonic() + (1.0 if failed else _JOIN_SECONDS)
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread is not None:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
         self._planner.close(timeout_seconds=max(0.0, deadline - time.monotonic()), failed=failed)
-        if any(thread.is_alive() for thread in self._threads) and not failed:
-            _log.warning("data threads did not end within %g s; is a rank missing?", _JOIN_SECONDS)
+        if self._thread is not None and self._thread.is_alive() and not failed:
+            _log.warning("the data thread did not end within %g s; is a rank missing?", _JOIN_SECONDS)
 
     def __enter__(self) -> StepStream:
         return self
@@ -176,43 +177,40 @@ class StepStream:
         if self._bad_samples is not None and bad:
             self._bad_samples.append(bad)
 
-    # ------------------------------------------------------------------------------------ the threads
+    # ------------------------------------------------------------------------------------ the thread
 
     def _start(self) -> None:
-        # Daemons, because a collective whose peer died cannot be interrupted and the process must be able to end.
-        for target, name in ((self._take_steps, "omniloom-steps"), (self._agree_on_steps, "omniloom-agreement")):
-            thread = threading.Thread(target=target, name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        # A daemon, because a collective whose peer died cannot be interrupted and the process must be able to end.
+        self._thread = threading.Thread(target=self._run_ahead, name="omniloom-steps", daemon=True)
+        self._thread.start()
 
-    def _take_steps(self) -> None:
-        """Planned steps into `_planned`, their packs being loaded; the queue's length bounds what is ahead."""
-        item: Any = self._stop
-        while item is not None and not isinstance(item, BaseException) and not self._stop.is_set():
-            try:
-                item = self._take_step()
-            except BaseException as error:  # noqa: BLE001 - raised by the training loop
-                item = error
-            self._put(self._planned, item)
-
-    def _take_step(self) -> _Planned | None:
-        plan = self._planner.next_step()
-        if plan is None:
-            return None
-        packs = assign_packs(plan.packs, self._data_rank, self._data_world)
-        pending = tuple(self._loader.submit(pack, self._clips_of(pack)) for pack in packs)
-        return _Planned(plan=plan, state=self._planner.state, pending=pending)
-
-    def _agree_on_steps(self) -> None:
+    def _run_ahead(self) -> None:
         """Loaded and agreed steps into `_ready`, then None or an exception."""
-        outcome: Any = self._stop
-        while outcome is not None and not isinstance(outcome, BaseException):
-            item = self._get(self._planned)
+        ahead: deque[_Planned | BaseException | None] = deque()
+        while True:
+            while not ahead or (
+                len(ahead) < self._depth and isinstance(ahead[-1], _Planned) and self._planner.is_ready
+            ):
+                ahead.append(self._take_step())  # what waits for the next window holds up no step that is loaded
             try:
-                outcome = self._agree_on(item)
+                outcome = self._agree_on(ahead.popleft())
             except BaseException as error:  # noqa: BLE001 - raised by the training loop
                 outcome = error
-            self._put(self._ready, outcome)
+            self._put(outcome)
+            if not isinstance(outcome, _Ready):
+                return
+
+    def _take_step(self) -> _Planned | BaseException | None:
+        """The next step, its packs being loaded; what `next_step` raises is told to the other ranks first."""
+        try:
+            plan = None if self._stop.is_set() else self._planner.next_step()
+            if plan is None:
+                return None
+            packs = assign_packs(plan.packs, self._data_rank, self._data_world)
+            pending = tuple(self._loader.submit(pack, self._clips_of(pack)) for pack in packs)
+        except BaseException as error:  # noqa: BLE001 - raised by the training loop
+            return error
+        return _Planned(plan=plan, state=self._planner.state, pending=pending)
 
     def _agree_on(self, item: _Planned | BaseException | None) -> _Ready | BaseException | None:
         """One exchange per step, and one more at the end, whatever the end is: no rank is left waiting for another."""
@@ -241,21 +239,13 @@ class StepStream:
         agreement, kept = settle(item.plan, packs, gathered, pack_means=self._planner.options.loss == "batch")
         return _Ready(plan=item.plan, state=item.state, packs=kept, agreement=agreement)
 
-    def _put(self, target: queue.Queue, item: Any) -> None:
+    def _put(self, outcome: _Ready | BaseException | None) -> None:
         while not self._stop.is_set():
             try:
-                target.put(item, timeout=0.1)
+                self._ready.put(outcome, timeout=0.1)
                 return
             except queue.Full:
                 continue
-
-    def _get(self, source: queue.Queue) -> Any:
-        while not self._stop.is_set():
-            try:
-                return source.get(timeout=0.1)
-            except queue.Empty:
-                continue
-        return None
 
 
 class _FailureBudget:
