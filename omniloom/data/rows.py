@@ -71,6 +71,8 @@ class RowReader:
 
     `report(row)` is called before each row, so that a row that kills the process is known by name; rows in `skip`
     (with the reason) are bad without being touched. `fingerprint` stands for processor and options in the cache's keys.
+    With `decode_all` a row is good only once it has been decoded and encoded as for training: headers do not tell of
+    pictures that break off.
     """
 
     source: Source
@@ -82,6 +84,7 @@ class RowReader:
     shrink: bool = False  # data.overlong: shrink
     cache: ExtentCache | None = None
     fingerprint: str = ""
+    decode_all: bool = False
 
     def measure(
         self, rows: Sequence[int], skip: Mapping[int, str], report: Callable[[int], None]
@@ -92,7 +95,10 @@ class RowReader:
             report(row)
             try:
                 _refuse_skipped(row, skip)
-                found.append(self._measure_row(row, fresh))
+                extent = self._measure_row(row, fresh)
+                if self.decode_all:
+                    self._encode_row(PlannedSample(row=row, epoch=0, extent=extent, weight_scale=1.0), 0, None)
+                found.append(extent)
             except SampleError as error:
                 found.append(self._bad(row, error))
             except (ValueError, OSError, EOFError, MemoryError) as error:

@@ -92,6 +92,7 @@ class OpenRows:
     pack_tokens: int
     shrink: bool
     cache_dir: Path | None
+    decode_all: bool = False  # rows are measured only after they were decoded, for `check`
     last_answer_only: bool = False  # whatever weights and options say: for rows that the model is to answer
 
     def __call__(self) -> RowReader:
@@ -109,6 +110,7 @@ class OpenRows:
             pack_tokens=self.pack_tokens,
             shrink=self.shrink,
             cache=ExtentCache(self.cache_dir) if self.cache_dir is not None else None,
+            decode_all=self.decode_all,
             fingerprint=fingerprint_of(self.model_dir, self.family, self.processor, self.rows, limits),
         )
 
@@ -153,7 +155,7 @@ def planned_options(workshop: Workshop) -> dict[str, Any]:
     return {**changed(workshop.config.data, DataConfig(), "data"), "model.modalities": list(workshop.modalities)}
 
 
-def open_rows(workshop: Workshop, source: Source, *, cache: bool = True) -> OpenRows:
+def open_rows(workshop: Workshop, source: Source, *, cache: bool = True, decode_all: bool = False) -> OpenRows:
     """The recipe for one source. Without `cache`, extents are kept only where `data.cache_dir` says.
 
     Raises: ValueError for options that contradict each other.
@@ -187,4 +189,5 @@ def open_rows(workshop: Workshop, source: Source, *, cache: bool = True) -> Open
         pack_tokens=data.pack_tokens,
         shrink=data.overlong == "shrink",
         cache_dir=cache_dir,
+        decode_all=decode_all,
     )

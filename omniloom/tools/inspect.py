@@ -24,7 +24,7 @@ CHECKED_ROWS = 200
 
 
 def check_config(words: list[str]) -> None:
-    """Open config, checkpoint and data, build the model without memory, measure the first rows, and say what is there.
+    """Open config, checkpoint and data, build the model without memory, decode the first rows, and say what is there.
 
     Raises: ValueError for whatever would stop a run.
     """
@@ -35,7 +35,7 @@ def check_config(words: list[str]) -> None:
     print(f"model      {workshop.spec.name}, {sum(row.num_parameters for row in table):,} parameters built, "
           f"{sum(row.num_trainable for row in table):,} trainable")  # fmt: skip
     print(f"template   {describe_template(workshop, source)}")
-    with _loader(config, workshop, source) as loader:
+    with _loader(config, workshop, source, decode_all=True) as loader:
         rows = range(min(len(source), CHECKED_ROWS))
         measured = loader.measure(rows)
     good = [extent for extent in measured if hasattr(extent, "num_tokens")]
@@ -113,8 +113,9 @@ def _open(words: list[str]) -> tuple[Config, Workshop, Source]:
 
 
 @contextmanager
-def _loader(config: Config, workshop: Workshop, source: Source) -> Iterator[Loader]:
-    loader = Loader(open_rows(workshop, source, cache=False), workers=config.data.workers)
+def _loader(config: Config, workshop: Workshop, source: Source, *, decode_all: bool = False) -> Iterator[Loader]:
+    rows = open_rows(workshop, source, cache=False, decode_all=decode_all)
+    loader = Loader(rows, workers=config.data.workers)
     try:
         yield loader
     finally:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from omniloom.config import load_config
 from omniloom.data.sources import Subset
@@ -33,6 +35,20 @@ def test_check_counts_good_and_bad_rows(words, capsys) -> None:
     assert "missing.png" in printed
     built, trainable = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:parameters|trainable)", printed))
     assert 0 < trainable < built
+
+
+def test_check_decodes_what_it_calls_good(words, tmp_path, capsys) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) * 2 // 3])
+    turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": turns, "images": [name]} for name in ("whole.jpg", "cut.jpg")]
+    (tmp_path / "cut.json").write_text(json.dumps(rows))
+    check_config([*words, f"data.train={tmp_path / 'cut.json'}"])
+    printed = capsys.readouterr().out
+    assert "2 rows, of the first 2: 1 good, 1 bad\n" in printed
+    assert "cut.jpg: image file is truncated" in printed
 
 
 def test_check_names_the_template_and_warns_where_the_checkpoint_writes_another(words, capsys) -> None:

@@ -3,6 +3,7 @@
 import base64
 import functools
 import http.server
+import json
 import random
 import threading
 import zlib
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from omniloom.config import AudioConfig, DataConfig, ImageConfig, VideoConfig
+from omniloom.config import AudioConfig, DataConfig, ImageConfig, VideoConfig, load_config
 from omniloom.data.media import MediaLimits, media_limits
 from omniloom.data.media_decode import decode_audio, decode_clip, decode_image, decode_video_frames, resampled_length
 from omniloom.data.media_headers import read_header
 from omniloom.data.packets import decode_packets
+from omniloom.run.opening import open_workshop
+from omniloom.run.rows import open_data, open_rows
+from omniloom.tools.tiny import make_tiny
 from omniloom.types import ClipGeometry, ClipOptions, MediaSource, SampleError
 from tests.unit.media_files import (
     AUDIO_FILES,
@@ -358,6 +362,20 @@ def test_limits_come_from_the_data_config():
     )
     expected = MediaLimits(max_pixels=1, max_video_seconds=2, max_audio_seconds=3, sampling_rate=24000)
     assert media_limits(config, 24000) == expected
+
+
+def test_sound_is_counted_at_the_rate_of_the_checkpoint_that_hears_it(tmp_path):
+    """The readers that a run opens take the rate from the checkpoint's files; 16 kHz is nobody's constant."""
+    model = make_tiny("qwen3_omni", tmp_path / "model")
+    settings = json.loads((model / "preprocessor_config.json").read_text())
+    (model / "preprocessor_config.json").write_text(json.dumps({**settings, "sampling_rate": 8000}))
+    path = write_audio(tmp_path / "a.wav", "pcm_s16le", 48000, tone(48000, 48000))
+    turns = [{"role": "user", "content": "<audio>"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": turns, "audios": [str(path)]}]))
+    config = load_config(None, [f"model.path={model}", f"data.train={tmp_path / 'rows.json'}"])
+    reader = open_rows(open_workshop(config), open_data(config.data, 0)[0], cache=False)()
+    (extent,) = reader.measure([0], {}, lambda row: None)
+    assert (extent.clips[0].num_audio_samples, extent.clips[0].sound_seconds) == (8000, 1.0)
 
 
 def test_clips_over_a_limit_are_refused_by_their_headers(tmp_path):
