@@ -218,7 +218,9 @@ def _peft_config(
     alphas = {a.base: a.alpha if one_rule else a.scaling * a.rank for a in adapters}
     rank_default = Counter(adapter.rank for adapter in adapters).most_common(1)[0][0]
     alpha_default = Counter(alphas.values()).most_common(1)[0][0]
-    modules, parameters, ranks, alpha_patterns = [], [], {}, {}
+    modules: list[str] = []
+    parameters: list[str] = []
+    ranks, alpha_patterns = {}, {}
     for adapter in adapters:
         target = targets[adapter.base]
         name = target.name
@@ -286,7 +288,8 @@ class StoredAdapter:
 
     def read(self, name: str) -> Tensor:
         with safetensors.safe_open(self.entries[name].file, framework="pt") as file:
-            return file.get_tensor(self.entries[name].name)
+            tensor: Tensor = file.get_tensor(self.entries[name].name)
+        return tensor
 
     def size(self, target: str) -> tuple[int, float]:
         """Rank and alpha of the addition to a module of this name (`Target.name`)."""
@@ -299,10 +302,10 @@ class StoredAdapter:
         rank, alpha = self.size(target)
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
-    def follows(self, rank: int, alpha: float, rslora: bool) -> bool:
+    def follows(self, lora: LoraConfig) -> bool:
         """Whether a policy asks for what the adapter has where its patterns say nothing: then they hold, too."""
         settings = self.config["r"], self.config["lora_alpha"], bool(self.config.get("use_rslora"))
-        return settings == (rank, alpha, rslora)
+        return settings == (lora.rank, lora.alpha, lora.rslora)
 
     def _setting(self, patterns: str, default: str, target: str) -> Any:
         """Source: peft.utils.other.get_pattern_key, on names in memory with or without `thinker.`."""

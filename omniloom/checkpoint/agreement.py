@@ -6,7 +6,7 @@ fault of all. Works without a process group, too.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -30,7 +30,7 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's value, on every rank. Collective over `group` (None: all ranks); any picklable value."""
     if not in_group():
         return [value]
-    values: list = [None] * num_ranks(group)
+    values = [value] * num_ranks(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
@@ -47,7 +47,7 @@ def gather_to_first(value: T, group: dist.ProcessGroup | None = None) -> list[T]
     """Every rank's value on the group's rank 0, None elsewhere. Collective over `group`."""
     if not in_group():
         return [value]
-    values: list | None = [None] * num_ranks(group) if rank(group) == 0 else None
+    values = [value] * num_ranks(group) if rank(group) == 0 else None
     dist.gather_object(value, values, group=group, group_dst=0)
     return values
 
@@ -57,6 +57,7 @@ def scatter_from_first(values: list[T] | None, group: dist.ProcessGroup | None =
     if not in_group():
         assert values is not None
         return values[0]
-    received: list = [None]
+    received: list[Any] = [None]
     dist.scatter_object_list(received, values, group=group, group_src=0)
-    return received[0]
+    value: T = received[0]
+    return value

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def export(
     for name in order:
         tensor = gather(name)
         if writer is not None and fault is None:  # after a fault, keep the other ranks' collectives company
-            fault = _attempt(lambda tensor=tensor, name=name: writer.write(name, tensor, recipes[name]), out_dir)
+            fault = _attempt(partial(writer.write, name, tensor, recipes[name]), out_dir)
         del tensor
     if writer is not None:
         fault = fault or _attempt(writer.commit, out_dir)
@@ -253,7 +254,7 @@ class _Writer:
         if tensor.numel():
             with target.open("r+b") as stream:
                 stream.seek(start)
-                stream.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _other_files(directory: Path) -> Iterable[tuple[Path, Path]]:

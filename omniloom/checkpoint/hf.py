@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from omniloom.checkpoint.tensor_files import DTYPES, MAX_LISTED, HFCheckpoint, open_checkpoint
 from omniloom.keymap import Box, KeyMap, Read, Recipe, Tied, whole
@@ -41,25 +40,20 @@ def load_model(
     checkpoint: HFCheckpoint,
     key_map: KeyMap,
     *,
-    device: torch.device | str = "cpu",
     fresh: Collection[str] = (),
     unbuilt: Collection[str] = (),
 ) -> None:
     """Fill all parameters and persistent buffers of `model`, plain or DTensor, in their own dtype.
 
-    A model on the meta device is first materialised on `device`; what no checkpoint holds (non-persistent buffers,
-    `fresh` parameters) is then uninitialised and the caller's to fill. `fresh` names parameters that the checkpoint
-    does not have (adapters), `unbuilt` names tensors that it may have and this module does not (other stages, unused
-    towers, cut layers).
+    What no checkpoint holds (non-persistent buffers, `fresh` parameters) is the caller's to fill. `fresh` names
+    parameters that the checkpoint does not have (adapters), `unbuilt` names tensors that it may have and this module
+    does not (other stages, unused towers, cut layers).
 
     Raises: ValueError listing all tensors that are missing, extra or of another shape, before anything is read.
     """
     recipes = key_map.recipes(checkpoint.shapes)
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in fresh}
     check_names({name: tuple(tensor.shape) for name, tensor in tensors.items()}, recipes, key_map, unbuilt=unbuilt)
-    if any(tensor.is_meta for tensor in tensors.values()):
-        materialise(model, device)
-        tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in fresh}
     for name, tensor in tensors.items():
         _load_tensor(tensor, recipes[name], checkpoint)
 
@@ -137,18 +131,6 @@ def check_dtypes(checkpoint: HFCheckpoint, recipes: Mapping[str, Recipe]) -> Non
         )
 
 
-def materialise(model: nn.Module, device: torch.device | str) -> None:
-    """Give a module on the meta device uninitialised memory on `device`; tied parameters stay tied."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append((module, name))
-    model.to_empty(device=device)
-    for (first, first_name), *others in owners.values():
-        for module, name in others:
-            setattr(module, name, getattr(first, first_name))
-
-
 def local_region(tensor: Tensor) -> Box | None:
     """The region of the global tensor that this rank holds; None for a rank outside of the tensor's mesh.
 
@@ -165,10 +147,10 @@ def local_region(tensor: Tensor) -> Box | None:
                 f"dim {dim} of a parameter {list(tensor.shape)} does not divide by the {prod(cuts)} ranks over which "
                 f"{placements} cuts it; choose degrees whose product divides {tensor.shape[dim]}"
             )
-    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    if len(offsets) != tensor.ndim:
+    if mesh.get_coordinate() is None:
         return None
-    return tuple((offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # as torch's own checkpoints ask it
+    return tuple((offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
 def read_tensor(recipe: Recipe, checkpoint: HFCheckpoint, out: Tensor, region: Box | None = None) -> None:

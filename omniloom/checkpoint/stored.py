@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from omniloom.checkpoint.agreement import gather, num_ranks, rank
@@ -67,10 +67,15 @@ class StoredCheckpoint:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shapes by name."""
-        return {name: tuple(item.size) for name, item in self.metadata.state_dict_metadata.items()}
+        return {name: tuple(self._entry(name).size) for name in self.metadata.state_dict_metadata}
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.metadata.state_dict_metadata[name].properties.dtype
+        return self._entry(name).properties.dtype
+
+    def _entry(self, name: str) -> TensorStorageMetadata:
+        entry = self.metadata.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata), name  # as `read_metadata` has seen to
+        return entry
 
 
 # ---------------------------------------------------------------------------------------- finding
@@ -227,9 +232,9 @@ def read_metadata(directory: Path, marker: Mapping[str, Any]) -> Metadata:
         if not isinstance(entry, TensorStorageMetadata):
             raise ValueError(f"{path} is refused: {name} is no tensor but {type(entry).__name__}")
     for index, place in storage.items():
-        known = isinstance(index, MetadataIndex) and isinstance(place, _StorageInfo)
-        if not known or place.relative_path not in marker["files"] or place.transform_descriptors:
-            raise ValueError(f"{path} is refused: a tensor lies in {getattr(place, 'relative_path', place)!r}")
+        file, changed = getattr(place, "relative_path", None), getattr(place, "transform_descriptors", None)
+        if not isinstance(index, MetadataIndex) or file not in marker["files"] or changed:
+            raise ValueError(f"{path} is refused: a tensor lies in {file!r}")
     return metadata
 
 

@@ -253,7 +253,7 @@ def _read_box(file: IO[bytes], start: int, shape: Shape, box: Box, out: Tensor) 
 def _fill(file: IO[bytes], start: int, out: Tensor) -> None:
     if out.numel() == 0:
         return
-    view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+    view = out.reshape(-1).view(torch.uint8).numpy().data
     file.seek(start)
     done = 0
     while done < len(view):

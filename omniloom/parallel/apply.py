@@ -93,12 +93,12 @@ def _agreed(layout: Layout, plan: ShardingPlan) -> list[str]:
     return counts + sizes
 
 
-def materialize(model: nn.Module, layout: Layout, *, cpu_offload: bool = False) -> None:
-    """Give a sharded meta model memory for this rank's shards only; values are undefined until they are loaded."""
+def materialize(model: nn.Module, device: torch.device | str) -> None:
+    """Give a meta model memory, of this rank's shards only; values are undefined until they are loaded."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    model.to_empty(device="cpu" if cpu_offload else layout.device)
+    model.to_empty(device=device)
     for first, *others in names.values():  # tied weights came out as tensors of their own
         for name in others:
             owner, _, key = name.rpartition(".")

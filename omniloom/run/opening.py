@@ -117,10 +117,9 @@ class Workshop:
         policies = self._base_policies([name for name, _ in model.named_parameters()])
         adaptable = {name: target.name for name, target in adapter_targets(self.recipes).items() if name in policies}
         sizes = dict(self.adapter_sizes)
-        for name, target in adaptable.items() if self.adapter is not None else ():
-            lora = policies[name].lora
-            if lora is not None and self.adapter.follows(lora.rank, lora.alpha, lora.rslora):
-                sizes[name] = self.adapter.size(target)
+        if (stored := self.adapter) is not None:
+            followed = ((name, lora) for name in adaptable if (lora := policies[name].lora) is not None)
+            sizes |= {name: stored.size(adaptable[name]) for name, lora in followed if stored.follows(lora)}
         return install_lora(model, choose_adapted(model, policies, adaptable, rules, sizes))
 
     def _build(self, family: Any, modalities: tuple[str, ...]) -> OmniModel:
@@ -220,7 +219,7 @@ def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str
         compute_dtype=workshop.compute_dtype,
         recompute={root: rule.recompute for root, rule in config.policy.items() if rule.recompute is not None},
     )
-    materialize(model, layout, cpu_offload=config.parallel.cpu_offload)
+    materialize(model, "cpu" if config.parallel.cpu_offload else layout.device)
     return model, policies
 
 

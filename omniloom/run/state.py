@@ -40,7 +40,7 @@ class RunState:
         self.changed = [
             name for name, parameter in self.parameters.items() if parameter.requires_grad
         ]  # from published
-        self._own = {
+        self._own: dict[str, Any] = {
             "model": fingerprint(workshop.checkpoint),
             "adapters": {  # what decides, beside their weights, what adapters do
                 f"policy.{policy.component}.lora.{key}": getattr(policy.lora, key)

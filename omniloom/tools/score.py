@@ -14,6 +14,7 @@ from omniloom.data.loader import Loader
 from omniloom.data.planner import PlanError, plan_all
 from omniloom.data.sources import open_sources
 from omniloom.models.fusion import OmniModel
+from omniloom.parallel.apply import materialize
 from omniloom.run.opening import Workshop, load_weights, open_workshop
 from omniloom.run.rows import open_rows
 from omniloom.types import BadSample, LoadedPack
@@ -93,6 +94,6 @@ def score_pack(net: OmniModel, loaded: LoadedPack) -> Iterator[tuple[int, dict[s
 def _load(workshop: Workshop) -> OmniModel:
     with torch.device("meta"):
         net = workshop.build()
-    net.to(workshop.compute_dtype)
+    materialize(net.to(workshop.compute_dtype), "cpu")
     load_weights(workshop, net)
     return net.eval()

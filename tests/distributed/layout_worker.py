@@ -185,7 +185,7 @@ def set_up(case: Case, parallel: ParallelConfig, memory: MemoryConfig, layouts: 
         freeze(model, case.frozen)
     apply_parallelism(model, layout, plan, parallel=parallel, memory=memory, compute_dtype=torch.float32)
     if not case.holds_values:
-        materialize(model, layout)
+        materialize(model, layout.device)
         load(model, random_weights(config, case.seed))
     share = (layout.context_rank, layout.degrees.context) if case.shares_decoding else (0, 1)
     return Setup(

@@ -39,7 +39,7 @@ def test_one_rank_gives_what_a_plain_model_gives(layout: Layout) -> None:
     freeze(model, case.frozen)
     memory = MemoryConfig(recompute=2)
     apply_parallelism(model, layout, plan, parallel=ParallelConfig(), memory=memory, compute_dtype=torch.float32)
-    materialize(model, layout)
+    materialize(model, layout.device)
     assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
     load(model, random_weights(config, case.seed))
     pool = EncoderPool(layout, plan, "group")
@@ -103,7 +103,7 @@ def test_bfloat16_compute_keeps_masters_and_gradients_in_float32(layout: Layout)
         model = make_model(config)
     parallel, memory = ParallelConfig(), MemoryConfig()
     apply_parallelism(model, layout, plan, parallel=parallel, memory=memory, compute_dtype=torch.bfloat16)
-    materialize(model, layout)
+    materialize(model, layout.device)
     load(model, random_weights(config, case.seed))
     terms = [forward_backward(model, pack, layout, reference.objective) for pack in case.packs(config)]
     loss = sum(term.loss_sum.item() for term in terms) / reference.objective.weight_sum

@@ -70,7 +70,7 @@ def published_shapes():
 
 
 def build(layout):
-    """A model on the meta device, laid out as named, then given memory by `load_model`."""
+    """A model on the meta device, laid out as named."""
     with torch.device("meta"):
         model = Model()
     if layout == "plain":
@@ -126,7 +126,7 @@ def save_under(layout, directory, asynchronous=False):
     """Load the published model, take two steps, save under this layout, export."""
     checkpoint = open_checkpoint(directory / "model")
     model = build(layout)
-    load_model(model, checkpoint, KEY_MAP)
+    load_model(model.to_empty(device="cpu"), checkpoint, KEY_MAP)
     optimizer = make_optimizer(model)
     change(model, optimizer)
     change(model, optimizer)
@@ -187,11 +187,11 @@ def check_slices(layout, directory):
     try:
         model = build(layout)
         checkpoint = open_checkpoint(directory / "model")
-        load_model(model, checkpoint, KEY_MAP)
+        load_model(model.to_empty(device="cpu"), checkpoint, KEY_MAP)
     finally:
         tensor_files._fill = fill
     plain = build("plain")
-    load_model(plain, checkpoint, KEY_MAP)
+    load_model(plain.to_empty(device="cpu"), checkpoint, KEY_MAP)
     assert_same(full(dict(model.named_parameters())), dict(plain.named_parameters()))
     local = sum(p.to_local().numel() for p in model.parameters()) * 2  # bfloat16
     if layout == "fsdp":

@@ -81,8 +81,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
 
 def build(workshop: Workshop, *, spread: float = 0.0) -> OmniModel:
     """Our model with its adapters; with `spread` random values in every adapter, so that it does something."""
-    with torch.device("meta"):
-        model = workshop.build()
+    model = workshop.build()
     load_weights(workshop, model)
     policies = workshop.policies([name for name, _ in model.named_parameters()])
     generator = torch.Generator().manual_seed(11)
