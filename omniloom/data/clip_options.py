@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from omniloom.types import ClipOptions, MediaKind, SampleError, suggest
@@ -48,6 +49,12 @@ def clip_options(kind: MediaKind, asked: Mapping[str, Any], field: str) -> ClipO
     options = ClipOptions(**values)
     _check_options(options, field)
     return options
+
+
+def option_words(kind: MediaKind, options: ClipOptions) -> dict[str, Any]:
+    """The words that ask for these options; `clip_options` reads them back."""
+    words = {name: word for word, name in reversed(_FIELDS[kind].items())}
+    return {words[item.name]: value for item in fields(options) if (value := getattr(options, item.name)) is not None}
 
 
 def _number(value: Any, field: str, name: str) -> float | int:

@@ -314,8 +314,9 @@ class _TurnReader:
                 new = self._said(kind, content, where, weight)
             if kind == "tool_call" and previous in ("assistant", "tool_call"):  # calls beside text, or parallel
                 calls = new[0].parts
-                if weight != turns[-1].weight:
-                    calls = tuple(replace(part, weight=1.0 if weight is None else weight) for part in calls)
+                own = 1.0 if weight is None else weight
+                if turns[-1].weight not in (weight, own):
+                    calls = tuple(replace(part, weight=own) for part in calls)
                 turns[-1] = replace(turns[-1], parts=turns[-1].parts + calls)
             else:
                 turns += new
@@ -399,10 +400,12 @@ def _block(block: Any, where: str, media: RowMedia) -> list[Part]:
         return [Part(kind="reasoning", text=str(block.get("thinking") or "").strip("\n"))]
     if kind == "tool_use":
         return [tool_call_part({"name": block.get("name"), "arguments": block.get("input")}, where)]
+    if kind == "tool_call":
+        return [tool_call_part(block.get("tool_call"), where)]
     if kind in _MEDIA_BLOCKS:
         clip_kind, item = _MEDIA_BLOCKS[kind], _block_item(block, kind)
         return [media.clip(clip_kind, item, where) if names_clip(item, clip_kind) else media.next_clip(clip_kind, item)]
-    known = sorted({"text", "thinking", "tool_use", "tool_result", *_MEDIA_BLOCKS})
+    known = sorted({"text", "thinking", "tool_call", "tool_use", "tool_result", *_MEDIA_BLOCKS})
     raise SampleError(where, f"unknown block type {kind!r}; known types: {', '.join(known)}")
 
 

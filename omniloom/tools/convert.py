@@ -1,34 +1,42 @@
 """`omniloom convert`: rows of another format written in the messages form, for those who want the file.
 
-Training reads every format as it is; nothing has to be converted first.
+Training reads every format as it is; nothing has to be converted first. What is written reads back as the same
+conversation: clips stand in the content with their options, so that `<image>` in a text is only a word.
 """
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omniloom.config import DataConfig
+from omniloom.config import DataConfig, VideoConfig
+from omniloom.data.clip_options import option_words
 from omniloom.data.formats import FORMATS, parse_row, row_options
 from omniloom.data.sources import open_sources
-from omniloom.types import Conversation, SampleError, Turn
+from omniloom.types import Conversation, MediaSource, Part, SampleError, Turn, suggest
+
+_USUAL = DataConfig(allow_urls=True, allow_outside_media_dir=True)
+# what a row leaves to the config of a run is what reads otherwise under another
+_OTHER = replace(_USUAL, video=VideoConfig(use_audio=True, fps=_USUAL.video.fps + 1))
 
 
 def convert_file(kind: str, source: Path, target: Path, *, media_dir: Path | None = None) -> tuple[int, list[str]]:
     """Write `source`, rows of format `kind`, as JSON lines of messages to `target`.
 
-    Media stay where they are: their paths are written as the rows give them, relative to `media_dir` (the source's
-    folder). Returns the number of rows written and a line for each that was left out, a missing file among the reasons.
+    Media stay where they are. Their paths start in `media_dir` (the source's folder); they are written as seen from the
+    target's folder where they lie below it, else in full. Embedded media are written as data URIs.
+    Returns the number of rows written and a line for each that was left out, a missing file among the reasons.
     Raises: ValueError for an unknown format and for a target that exists.
     """
-    if kind not in FORMATS:
-        raise ValueError(f"unknown format {kind!r}; expected one of {', '.join(FORMATS)}")
+    if kind not in ("auto", *FORMATS):
+        raise ValueError(f"unknown format {kind!r}{suggest(kind, FORMATS, among='expected auto or one of')}")
     if target.exists():
         raise ValueError(f"{target} exists and nothing is overwritten; name another file")
-    root = (media_dir or source.parent).resolve()
-    options = row_options(DataConfig(format=kind, media_dir=str(root)))
     rows = open_sources((str(source),))
     problems: list[str] = []
     num_written = 0
@@ -37,52 +45,130 @@ def convert_file(kind: str, source: Path, target: Path, *, media_dir: Path | Non
             where = "{}:{}".format(*rows.locate(index))
             try:
                 row, name, line = rows.read(index)
-                conversation = parse_row(row, file=name, line=line, options=options)
-                _require_files(conversation)
+                written = convert_row(row, name, line, kind, media_dir or source.parent, target.parent)
             except SampleError as error:
                 problems.append(f"{where}: {error}")
                 continue
-            file.write(json.dumps(messages_row(conversation, root), ensure_ascii=False) + "\n")
+            file.write(json.dumps(written, ensure_ascii=False) + "\n")
             num_written += 1
     return num_written, problems
 
 
-def messages_row(conversation: Conversation, root: Path) -> dict[str, Any]:
-    """A conversation as a row of the messages format; media paths relative to `root` where they lie below it."""
-    row: dict[str, Any] = {"id": conversation.id, "messages": [_message(turn) for turn in conversation.turns]}
-    for media, kind in _media(conversation):
-        path = Path(media.path).resolve()
-        row.setdefault(f"{kind}s", []).append(str(path.relative_to(root) if path.is_relative_to(root) else path))
-    if conversation.tools:
-        row["tools"] = list(conversation.tools)
-    return row
+def convert_row(row: dict[str, Any], file: str, line: int, kind: str, media_dir: Path, folder: Path) -> dict[str, Any]:
+    """A row of format `kind` as one of the messages form, for a file in `folder`. Raises: SampleError."""
+    usual, other = (
+        parse_row(
+            row, file=file, line=line, options=row_options(replace(config, format=kind, media_dir=str(media_dir)))
+        )
+        for config in (_USUAL, _OTHER)
+    )
+    _require_files(usual)
+    writer = _TurnWriter(folder, _clips(other, "video"))
+    found: dict[str, Any] = {"id": usual.id}
+    found["messages"] = [message for turn in usual.turns for message in writer.messages(turn)]
+    if usual.tools:
+        found["tools"] = list(usual.tools)
+    return found if usual.weight == 1.0 else {**found, "weight": usual.weight}
 
 
-def _message(turn: Turn) -> dict[str, Any]:
-    text = ""
-    for part in turn.parts:
-        if part.media is not None:
-            text += f"<{part.kind}>"
-        elif part.kind == "tool_call":
-            text += f"<tool_call>\n{part.text}\n</tool_call>"
-        elif part.kind == "reasoning":
-            text += f"<think>\n{part.text}\n</think>\n\n"
-        else:
-            text += part.text
-    message: dict[str, Any] = {"role": turn.role, "content": text}
-    return message if turn.weight is None else {**message, "loss_scale": turn.weight}
+class _TurnWriter:
+    """Writes turns for a file in a folder; `others` are the row's videos in order, as another config reads them."""
+
+    def __init__(self, folder: Path, others: Iterator[MediaSource]) -> None:
+        self._folder = os.path.abspath(folder)
+        self._others = others
+
+    def messages(self, turn: Turn) -> Iterator[dict[str, Any]]:
+        """A turn as one message, and further ones of calls from the first on that has a weight of its own."""
+        weighted = next((at for at, part in enumerate(turn.parts) if part.weight is not None), len(turn.parts))
+        message = {"role": turn.role, **self._fields(turn, turn.parts[:weighted])}
+        yield message if turn.weight is None else {**message, "loss_scale": turn.weight}
+        runs: list[list[Part]] = []
+        for part in turn.parts[weighted:]:
+            last = runs[-1][-1] if runs else None
+            if last is None or last.weight != part.weight or last.kind == part.kind == "text":
+                runs.append([])
+            runs[-1].append(part)
+        for run in runs:
+            weight = turn.weight if run[0].weight is None else run[0].weight
+            call = {"role": "tool_call", "content": "".join(map(_tagged, run))}
+            yield call if weight is None else {**call, "loss_scale": weight}
+
+    def _fields(self, turn: Turn, parts: Sequence[Part]) -> dict[str, Any]:
+        """Reasoning, content and calls in fields of their own where they come in this order, else all as content."""
+        num_thoughts = int(bool(parts) and parts[0].kind == "reasoning")
+        num_calls = next((n for n, part in enumerate(reversed(parts)) if part.kind != "tool_call"), len(parts))
+        said = parts[num_thoughts : len(parts) - num_calls]
+        in_order = turn.role == "assistant" and all(part.kind not in ("reasoning", "tool_call") for part in said)
+        if not in_order:
+            return {"content": self._content(parts)}
+        found: dict[str, Any] = {"reasoning_content": parts[0].text} if num_thoughts else {}
+        found["content"] = self._content(said)
+        if num_calls:
+            calls = [_call(part.text) for part in parts[-num_calls:]]
+            found["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        return found
+
+    def _content(self, parts: Sequence[Part]) -> str | list[dict[str, Any]]:
+        texts = [part.text for part in parts if part.kind == "text"]
+        if len(parts) == len(texts) < 2 and "<" not in "".join(texts):  # else a tag might be read as one
+            return "".join(texts)
+        return [block for part in parts for block in self._blocks(part)]
+
+    def _blocks(self, part: Part) -> list[dict[str, Any]]:
+        if part.kind == "tool_call":
+            return [{"type": "tool_call", "tool_call": _call(part.text)}]
+        if part.media is None:
+            name = "thinking" if part.kind == "reasoning" else "text"
+            return [{"type": name, name: part.text}]
+        clip = part.media
+        options = option_words(part.kind, clip.options)
+        if part.kind == "video":
+            other = next(self._others)
+            if clip.use_audio == other.use_audio:
+                options["use_audio_in_video"] = clip.use_audio
+            if clip.options.fps != other.options.fps:
+                del options["fps"]
+        block = {"type": part.kind, part.kind: self._place(clip), **options}
+        return [block] if clip.sound is None else [block, *self._blocks(Part(kind="audio", media=clip.sound))]
+
+    def _place(self, clip: MediaSource) -> str | list[str]:
+        if clip.data is not None:
+            return "data:;base64," + base64.b64encode(clip.data).decode()
+        if clip.frames is not None:
+            return [self._path(frame) for frame in clip.frames]
+        assert clip.path is not None
+        return self._path(clip.path)
+
+    def _path(self, path: str) -> str:
+        is_below = path.startswith(self._folder.rstrip(os.sep) + os.sep)
+        return os.path.relpath(path, self._folder) if is_below else path
 
 
-def _media(conversation: Conversation) -> Iterator[tuple[Any, str]]:
-    for turn in conversation.turns:
-        for part in turn.parts:
-            if part.media is not None:
-                yield part.media, part.kind
+def _tagged(part: Part) -> str:
+    if part.kind == "text":
+        return part.text
+    return f"<tool_call>\n{json.dumps(_call(part.text), ensure_ascii=False)}\n</tool_call>"
+
+
+def _call(text: str) -> dict[str, Any]:
+    """A call whose arguments stay JSON text, since their spacing is trained."""
+    call: dict[str, Any] = json.loads(text)
+    start = len(f'{{"name": {json.dumps(call["name"], ensure_ascii=False)}, "arguments": ')
+    _, end = json.JSONDecoder().raw_decode(text, start)
+    return {**call, "arguments": text[start:end]}
+
+
+def _clips(conversation: Conversation, kind: str | None = None) -> Iterator[MediaSource]:
+    parts = (part for turn in conversation.turns for part in turn.parts if kind in (None, part.kind))
+    return (part.media for part in parts if part.media is not None)
 
 
 def _require_files(conversation: Conversation) -> None:
-    for media, kind in _media(conversation):
-        if media.path is None:
-            raise SampleError(f"{kind}s", "embedded media cannot be written as a path")
-        if not Path(media.path).is_file():
-            raise SampleError(f"{kind}s", f"{media.path} does not exist")
+    """Raises: SampleError for a file that is not there."""
+    for clip in _clips(conversation):
+        for one in (clip, *([clip.sound] if clip.sound is not None else [])):
+            for path in (one.path, *(one.frames or ())):
+                is_elsewhere = path is None or path.startswith(("data:", "http://", "https://"))
+                if not is_elsewhere and not os.path.isfile(path):
+                    raise SampleError("media", f"{path} does not exist")
