@@ -6,13 +6,15 @@ that the order of calls is the same on all ranks. Knows no process group.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from omniloom.data.collate import blank_samples, sample_weight_sums, weight_sum
 from omniloom.data.rows import count_samples
-from omniloom.types import BadSample, LoadedPack, PackPlan, PackStats, RunError, StepPlan
+from omniloom.types import BadSample, Extent, LoadedPack, PackPlan, PackStats, RunError, StepPlan
 
 Exchange = Callable[[Any], list[Any]]  # all-gather of one picklable object per rank, in rank order
 
@@ -40,6 +42,54 @@ def gather(exchange: Exchange, value: Any, *, failure: str | None = None) -> lis
     if failures:
         raise RanksStopped(f"rank {failures[0][0]} ended the run", wanted=True)
     return [value for _, value in gathered]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanningRanks:
+    """The ranks that plan together, seen from one of them: each measures its share, all compare their plans."""
+
+    exchange: Exchange = lambda value: [value]
+    rank: int = 0
+    world_size: int = 1
+
+    def measure(
+        self, rows: list[int], measure: Callable[[list[int]], list[Extent | BadSample]]
+    ) -> list[Extent | BadSample]:
+        """What `measure` says of all rows, in their order. Raises: what it raises here, RanksStopped on other ranks."""
+        own, fault = [], None
+        try:
+            own = measure(rows[self.rank :: self.world_size])
+        except (ValueError, OSError, RuntimeError) as error:
+            fault = error
+        failure = None if fault is None else f"could not measure its share of a window: {fault}"
+        try:
+            gathered = gather(self.exchange, own, failure=failure)
+        except RanksStopped as stopped:
+            raise fault or stopped from None
+        measured: list[Any] = [None] * len(rows)
+        for rank, part in enumerate(gathered):
+            measured[rank :: self.world_size] = part
+        return measured
+
+    def compare(self, plan: Callable[[], Any]) -> None:
+        """Raises: ValueError unless every rank made the same plan; `plan()` gives it as JSON."""
+        if self.world_size == 1:
+            return
+        digests = gather(self.exchange, hashlib.sha256(json.dumps(plan(), sort_keys=True).encode()).hexdigest())
+        if len(set(digests)) > 1:
+            groups = {text: [rank for rank, other in enumerate(digests) if other == text] for text in set(digests)}
+            raise ValueError(
+                "ranks planned different packs from the same rows: "
+                + "; ".join(f"ranks {ranks} have {text[:12]}" for text, ranks in sorted(groups.items()))
+                + ". Check that all machines have the same config and the same version of every package"
+            )
+
+    def say_stopped(self) -> None:
+        """Answer a rank that waits in its next exchange: there is none."""
+        try:
+            gather(self.exchange, None, failure=STOPPED)
+        except RuntimeError:  # RanksStopped from all who stopped, or a rank that is gone: this is the end either way
+            return
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ import os
 import sqlite3
 import zlib
 from pathlib import Path
+from typing import Any
 
-from omniloom.data.plan_json import extent_from_json, extent_to_json
+from omniloom.data.dataclass_json import from_json, to_json
 from omniloom.types import Conversation, Extent, MediaSource
 
 _log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class ExtentCache:
         try:
             if zlib.crc32(value.encode()) != checksum:
                 return None
-            return extent_from_json(json.loads(value))
+            return from_json(Extent, json.loads(value))
         except (ValueError, TypeError, AttributeError):  # written by another version, or by a broken disk
             return None
 
@@ -99,7 +100,7 @@ class ExtentCache:
         """Store all in one transaction."""
         rows = []
         for key, extent in extents.items():
-            value = json.dumps(extent_to_json(extent))
+            value = json.dumps(to_json(extent))
             rows.append((key, value, zlib.crc32(value.encode())))
         if rows:
             self._run("INSERT OR REPLACE INTO extents VALUES (?, ?, ?)", rows)
@@ -109,7 +110,7 @@ class ExtentCache:
             self._connection.close()
             self._connection = None
 
-    def _run(self, statement: str, rows: list[tuple]) -> list[tuple]:
+    def _run(self, statement: str, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         if self._gave_up:
             return []
         try:
@@ -127,7 +128,7 @@ class ExtentCache:
                 self._give_up()
         return []
 
-    def _execute(self, statement: str, rows: list[tuple]) -> list[tuple]:
+    def _execute(self, statement: str, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         connection = self._connect()
         if statement.startswith("SELECT"):
             return connection.execute(statement, rows[0]).fetchall()

@@ -1,14 +1,18 @@
-"""Bin packing of one window: which samples share a pack, by tokens first and integer cost second.
+"""Packing of one window: which samples share a pack, by tokens first and integer cost second, and which packs a step.
 
-Owns the arithmetic only: it sees token counts and costs, never rows, ranks or media. Every choice depends on the
+Sees token counts and costs, never ranks, rows' content or media. Every choice depends on the
 numbers and their order, so that all ranks, on any world size, find the same packs. The planner calls it per window.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+
+from omniloom.types import BadSample, PackPlan, PlannedSample, StepPlan
 
 LEFT_OVER = -1  # the pack number of a sample that no pack took
 _FULL_ENOUGH = 0.005  # share of a pack's room that is not worth a search for a better filling
@@ -67,6 +71,73 @@ def _pack_stretch(tokens: np.ndarray, costs: np.ndarray, pack_tokens: int) -> np
         if left == 0:
             return packs
         num_packs += max(1, left // pack_tokens)
+
+
+# ---------------------------------------------------------------------------------------- samples to packs to steps
+
+
+def pack_window(
+    samples: Sequence[PlannedSample], *, num_carried: int, pack_tokens: int, packs_per_step: int, leave_nothing: bool
+) -> tuple[list[list[PlannedSample]], tuple[PlannedSample, ...]]:
+    """Packs for whole steps, and what is carried on; with `leave_nothing` nothing is, and empty packs fill up."""
+    tokens = np.array([sample.extent.num_tokens for sample in samples], dtype=np.int64)
+    costs = np.array([sample.extent.cost for sample in samples], dtype=np.int64)
+    if leave_nothing:
+        places = pack_everything(tokens, costs, pack_tokens=pack_tokens)
+    else:
+        num_packs = int(tokens.sum()) // pack_tokens // packs_per_step * packs_per_step
+        places = fill_packs(tokens, costs, pack_tokens=pack_tokens, num_packs=num_packs, num_carried=num_carried)
+    packs: dict[int, list[PlannedSample]] = {}
+    carried = []
+    for sample, place in zip(samples, places.tolist(), strict=True):
+        if place == LEFT_OVER:
+            carried.append(sample)
+        else:
+            packs.setdefault(place, []).append(sample)
+    # Packs stand in the order of their longest sample among those given: unbiased where rows are shuffled.
+    longest_of: dict[int, int] = {}
+    for item in np.lexsort((np.arange(len(tokens)), -tokens)).tolist():
+        longest_of.setdefault(int(places[item]), item)
+    ordered = [packs[place] for place in sorted(packs, key=lambda place: longest_of[place])]
+    ordered += [[] for _ in range(-len(ordered) % packs_per_step)]
+    return ordered, tuple(carried)
+
+
+def plan_steps(
+    packs: Sequence[Sequence[PlannedSample]],
+    *,
+    packs_per_step: int,
+    first_step: int,
+    rows_before: int,
+    bad_rows: tuple[BadSample, ...],
+    loss: str,
+) -> tuple[StepPlan, ...]:
+    """Packs numbered as steps, the loss mode expressed as weights; the first step reports the bad rows."""
+    steps: list[StepPlan] = []
+    for start in range(0, len(packs), packs_per_step):
+        chosen = packs[start : start + packs_per_step]
+        step = first_step + len(steps)
+        rows_before += sum(len(pack) for pack in chosen)
+        plans = (
+            PackPlan(index=step * packs_per_step + offset, samples=_weigh(pack, loss))
+            for offset, pack in enumerate(chosen)
+        )
+        reported = () if steps else bad_rows
+        steps.append(StepPlan(step=step, packs=tuple(plans), rows_planned=rows_before, bad_rows=reported))
+    return tuple(steps)
+
+
+def _weigh(samples: Sequence[PlannedSample], loss: str) -> tuple[PlannedSample, ...]:
+    """Express the loss mode as a scale of each sample's weights."""
+    in_pack = sum(sample.extent.num_loss_tokens for sample in samples)
+
+    def scale(valid: int) -> float:
+        return {"token": 1.0, "sample": 1.0 / valid, "sqrt": float(valid**-0.5), "batch": 1.0 / in_pack}[loss]
+
+    return tuple(replace(sample, weight_scale=scale(sample.extent.num_loss_tokens)) for sample in samples)
+
+
+# ---------------------------------------------------------------------------------------- arithmetic of places
 
 
 def _close_gaps(packs: np.ndarray, tokens: np.ndarray, pack_tokens: int, num_packs: int, num_carried: int) -> None:

@@ -4,43 +4,30 @@ A function of the data, the seed and the options alone: ranks measure a window's
 then compute the same plan from the same numbers, which they check by a hash. Knows no tensors, no media and no
 processes; `measure` and `exchange` are handed in. Next in the flow is the loader, which turns `PackPlan`s into tensors.
 
-Rows are read in windows (`PlanOptions.window` rows; the first three of a run have an eighth, a quarter and half of
-that, so that training starts at once). A window yields whole steps; rows that found no place are carried into the next
-one. An epoch ends by packing everything, its last step filled up with empty packs.
+A window of rows yields whole steps; rows that found no place are carried into the next one. An epoch ends by packing
+everything, its last step filled up with empty packs.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from omniloom.config import Config
-from omniloom.data.agreement import STOPPED, Exchange, RanksStopped, gather
-from omniloom.data.packing import LEFT_OVER, fill_packs, pack_everything
-from omniloom.data.plan_json import (
-    bad_from_json,
-    bad_to_json,
-    sample_from_json,
-    sample_to_json,
-    step_from_json,
-    step_to_json,
-)
+from omniloom.data.agreement import PlanningRanks
+from omniloom.data.dataclass_json import from_json, to_json
+from omniloom.data.packing import pack_window, plan_steps
+from omniloom.data.row_order import PlanOptions, PlanPosition, RowOrder
 from omniloom.types import BadSample, Extent, PackPlan, PlannedSample, StepPlan
 
 Measure = Callable[[list[int]], list[Extent | BadSample]]
 
-_FIRST_WINDOWS = (8, 4, 2)  # divisors of the window size for the first windows of a run
-_LEAST_WINDOW = 64  # rows, unless the window itself is smaller: fewer say nothing about the share of bad ones
 _FREE_OPTIONS = ("steps", "epochs", "max_bad_fraction")  # may change between a checkpoint and its resumption
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class PlanError(ValueError):
@@ -49,20 +36,6 @@ class PlanError(ValueError):
     def __init__(self, message: str, bad_rows: tuple[BadSample, ...] = ()) -> None:
         super().__init__(message)
         self.bad_rows = bad_rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    pack_tokens: int
-    packs_per_step: int
-    window: int = 2048  # rows
-    seed: int = 0
-    shuffle: bool = True
-    loss: Literal["token", "sample", "sqrt", "batch"] = "token"
-    overlong: Literal["drop", "shrink", "error"] = "drop"  # "shrink" is done by `measure`; what stays too long drops
-    max_bad_fraction: float = 0.05
-    steps: int | None = None
-    epochs: float | None = None  # one epoch where `steps` is not set either
 
 
 def plan_options(config: Config) -> PlanOptions:
@@ -81,20 +54,6 @@ def plan_options(config: Config) -> PlanOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanPosition:
-    """Where planning stands between two windows."""
-
-    epoch: int = 0
-    cursor: int = 0  # rows of this epoch already read
-    window: int = 0  # windows read since the start of the run
-    step: int = 0  # number of the next step
-    rows_planned: int = 0
-    bad_in_epoch: int = 0
-    carried: tuple[PlannedSample, ...] = ()
-    unreported: tuple[BadSample, ...] = ()  # found in windows that yielded no step to report them
-
-
-@dataclass(frozen=True, kw_only=True)
 class PlannerState:
     """Everything that decides what comes next: cheap to keep per step, turned into JSON only for a checkpoint."""
 
@@ -103,15 +62,7 @@ class PlannerState:
     fixed: dict[str, Any] = field(repr=False)  # the options that must not change
 
     def to_json(self) -> dict[str, Any]:
-        position = {name: getattr(self.position, name) for name in PlanPosition.__dataclass_fields__}
-        position["carried"] = [sample_to_json(sample) for sample in self.position.carried]
-        position["unreported"] = [bad_to_json(bad) for bad in self.position.unreported]
-        return {
-            "version": _STATE_VERSION,
-            "fixed": self.fixed,
-            "position": position,
-            "steps": [step_to_json(step) for step in self.steps],
-        }
+        return {"version": _STATE_VERSION, **to_json(self)}
 
 
 class Planner:
@@ -122,54 +73,46 @@ class Planner:
     config, those at their defaults left out) whether they still become the same samples. All ranks must call
     `next_step` equally often: with `world_size > 1` each window costs two calls of `exchange`, made on a thread of the
     planner's own, one window ahead of need.
+
+    Which rows come when is `row_order`'s, which samples share a pack `packing`'s, what ranks tell each other
+    `agreement`'s: this class joins them, holds the state, and runs ahead.
     """
 
     def __init__(
         self,
         *,
-        num_rows: int,
+        rows_per_source: Sequence[int],
         options: PlanOptions,
         measure: Measure,
         locate: Callable[[int], tuple[str, int]],
-        exchange: Exchange | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        ranks: PlanningRanks | None = None,
         data_fingerprint: str = "",
         row_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if num_rows < 1:
-            raise ValueError("data.train: expected at least one row, got none; name a file that has samples")
-        assert exchange is not None or world_size == 1, "several ranks need an exchange"
         self.options = options
-        self.num_rows = num_rows
+        self.order = RowOrder(rows_per_source, options)
         self.data_fingerprint = data_fingerprint
         self.row_options = dict(row_options or {})
-        self.total_rows = None if options.steps is not None else round((options.epochs or 1.0) * num_rows)
-        if self.total_rows == 0:
-            raise ValueError(f"train.epochs: {options.epochs:g} epochs of {num_rows} rows are not one row; raise it")
         self._measure = measure
         self._locate = locate
-        self._exchange = exchange or (lambda value: [value])
-        self._rank = rank
-        self._world_size = world_size
+        self._ranks = ranks or PlanningRanks()
         self._position = PlanPosition()
         self._steps: tuple[StepPlan, ...] = ()
-        self._ahead: Future | None = None
+        self._ahead: Future[tuple[tuple[StepPlan, ...], PlanPosition]] | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._order: tuple[int, np.ndarray] | None = None  # an epoch and the order of its rows
 
     # ------------------------------------------------------------------------------------ steps and state
 
     def next_step(self) -> StepPlan | None:
         """The next step, or None at the end of the run. Raises: PlanError, ValueError, the same on every rank."""
-        if not self._steps and not self._at_end(self._position):
+        if not self._steps and not self.order.at_end(self._position):
             planned = self._ahead.result() if self._ahead is not None else self._plan_steps(self._position)
             self._ahead = None
             self._steps, self._position = planned
-        if self._ahead is None and not self._at_end(self._position):
+        if self._ahead is None and not self.order.at_end(self._position):
             self._plan_ahead(self._position)
-        if not self._steps or self._steps[0].step >= (self.options.steps or np.inf):
+        if not self._has_step:
             return None
         step, self._steps = self._steps[0], self._steps[1:]
         return step
@@ -177,7 +120,9 @@ class Planner:
     @property
     def is_ready(self) -> bool:
         """Whether `next_step` would return at once, instead of waiting for a window."""
-        return bool(self._steps) or (self._ahead is not None and self._ahead.done()) or self._at_end(self._position)
+        return (
+            bool(self._steps) or (self._ahead is not None and self._ahead.done()) or self.order.at_end(self._position)
+        )
 
     @property
     def state(self) -> PlannerState:
@@ -200,17 +145,17 @@ class Planner:
                 + "; ".join(changed)
                 + ". Resume with the old values, or start anew in another train.run_dir or with --overwrite"
             )
-        position = dict(record["position"])
-        position["carried"] = tuple(sample_from_json(sample) for sample in position["carried"])
-        position["unreported"] = tuple(bad_from_json(bad) for bad in position["unreported"])
-        self._position = PlanPosition(**position)
-        self._steps = tuple(step_from_json(step) for step in record["steps"])
+        self._position = from_json(PlanPosition, record["position"])
+        self._steps = tuple(from_json(StepPlan, step) for step in record["steps"])
 
     @property
     def is_over(self) -> bool:
         """Whether the run's last step has been given out."""
-        has_step = bool(self._steps) and self._steps[0].step < (self.options.steps or np.inf)
-        return not has_step and self._at_end(self._position)
+        return not self._has_step and self.order.at_end(self._position)
+
+    @property
+    def _has_step(self) -> bool:
+        return bool(self._steps) and (self.options.steps is None or self._steps[0].step < self.options.steps)
 
     @property
     def unreported_bad_rows(self) -> tuple[BadSample, ...]:
@@ -221,8 +166,8 @@ class Planner:
         """Share of the run that is done after `step`, from 0 to 1."""
         if self.options.steps is not None:
             return min(1.0, (step.step + 1) / self.options.steps)
-        assert self.total_rows is not None
-        return step.rows_planned / self.total_rows
+        assert self.order.total_rows is not None
+        return step.rows_planned / self.order.total_rows
 
     def close(self, *, timeout_seconds: float = 30.0, failed: bool = False) -> None:
         """End the planning that runs ahead. All ranks call it, and none is left in an exchange that others left out.
@@ -233,42 +178,25 @@ class Planner:
         if self._thread is not None:
             self._thread.join(timeout_seconds)
         broken = self._ahead is not None and self._ahead.done() and self._ahead.exception() is not None
-        if failed or broken or self._closed or self._world_size == 1:
+        if failed or broken or self._closed or self._ranks.world_size == 1:
             return
         self._closed = True
         # Another rank may be one window ahead of this one and wait in its exchange: this call is the answer.
-        farewell = threading.Thread(target=self._say_stopped, name="omniloom-planner-end", daemon=True)
+        farewell = threading.Thread(target=self._ranks.say_stopped, name="omniloom-planner-end", daemon=True)
         farewell.start()
         farewell.join(max(0.0, deadline - time.monotonic()))
-
-    def _say_stopped(self) -> None:
-        try:
-            gather(self._exchange, None, failure=STOPPED)
-        except RuntimeError:  # RanksStopped from all who stopped, or a rank that is gone: this is the end either way
-            return
 
     def _fixed_options(self) -> dict[str, Any]:
         fixed = {name: value for name, value in asdict(self.options).items() if name not in _FREE_OPTIONS}
         return {
-            "num_rows": self.num_rows,
+            "rows_per_source": list(self.order.rows_per_source),
             "data_fingerprint": self.data_fingerprint,
             **fixed,
             "row_options": self.row_options,
         }
 
-    def _at_end(self, position: PlanPosition) -> bool:
-        if self.options.steps is not None:
-            return position.step >= self.options.steps
-        return position.cursor >= self._epoch_rows(position.epoch)
-
-    def _epoch_rows(self, epoch: int) -> int:
-        """Rows that this epoch covers: all of them, or a part in the last of a fractional number of epochs."""
-        if self.total_rows is None:
-            return self.num_rows
-        return max(0, min(self.num_rows, self.total_rows - epoch * self.num_rows))
-
     def _plan_ahead(self, position: PlanPosition) -> None:
-        future: Future = Future()
+        future: Future[tuple[tuple[StepPlan, ...], PlanPosition]] = Future()
 
         def plan() -> None:
             try:
@@ -285,31 +213,43 @@ class Planner:
 
     def _plan_steps(self, position: PlanPosition) -> tuple[tuple[StepPlan, ...], PlanPosition]:
         """Read windows until they yield steps, or the run ends."""
-        while not self._at_end(position):
+        while not self.order.at_end(position):
             steps, position = self._plan_window(position)
             if steps:
                 return steps, position
         return (), position
 
     def _plan_window(self, position: PlanPosition) -> tuple[tuple[StepPlan, ...], PlanPosition]:
-        rows = self._window_rows(position)
-        cursor = position.cursor + len(rows)
+        rows, cursors = self.order.next_window(position)
+        num_read = sum(cursors)
         samples, bad = self._measure_window(rows, position)
         bad_in_epoch = position.bad_in_epoch + len(bad)
-        self._judge(bad, bad_in_epoch, len(rows), cursor, position.window)
-        ends_epoch = cursor == self._epoch_rows(position.epoch)
+        self._judge(bad, bad_in_epoch, len(rows), num_read, position.window)
+        ends_epoch = num_read == self.order.epoch_rows(position.epoch)
         # A part of an epoch that ends the run stays open: a resumption with more epochs goes on in its middle.
-        closes_epoch = cursor == self.num_rows
-        if ends_epoch and bad_in_epoch == cursor:
-            raise PlanError(_describe_bad(bad, f"none of the {cursor} rows of an epoch can be used"), bad)
+        closes_epoch = num_read == self.order.num_rows
+        if ends_epoch and bad_in_epoch == num_read:
+            raise PlanError(_describe_bad(bad, f"none of the {num_read} rows of an epoch can be used"), bad)
         bad = tuple(BadSample(**{name: getattr(row, name) for name in BadSample.__dataclass_fields__}) for row in bad)
-        packs, carried = self._pack([*position.carried, *samples], len(position.carried), ends_epoch)
-        steps = self._make_steps(packs, position, bad)
-        self._compare(steps, carried)
-        after = replace(
-            position,
+        packs, carried = pack_window(
+            [*position.carried, *samples],
+            num_carried=len(position.carried),
+            pack_tokens=self.options.pack_tokens,
+            packs_per_step=self.options.packs_per_step,
+            leave_nothing=ends_epoch,
+        )
+        steps = plan_steps(
+            packs,
+            packs_per_step=self.options.packs_per_step,
+            first_step=position.step,
+            rows_before=position.rows_planned + len(bad),
+            bad_rows=position.unreported + bad,
+            loss=self.options.loss,
+        )
+        self._ranks.compare(lambda: [self._fixed_options(), to_json(steps), to_json(carried)])
+        after = PlanPosition(
             epoch=position.epoch + closes_epoch,
-            cursor=0 if closes_epoch else cursor,
+            cursors=() if closes_epoch else cursors,
             window=position.window + 1,
             step=position.step + len(steps),
             rows_planned=position.rows_planned + len(bad) + sum(len(pack) for pack in packs),
@@ -319,36 +259,15 @@ class Planner:
         )
         return steps, after
 
-    def _window_rows(self, position: PlanPosition) -> list[int]:
-        size = self.options.window
-        if position.window < len(_FIRST_WINDOWS):
-            size = max(size // _FIRST_WINDOWS[position.window], min(size, _LEAST_WINDOW))
-        stop = min(position.cursor + size, self._epoch_rows(position.epoch))
-        if not self.options.shuffle:
-            return list(range(position.cursor, stop))
-        if self._order is None or self._order[0] != position.epoch:
-            self._order = (position.epoch, shuffled_rows(self.num_rows, self.options.seed, position.epoch))
-        return self._order[1][position.cursor : stop].tolist()
-
     def _measure_window(
         self, rows: list[int], position: PlanPosition
     ) -> tuple[list[PlannedSample], tuple[BadSample, ...]]:
         """All ranks' measures, in row order: what can be placed, and what cannot."""
-        share = rows[self._rank :: self._world_size]
-        own, fault = [], None
-        try:
-            own = [self._fit(row, extent) for row, extent in zip(share, self._measure(share), strict=True)]
-        except (ValueError, OSError, RuntimeError) as error:
-            fault = error
-        failure = None if fault is None else f"could not measure its share of a window: {fault}"
-        try:
-            gathered = gather(self._exchange, own, failure=failure)
-        except RanksStopped as stopped:
-            raise fault or stopped from None
-        measured: list[Any] = [None] * len(rows)
-        for rank, part in enumerate(gathered):
-            measured[rank :: self._world_size] = part
-        samples, bad = [], []
+        measured = self._ranks.measure(
+            rows, lambda share: [self._fit(*pair) for pair in zip(share, self._measure(share), strict=True)]
+        )
+        samples: list[PlannedSample] = []
+        bad: list[BadSample] = []
         for row, extent in zip(rows, measured, strict=True):
             if isinstance(extent, BadSample):
                 bad.append(replace(extent, epoch=position.epoch, row=row))
@@ -402,76 +321,6 @@ class Planner:
             share = f"{num_bad} of {num_rows} rows are bad, more than data.max_bad_fraction="
             raise PlanError(_describe_bad(bad, share + f"{self.options.max_bad_fraction:g} allows"), bad)
 
-    def _pack(
-        self, pool: list[PlannedSample], num_carried: int, ends_epoch: bool
-    ) -> tuple[list[list[PlannedSample]], tuple[PlannedSample, ...]]:
-        """Packs for whole steps, and what is carried on; at the end of an epoch nothing is."""
-        tokens = np.array([sample.extent.num_tokens for sample in pool], dtype=np.int64)
-        costs = np.array([sample.extent.cost for sample in pool], dtype=np.int64)
-        size, per_step = self.options.pack_tokens, self.options.packs_per_step
-        if ends_epoch:
-            places = pack_everything(tokens, costs, pack_tokens=size)
-        else:
-            num_packs = int(tokens.sum()) // size // per_step * per_step
-            places = fill_packs(tokens, costs, pack_tokens=size, num_packs=num_packs, num_carried=num_carried)
-        packs: dict[int, list[PlannedSample]] = {}
-        carried = []
-        # Packs stand in the order of their longest sample in the pool: unbiased where rows are shuffled.
-        longest_first = np.lexsort((np.arange(len(pool)), -tokens)) if len(pool) else []
-        rank_of_pack: dict[int, int] = {}
-        for item in longest_first:
-            rank_of_pack.setdefault(int(places[item]), int(item))
-        for sample, place in zip(pool, places.tolist(), strict=True):
-            if place == LEFT_OVER:
-                carried.append(sample)
-            else:
-                packs.setdefault(place, []).append(sample)
-        ordered = [packs[place] for place in sorted(packs, key=lambda place: rank_of_pack[place])]
-        ordered += [[] for _ in range(-len(ordered) % per_step)]
-        return ordered, tuple(carried)
-
-    def _make_steps(
-        self, packs: list[list[PlannedSample]], position: PlanPosition, bad: tuple[BadSample, ...]
-    ) -> tuple[StepPlan, ...]:
-        per_step = self.options.packs_per_step
-        rows_planned = position.rows_planned + len(bad)
-        steps = []
-        for start in range(0, len(packs), per_step):
-            step = position.step + len(steps)
-            chosen = packs[start : start + per_step]
-            rows_planned += sum(len(pack) for pack in chosen)
-            steps.append(
-                StepPlan(
-                    step=step,
-                    packs=tuple(
-                        PackPlan(index=step * per_step + offset, samples=_weigh(samples, self.options.loss))
-                        for offset, samples in enumerate(chosen)
-                    ),
-                    rows_planned=rows_planned,
-                    bad_rows=position.unreported + bad if start == 0 else (),
-                )
-            )
-        return tuple(steps)
-
-    def _compare(self, steps: tuple[StepPlan, ...], carried: tuple[PlannedSample, ...]) -> None:
-        """Raises: PlanError unless every rank made the same plan."""
-        if self._world_size == 1:
-            return
-        record = [
-            self._fixed_options(),
-            [step_to_json(step) for step in steps],
-            [sample_to_json(sample) for sample in carried],
-        ]
-        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-        digests = gather(self._exchange, digest)
-        if len(set(digests)) > 1:
-            groups = {text: [rank for rank, other in enumerate(digests) if other == text] for text in set(digests)}
-            raise PlanError(
-                "ranks planned different packs from the same rows: "
-                + "; ".join(f"ranks {ranks} have {text[:12]}" for text, ranks in sorted(groups.items()))
-                + ". Check that all machines have the same config and the same version of every package"
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Overlong(BadSample):
@@ -479,15 +328,6 @@ class _Overlong(BadSample):
 
 
 # ---------------------------------------------------------------------------------------- around the planner
-
-
-def shuffled_rows(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch's rows, int64 [num_rows].
-
-    From raw PCG64 output, whose stream numpy keeps across versions; `Generator.permutation` has no such promise.
-    """
-    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
-    return np.argsort(keys, kind="stable")
 
 
 def check_pack_counts(packs_per_step: int, data_world: int) -> str | None:
@@ -522,9 +362,7 @@ def plan_all(
     pack_tokens: int,
     measure: Measure,
     locate: Callable[[int], tuple[str, int]],
-    exchange: Exchange | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: PlanningRanks | None = None,
     window: int = 2048,
 ) -> tuple[list[PackPlan], tuple[BadSample, ...]]:
     """Packs that hold every usable row exactly once, in a fixed order, and the rows that are not usable.
@@ -534,32 +372,13 @@ def plan_all(
     options = PlanOptions(
         pack_tokens=pack_tokens, packs_per_step=1, window=window, shuffle=False, max_bad_fraction=1.0, epochs=1.0
     )
-    planner = Planner(
-        num_rows=num_rows,
-        options=options,
-        measure=measure,
-        locate=locate,
-        exchange=exchange,
-        rank=rank,
-        world_size=world_size,
-    )
+    planner = Planner(rows_per_source=(num_rows,), options=options, measure=measure, locate=locate, ranks=ranks)
     packs: list[PackPlan] = []
     bad: list[BadSample] = []
     while (step := planner.next_step()) is not None:
         packs += step.packs
         bad += step.bad_rows
     return packs, (*bad, *planner.unreported_bad_rows)
-
-
-def _weigh(samples: list[PlannedSample], loss: str) -> tuple[PlannedSample, ...]:
-    """Express the loss mode as a scale of each sample's weights."""
-    in_pack = sum(sample.extent.num_loss_tokens for sample in samples)
-
-    def scale(sample: PlannedSample) -> float:
-        valid = sample.extent.num_loss_tokens
-        return {"token": 1.0, "sample": 1.0 / valid, "sqrt": valid**-0.5, "batch": 1.0 / in_pack}[loss]
-
-    return tuple(replace(sample, weight_scale=scale(sample)) for sample in samples)
 
 
 def _changes(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from omniloom.data.agreement import StepAgreement, agree
+from omniloom.data.agreement import PlanningRanks, StepAgreement, agree
 from omniloom.data.loader import Loader
 from omniloom.data.packing import pack_everything
 from omniloom.data.planner import PlanError, plan_all
@@ -120,9 +120,9 @@ class Evaluation:
                 pack_tokens=pack_tokens,
                 measure=self.loader.measure,
                 locate=rows.locate,
-                exchange=self.layout.exchange,
-                rank=self.layout.rank,
-                world_size=self.layout.world_size,
+                ranks=PlanningRanks(
+                    exchange=self.layout.exchange, rank=self.layout.rank, world_size=self.layout.world_size
+                ),
             )
         except PlanError as error:
             self._list_bad(error.bad_rows)

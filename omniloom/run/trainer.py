@@ -19,6 +19,7 @@ from torch import Tensor
 from omniloom.checkpoint.hf import gather_full
 from omniloom.checkpoint.run_lock import hold_run_lock
 from omniloom.config import Config, ConfigError
+from omniloom.data.agreement import PlanningRanks
 from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner, plan_options
 from omniloom.data.stream import BadSampleFile, LoadedStep, StepStream
@@ -349,7 +350,7 @@ class Trainer:
             steps=train.steps,
             warmup_steps=train.warmup_steps,
             rows_before=plan.rows_planned - sum(len(pack.samples) for pack in plan.packs),
-            total_rows=self.planner.total_rows or 1,
+            total_rows=self.planner.order.total_rows or 1,
         )
         factor = schedule_factor(
             train.schedule,
@@ -382,15 +383,17 @@ class Trainer:
         recipe = open_rows(workshop, rows)
         loader = Loader(recipe, workers=config.data.workers)
         planner = Planner(
-            num_rows=len(rows),
+            rows_per_source=(len(rows),),
             options=plan_options(config),
             measure=loader.measure,
             locate=rows.locate,
             data_fingerprint=rows.fingerprint,
             row_options=planned_options(workshop),
-            exchange=lambda value: layout.exchange(value, "planning"),
-            rank=layout.rank,
-            world_size=layout.world_size,
+            ranks=PlanningRanks(
+                exchange=lambda value: layout.exchange(value, "planning"),
+                rank=layout.rank,
+                world_size=layout.world_size,
+            ),
         )
         return planner, loader
 

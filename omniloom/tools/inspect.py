@@ -75,7 +75,7 @@ def show_plan(words: list[str], num_steps: int) -> None:
     config, workshop, source = _open(words)
     with _loader(config, workshop, source) as loader:
         planner = Planner(
-            num_rows=len(source),
+            rows_per_source=(len(source),),
             options=plan_options(config),
             measure=loader.measure,
             locate=source.locate,

@@ -41,7 +41,9 @@ def load_all(checkpoint: Path, files: list[Path], run_dir: Path, *words: str) ->
     source = open_sources(config.data.train)
     recipe = open_rows(open_workshop(config), source)
     loader = Loader(recipe, workers=config.data.workers)
-    planner = Planner(num_rows=len(source), options=plan_options(config), measure=loader.measure, locate=source.locate)
+    planner = Planner(
+        rows_per_source=(len(source),), options=plan_options(config), measure=loader.measure, locate=source.locate
+    )
     with StepStream(planner, loader) as stream:
         return list(stream)
 

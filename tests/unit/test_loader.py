@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from omniloom.data.agreement import RanksStopped, agree
+from omniloom.data.agreement import PlanningRanks, RanksStopped, agree
 from omniloom.data.extent_cache import ExtentCache, extent_key, fingerprint_of
 from omniloom.data.loader import Loader
-from omniloom.data.planner import PlanError, Planner, PlanOptions
+from omniloom.data.planner import PlanError, Planner
+from omniloom.data.row_order import PlanOptions
 from omniloom.data.rows import RowFault, RowReader
 from omniloom.data.stream import BadSampleFile, StepStream
 from omniloom.data.worker import receive_result, send_result
@@ -169,7 +170,7 @@ def sample(row: int, rows: RowReader | None = None) -> PlannedSample:
 def make_stream(loader: Loader, *, state=None, bad_samples=None, **changes) -> StepStream:
     options = {"pack_tokens": PACK_TOKENS, "packs_per_step": 4, "window": 64, "max_bad_fraction": 0.5, **changes}
     planner = Planner(
-        num_rows=NUM_ROWS, options=PlanOptions(**options), measure=loader.measure, locate=Numbers().locate
+        rows_per_source=(NUM_ROWS,), options=PlanOptions(**options), measure=loader.measure, locate=Numbers().locate
     )
     if state is not None:
         planner.load_state_dict(state)
@@ -544,13 +545,11 @@ def run_ranks(
         loader = Loader(partial(open_rows, **behaviour), workers=0)
         options = {"pack_tokens": PACK_TOKENS, "window": 64, "max_bad_fraction": 0.5, "epochs": 1.0, **changes}
         planner = Planner(
-            num_rows=NUM_ROWS,
+            rows_per_source=(NUM_ROWS,),
             options=PlanOptions(packs_per_step=packs_per_step, **options),
             measure=loader.measure,
             locate=Numbers().locate,
-            exchange=meeting.exchange("plan", rank),
-            rank=rank,
-            world_size=world_size,
+            ranks=PlanningRanks(exchange=meeting.exchange("plan", rank), rank=rank, world_size=world_size),
         )
         stream = StepStream(
             planner,

@@ -1,21 +1,21 @@
 import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.data.agreement import RanksStopped
+from omniloom.data.agreement import PlanningRanks, RanksStopped
 from omniloom.data.planner import (
     PlanError,
     Planner,
-    PlanOptions,
     assign_packs,
     check_pack_counts,
     plan_all,
-    shuffled_rows,
 )
+from omniloom.data.row_order import PlanOptions, PlanPosition, RowOrder, shuffled_rows
 from omniloom.types import BadSample, ClipGeometry, Extent
 
 
@@ -44,7 +44,7 @@ def options(**changes) -> PlanOptions:
 
 
 def make(num_rows=400, measure=measure_all, **changes) -> Planner:
-    return Planner(num_rows=num_rows, options=options(**changes), measure=measure, locate=locate)
+    return Planner(rows_per_source=(num_rows,), options=options(**changes), measure=measure, locate=locate)
 
 
 def drain(planner: Planner, limit: int = 10_000) -> list:
@@ -82,13 +82,11 @@ def plan_on_ranks(world_size: int, measures, **changes) -> list:
 
     def run(rank: int) -> None:
         planner = Planner(
-            num_rows=400,
+            rows_per_source=(400,),
             options=options(**changes),
             measure=measures[rank],
             locate=locate,
-            exchange=meeting.exchange(rank),
-            rank=rank,
-            world_size=world_size,
+            ranks=PlanningRanks(exchange=meeting.exchange(rank), rank=rank, world_size=world_size),
         )
         try:
             results[rank] = drain(planner)
@@ -141,15 +139,13 @@ def test_ranks_that_measure_differently_by_chance_of_environment_fail_loudly():
 
     def run(rank):
         planner = Planner(
-            num_rows=400,
+            rows_per_source=(400,),
             options=options(),
             measure=measure_all,
             locate=locate,
-            exchange=exchanges[rank],
-            rank=rank,
-            world_size=2,
+            ranks=PlanningRanks(exchange=exchanges[rank], rank=rank, world_size=2),
         )
-        with pytest.raises(PlanError, match="ranks planned different packs") as caught:
+        with pytest.raises(ValueError, match="ranks planned different packs") as caught:
             drain(planner)
         errors.append(caught)
 
@@ -212,6 +208,25 @@ def test_lowered_epochs_end_the_run():
     assert len(rows_of(drain(second))) < 200
 
 
+def test_each_source_has_an_order_and_a_cursor_of_its_own():
+    """What a source gives next depends neither on the other sources nor on how far they are."""
+    alone = [row for _, row in rows_of(drain(make(300, epochs=2.0, shuffle=True)))]
+    planner = Planner(rows_per_source=(300, 100), options=options(epochs=2.0), measure=measure_all, locate=locate)
+    mixed = rows_of(drain(planner))
+    assert sorted(mixed) == [(epoch, row) for epoch in range(2) for row in range(400)]
+    order, after = RowOrder((300, 100), options(window=128)), PlanPosition(window=5)
+    windows = []
+    for _ in range(4):
+        rows, cursors = order.next_window(after)
+        after = replace(after, cursors=cursors)
+        windows.append(rows)
+        assert sum(cursors) == sum(map(len, windows))
+        assert abs(cursors[0] / sum(cursors) - 0.75) < 0.12  # each window has its share of both
+    taken = [row for window in windows for row in window if row < 300]
+    assert taken == RowOrder((300,), options(window=300)).next_window(PlanPosition(window=5))[0]
+    assert sorted(alone[:300]) == sorted(taken)
+
+
 def test_epochs_are_shuffled_by_seed_and_epoch():
     orders = {(seed, epoch): tuple(shuffled_rows(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
     assert len(set(orders.values())) == 4
@@ -250,7 +265,7 @@ def test_resume_with_options_that_change_the_plan_is_refused_and_with_more_steps
     state = planner.state_dict()
     with pytest.raises(ValueError, match=r"pack_tokens was 1024, is 2048.*--overwrite"):
         make(epochs=None, steps=3, pack_tokens=2048).load_state_dict(state)
-    with pytest.raises(ValueError, match="num_rows was 400, is 300"):
+    with pytest.raises(ValueError, match=r"rows_per_source was \[400\], is \[300\]"):
         make(num_rows=300, epochs=None, steps=3).load_state_dict(state)
     longer = make(epochs=None, steps=9)
     longer.load_state_dict(state)
@@ -260,7 +275,7 @@ def test_resume_with_options_that_change_the_plan_is_refused_and_with_more_steps
 def test_resume_names_the_options_that_changed_what_rows_become():
     def run(fingerprint="rows", **row_options) -> Planner:
         return Planner(
-            num_rows=400,
+            rows_per_source=(400,),
             options=options(),
             measure=measure_all,
             locate=locate,
@@ -383,7 +398,6 @@ def test_too_many_bad_rows_stop_the_run_with_count_reason_and_file():
     with pytest.raises(PlanError, match=r"of 64 rows are bad, more than data.max_bad_fraction=0.05") as caught:
         make(measure=measure, shuffle=False).next_step()
     assert "audios[0]: not audio" in str(caught.value)
-    assert "bad_samples.jsonl" in str(caught.value)
     assert len(caught.value.bad_rows) == 7
 
 
