@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 
 from omniloom.exit_codes import HUNG
+from omniloom.parallel.mesh import Ranks
 
 ANSWER_SECONDS = 5.0  # that the store is given to answer before the report is written without it
 
@@ -58,24 +59,21 @@ def describe_stall(
 
 
 def _verdict(beats: list[Heartbeat | None], mute: Collection[int]) -> str:
-    known = [(beat.step, beat.since, rank) for rank, beat in enumerate(beats) if beat is not None]
+    known = {rank: beat for rank, beat in enumerate(beats) if beat is not None}
     silent = [rank for rank, beat in enumerate(beats) if beat is None]
-    lowest = min((step for step, _, _ in known), default=0)
-    phases = {beats[rank].phase for _, _, rank in known}
-    behind = [rank for step, _, rank in known if step == lowest]
+    lowest = min((beat.step for beat in known.values()), default=0)
+    behind = [rank for rank, beat in known.items() if beat.step == lowest]
     if mute:
-        where = [
-            f"rank {r} at step {beats[r].step} in {beats[r].phase!r}" for r in sorted(mute) if beats[r] is not None
-        ]
+        where = [f"rank {r} at step {known[r].step} in {known[r].phase!r}" for r in sorted(mute) if r in known]
         return f"{' and '.join(where)} does not answer; its process is stopped or its machine is gone"
     if silent:
         return f"rank {', '.join(map(str, silent))} never reported"
     if len(behind) < len(known):
         return f"rank {', '.join(map(str, behind))} is behind, at step {lowest}"
-    if len(phases) > 1:
-        oldest = min(known)[2]
-        return f"all are at step {lowest}; rank {oldest} has been in {beats[oldest].phase!r} longest"
-    return f"all are at step {lowest} in {phases.pop()!r}"
+    oldest = min(known, key=lambda rank: (known[rank].since, rank))
+    if len({beat.phase for beat in known.values()}) > 1:
+        return f"all are at step {lowest}; rank {oldest} has been in {known[oldest].phase!r} longest"
+    return f"all are at step {lowest} in {known[oldest].phase!r}"
 
 
 class Watchdog:
@@ -87,20 +85,18 @@ class Watchdog:
 
     def __init__(
         self,
+        ranks: Ranks,
         *,
-        rank: int,
-        world_size: int,
-        store: dist.Store,
         timeout_seconds: float,
         end: Callable[[str], None] | None = None,
     ) -> None:
-        self.rank, self.world_size, self.timeout_seconds = rank, world_size, timeout_seconds
+        self.rank, self.world_size, self.timeout_seconds = ranks.rank, ranks.world_size, timeout_seconds
         # a socket of its own: a waiting main thread holds its
-        self._store = dist.PrefixStore("watchdog", store.clone())
+        self._store = dist.PrefixStore("watchdog", ranks.store.clone())
         self._beat = Heartbeat(step=0, phase="starting", since=time.time())
-        self._known: list[Heartbeat | None] = [None] * world_size  # as last read, all ranks
+        self._known: list[Heartbeat | None] = [None] * self.world_size  # as last read, all ranks
         self._answered = time.monotonic()  # when the store last did
-        self._changed = [self._answered] * world_size  # when each rank's count was last seen to move
+        self._changed = [self._answered] * self.world_size  # when each rank's count was last seen to move
         self._stopped = threading.Event()
         self._end = _print_and_exit if end is None else end
         self._interval_seconds = min(max(timeout_seconds / 10, 0.05), 10.0)

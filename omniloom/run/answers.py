@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from omniloom.parallel.mesh import Layout
 from omniloom.parallel.step import best_tokens, prepare
 from omniloom.types import PackedBatch, Segments
 
-Exchange = Callable[[object], list]
+Exchange = Callable[[object], list[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

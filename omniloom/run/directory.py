@@ -199,14 +199,13 @@ def _asks_for_more(changes: list[Change], config: Config, step: int) -> bool:
 
 def _check_overwrite(run_dir: Path, config: Config) -> None:
     resume = config.checkpoint.resume
-    read = {"model.path": (config.model.path,), "model.adapter": (config.model.adapter,)}
-    read |= {"data.train": config.data.train, "data.eval": config.data.eval}
-    read["checkpoint.resume"] = (resume if resume not in ("auto", "none") else None,)
+    read = [("model.path", config.model.path), ("model.adapter", config.model.adapter)]
+    read += [("data.train", path) for path in config.data.train] + [("data.eval", path) for path in config.data.eval]
+    read += [("checkpoint.resume", resume)] if resume not in ("auto", "none") else []
     doomed = list(_own_files(run_dir))
-    for key, paths in read.items():
-        for path in paths:
-            if path and any(_lies_in(Path(path), own) for own in doomed):
-                raise ValueError(f"--overwrite would remove {path}, from which {key} reads; set another train.run_dir")
+    for key, path in read:
+        if path and any(_lies_in(Path(path), own) for own in doomed):
+            raise ValueError(f"--overwrite would remove {path}, from which {key} reads; set another train.run_dir")
 
 
 def _own_files(run_dir: Path) -> Iterator[Path]:

@@ -22,13 +22,13 @@ from omniloom.data.packing import pack_everything
 from omniloom.data.planner import PlanError, plan_all
 from omniloom.data.stream import LISTED, BadSampleFile
 from omniloom.models.fusion import OmniModel
-from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
+from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.step import evaluate
 from omniloom.processors.rendering import split_reasoning
 from omniloom.run.answers import Agreement, answer_pack, compare
 from omniloom.run.opening import Workshop
-from omniloom.run.rows import open_rows
+from omniloom.run.rows import clips_of_rank, open_rows
 from omniloom.types import BadSample, Extent, LoadedPack, PackPlan, PlannedSample, Source, StepPlan
 
 
@@ -198,7 +198,7 @@ class Evaluation:
         """This rank's packs, agreed with those who load the others. Collective over all ranks."""
         layout = self.layout
         mine = packs[layout.data_rank :: layout.data_world]
-        for number, pack in enumerate(loader.load_in_order(mine, clips_of=self._clips_of)):
+        for number, pack in enumerate(loader.load_in_order(mine, clips_of=lambda pack: clips_of_rank(pack, layout))):
             on_pack()
             together = tuple(packs[number * layout.data_world :][: layout.data_world])
             # ranks that share a pack decode different clips: what one could not read must count on none
@@ -220,9 +220,6 @@ class Evaluation:
     def _list_bad(self, bad: tuple[BadSample, ...]) -> None:
         if self.bad_samples is not None and bad:
             self.bad_samples.append(bad)
-
-    def _clips_of(self, pack: PackPlan) -> frozenset[tuple[int, int]]:
-        return assign_clips(pack, self.layout.degrees.context)[self.layout.context_rank]
 
 
 def modality_of(extent: Extent) -> str:

@@ -80,6 +80,11 @@ class Workshop:
         with torch.device("meta"):
             return self._install(self._build(self.family, self.modalities))
 
+    @cached_property
+    def adapter_names(self) -> frozenset[str]:
+        """The parameters of all adapters."""
+        return frozenset(name for adapter in self.adapters for name in adapter.names)
+
     def build(self) -> OmniModel:
         """The model with its adapters, not parallel, on the current default device, weights undefined."""
         model = self._build(self.family, self.modalities)
@@ -88,8 +93,7 @@ class Workshop:
 
     def policies(self, names: Sequence[str]) -> dict[str, ParameterPolicy]:
         """The policy of each of our parameters. Raises: ValueError for rules that match nothing."""
-        of_adapters = {name for adapter in self.adapters for name in adapter.names}
-        policies = self._base_policies([name for name in names if name not in of_adapters])
+        policies = self._base_policies([name for name in names if name not in self.adapter_names])
         policies |= adapter_policies(self.adapters, policies)
         check_rates(self.config.policy, policies)
         return policies
@@ -229,8 +233,7 @@ def load_weights(workshop: Workshop, model: OmniModel) -> None:
     Raises: ValueError for an adapter that does not fit model and policy.
     """
     adapters, seed = workshop.adapters, workshop.config.train.seed
-    fresh = {name for adapter in adapters for name in adapter.names}
-    load_model(model, workshop.checkpoint, workshop.key_map, fresh=fresh, unbuilt=workshop.unbuilt)
+    load_model(model, workshop.checkpoint, workshop.key_map, fresh=workshop.adapter_names, unbuilt=workshop.unbuilt)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for adapter in adapters:

@@ -53,11 +53,11 @@ class RunRecords:
         first_step: int,
         about: Sequence[str],
         policies: Mapping[str, ParameterPolicy],
-        sizes: Mapping[str, int],
+        parameters: Mapping[str, torch.Tensor],
     ) -> None:
         """Leave what does not change in the run directory, say it, and open the metrics.
 
-        `about` are lines on model and data, `sizes` the number of elements of each parameter.
+        `about` are lines on model and data.
         """
         if not self.layout.is_first:
             return
@@ -68,7 +68,7 @@ class RunRecords:
                 f"changed from step {first_step + 1} on: {'; '.join(map(str, changes))}; what held before is in "
                 f"config_until_step_{first_step:08d}.yaml"
             )
-        table = trainable_table(policies, sizes)
+        table = trainable_table(policies, {name: parameter.numel() for name, parameter in parameters.items()})
         rows = json.dumps([asdict(row) for row in table], indent=1)
         (self.run_dir / "trainable.json").write_text(rows, encoding="utf-8")
         for words in (*about, *table_lines(table)):

@@ -5,7 +5,7 @@ Both `run/trainer.py`, from weights in memory, and `tools/export.py`, from a che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from omniloom.checkpoint.adapters import write_adapter
 from omniloom.checkpoint.agreement import Group
 from omniloom.checkpoint.export import ExportReport, export
+from omniloom.checkpoint.hf import gather_full
 from omniloom.run.opening import Workshop
 from omniloom.training.lora import merging
 
@@ -32,13 +33,12 @@ def export_model(
 
     `changed` are the parameters that differ from the published ones; those that adapters belong to are added.
     """
-    of_adapters = {name for adapter in workshop.adapters for name in adapter.names}
     bases = [adapter.base for adapter in workshop.adapters]
     return export(
         directory,
         workshop.checkpoint,
         workshop.key_map,
-        list(dict.fromkeys([*(name for name in changed if name not in of_adapters), *bases])),
+        list(dict.fromkeys([*(name for name in changed if name not in workshop.adapter_names), *bases])),
         merging(gather, workshop.adapters),
         config=dict(workshop.config_json) if workshop.cut else None,
         dropped=workshop.cut,
@@ -64,7 +64,6 @@ def export_adapter(
         raise ValueError("this run trained no adapter; export the whole model instead")
     if workshop.cut:
         raise ValueError(f"this run's adapters go with its merged model alone, since {NO_ADAPTER}; export that instead")
-    of_adapters = {name for adapter in workshop.adapters for name in adapter.names}
     return write_adapter(
         directory,
         workshop.checkpoint,
@@ -73,7 +72,36 @@ def export_adapter(
         workshop.adapters,
         gather,
         base_name=workshop.base_name,
-        trained=[name for name in changed if name not in of_adapters],
+        trained=[name for name in changed if name not in workshop.adapter_names],
         overwrite=overwrite,
         group=group,
     )
+
+
+def write_results(
+    workshop: Workshop,
+    parameters: Mapping[str, Tensor],
+    changed: Collection[str],
+    *,
+    on_tensor: Callable[[str], None],
+    say: Callable[[str], None],
+    group: Group,
+) -> None:
+    """A finished run's model, adapters merged in, in `hf/`; its adapters in `adapter/`, where they fit. Collective.
+
+    `on_tensor` is called with the name of each tensor that is gathered.
+    """
+    run_dir, gather = Path(workshop.config.train.run_dir), gather_full(parameters)
+
+    def gather_next(name: str) -> Tensor:
+        on_tensor(name)
+        return gather(name)
+
+    if workshop.adapters and workshop.cut:
+        say(f"no adapter/, since {NO_ADAPTER}; hf/ has the adapters merged in")
+    elif workshop.adapters:
+        directory = export_adapter(workshop, run_dir / "adapter", changed, gather_next, overwrite=True, group=group)
+        say(f"wrote {directory}")
+    if workshop.config.checkpoint.export:
+        report = export_model(workshop, run_dir / "hf", changed, gather_next, overwrite=True, group=group)
+        say(f"wrote {report.directory}")

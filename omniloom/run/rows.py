@@ -10,17 +10,23 @@ from typing import Any
 import numpy as np
 
 from omniloom.config import Config, DataConfig
+from omniloom.data.agreement import PlanningRanks
 from omniloom.data.extent_cache import ExtentCache, fingerprint_of
 from omniloom.data.formats import RowOptions, describe_format, parse_row, row_options
+from omniloom.data.loader import Loader
 from omniloom.data.media import media_limits
 from omniloom.data.media_decode import decode_clip
 from omniloom.data.media_headers import read_header
+from omniloom.data.planner import Planner, plan_options
 from omniloom.data.rows import RowReader
 from omniloom.data.sources import Subset, open_sources
+from omniloom.data.stream import BadSampleFile, StepStream
 from omniloom.families.registry import spec_named
+from omniloom.parallel.encoder_pool import assign_clips
+from omniloom.parallel.mesh import Layout
 from omniloom.processors.settings import ProcessorOptions
 from omniloom.run.opening import Workshop
-from omniloom.types import Conversation, SampleError, Source
+from omniloom.types import Conversation, PackPlan, SampleError, Source
 
 DESCRIBED_FILES = 8
 SILENT_RATE = 16000  # Hz at which sound is counted for a model without an audio tower
@@ -191,3 +197,41 @@ def open_rows(workshop: Workshop, source: Source, *, cache: bool = True, decode_
         cache_dir=cache_dir,
         decode_all=decode_all,
     )
+
+
+def open_planner(workshop: Workshop, layout: Layout, rows: Source, loader: Loader) -> Planner:
+    """The planner of a run's training rows, measured by `loader`."""
+    return Planner(
+        rows_per_source=(len(rows),),
+        options=plan_options(workshop.config),
+        measure=loader.measure,
+        locate=rows.locate,
+        data_fingerprint=rows.fingerprint,
+        row_options=planned_options(workshop),
+        ranks=PlanningRanks(
+            exchange=lambda value: layout.exchange(value, "planning"),
+            rank=layout.rank,
+            world_size=layout.world_size,
+        ),
+    )
+
+
+def open_stream(
+    planner: Planner, loader: Loader, layout: Layout, *, prefetch_packs: int, bad_samples: BadSampleFile | None
+) -> StepStream:
+    """The steps of a run as this rank loads them."""
+    return StepStream(
+        planner,
+        loader,
+        data_rank=layout.data_rank,
+        data_world=layout.data_world,
+        exchange=lambda value: layout.exchange(value, "agreement"),
+        prefetch_packs=prefetch_packs,
+        bad_samples=bad_samples,
+        clips_of=lambda pack: clips_of_rank(pack, layout),
+    )
+
+
+def clips_of_rank(pack: PackPlan, layout: Layout) -> frozenset[tuple[int, int]]:
+    """The (sample, clip) pairs of a pack that this rank decodes, where ranks share packs."""
+    return assign_clips(pack, layout.degrees.context)[layout.context_rank]

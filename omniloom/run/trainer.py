@@ -10,25 +10,20 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from omniloom.checkpoint.hf import gather_full
 from omniloom.checkpoint.run_lock import hold_run_lock
+from omniloom.checkpoint.stored import StoredCheckpoint
 from omniloom.config import Config, ConfigError
-from omniloom.data.agreement import PlanningRanks
 from omniloom.data.loader import Loader
-from omniloom.data.planner import Planner, plan_options
-from omniloom.data.stream import BadSampleFile, LoadedStep, StepStream
+from omniloom.data.stream import BadSampleFile, LoadedStep
 from omniloom.exit_codes import LOST_RANK, STOPPED_EARLY
-from omniloom.models.fusion import OmniModel
-from omniloom.ops.attention import resolve_kernel
-from omniloom.ops.grouped_gemm import ROW_BYTES, fits_grouped_gemm
 from omniloom.parallel.device import peak_memory_bytes
-from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
+from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import (
     Layout,
@@ -40,6 +35,7 @@ from omniloom.parallel.mesh import (
 )
 from omniloom.parallel.step import Objective, forward_backward
 from omniloom.parallel.watchdog import Watchdog
+from omniloom.run.description import describe_run
 from omniloom.run.directory import (
     check_all_done,
     check_anew,
@@ -51,8 +47,8 @@ from omniloom.run.directory import (
 from omniloom.run.evaluation import Evaluation, EvaluationReport
 from omniloom.run.opening import Workshop, build_model, open_workshop
 from omniloom.run.records import RunRecords
-from omniloom.run.results import NO_ADAPTER, export_adapter, export_model
-from omniloom.run.rows import describe_files, describe_template, open_data, open_rows, planned_options
+from omniloom.run.results import NO_ADAPTER, write_results
+from omniloom.run.rows import open_data, open_planner, open_rows, open_stream
 from omniloom.run.state import RunState
 from omniloom.run.stopping import StopRequest, write_stopped
 from omniloom.training.flops import TrainingWork
@@ -82,41 +78,22 @@ def run(
     Raises: ValueError for whatever is wrong with config, checkpoint or data, before the first step where it is known.
     RunError for what stops a sound run: numbers that are not finite, a rank that is gone.
     """
-    wanted = (("model.path", config.model.path), ("data.train", config.data.train))
-    if missing := [name for name, value in wanted if not value]:
-        raise ConfigError([f"{name}: not set; every run needs it" for name in missing], "the configuration")
     timeout_seconds = config.train.step_timeout_seconds
-    workshop = open_workshop(config)
-    if workshop.cut and workshop.adapters and not config.checkpoint.export:
-        raise ValueError(
-            f"checkpoint.export: false would leave nothing of this run, since {NO_ADAPTER}; set it to true"
-        )
-    train_rows, eval_rows = open_data(config.data, config.train.seed)
-    if eval_rows is None:
-        asked = [name for name in ("eval_every", "eval_answers") if getattr(config.train, name)]
-        if asked:
-            faults = [f"train.{name}: nothing is held out to evaluate; set data.eval or data.split" for name in asked]
-            raise ConfigError(faults, "the configuration")
+    workshop, train_rows, eval_rows = _open_inputs(config)
     ranks = init_distributed(timeout_seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
     try:
         degrees = resolve_degrees(config.parallel, ranks.world_size, packs_per_step=config.train.packs_per_step)
         layout = build_layout(degrees, ranks)
         run_dir = Path(config.train.run_dir)
         with hold_run_lock(run_dir, layout.channels["checkpoint"]):
-            if not overwrite and (words := find_finished(run_dir, config)) is not None:
+            if not overwrite and (finished := find_finished(run_dir, config)) is not None:
                 if layout.is_first:
-                    print(words)
+                    print(finished)
                 return 0
             check_start(run_dir, config, overwrite=overwrite)
             layout.barrier()  # nobody writes before everybody has looked
             with ExitStack() as stack:
-                watchdog = Watchdog(
-                    rank=ranks.rank, world_size=ranks.world_size, store=ranks.store, timeout_seconds=timeout_seconds
-                )
-                stack.callback(watchdog.close)
-                trainer = Trainer(
-                    workshop, layout, train_rows, eval_rows, watchdog, stack, on_step, overwrite=overwrite
-                )
+                trainer = Trainer(workshop, layout, train_rows, eval_rows, stack, on_step, overwrite=overwrite)
                 code = trainer.run()
             if on_end is not None and layout.is_first and code == 0:
                 on_end(run_dir)
@@ -132,29 +109,22 @@ def run(
         close_distributed()
 
 
-def describe_slow_ways(workshop: Workshop, model: OmniModel, device: torch.device) -> list[str]:
-    """What will run otherwise than the config and the model's sizes would let one think, a line each."""
-    lines, config, dtype = [], workshop.config, workshop.compute_dtype
-    of_adapters = {name for adapter in workshop.adapters for name in adapter.names}
-    widths = {
-        width
-        for name, weight in model.named_parameters()
-        if workshop.spec.component_of(name) == "text.experts" and name not in of_adapters
-        for width in weight.shape[1:]
-        if not fits_grouped_gemm(width, dtype)
-    }
-    if widths:
-        wide = " and ".join(map(str, sorted(widths)))
-        lines.append(
-            f"experts have rows of {wide} numbers, no whole {ROW_BYTES} bytes: grouped products pad them, slower"
+def _open_inputs(config: Config) -> tuple[Workshop, Source, Source | None]:
+    """Checkpoint, training rows and held-out rows. Raises: ValueError for what contradicts each other or is missing."""
+    wanted = (("model.path", config.model.path), ("data.train", config.data.train))
+    if missing := [name for name, value in wanted if not value]:
+        raise ConfigError([f"{name}: not set; every run needs it" for name in missing], "the configuration")
+    workshop = open_workshop(config)
+    if workshop.cut and workshop.adapters and not config.checkpoint.export:
+        raise ValueError(
+            f"checkpoint.export: false would leave nothing of this run, since {NO_ADAPTER}; set it to true"
         )
-    moves = {
-        "parallel.cpu_offload": config.parallel.cpu_offload,
-        "memory.offload_activations": config.memory.offload_activations,
-    }
-    if device.type == "cpu":
-        lines += [f"{name}: the device is the host, so nothing moves" for name, is_set in moves.items() if is_set]
-    return lines
+    train_rows, eval_rows = open_data(config.data, config.train.seed)
+    asked = [name for name in ("eval_every", "eval_answers") if getattr(config.train, name)]
+    if asked and eval_rows is None:
+        faults = [f"train.{name}: nothing is held out to evaluate; set data.eval or data.split" for name in asked]
+        raise ConfigError(faults, "the configuration")
+    return workshop, train_rows, eval_rows
 
 
 class LostRankError(RunError):
@@ -176,72 +146,73 @@ class Trainer:
         layout: Layout,
         train_rows: Source,
         eval_rows: Source | None,
-        watchdog: Watchdog,
         stack: ExitStack,
         on_step: Callable[[StepMetrics], None] | None = None,
         *,
         overwrite: bool = False,
     ) -> None:
         config = workshop.config
-        self.config, self.layout, self.workshop, self.watchdog = config, layout, workshop, watchdog
+        self.config, self.layout, self.workshop = config, layout, workshop
         self.run_dir, self.train_rows = Path(config.train.run_dir), train_rows
+        self.watchdog = Watchdog(layout.ranks, timeout_seconds=config.train.step_timeout_seconds)
+        stack.callback(self.watchdog.close)
         self.records = RunRecords(config, layout, workshop.compute_dtype, stack, on_step)
         self.stop = stack.enter_context(StopRequest(config.train.time_limit_minutes, self.records.say))
-        self._make_deterministic()
-        self.planner, self.loader = self._open_planner(train_rows)
-        stack.callback(self.loader.close)
-        self.model, self.policies = build_model(workshop, layout)
-        parameters = dict(self.model.named_parameters())
+        torch.manual_seed(config.train.seed)
+        if config.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+        loader = Loader(open_rows(workshop, train_rows), workers=config.data.workers)
+        stack.callback(loader.close)
+        self.planner = open_planner(workshop, layout, train_rows, loader)
+        self.model, policies = build_model(workshop, layout)
         self.optimizer = build_optimizer(
-            parameters.items(), self.policies, betas=config.train.betas, epsilon=config.train.epsilon
+            self.model.named_parameters(), policies, betas=config.train.betas, epsilon=config.train.epsilon
         )
-        self.state = RunState(workshop, layout, self.model, self.policies, self.optimizer, self.records.say, stack)
+        self.state = RunState(workshop, layout, self.model, policies, self.optimizer, self.records.say, stack)
         self.dropouts = find_dropouts(self.model)
-        self.kernels = {
-            name: resolve_kernel(kernel, layout.device.type, workshop.compute_dtype)
-            for name, kernel in asdict(config.model.attention).items()
-        }
-        plan = workshop.spec.sharding(workshop.family)
-        self.pool = EncoderPool(layout, plan, config.parallel.encoder_pool)
-        of_adapters = {name for adapter in workshop.adapters for name in adapter.names}
+        self.pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), config.parallel.encoder_pool)
+        trained = [name for name in self.state.changed if name not in workshop.adapter_names]
         self.work = TrainingWork(
-            decoder_weights=any(name.startswith("text.") and name not in of_adapters for name in self.state.changed),
+            decoder_weights=any(name.startswith("text.") for name in trained),
             towers=any(not name.startswith("text.") for name in self.state.changed),
         )
-        stored = self.state.find(overwrite=overwrite)
-        if stored is not None:
-            self.planner.load_state_dict(stored.extras["data"])
-            if self.planner.is_over:
-                check_all_done(self.run_dir, config, stored.step)
-        elif not overwrite:
-            check_anew(self.run_dir)
-        self.bad_samples = (
-            BadSampleFile(self.run_dir / "bad_samples.jsonl", anew=overwrite) if layout.is_first else None
+        about = describe_run(workshop, layout, self.model, train_rows)
+        stored = self._find_start(overwrite)
+        bad_file = self.run_dir / "bad_samples.jsonl"
+        bad_samples = BadSampleFile(bad_file, anew=overwrite) if layout.is_first else None
+        self.evaluation = None if eval_rows is None else Evaluation(workshop, layout, eval_rows, bad_samples, stack)
+        self.stream = stack.enter_context(
+            open_stream(
+                self.planner, loader, layout, prefetch_packs=config.data.prefetch_packs, bad_samples=bad_samples
+            )
         )
-        self.evaluation = (
-            Evaluation(workshop, layout, eval_rows, self.bad_samples, stack) if eval_rows is not None else None
-        )
-        self.stream = stack.enter_context(self._open_stream())
         self.watchdog.enter(0, "reading the first rows")
         self.stream.prepare()  # before the weights: rows that cannot be used are said within seconds
         self.watchdog.enter(0, "loading weights")
         self.first_step = self.state.load(stored)
         if overwrite and layout.is_first:
             remove_own_files(self.run_dir)
-        self.records.begin(
-            self.first_step,
-            self._about(train_rows),
-            self.policies,
-            {name: parameter.numel() for name, parameter in parameters.items()},
-        )
+        self.records.begin(self.first_step, about, policies, self.state.parameters)
         self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json")
+
+    def _find_start(self, overwrite: bool) -> StoredCheckpoint | None:
+        """The checkpoint to go on from, its position handed to the planner. Raises: ValueError where it must not be."""
+        stored = self.state.find(overwrite=overwrite)
+        if stored is not None:
+            self.planner.load_state_dict(stored.extras["data"])
+            if self.planner.is_over:
+                check_all_done(self.run_dir, self.config, stored.step)
+        elif not overwrite:
+            check_anew(self.run_dir)
+        return stored
 
     # ------------------------------------------------------------------------------------ the loop
 
     def run(self) -> int:
         """Loop until the run is over, or until a signal or the time limit asks to stop."""
         every, eval_every = self.config.checkpoint.every, self.config.train.eval_every
-        step, saved, evaluated, report = self.first_step, self.first_step, -1, None
+        step, saved, evaluated = self.first_step, self.first_step, -1
+        report: EvaluationReport | None = None
         if any(self.layout.exchange(self.stop.reason)):  # while the run was opened
             return self._leave_early(step)
         self.stop.start_clock()
@@ -265,8 +236,20 @@ class Trainer:
         self.state.finish()
         if self.evaluation is not None and evaluated != step:
             report = self._evaluate(step)
-        if self.config.checkpoint.export or self.workshop.adapters:
-            self._export(step)
+        self._leave_results(step, report)
+        return 0
+
+    def _leave_results(self, step: int, report: EvaluationReport | None) -> None:
+        """Model and adapters, and that the run is finished. Raises: ValueError where `report` measured nothing."""
+        self.watchdog.enter(step, "export")
+        write_results(
+            self.workshop,
+            self.state.parameters,
+            self.state.changed,
+            on_tensor=lambda name: self.watchdog.enter(step, f"export of {name}"),
+            say=self.records.say,
+            group=self.state.group,
+        )
         if report is not None and report.loss is None:
             raise ValueError(
                 f"{report.describe()}. The model is trained and saved; correct the rows or name others as data.eval, "
@@ -274,7 +257,6 @@ class Trainer:
             )
         if self.layout.is_first:
             write_finished(self.run_dir, step)
-        return 0
 
     def _leave_early(self, step: int) -> int:
         """Say why, on screen and in `stopped.json`, after `step` steps that are saved. Collective."""
@@ -371,57 +353,6 @@ class Trainer:
             )
         self.records.say(f"warning: {what}; the step is skipped")
 
-    # ------------------------------------------------------------------------------------ opening
-
-    def _make_deterministic(self) -> None:
-        torch.manual_seed(self.config.train.seed)
-        if self.config.train.deterministic:
-            torch.use_deterministic_algorithms(True)
-
-    def _open_planner(self, rows: Source) -> tuple[Planner, Loader]:
-        config, layout, workshop = self.config, self.layout, self.workshop
-        recipe = open_rows(workshop, rows)
-        loader = Loader(recipe, workers=config.data.workers)
-        planner = Planner(
-            rows_per_source=(len(rows),),
-            options=plan_options(config),
-            measure=loader.measure,
-            locate=rows.locate,
-            data_fingerprint=rows.fingerprint,
-            row_options=planned_options(workshop),
-            ranks=PlanningRanks(
-                exchange=lambda value: layout.exchange(value, "planning"),
-                rank=layout.rank,
-                world_size=layout.world_size,
-            ),
-        )
-        return planner, loader
-
-    def _open_stream(self) -> StepStream:
-        layout = self.layout
-        return StepStream(
-            self.planner,
-            self.loader,
-            data_rank=layout.data_rank,
-            data_world=layout.data_world,
-            exchange=lambda value: layout.exchange(value, "agreement"),
-            prefetch_packs=self.config.data.prefetch_packs,
-            bad_samples=self.bad_samples,
-            clips_of=lambda pack: assign_clips(pack, layout.degrees.context)[layout.context_rank],
-        )
-
-    def _about(self, source: Source) -> list[str]:
-        kernels = ", ".join(f"{name} {kernel}" for name, kernel in self.kernels.items())
-        return [
-            f"model  {self.workshop.spec.name} on {self.layout.degrees.describe()} ({self.layout.device.type}), "
-            f"attention {kernels}",
-            *(f"       {line}" for line in describe_slow_ways(self.workshop, self.model, self.layout.device)),
-            f"data   {len(source):,} rows, template {describe_template(self.workshop, source)}",
-            *(f"       {line}" for line in describe_files(source, self.config)),
-        ]
-
-    # ------------------------------------------------------------------------------------ leaving results
-
     def _save(self, step: int) -> None:
         self.watchdog.enter(step, "checkpoint")
         self.state.save(step, self.stream.state_dict())
@@ -435,24 +366,3 @@ class Trainer:
         if self.layout.is_first:
             report.write(self.run_dir, step)
         return report
-
-    def _export(self, step: int) -> None:
-        """The model, adapters merged in, as a Hugging Face directory in `hf/`; adapters in `adapter/`, if they fit."""
-        gather = gather_full(self.state.parameters)
-
-        def gather_next(name: str) -> Tensor:
-            self.watchdog.enter(step, f"export of {name}")
-            return gather(name)
-
-        self.watchdog.enter(step, "export")
-        group, changed = self.state.group, self.state.changed
-        if self.workshop.adapters and self.workshop.cut:
-            self.records.say(f"no adapter/, since {NO_ADAPTER}; hf/ has the adapters merged in")
-        elif self.workshop.adapters:
-            directory = export_adapter(
-                self.workshop, self.run_dir / "adapter", changed, gather_next, overwrite=True, group=group
-            )
-            self.records.say(f"wrote {directory}")
-        if self.config.checkpoint.export:
-            report = export_model(self.workshop, self.run_dir / "hf", changed, gather_next, overwrite=True, group=group)
-            self.records.say(f"wrote {report.directory}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -22,7 +23,7 @@ def build_optimizer(
     Each group keeps `peak_learning_rate` and `names`. Vectors (norms, biases) are never decayed.
     Source: Loshchilov & Hutter 2019 (arXiv 1711.05101).
     """
-    groups: dict[tuple, dict] = {}
+    groups: dict[tuple[object, ...], dict[str, Any]] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
@@ -49,4 +50,4 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     """Scale every group from its peak; return the highest rate, for the metrics line."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_learning_rate"] * factor
-    return max(group["lr"] for group in optimizer.param_groups)
+    return float(max(group["lr"] for group in optimizer.param_groups))

@@ -18,7 +18,7 @@ from omniloom.parallel.watchdog import Watchdog
 
 ranks = init_distributed(timeout_seconds=120)
 layout = build_layout(Degrees(shard=2), ranks)
-watchdog = Watchdog(rank=ranks.rank, world_size=2, store=ranks.store, timeout_seconds=float(sys.argv[1]))
+watchdog = Watchdog(ranks, timeout_seconds=float(sys.argv[1]))
 watchdog.enter(5, "forward")
 layout.barrier()
 if ranks.rank == 1:

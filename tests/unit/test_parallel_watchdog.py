@@ -5,9 +5,15 @@ from __future__ import annotations
 import threading
 import time
 
+import torch
 import torch.distributed as dist
 
+from omniloom.parallel.mesh import Ranks
 from omniloom.parallel.watchdog import Heartbeat, Watchdog, describe_stall
+
+
+def ranks_of(rank: int, store: dist.Store) -> Ranks:
+    return Ranks(rank=rank, world_size=2, local_rank=rank, device=torch.device("cpu"), store=store)
 
 
 def beat(step: int, phase: str, since: float) -> Heartbeat:
@@ -43,8 +49,8 @@ def test_a_stuck_rank_is_reported_once_and_a_working_one_is_left_alone() -> None
         reports.append(report)
         ended.set()
 
-    working = Watchdog(rank=0, world_size=2, store=store, timeout_seconds=0.4, end=reports.append)
-    stuck = Watchdog(rank=1, world_size=2, store=store, timeout_seconds=0.4, end=end)
+    working = Watchdog(ranks_of(0, store), timeout_seconds=0.4, end=reports.append)
+    stuck = Watchdog(ranks_of(1, store), timeout_seconds=0.4, end=end)
     stuck.enter(3, "waiting for data")
     deadline = time.monotonic() + 30.0
     step = 3

@@ -1,0 +1,54 @@
+"""What a run says of itself before its first step: model, layout, kernels, rows, and what will be slow."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+from omniloom.models.fusion import OmniModel
+from omniloom.ops.attention import resolve_kernel
+from omniloom.ops.grouped_gemm import ROW_BYTES, fits_grouped_gemm
+from omniloom.parallel.mesh import Layout
+from omniloom.run.opening import Workshop
+from omniloom.run.rows import describe_files, describe_template
+from omniloom.types import Source
+
+
+def describe_run(workshop: Workshop, layout: Layout, model: OmniModel, rows: Source) -> list[str]:
+    """Lines for the log. Raises: ValueError for a kernel that this device or dtype does not have."""
+    device = layout.device
+    kernels = ", ".join(
+        f"{name} {resolve_kernel(kernel, device.type, workshop.compute_dtype)}"
+        for name, kernel in asdict(workshop.config.model.attention).items()
+    )
+    return [
+        f"model  {workshop.spec.name} on {layout.degrees.describe()} ({device.type}), attention {kernels}",
+        *(f"       {line}" for line in _describe_slow_ways(workshop, model, device)),
+        f"data   {len(rows):,} rows, template {describe_template(workshop, rows)}",
+        *(f"       {line}" for line in describe_files(rows, workshop.config)),
+    ]
+
+
+def _describe_slow_ways(workshop: Workshop, model: OmniModel, device: torch.device) -> list[str]:
+    """What will run otherwise than the config and the model's sizes would let one think, a line each."""
+    lines, config, dtype = [], workshop.config, workshop.compute_dtype
+    widths = {
+        width
+        for name, weight in model.named_parameters()
+        if workshop.spec.component_of(name) == "text.experts" and name not in workshop.adapter_names
+        for width in weight.shape[1:]
+        if not fits_grouped_gemm(width, dtype)
+    }
+    if widths:
+        wide = " and ".join(map(str, sorted(widths)))
+        lines.append(
+            f"experts have rows of {wide} numbers, no whole {ROW_BYTES} bytes: grouped products pad them, slower"
+        )
+    moves = {
+        "parallel.cpu_offload": config.parallel.cpu_offload,
+        "memory.offload_activations": config.memory.offload_activations,
+    }
+    if device.type == "cpu":
+        lines += [f"{name}: the device is the host, so nothing moves" for name, is_set in moves.items() if is_set]
+    return lines
