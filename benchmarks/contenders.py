@@ -101,12 +101,12 @@ def _resident(field: str) -> int:
 
 
 def train_omniloom(prepared: Path, setting: Setting) -> Result:
-    """Our step as `run/trainer.py` takes it: packs of equal length through forward_backward, clipping, fused AdamW."""
+    """Our step as `run/trainer.py` takes it: packs of equal length through run_packs, clipping, fused AdamW."""
     from omniloom.config import load_config
     from omniloom.parallel.encoder_pool import EncoderPool
     from omniloom.parallel.gradients import clip_gradients
     from omniloom.parallel.mesh import build_layout, close_distributed, init_distributed, resolve_degrees
-    from omniloom.parallel.step import Objective, forward_backward
+    from omniloom.parallel.step import Objective, run_packs
     from omniloom.run.opening import build_model, load_weights, open_workshop
     from omniloom.training.optimizer import build_optimizer
 
@@ -129,17 +129,17 @@ def train_omniloom(prepared: Path, setting: Setting) -> Result:
     for step, file in enumerate(files):
         packs = torch.load(file, weights_only=False)  # our own file
         weights = sum(pack.weight_sum for pack in packs)
-        objective = Objective(weight_sum=weights, num_packs=len(packs))
+        objective = Objective(coefficients={"text": 1.0}, weight_sums={"text": weights, "router": float(len(packs))})
         timed = step >= setting.num_warmup_steps
         with meter if timed else nullcontext():
             optimizer.zero_grad()
-            losses = [forward_backward(model, pack.batch, layout, objective, pool).loss_sum for pack in packs]
+            terms = run_packs(model, [pack.batch for pack in packs], layout, objective, pool)
             clip_gradients(parameters.values(), CLIP_NORM, layout.device)
             optimizer.step()
         if timed:
             totals["useful"] += sum(pack.stats.num_tokens for pack in packs)
             totals["computed"] += sum(pack.batch.input_ids.numel() for pack in packs)
-            loss_sum, weight_sum = loss_sum + float(sum(losses)), weight_sum + weights
+            loss_sum, weight_sum = loss_sum + float(terms.sums["text"]), weight_sum + weights
     close_distributed()
     totals["trained"] = sum(parameter.numel() for parameter in parameters.values())
     num_timed = len(files) - setting.num_warmup_steps

@@ -49,7 +49,7 @@ from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed, resolve_degrees
 from omniloom.parallel.segments import ATTENTION_SCALE
-from omniloom.parallel.step import Objective, encode_share, forward_backward
+from omniloom.parallel.step import Objective, encode_share, run_packs
 
 WORLD = 4
 MIB = 2**20
@@ -229,11 +229,14 @@ def measure_layout(rank: int, port: int, size: Size, parallel: dict, num_steps: 
     model = make_model(config, layout, parallel)
     pool = EncoderPool(layout, sharding(config), "group")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
-    objective = Objective(weight_sum=float(WORLD * size.tokens_per_rank), num_packs=layout.data_world)
+    objective = Objective(
+        coefficients={"text": 1.0},
+        weight_sums={"text": float(WORLD * size.tokens_per_rank), "router": float(layout.data_world)},
+    )
 
     def step() -> None:
         optimizer.zero_grad()
-        forward_backward(model, pack, layout, objective, pool)
+        run_packs(model, [pack], layout, objective, pool)
         clip_gradients(model.parameters(), 1.0, layout.device)
         optimizer.step()
 

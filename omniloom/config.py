@@ -174,6 +174,11 @@ class TrainConfig:
     time_limit_minutes: Annotated[Positive | None, "then a checkpoint is written and the run stops"] = None
     step_timeout_seconds: Annotated[float, Range(ge=1), "a rank that is silent for longer counts as gone"] = 1800.0
 
+    @property
+    def loss_coefficients(self) -> dict[str, float]:
+        """By the loss's name, what multiplies its mean in the objective."""
+        return {"text": 1.0, "router": self.router_loss}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:

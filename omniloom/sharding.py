@@ -16,7 +16,7 @@ class ShardingPlan:
     # further groups, each gathered as one; tied weights share a group: (("text.embed", "text.loss_head"),)
     groups: tuple[tuple[str, ...], ...] = ()
     experts: tuple[str, ...] = ()  # modules whose every parameter is stacked [E, ...]
-    dispatches: tuple[str, ...] = ()  # parameter-free: (hidden, expert_index, expert_weights, is_padding, experts)
+    dispatches: tuple[str, ...] = ()  # parameter-free: (hidden, expert_index, expert_weights, experts)
     expert_products: tuple[str, ...] = ()  # parameter-free: (rows, stacked weights..., offsets)
     router_choices: tuple[str, ...] = ()  # parameter-free: probabilities to expert_index; never made anew in backward
     router_counts: tuple[str, ...] = ()  # parameter-free: reduces a pack's expert counts over who shares the pack

@@ -7,7 +7,7 @@ A row of a data file becomes a `Conversation`; its sizes are an `Extent`; the pl
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -308,6 +308,18 @@ class AudioBatch:
     pool_index: Tensor | None = None  # int64 [B, 2]: rows averaged after the layers, families that pool
 
 
+TEXT, ROUTER = "text", "router"  # names of losses: of the next token, and of the balance between experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What a loss beside text's is computed from. What `values` mean is known to the model that has the loss."""
+
+    token_index: Tensor  # int64 [n]: rows of the pack
+    weights: Tensor  # float32 [n]
+    values: Tensor  # [n, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """A pack of exactly T tokens (or a context rank's slice of it). The only argument of a model."""
@@ -322,6 +334,10 @@ class PackedBatch:
     vision: VisionBatch | None  # None only where the model has no such tower
     audio: AudioBatch | None
     sample_ids: tuple[str, ...] = ()
+    targets: Mapping[str, Targets] = field(default_factory=dict)  # of losses beside text's, by name
+    # of losses whose gradient is attached within the model: what the step's objective multiplies them by
+    loss_scales: Mapping[str, float] = field(default_factory=dict)
+    draw_key: int | None = None  # from which, with a module's name, all random draws of this pack follow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,9 +351,13 @@ class MediaRows:
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerms:
-    loss_sum: Tensor  # float32 scalar: sum of weight x cross entropy over the rows computed here
-    router_loss: Tensor  # float32 scalar: mean over MoE layers of the load-balancing loss of this pack; 0 if dense
+    """What the part of a model that is here made of a pack, or of several."""
+
+    # float32 scalars by the loss's name, over the rows and layers that are here. TEXT: sum of weight x cross entropy;
+    # ROUTER: mean over MoE layers of the load-balancing loss, without gradient, which rides on the hidden rows
+    sums: Mapping[str, Tensor]
     expert_counts: Tensor  # int64 [num MoE layers, E]: valid tokens sent to each expert; [0, 0] if dense
+    hidden: Tensor | None = None  # [T, C]: rows for the next part of the model, where the loss head is not here
 
 
 # ---------------------------------------------------------------------------------------- what a loader yields

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from omniloom.data.collate import blank_samples, sample_weight_sums, weight_sum
 from omniloom.data.rows import count_samples
-from omniloom.types import BadSample, Extent, LoadedPack, PackPlan, PackStats, RunError, StepPlan
+from omniloom.types import ROUTER, TEXT, BadSample, Extent, LoadedPack, PackPlan, PackStats, RunError, StepPlan
 
 Exchange = Callable[[Any], list[Any]]  # all-gather of one picklable object per rank, in rank order
 
@@ -96,8 +96,8 @@ class PlanningRanks:
 class StepAgreement:
     """What one step really holds, the same on every rank."""
 
-    weight_sum: float  # the denominator of the step's loss
-    num_nonempty_packs: int  # packs with at least one sample that could be loaded
+    # by loss, the denominator of its mean over the step; ROUTER's are packs with a sample that could be loaded
+    weight_sums: Mapping[str, float]
     bad: tuple[BadSample, ...]  # samples of this step that could not
     stats: PackStats  # sums over the step's packs
 
@@ -107,7 +107,7 @@ class PackReport:
     """What one rank found in one pack."""
 
     index: int
-    weight_sums: tuple[float, ...]  # per sample
+    weight_sums: Mapping[str, tuple[float, ...]]  # per loss, per sample
     bad: tuple[tuple[int, BadSample], ...]  # by the sample's position in the pack
 
 
@@ -132,11 +132,12 @@ def settle(
 ) -> tuple[StepAgreement, tuple[LoadedPack, ...]]:
     """The second half of `agree`: the same numbers on every rank from the same reports."""
     failed: dict[int, dict[int, BadSample]] = {}
-    sums: dict[int, tuple[float, ...]] = {}
+    sums: dict[int, Mapping[str, tuple[float, ...]]] = {}
     for report in (report for reports in gathered for report in reports):
         failed.setdefault(report.index, {}).update(report.bad)
         known = sums.setdefault(report.index, report.weight_sums)
-        sums[report.index] = tuple(map(max, known, report.weight_sums))  # a failure reports 0, the others what it is
+        # a failure reports 0, the others what it is
+        sums[report.index] = {name: tuple(map(max, known[name], own)) for name, own in report.weight_sums.items()}
     missing = [pack.index for pack in step.packs if pack.index not in sums]
     assert not missing, f"no rank loaded packs {missing} of step {step.step}"
     good = {
@@ -145,12 +146,13 @@ def settle(
     }
     scales = {pack.index: _rescale(pack, good[pack.index]) if pack_means else 1.0 for pack in step.packs}
     samples = [pack.samples[position] for pack in step.packs for position in good[pack.index]]
+    weight_sums = {TEXT: 0.0, ROUTER: float(sum(bool(positions) for positions in good.values()))}
+    for index, positions in good.items():
+        for name, own in sums[index].items():
+            scale = scales[index] if name == TEXT else 1.0
+            weight_sums[name] = sum((scale * own[position] for position in positions), weight_sums.get(name, 0.0))
     agreement = StepAgreement(
-        weight_sum=sum(
-            (scales[pack.index] * sums[pack.index][position] for pack in step.packs for position in good[pack.index]),
-            start=0.0,
-        ),
-        num_nonempty_packs=sum(bool(positions) for positions in good.values()),
+        weight_sums=weight_sums,
         bad=tuple(failed[pack.index][position] for pack in step.packs for position in sorted(failed[pack.index])),
         stats=count_samples(samples),
     )

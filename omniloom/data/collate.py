@@ -18,7 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniloom.types import IGNORE_LABEL, AudioBatch, AudioClip, Example, PackedBatch, Segments, VisionBatch, VisionClip
+from omniloom.types import (
+    IGNORE_LABEL,
+    TEXT,
+    AudioBatch,
+    AudioClip,
+    Example,
+    PackedBatch,
+    Segments,
+    VisionBatch,
+    VisionClip,
+)
 
 _TOKENS_PER_BOUND = 64  # shorter mean samples than this double the length of cu_seqlens, and so on
 _LEAST_BOUNDS = 16
@@ -118,19 +128,30 @@ def blank_samples(batch: PackedBatch, positions: Sequence[int]) -> PackedBatch:
         loss_index=loss_weights.nonzero().flatten(),
         position_ids=position_ids,
         is_padding=is_padding,
+        targets={
+            name: replace(targets, weights=targets.weights.masked_fill(is_padding[targets.token_index], 0.0))
+            for name, targets in batch.targets.items()
+        },
     )
 
 
-def sample_weight_sums(batch: PackedBatch) -> tuple[float, ...]:
-    """What each sample's loss weights add up to, in float64 and in the order of `sample_ids`."""
-    bounds = batch.segments.cu_seqlens.tolist()
-    weights = batch.loss_weights.double()
-    return tuple(float(weights[bounds[i] : bounds[i + 1]].sum()) for i in range(len(batch.sample_ids)))
+def sample_weight_sums(batch: PackedBatch) -> dict[str, tuple[float, ...]]:
+    """What the weights of each loss add up to, sample by sample in the order of `sample_ids`, in float64."""
+    bounds = batch.segments.cu_seqlens.tolist()[: len(batch.sample_ids) + 1]
+    sums = {TEXT: _sum_between(bounds, batch.loss_weights.double())}
+    for name, targets in batch.targets.items():
+        weights = torch.zeros(batch.loss_weights.shape, dtype=torch.float64)
+        sums[name] = _sum_between(bounds, weights.index_add_(0, targets.token_index, targets.weights.double()))
+    return sums
+
+
+def _sum_between(bounds: Sequence[int], weights: Tensor) -> tuple[float, ...]:
+    return tuple(float(weights[low:high].sum()) for low, high in pairwise(bounds))
 
 
 def weight_sum(batch: PackedBatch) -> float:
-    """The pack's share of the step's denominator, float64."""
-    return sum(sample_weight_sums(batch), start=0.0)
+    """The pack's share of the denominator of text's loss, float64."""
+    return sum(sample_weight_sums(batch)[TEXT], start=0.0)
 
 
 def _length(example: Example | FailedSlot) -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omniloom.models.layers import ACTIVATIONS, MLP, Attention
+from omniloom.models.layers import ACTIVATIONS, MLP, Attention, Linear
 from omniloom.ops.attention import Kernel
 from omniloom.types import AudioBatch, AudioClip, Segments
 
@@ -89,9 +89,9 @@ class AudioStem(nn.Module):
         self.conv1 = nn.Conv2d(1, channels, 3, stride=2, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         self.conv3 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.out = nn.Linear(channels * halved(config.num_mel_bins, config.num_halvings), config.d_model, bias=False)
+        self.out = Linear(channels * halved(config.num_mel_bins, config.num_halvings), config.d_model, bias=False)
 
-    def forward(self, features: Tensor, chunk_frames: Tensor) -> Tensor:
+    def forward(self, features: Tensor, chunk_frames: Tensor, draw_key: int | None = None) -> Tensor:
         """features [num_chunks, mel bins, frames], chunk_frames int64 [num_chunks] -> [num_chunks, rows, d_model].
 
         What a chunk has past its `chunk_frames` is zero before every convolution, as if it ended there.
@@ -102,7 +102,7 @@ class AudioStem(nn.Module):
             past_end = torch.arange(x.shape[-1], device=x.device) >= frames[:, None]
             x = F.gelu(conv(x.masked_fill(past_end[:, None, None], 0.0)))  # [num_chunks, channels, bins, frames]
             frames = (frames + 1) // 2
-        rows = self.out(x.permute(0, 3, 1, 2).flatten(2))
+        rows = self.out(x.permute(0, 3, 1, 2).flatten(2), draw_key)
         return rows + sinusoids(rows.shape[1], rows.shape[2], rows.device).to(rows.dtype)
 
 
@@ -117,7 +117,7 @@ class WhisperStem(nn.Module):
         self.conv1 = nn.Conv1d(config.num_mel_bins, config.d_model, 3, padding=1)
         self.conv2 = nn.Conv1d(config.d_model, config.d_model, 3, stride=2, padding=1)
 
-    def forward(self, features: Tensor, chunk_frames: Tensor) -> Tensor:
+    def forward(self, features: Tensor, chunk_frames: Tensor, draw_key: int | None = None) -> Tensor:
         """As `AudioStem.forward`."""
         past_end = (torch.arange(features.shape[-1], device=features.device) >= chunk_frames[:, None])[:, None]
         x = F.gelu(self.conv1(features.to(self.conv1.weight.dtype).masked_fill(past_end, 0.0)))
@@ -157,26 +157,26 @@ class AudioBlock(nn.Module):
             activation=config.activation_function,
         )
 
-    def forward(self, hidden: Tensor, segments: Segments) -> Tensor:
+    def forward(self, hidden: Tensor, segments: Segments, draw_key: int | None = None) -> Tensor:
         """hidden [A, C] -> [A, C]."""
-        hidden = hidden + self.attention(self.norm1(hidden), None, segments)
-        return hidden + self.mlp(self.norm2(hidden))
+        hidden = hidden + self.attention(self.norm1(hidden), None, segments, draw_key)
+        return hidden + self.mlp(self.norm2(hidden), draw_key)
 
 
 class AudioProjector(nn.Module):
     def __init__(self, config: AudioTowerConfig) -> None:
         super().__init__()
-        self.proj1: nn.Linear | None = None
+        self.proj1: Linear | None = None
         if config.projector_layers == 2:
-            self.proj1 = nn.Linear(config.d_model, config.d_model)
+            self.proj1 = Linear(config.d_model, config.d_model)
         self.act = ACTIVATIONS[config.activation_function]
-        self.proj2 = nn.Linear(config.d_model, config.output_dim)
+        self.proj2 = Linear(config.d_model, config.output_dim)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, draw_key: int | None = None) -> Tensor:
         """hidden [A, C] -> [A, output_dim]."""
         if self.proj1 is not None:
-            hidden = self.act(self.proj1(hidden))
-        return self.proj2(hidden)
+            hidden = self.act(self.proj1(hidden, draw_key))
+        return self.proj2(hidden, draw_key)
 
 
 class AudioTower(nn.Module):
@@ -190,14 +190,15 @@ class AudioTower(nn.Module):
         self.norm = nn.LayerNorm(config.d_model, eps=NORM_EPS)
         self.projector = AudioProjector(config)
 
-    def forward(self, batch: AudioBatch) -> Tensor:
+    def forward(self, batch: AudioBatch, draw_key: int | None = None) -> Tensor:
         """Rows [A, output_dim], pooled rows [B, output_dim]."""
-        hidden = self.stem(batch.features, batch.chunk_frames).flatten(0, 1)[batch.valid_index]  # [A, d_model]
+        chunks = self.stem(batch.features, batch.chunk_frames, draw_key)  # [num_chunks, chunk_rows, d_model]
+        hidden = chunks.flatten(0, 1)[batch.valid_index]  # [A, d_model]
         for layer in self.layers:
-            hidden = layer(hidden, batch.segments)
+            hidden = layer(hidden, batch.segments, draw_key)
         if batch.pool_index is not None:
             hidden = hidden[batch.pool_index].mean(dim=1)  # [B, d_model]
-        return self.projector(self.norm(hidden))
+        return self.projector(self.norm(hidden), draw_key)
 
 
 # ---------------------------------------------------------------------------------------- geometry, on the CPU

@@ -13,12 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from omniloom.models.layers import Attention, GatedMLP, RMSNorm
+from omniloom.models.layers import Attention, GatedMLP, Linear, RMSNorm
 from omniloom.models.moe import MoE
 from omniloom.ops.attention import Kernel
+from omniloom.ops.auxiliary_loss import attach_loss
 from omniloom.ops.cross_entropy import linear_cross_entropy
 from omniloom.ops.rotary import Rotary, SectionLayout, multimodal_rotary
-from omniloom.types import LossTerms, MediaRows, PackedBatch, Segments
+from omniloom.types import ROUTER, TEXT, LossTerms, MediaRows, PackedBatch, Segments
 
 Want = Literal["loss", "logits", "best_tokens"]
 
@@ -93,14 +94,14 @@ class DecoderLayer(nn.Module):
             )
 
     def forward(
-        self, hidden: Tensor, rotary: Rotary, segments: Segments, is_padding: Tensor
+        self, hidden: Tensor, rotary: Rotary, segments: Segments, is_padding: Tensor, draw_key: int | None = None
     ) -> tuple[Tensor] | tuple[Tensor, Tensor, Tensor]:
         """hidden [T, C] -> (hidden [T, C],), with experts also the router loss float32 [] and counts int64 [E]."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, segments)
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, segments, draw_key)
         if self.moe is None:
             assert self.mlp is not None
-            return (hidden + self.mlp(self.mlp_norm(hidden)),)
-        out, router_loss, counts = self.moe(self.mlp_norm(hidden), is_padding)
+            return (hidden + self.mlp(self.mlp_norm(hidden), draw_key),)
+        out, router_loss, counts = self.moe(self.mlp_norm(hidden), is_padding, draw_key)
         return hidden + out, router_loss, counts
 
 
@@ -124,18 +125,20 @@ class LossHead(nn.Module):
     def __init__(self, config: DecoderConfig, chunk_tokens: int | None) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.cross_entropy = CrossEntropy(chunk_tokens)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None, weights: Tensor | None, draw_key: int | None = None
+    ) -> Tensor:
         """hidden [L, C], labels int64 [L], weights float32 [L] -> weighted sum of cross entropies, float32 [].
 
         Without labels: logits, float32 [L, V].
         """
         hidden = self.norm(hidden)
         if labels is None or weights is None:
-            return self.head(hidden).float()
-        low = None if isinstance(self.head, nn.Linear) else self.head.low_rank(hidden)
+            return self.head(hidden, draw_key).float()
+        low = None if isinstance(self.head, nn.Linear) else self.head.low_rank(hidden, draw_key)
         return self.cross_entropy(hidden, self.head.weight, labels, weights, low)
 
 
@@ -151,21 +154,28 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.loss_head.head.weight = self.embed.weight
 
-    def forward(self, batch: PackedBatch, media: MediaRows, *, want: Want = "loss") -> LossTerms | Tensor:
+    def forward(
+        self, batch: PackedBatch, media: MediaRows, hidden: Tensor | None = None, *, want: Want = "loss"
+    ) -> LossTerms | Tensor:
         """The loss terms of a pack; or the logits of every row, float32 [T, V]; or the likeliest next token of the rows
         in `loss_index`, int64 [L].
 
-        One entry for all, since FSDP gathers what a module holds only when the module itself is called.
+        `hidden` [T, C] are the rows that an earlier part of the model hands on; without them the pack is embedded.
+        Where the loss head is not here, the terms hold the rows for the next part. One entry for all, since FSDP
+        gathers what a module holds only when the module itself is called.
         """
-        assert self.loss_head is not None, "this stage has no loss head; compose embed_rows and run_layers"
-        hidden, router_loss, counts = self.run_layers(self.embed_rows(batch, media), batch, media)
+        if hidden is None:
+            hidden = self.embed_rows(batch, media)
+        hidden, sums, counts = self.run_layers(hidden, batch, media)
+        if self.loss_head is None:
+            return LossTerms(sums=sums, expert_counts=counts, hidden=hidden)
         if want == "logits":
-            return self.loss_head(hidden, None, None)
+            return self.loss_head(hidden, None, None, batch.draw_key)
         index = batch.loss_index
         if want == "best_tokens":
-            return self.loss_head(hidden[index], None, None).argmax(dim=-1)
-        loss_sum = self.loss_head(hidden[index], batch.labels[index], batch.loss_weights[index])
-        return LossTerms(loss_sum=loss_sum, router_loss=router_loss, expert_counts=counts)
+            return self.loss_head(hidden[index], None, None, batch.draw_key).argmax(dim=-1)
+        text = self.loss_head(hidden[index], batch.labels[index], batch.loss_weights[index], batch.draw_key)
+        return LossTerms(sums={TEXT: text, **sums}, expert_counts=counts)
 
     def embed_rows(self, batch: PackedBatch, media: MediaRows) -> Tensor:
         """Token embeddings, with media rows in the places of their tokens: [T, C]."""
@@ -179,11 +189,13 @@ class Decoder(nn.Module):
             hidden = hidden.index_copy(0, index, media.audio[: index.shape[0]].to(hidden.dtype))
         return hidden
 
-    def run_layers(self, hidden: Tensor, batch: PackedBatch, media: MediaRows) -> tuple[Tensor, Tensor, Tensor]:
+    def run_layers(
+        self, hidden: Tensor, batch: PackedBatch, media: MediaRows
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The layers that are here, in order.
 
-        Returns: hidden [T, C]; router loss float32 [], these layers' share of the mean over all MoE layers; expert
-        counts int64 [MoE layers here, E].
+        Returns: hidden [T, C], on which the gradients of these layers' own losses ride, scaled by `batch.loss_scales`;
+        the sums of those losses; expert counts int64 [MoE layers here, E].
         """
         rotary = multimodal_rotary(
             batch.position_ids,
@@ -192,16 +204,19 @@ class Decoder(nn.Module):
             sections=self.config.mrope_section,
             layout=self.config.mrope_layout,
         )
+        router_scale = batch.loss_scales.get(ROUTER, 0.0)
         router_losses, counts = [], []
         for name, layer in self.layers.items():
-            hidden, *of_router = layer(hidden, rotary, batch.segments, batch.is_padding)
+            hidden, *of_router = layer(hidden, rotary, batch.segments, batch.is_padding, batch.draw_key)
             if of_router:
-                router_losses.append(of_router[0])
+                router_loss = of_router[0] / self.config.num_moe_layers  # its share of the mean over layers
+                if router_scale:
+                    hidden = attach_loss(hidden, router_scale * router_loss)
+                router_losses.append(router_loss.detach())
                 counts.append(of_router[1])
             if int(name) < len(media.deepstack) and batch.vision is not None:
                 index = batch.vision.token_index
                 hidden = hidden.index_add(0, index, media.deepstack[int(name)][: index.shape[0]].to(hidden.dtype))
         if not counts:
-            no_counts = torch.zeros(0, 0, dtype=torch.int64, device=hidden.device)
-            return hidden, torch.zeros((), device=hidden.device), no_counts
-        return hidden, torch.stack(router_losses).sum() / self.config.num_moe_layers, torch.stack(counts)
+            return hidden, {}, torch.zeros(0, 0, dtype=torch.int64, device=hidden.device)
+        return hidden, {ROUTER: torch.stack(router_losses).sum()}, torch.stack(counts)

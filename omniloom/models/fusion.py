@@ -38,10 +38,10 @@ class OmniModel(nn.Module):
         vision, deepstack, audio = None, (), None
         if self.vision is not None:
             assert batch.vision is not None, "the model has a vision tower: the batch needs at least a null segment"
-            vision, deepstack = self.vision(batch.vision)
+            vision, deepstack = self.vision(batch.vision, batch.draw_key)
         if self.audio is not None:
             assert batch.audio is not None, "the model has an audio tower: the batch needs at least a null segment"
-            audio = self.audio(batch.audio)
+            audio = self.audio(batch.audio, batch.draw_key)
         return MediaRows(vision=vision, deepstack=deepstack, audio=audio)
 
     def decode(self, batch: PackedBatch, media: MediaRows) -> LossTerms:

@@ -44,6 +44,13 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """A linear in whose place one may stand that draws at random: `draw_key` is for that one."""
+
+    def forward(self, input: Tensor, draw_key: int | None = None) -> Tensor:
+        return super().forward(input)
+
+
 class AttentionCore(nn.Module):
     """Attention proper, without parameters, so that context parallelism can put its exchange around it."""
 
@@ -75,25 +82,25 @@ class Attention(nn.Module):
         """`biases` are those of q, k, v and output; `qk_norm_eps` None leaves the norms out."""
         super().__init__()
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=biases[0])
-        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=biases[1])
-        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=biases[2])
+        self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=biases[0])
+        self.k_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=biases[1])
+        self.v_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=biases[2])
         self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.core = AttentionCore(causal=causal, kernel=kernel)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=biases[3])
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=biases[3])
 
-    def forward(self, hidden: Tensor, rotary: Rotary | None, segments: Segments) -> Tensor:
+    def forward(self, hidden: Tensor, rotary: Rotary | None, segments: Segments, draw_key: int | None = None) -> Tensor:
         """hidden [T, C] -> [T, C]."""
         heads = (-1, self.head_dim)
-        q = self.q_proj(hidden).unflatten(-1, heads)  # [T, H, D]
-        k = self.k_proj(hidden).unflatten(-1, heads)  # [T, Hkv, D]
-        v = self.v_proj(hidden).unflatten(-1, heads)
+        q = self.q_proj(hidden, draw_key).unflatten(-1, heads)  # [T, H, D]
+        k = self.k_proj(hidden, draw_key).unflatten(-1, heads)  # [T, Hkv, D]
+        v = self.v_proj(hidden, draw_key).unflatten(-1, heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        return self.o_proj(self.core(q, k, v, segments).flatten(1))
+        return self.o_proj(self.core(q, k, v, segments).flatten(1), draw_key)
 
 
 class FusedAttention(nn.Module):
@@ -102,13 +109,14 @@ class FusedAttention(nn.Module):
     def __init__(self, *, hidden_size: int, num_heads: int, kernel: Kernel) -> None:
         super().__init__()
         self.head_dim = hidden_size // num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.core = AttentionCore(causal=False, kernel=kernel)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
-        q, k, v = self.qkv(hidden).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # each [P, H, D]
-        return self.proj(self.core(apply_rotary(q, rotary), apply_rotary(k, rotary), v, segments).flatten(1))
+    def forward(self, hidden: Tensor, rotary: Rotary, segments: Segments, draw_key: int | None = None) -> Tensor:
+        q, k, v = self.qkv(hidden, draw_key).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # each [P, H, D]
+        out = self.core(apply_rotary(q, rotary), apply_rotary(k, rotary), v, segments)
+        return self.proj(out.flatten(1), draw_key)
 
 
 class GatedMLP(nn.Module):
@@ -116,17 +124,18 @@ class GatedMLP(nn.Module):
 
     def __init__(self, *, hidden_size: int, intermediate_size: int, activation: str, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.act = ACTIVATIONS[activation]
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
         self.is_plain = activation == "silu" and not bias
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, draw_key: int | None = None) -> Tensor:
         projections = (self.gate_proj, self.up_proj, self.down_proj)
         if self.is_plain and all(isinstance(projection, nn.Linear) for projection in projections):  # no adapters
             return gated_mlp(hidden, *(projection.weight for projection in projections))
-        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+        inner = self.act(self.gate_proj(hidden, draw_key)) * self.up_proj(hidden, draw_key)
+        return self.down_proj(inner, draw_key)
 
 
 class MLP(nn.Module):
@@ -134,9 +143,9 @@ class MLP(nn.Module):
 
     def __init__(self, *, hidden_size: int, intermediate_size: int, activation: str) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc1 = Linear(hidden_size, intermediate_size)
         self.act = ACTIVATIONS[activation]
-        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+        self.fc2 = Linear(intermediate_size, hidden_size)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(hidden)))
+    def forward(self, hidden: Tensor, draw_key: int | None = None) -> Tensor:
+        return self.fc2(self.act(self.fc1(hidden, draw_key)), draw_key)

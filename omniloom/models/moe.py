@@ -10,6 +10,9 @@ zero would let through what grouped GEMM leaves uninitialised (NaN x 0 is NaN).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,7 +101,9 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.product = GatedProduct()
 
-    def forward(self, rows: Tensor, offsets: Tensor, copies: Copies | None = None) -> Tensor:
+    def forward(
+        self, rows: Tensor, offsets: Tensor, copies: Copies | None = None, draw_key: int | None = None
+    ) -> Tensor:
         """rows [N, C] sorted by expert, offsets int32 [E] where each expert's rows end -> [N, C].
 
         With `copies`, rows are tokens in their own order, and what comes back are the weighted sums of their copies.
@@ -114,12 +119,9 @@ class LocalDispatch(nn.Module):
         self.num_experts = num_experts
 
     def forward(
-        self, hidden: Tensor, expert_index: Tensor, expert_weights: Tensor, is_padding: Tensor, experts: nn.Module
+        self, hidden: Tensor, expert_index: Tensor, expert_weights: Tensor, experts: Callable[..., Tensor]
     ) -> Tensor:
-        """hidden [T, C], expert_index and expert_weights [T, K], is_padding [T] -> weighted sums [T, C].
-
-        Padding rows come with experts like all others, and what is returned for them does not matter.
-        """
+        """hidden [T, C], expert_index and expert_weights [T, K] -> weighted sums [T, C]."""
         multiple = group_multiple(hidden.device.type, hidden.dtype)
         slot, row, counts = sort_by_group(expert_index.flatten(), self.num_experts, multiple)
         return experts(hidden, counts.cumsum(0).to(torch.int32), Copies(slot, row, expert_weights))
@@ -153,7 +155,7 @@ class MoE(nn.Module):
             activation=activation,
         )
 
-    def forward(self, hidden: Tensor, is_padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden: Tensor, is_padding: Tensor, draw_key: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [T, C], is_padding bool [T] -> [T, C], router loss float32 [], counts of these rows int64 [E]."""
         probabilities, expert_index, expert_weights = self.router(hidden)
         counts = count_experts(expert_index, is_padding, self.num_experts)
@@ -161,5 +163,5 @@ class MoE(nn.Module):
         router_loss = load_balancing_loss(self.reduce_counts(counts), probability_sums, expert_index.shape[1])
         in_turn = torch.arange(expert_index.numel(), device=hidden.device).view_as(expert_index) % self.num_experts
         expert_index = torch.where(is_padding[:, None], in_turn, expert_index)
-        out = self.dispatch(hidden, expert_index, expert_weights, is_padding, self.experts)
+        out = self.dispatch(hidden, expert_index, expert_weights, partial(self.experts, draw_key=draw_key))
         return out.masked_fill(is_padding[:, None], 0.0), router_loss, counts

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omniloom.models.layers import ACTIVATIONS, MLP, Attention, FusedAttention, GatedMLP, RMSNorm
+from omniloom.models.layers import ACTIVATIONS, MLP, Attention, FusedAttention, GatedMLP, Linear, RMSNorm
 from omniloom.ops.attention import Kernel
 from omniloom.ops.rotary import Rotary, axial_rotary
 from omniloom.types import Segments, VisionBatch, VisionClip
@@ -91,10 +91,10 @@ class VisionBlock(nn.Module):
         else:
             self.mlp = MLP(hidden_size=size, intermediate_size=config.intermediate_size, activation=config.hidden_act)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
+    def forward(self, hidden: Tensor, rotary: Rotary, segments: Segments, draw_key: int | None = None) -> Tensor:
         """hidden [P, C] -> [P, C]."""
-        hidden = hidden + self.attention(self.norm1(hidden), rotary, segments)
-        return hidden + self.mlp(self.norm2(hidden))
+        hidden = hidden + self.attention(self.norm1(hidden), rotary, segments, draw_key)
+        return hidden + self.mlp(self.norm2(hidden), draw_key)
 
 
 class PatchMerger(nn.Module):
@@ -108,17 +108,17 @@ class PatchMerger(nn.Module):
         self.merged_size = config.hidden_size * config.spatial_merge_size**2
         self.norm_merged = norm_merged
         self.norm = _norm(config, self.merged_size if norm_merged else config.hidden_size)
-        self.fc1 = nn.Linear(self.merged_size, self.merged_size)
+        self.fc1 = Linear(self.merged_size, self.merged_size)
         self.act = ACTIVATIONS["gelu"]
-        self.fc2 = nn.Linear(self.merged_size, config.out_hidden_size)
+        self.fc2 = Linear(self.merged_size, config.out_hidden_size)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, draw_key: int | None = None) -> Tensor:
         """hidden [P, C] -> [P / merge^2, out_hidden_size]."""
         if self.norm_merged:
             hidden = self.norm(hidden.view(-1, self.merged_size))
         else:
             hidden = self.norm(hidden).view(-1, self.merged_size)
-        return self.fc2(self.act(self.fc1(hidden)))
+        return self.fc2(self.act(self.fc1(hidden, draw_key)), draw_key)
 
 
 class VisionTower(nn.Module):
@@ -128,7 +128,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         # a convolution whose stride is its kernel
-        self.patch_embed = nn.Linear(config.patch_dim, config.hidden_size, bias=config.patch_bias)
+        self.patch_embed = Linear(config.patch_dim, config.hidden_size, bias=config.patch_bias)
         self.pos_embed: nn.Embedding | None = None
         if config.num_position_embeddings:
             self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
@@ -136,9 +136,9 @@ class VisionTower(nn.Module):
         self.deepstack = nn.ModuleList([PatchMerger(config, norm_merged=True) for _ in config.deepstack_visual_indexes])
         self.merger = PatchMerger(config, norm_merged=False)
 
-    def forward(self, batch: VisionBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, batch: VisionBatch, draw_key: int | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Rows [P / merge^2, out_hidden_size], and as many per deepstack level."""
-        hidden = self.patch_embed(batch.patches.to(self.patch_embed.weight.dtype))  # [P, C]
+        hidden = self.patch_embed(batch.patches.to(self.patch_embed.weight.dtype), draw_key)  # [P, C]
         if self.pos_embed is not None:
             positions = self.pos_embed(batch.interpolation_index) * batch.interpolation_weights[:, :, None]  # [P, 4, C]
             hidden = hidden + positions.sum(dim=1).to(hidden.dtype)
@@ -147,10 +147,11 @@ class VisionTower(nn.Module):
         windows = batch.segments if batch.window_segments is None else batch.window_segments
         levels = []
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, rotary, windows if self.config.sees_windows(index) else batch.segments)
+            seen = windows if self.config.sees_windows(index) else batch.segments
+            hidden = layer(hidden, rotary, seen, draw_key)
             if index in self.config.deepstack_visual_indexes:
-                levels.append(self.deepstack[len(levels)](hidden))
-        return self.merger(hidden), tuple(levels)
+                levels.append(self.deepstack[len(levels)](hidden, draw_key))
+        return self.merger(hidden, draw_key), tuple(levels)
 
 
 # ---------------------------------------------------------------------------------------- geometry, on the CPU

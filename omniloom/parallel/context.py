@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from omniloom.parallel.collectives import gather_heads, scatter_heads
-from omniloom.types import PackedBatch, Segments
+from omniloom.types import PackedBatch, Segments, Targets
 
 
 def slice_batch(batch: PackedBatch, context_rank: int, degree: int) -> PackedBatch:
@@ -39,6 +39,14 @@ def slice_batch(batch: PackedBatch, context_rank: int, degree: int) -> PackedBat
         loss_index=batch.loss_index[mine] - start,
         position_ids=batch.position_ids[:, start:end],
         is_padding=batch.is_padding[start:end],
+        targets={name: _slice_targets(targets, start, end) for name, targets in batch.targets.items()},
+    )
+
+
+def _slice_targets(targets: Targets, start: int, end: int) -> Targets:
+    mine = (targets.token_index >= start) & (targets.token_index < end)
+    return Targets(
+        token_index=targets.token_index[mine] - start, weights=targets.weights[mine], values=targets.values[mine]
     )
 
 

@@ -68,7 +68,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Copy a tensor, or every tensor inside (nested) dataclasses and tuples, to `device`.
+    """Copy a tensor, or every tensor inside (nested) dataclasses, tuples and dicts, to `device`.
 
     Pinned host tensors are copied without blocking; all other values pass through unchanged.
     """
@@ -76,6 +76,8 @@ def to_device(value: Any, device: torch.device) -> Any:
         return value if value.device == device else value.to(device, non_blocking=value.is_pinned())
     if isinstance(value, tuple):
         return tuple(to_device(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         moved = {f.name: to_device(getattr(value, f.name), device) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **moved)

@@ -6,6 +6,8 @@ expert is computed; none is dropped. Knows of the model only the signatures of `
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,9 +32,9 @@ class ExpertDispatch(nn.Module):
         self.sizes = ExchangeSizes(group)
 
     def forward(
-        self, hidden: Tensor, expert_index: Tensor, expert_weights: Tensor, is_padding: Tensor, experts: nn.Module
+        self, hidden: Tensor, expert_index: Tensor, expert_weights: Tensor, experts: Callable[..., Tensor]
     ) -> Tensor:
-        """hidden [T, C] local, expert_index and expert_weights [T, K], is_padding [T] -> weighted sums [T, C]."""
+        """hidden [T, C] local, expert_index and expert_weights [T, K] -> weighted sums [T, C]."""
         num_copies = expert_index.shape[1]
         order, inverse, counts = sort_by_group(expert_index.flatten(), self.num_experts)
         here, send, receive = self.sizes(counts.view(self.group.size(), -1))

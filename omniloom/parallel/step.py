@@ -1,4 +1,4 @@
-"""The order of work in one micro-step, the same for every layout.
+"""The order of work in a step: its packs, and within a pack the same for every layout.
 
 Encode, exchange rows, detach to leaves, decoder forward and backward, exchange gradients, one tower backward. Towers
 and decoder are two autograd graphs that meet at the leaves, so that rows may be computed on one rank and used on
@@ -7,7 +7,7 @@ another. Sits between the training loop and the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -40,44 +40,76 @@ class EncodeDecode(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The step's objective: sum over packs of loss_sum / weight_sum + router_coefficient x router_loss / num_packs.
+    """What a step makes smaller: over its losses, coefficient x sum / weight sum.
 
-    `weight_sum` is the agreed sum of loss weights of the whole step, `num_packs` its number of non-empty packs.
+    Sums are over all packs of the step on all ranks; the weight sums are what ranks agreed on. A loss without a
+    coefficient is measured only.
     """
 
-    weight_sum: float
-    num_packs: int
-    router_coefficient: float = 0.0
+    coefficients: Mapping[str, float]
+    weight_sums: Mapping[str, float]
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """What each sum is multiplied by. A weight sum of 0 has nothing to divide."""
+        return {name: self.coefficients.get(name, 0.0) / (total or 1.0) for name, total in self.weight_sums.items()}
+
+    def means(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Each loss that anything has weight in, from its sum over all packs and ranks."""
+        return {name: total / self.weight_sums[name] for name, total in sums.items() if self.weight_sums[name]}
 
     def of_pack(self, terms: LossTerms) -> Tensor:
-        """This rank's share for one pack, float32 scalar."""
-        value = terms.loss_sum / self.weight_sum
-        if self.router_coefficient:
-            value = value + self.router_coefficient * terms.router_loss / max(self.num_packs, 1)
-        return value
+        """This rank's share for one pack, float32 scalar; losses that ride on hidden rows have no gradient here."""
+        shares = [
+            self.coefficients[name] * (value / (self.weight_sums[name] or 1.0))
+            for name, value in terms.sums.items()
+            if self.coefficients.get(name)
+        ]
+        return torch.stack(shares).sum()
 
 
-def forward_backward(
+def run_packs(
     model: EncodeDecode,
-    batch: PackedBatch,
+    packs: Sequence[PackedBatch],
     layout: Layout,
     objective: Objective,
     pool: EncoderPool | None = None,
     *,
-    is_last: bool = True,
     offload_activations: bool = False,
+    on_pack: Callable[[int], None] = lambda _: None,
 ) -> LossTerms:
-    """Add the gradient of one pack's share of the objective to every trainable parameter.
+    """Add the gradient of the objective's share of all `packs` of this rank to every trainable parameter.
 
-    `batch` is the pack as loaded, on the host; ranks that share it have the same text, each with the clips it decoded.
-    Returns this rank's terms, detached, on the device. `pool` shares the towers' work; without one each rank encodes
-    what it loaded. `is_last` is False for all but the last pack of a rank in a step. Collective: every rank calls it
-    equally often.
+    Packs are as loaded, on the host; ranks that share one have the same text, each with the clips it decoded. `pool`
+    shares the towers' work; without one each rank encodes what it loaded. `on_pack` hears the number of the pack that
+    is begun. Returns this rank's sums over the packs, detached, float64, on the device. Collective: as many packs on
+    every rank.
     """
+    sums = {name: torch.zeros((), dtype=torch.float64, device=layout.device) for name in objective.weight_sums}
+    counts: list[Tensor] = []
+    for number, batch in enumerate(packs):
+        on_pack(number)
+        if layout.degrees.replicate > 1:
+            set_all_reduce(model, number == len(packs) - 1)
+        terms = _forward_backward(model, batch, layout, objective, pool, offload_activations)
+        for name, value in terms.sums.items():
+            sums[name] += value.detach()
+        counts.append(terms.expert_counts)
+    return LossTerms(sums=sums, expert_counts=torch.stack(counts).sum(dim=0))
+
+
+def _forward_backward(
+    model: EncodeDecode,
+    batch: PackedBatch,
+    layout: Layout,
+    objective: Objective,
+    pool: EncoderPool | None,
+    offload_activations: bool,
+) -> LossTerms:
+    """One pack of `run_packs`."""
     towers = [tower for tower in (model.vision, model.audio) if tower is not None]
     towers_train = any(parameter.requires_grad for tower in towers for parameter in tower.parameters())
-    if layout.degrees.replicate > 1:
-        set_all_reduce(model, is_last)
+    batch = replace(batch, loss_scales=objective.scales)
     with activations_on_host(offload_activations):
         with torch.set_grad_enabled(towers_train):
             share = encode_share(model, batch, layout, pool)
@@ -93,16 +125,12 @@ def forward_backward(
             pair for pair in zip(list_rows(share.rows), list_rows(gradients), strict=True) if pair[0].requires_grad
         ]
         torch.autograd.backward([row for row, _ in pairs], [gradient for _, gradient in pairs])
-    return LossTerms(
-        loss_sum=terms.loss_sum.detach(),
-        router_loss=terms.router_loss.detach(),
-        expert_counts=terms.expert_counts,
-    )
+    return terms
 
 
 @torch.no_grad()
 def evaluate(model: EncodeDecode, batch: PackedBatch, layout: Layout, pool: EncoderPool | None = None) -> LossTerms:
-    """This rank's terms of one pack, without gradients. Collective like `forward_backward`."""
+    """This rank's terms of one pack, without gradients. Collective like `run_packs`."""
     return model.decode(*deliver(encode_share(model, batch, layout, pool), layout, pool))
 
 

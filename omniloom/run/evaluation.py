@@ -7,7 +7,8 @@ come about is in `run/answers.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,15 +30,15 @@ from omniloom.processors.rendering import split_reasoning
 from omniloom.run.answers import Agreement, answer_pack, compare
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import clips_of_rank, open_rows
-from omniloom.types import BadSample, Extent, LoadedPack, PackPlan, PlannedSample, Source, StepPlan
+from omniloom.types import TEXT, BadSample, Extent, LoadedPack, PackPlan, PlannedSample, Source, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationReport:
-    """What was measured. `loss` is None where nothing was: no row with a loss weight could be read."""
+    """What was measured. `losses` lack those in which no row that could be read had weight."""
 
-    loss: float | None  # weighted mean over all held-out tokens
-    loss_by_modality: dict[str, float]  # of those that were measured
+    losses: Mapping[str, float]  # by name, weighted means over all held-out rows
+    loss_by_modality: Mapping[str, float]  # text's, of the modalities that were measured
     num_rows: int
     num_bad: int  # rows that could not be read
     answers: Agreement | None = None
@@ -45,7 +46,7 @@ class EvaluationReport:
 
     def figures(self) -> dict[str, float]:
         """All numbers by name, as `metrics.jsonl` has them."""
-        found = {} if self.loss is None else {"eval_loss": self.loss}
+        found = {"eval_loss" if name == TEXT else f"eval_{name}_loss": loss for name, loss in self.losses.items()}
         found |= {f"eval_loss.{modality}": loss for modality, loss in self.loss_by_modality.items()}
         if self.answers is not None:
             found["eval_exact_match"] = self.answers.exact_match
@@ -69,14 +70,14 @@ class EvaluationReport:
             f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for name, value in self.figures().items()
         )
         bad = f"{self.num_bad} of {self.num_rows} held-out rows could not be read (see bad_samples.jsonl)"
-        if self.loss is None:
+        if TEXT not in self.losses:
             return f"evaluation measured nothing: {bad}, the others have no loss weight"
         return f"evaluation {figures}" + (f"; {bad}" if self.num_bad else "")
 
 
 class _Measured(NamedTuple):
-    loss_sum: float  # weighted, over all ranks
-    weight_sum: float
+    sums: Mapping[str, float]  # by the loss's name, over all ranks
+    weight_sums: Mapping[str, float]
     num_bad: int
 
 
@@ -134,17 +135,15 @@ class Evaluation:
 
     def run(self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]) -> EvaluationReport:
         """Everything about the model as it is; `on_pack` is called before each pack. Collective over all ranks."""
-        losses = {name: self._measure(packs, model, pool, on_pack) for name, packs in self.packs.items()}
-        measured = {name: loss for name, loss in losses.items() if loss.weight_sum}
+        parts = {name: self._measure(packs, model, pool, on_pack) for name, packs in self.packs.items()}
         rows = self._answers(model, pool, on_pack)
         pairs = [(row["expected"], row["answer"]) for row in rows]
         spoken = [(row["expected"], row["answer"]) for row in rows if "audio" in row["modality"]]
-        weight_sum = sum(loss.weight_sum for loss in measured.values())
         return EvaluationReport(
-            loss=sum(loss.loss_sum for loss in measured.values()) / weight_sum if measured else None,
-            loss_by_modality={name: loss.loss_sum / loss.weight_sum for name, loss in measured.items()},
+            losses=_means(parts.values()),
+            loss_by_modality={name: means[TEXT] for name, part in parts.items() if TEXT in (means := _means([part]))},
             num_rows=self.num_rows,
-            num_bad=self.num_unusable + sum(loss.num_bad for loss in losses.values()),
+            num_bad=self.num_unusable + sum(part.num_bad for part in parts.values()),
             answers=compare(pairs, spoken) if rows else None,
             rows=tuple(rows),
         )
@@ -152,12 +151,13 @@ class Evaluation:
     def _measure(
         self, packs: list[PackPlan], model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]
     ) -> _Measured:
-        loss_sum, weight_sum, num_bad = torch.zeros((), dtype=torch.float64, device=self.layout.device), 0.0, 0
+        sums, weights, num_bad = dict[str, torch.Tensor](), defaultdict[str, float](float), 0
         for _, pack, agreement in self._load(packs, on_pack, self.loader):
-            loss_sum += evaluate(model, pack.batch, self.layout, pool).loss_sum
-            weight_sum += agreement.weight_sum
+            for name, value in evaluate(model, pack.batch, self.layout, pool).sums.items():
+                sums[name] = sums.get(name, 0.0) + value.double()
+                weights[name] += agreement.weight_sums[name]
             num_bad += len(agreement.bad)
-        return _Measured(float(self.layout.sum_over_ranks(loss_sum)), weight_sum, num_bad)
+        return _Measured({name: float(self.layout.sum_over_ranks(sums[name])) for name in sums}, weights, num_bad)
 
     def _answers(self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]) -> list[dict[str, Any]]:
         found = []
@@ -220,6 +220,16 @@ class Evaluation:
     def _list_bad(self, bad: tuple[BadSample, ...]) -> None:
         if self.bad_samples is not None and bad:
             self.bad_samples.append(bad)
+
+
+def _means(parts: Collection[_Measured]) -> dict[str, float]:
+    """Each loss over all parts together, if anything had weight in it."""
+    sums, weights = defaultdict[str, float](float), defaultdict[str, float](float)
+    for part in parts:
+        for name, value in part.sums.items():
+            sums[name] += value
+            weights[name] += part.weight_sums[name]
+    return {name: total / weights[name] for name, total in sums.items() if weights[name]}
 
 
 def modality_of(extent: Extent) -> str:

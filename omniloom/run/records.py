@@ -23,7 +23,7 @@ from omniloom.run.stopping import STOPPED
 from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation
 from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepFigures, StepMetrics
 from omniloom.training.policy import ParameterPolicy, table_lines, trainable_table
-from omniloom.types import Source
+from omniloom.types import TEXT, Source
 
 
 class RunRecords:
@@ -101,7 +101,7 @@ class RunRecords:
             step_seconds=seconds,
             pack_fill=stats.num_tokens / (len(loaded.plan.packs) * self.config.data.pack_tokens),
             num_bad_samples=len(loaded.bad),
-            router_loss=figures.router_loss,
+            other_losses={name: loss for name, loss in figures.losses.items() if name != TEXT},
             expert_imbalance=figures.expert_imbalance,
             evaluation=None if report is None else report.figures(),
         )

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from omniloom.checkpoint.run_lock import hold_run_lock
 from omniloom.checkpoint.stored import StoredCheckpoint
@@ -33,7 +32,7 @@ from omniloom.parallel.mesh import (
     resolve_degrees,
     says_rank_is_gone,
 )
-from omniloom.parallel.step import Objective, forward_backward
+from omniloom.parallel.step import Objective, run_packs
 from omniloom.parallel.watchdog import Watchdog
 from omniloom.run.description import describe_run
 from omniloom.run.directory import (
@@ -52,7 +51,7 @@ from omniloom.run.rows import open_data, open_planner, open_rows, open_stream
 from omniloom.run.state import RunState
 from omniloom.run.stopping import StopRequest, write_stopped
 from omniloom.training.flops import TrainingWork
-from omniloom.training.lora import find_dropouts
+from omniloom.training.lora import keyed_seed
 from omniloom.training.metrics import StepFigures, StepMetrics
 from omniloom.training.optimizer import build_optimizer, set_learning_rate
 from omniloom.training.profile import Profile
@@ -169,7 +168,6 @@ class Trainer:
             self.model.named_parameters(), policies, betas=config.train.betas, epsilon=config.train.epsilon
         )
         self.state = RunState(workshop, layout, self.model, policies, self.optimizer, self.records.say, stack)
-        self.dropouts = find_dropouts(self.model)
         self.pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), config.parallel.encoder_pool)
         trained = [name for name in self.state.changed if name not in workshop.adapter_names]
         self.work = TrainingWork(
@@ -272,50 +270,39 @@ class Trainer:
     def _step(self, loaded: LoadedStep) -> tuple[StepFigures, bool]:
         """One optimizer step. Returns its figures and whether any rank was asked to stop."""
         start = time.perf_counter()
-        train, layout, agreement = self.config.train, self.layout, loaded.agreement
-        objective = Objective(
-            weight_sum=agreement.weight_sum or 1.0,
-            num_packs=agreement.num_nonempty_packs,
-            router_coefficient=train.router_loss,
-        )
+        train, layout, agreement, step = self.config.train, self.layout, loaded.agreement, loaded.plan.step
+        objective = Objective(coefficients=train.loss_coefficients, weight_sums=agreement.weight_sums)
         self.optimizer.zero_grad()
-        totals = torch.zeros(3, dtype=torch.float64, device=layout.device)  # loss, router loss, wish to stop
-        expert_counts: Tensor | None = None
-        for number, pack in enumerate(loaded.packs):
-            self.watchdog.enter(loaded.plan.step, f"forward and backward of pack {number + 1} of {len(loaded.packs)}")
-            for dropout in self.dropouts:
-                dropout.key = (train.seed, loaded.plan.step, pack.index, layout.context_rank)
-            terms = forward_backward(
-                self.model,
-                pack.batch,
-                layout,
-                objective,
-                self.pool,
-                is_last=number == len(loaded.packs) - 1,
-                offload_activations=self.config.memory.offload_activations,
-            )
-            totals[0] += terms.loss_sum
-            totals[1] += terms.router_loss
-            expert_counts = terms.expert_counts if expert_counts is None else expert_counts + terms.expert_counts
-        self.watchdog.enter(loaded.plan.step, "gradient norm and optimizer")
+        terms = run_packs(
+            self.model,
+            [
+                replace(pack.batch, draw_key=keyed_seed(train.seed, step, pack.index, layout.context_rank))
+                for pack in loaded.packs
+            ],
+            layout,
+            objective,
+            self.pool,
+            offload_activations=self.config.memory.offload_activations,
+            on_pack=lambda number: self.watchdog.enter(step, f"pack {number + 1} of {len(loaded.packs)}"),
+        )
+        self.watchdog.enter(step, "gradient norm and optimizer")
         norm = clip_gradients(self.state.parameters.values(), train.clip_norm, layout.device)
-        totals[2] = self.stop.reason is not None
-        peaks = totals.new_zeros(layout.world_size)  # each rank fills its own place: a sum that is a gather
+        peaks = norm.new_zeros(layout.world_size, dtype=torch.float64)  # each rank fills its place: a sum that gathers
         peaks[layout.rank] = peak_memory_bytes(layout.device)
-        counts = totals.new_empty(0, 0) if expert_counts is None else expert_counts.double()
-        num_layers, width = counts.shape
-        sums = layout.sum_over_ranks(torch.cat([peaks, totals, counts.flatten()]))
+        stop = peaks.new_tensor([self.stop.reason is not None])
+        totals = [peaks, stop, torch.stack(list(terms.sums.values())), terms.expert_counts.double().flatten()]
+        sums = layout.sum_over_ranks(torch.cat(totals))  # ranks that share a pack share its router loss too
         # the step's one wait for the device
-        numbers = torch.cat([sums, norm.double()[None]]).tolist()
-        peak, (loss_sum, router_sum, stop, *loads, grad_norm) = max(numbers[: len(peaks)]), numbers[len(peaks) :]
+        peaks, (stopping,), loss_sums, loads, (grad_norm,) = (
+            part.tolist() for part in torch.cat([sums, norm.double()[None]]).cpu().split([*map(len, totals), 1])
+        )
+        num_layers, width = terms.expert_counts.shape
         figures = StepFigures(
-            loss=loss_sum / objective.weight_sum if agreement.weight_sum else None,
-            # ranks that share a pack share its router loss too
-            router_loss=router_sum / max(agreement.num_nonempty_packs, 1),
+            losses=objective.means(dict(zip(terms.sums, loss_sums, strict=True))),
             grad_norm=grad_norm,
             learning_rate=self._set_learning_rate(loaded),
             expert_load=tuple(tuple(map(int, loads[row * width :][:width])) for row in range(num_layers)),
-            peak_memory_bytes=int(peak),
+            peak_memory_bytes=int(max(peaks)),
         )
         if figures.loss is None:  # a step of momentum alone would be one that no data asked for
             self.records.nothing_trained(loaded)
@@ -323,7 +310,7 @@ class Trainer:
             self.optimizer.step()
         else:
             self._handle_nonfinite(loaded, figures)
-        return replace(figures, step_seconds=time.perf_counter() - start + loaded.data_wait_seconds), stop > 0
+        return replace(figures, step_seconds=time.perf_counter() - start + loaded.data_wait_seconds), stopping > 0
 
     def _set_learning_rate(self, loaded: LoadedStep) -> float:
         train, plan = self.config.train, loaded.plan

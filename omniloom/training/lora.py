@@ -33,17 +33,16 @@ class KeyedDropout(nn.Module):
         super().__init__()
         self.rate = rate
         self.name = name
-        self.key: tuple[int, ...] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, draw_key: int | None) -> Tensor:
         if self.rate == 0 or not self.training:
             return x
-        return x * self._mask(x)
+        return x * self._mask(x, draw_key)
 
     @torch.compiler.disable  # the key changes every step: a compiled graph would be made anew for each
-    def _mask(self, x: Tensor) -> Tensor:
-        assert self.key is not None, f"no dropout key was set for {self.name}"
-        generator = torch.Generator(x.device).manual_seed(keyed_seed(self.name, *self.key))
+    def _mask(self, x: Tensor, draw_key: int | None) -> Tensor:
+        assert draw_key is not None, f"the batch has no draw_key, which the dropout of {self.name} follows"
+        generator = torch.Generator(x.device).manual_seed(keyed_seed(self.name, draw_key))
         kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.rate
         return kept.to(x.dtype) / (1 - self.rate)
 
@@ -68,10 +67,10 @@ class LoraLinear(nn.Module):
         self.scaling = adapter.scaling
         self.dropout = KeyedDropout(adapter.dropout, adapter.base)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, draw_key: int | None = None) -> Tensor:
         """[..., in] -> [..., out]."""
         base = F.linear(x, self.weight, self.bias if self.magnitude is None else None)
-        low, up = self.low_rank(x)
+        low, up = self.low_rank(x, draw_key)
         out = torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.T).view_as(base)  # no pass of its own to add
         if self.magnitude is None:
             return out
@@ -80,9 +79,9 @@ class LoraLinear(nn.Module):
         out = (self.magnitude / norms.to(self.magnitude.dtype)).to(x.dtype) * out
         return out if self.bias is None else out + self.bias
 
-    def low_rank(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def low_rank(self, x: Tensor, draw_key: int | None = None) -> tuple[Tensor, Tensor]:
         """[..., in] -> the addition's factors [..., rank] and [out, rank]; a head's loss multiplies them in chunks."""
-        return self.scaling * F.linear(self.dropout(x), self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype)
+        return self.scaling * F.linear(self.dropout(x, draw_key), self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype)
 
 
 class GroupedLinear(nn.Module):
@@ -111,21 +110,23 @@ class LoraExperts(nn.Module):
             self.register_parameter(f"{name}_lora_a", nn.Parameter(weight.new_empty(a_shape, dtype=dtype)))
             self.register_parameter(f"{name}_lora_b", nn.Parameter(weight.new_empty(b_shape, dtype=dtype)))
 
-    def forward(self, rows: Tensor, offsets: Tensor, copies: Copies | None = None) -> Tensor:
+    def forward(
+        self, rows: Tensor, offsets: Tensor, copies: Copies | None = None, draw_key: int | None = None
+    ) -> Tensor:
         """As the experts' own: sorted rows [N, C] -> [N, C], or with `copies` tokens [T, C] -> their sums [T, C]."""
         if copies is not None:
             rows = gather_copies(rows, copies.slot, copies.row, copies.weights.shape[1])
-            return combine_copies(self(rows, offsets), copies.weights, copies.slot, copies.row)
-        gate, up = self._adapted("gate_up", rows, offsets).chunk(2, dim=-1)
-        return self._adapted("down", F.silu(gate) * up, offsets)
+            return combine_copies(self(rows, offsets, None, draw_key), copies.weights, copies.slot, copies.row)
+        gate, up = self._adapted("gate_up", rows, offsets, draw_key).chunk(2, dim=-1)
+        return self._adapted("down", F.silu(gate) * up, offsets, draw_key)
 
-    def _adapted(self, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
+    def _adapted(self, name: str, rows: Tensor, offsets: Tensor, draw_key: int | None) -> Tensor:
         out = self.product(rows, getattr(self, name), offsets)
         if name not in self.scalings:
             return out
         lora_a, lora_b = getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
         lora_a, lora_b = lora_a.to(rows.dtype), lora_b.to(rows.dtype)
-        low = self.product(self.product(self.dropouts[name](rows), lora_a, offsets), lora_b, offsets)
+        low = self.product(self.product(self.dropouts[name](rows, draw_key), lora_a, offsets), lora_b, offsets)
         return out + self.scalings[name] * low
 
 
@@ -222,11 +223,6 @@ def merging(gather: Callable[[str], Tensor], adapters: Collection[Adapter]) -> C
         return merged * ratio[:, None]
 
     return gather_merged
-
-
-def find_dropouts(model: nn.Module) -> list[KeyedDropout]:
-    """Every dropout that is in force."""
-    return [module for module in model.modules() if isinstance(module, KeyedDropout) and module.rate > 0]
 
 
 def keyed_seed(*key: object) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from omniloom.types import RunError
+from omniloom.types import TEXT, RunError
 
 EXPERT_LOAD = "expert_load.jsonl"  # of a run directory
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')  # how each of our lines begins
@@ -25,13 +25,18 @@ _STEP = re.compile(rb'\{"step": (\d+)[,}]')  # how each of our lines begins
 class StepFigures:
     """What one step's arithmetic gave, over all ranks."""
 
-    loss: float | None  # None where nothing was measured: no sample of the step had a loss weight and could be read
-    router_loss: float
+    # means by the loss's name, without those of which nothing in the step had weight and could be read
+    losses: Mapping[str, float]
     grad_norm: float
     learning_rate: float
     expert_load: tuple[tuple[int, ...], ...] = ()  # tokens sent to each expert, by MoE layer
     peak_memory_bytes: int = 0  # the largest of any rank
     step_seconds: float = 0.0
+
+    @property
+    def loss(self) -> float | None:
+        """Text's, the one that people watch; None where the step measured nothing."""
+        return self.losses.get(TEXT)
 
     @property
     def expert_imbalance(self) -> float | None:
@@ -62,7 +67,7 @@ class StepMetrics:
     step_seconds: float
     pack_fill: float
     num_bad_samples: int
-    router_loss: float | None = None
+    other_losses: Mapping[str, float] | None = None  # by name; `router` is the key `router_loss` of the line
     expert_imbalance: float | None = None
     evaluation: Mapping[str, float] | None = None  # each of its figures is a key of the line
 
@@ -85,6 +90,7 @@ class MetricsLog:
     def write(self, metrics: StepMetrics, expert_load: Sequence[Sequence[int]] = ()) -> None:
         """Raises: RunError where the disk takes no more."""
         line = {item.name: getattr(metrics, item.name) for item in fields(metrics)}
+        line |= {f"{name}_loss": value for name, value in (line.pop("other_losses") or {}).items()}
         line |= line.pop("evaluation") or {}
         line = {key: value for key, value in line.items() if value is not None or key == "loss"}
         self._append(self.path, line)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from omniloom.ops import attention
 from omniloom.parallel.encoder_pool import EncoderPool, Seat
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import build_layout, resolve_degrees
-from omniloom.parallel.step import Objective, evaluate, forward_backward
+from omniloom.parallel.step import Objective, evaluate, run_packs
 from omniloom.run.opening import Workshop, build_model, open_workshop
 from omniloom.tools.tiny import FAMILIES, make_tiny
 from omniloom.training.optimizer import build_optimizer
@@ -189,11 +190,12 @@ def run_case(
             optimizer = build_optimizer(
                 model.named_parameters(), policies, betas=config.train.betas, epsilon=config.train.epsilon
             )
-            objective = Objective(weight_sum=1.0, num_packs=case.num_packs, router_coefficient=config.train.router_loss)
-            for number in range(case.num_packs):
-                record.phase = f"pack {number}"
-                last = number == case.num_packs - 1
-                forward_backward(model, batch, layout, objective, pool, is_last=last)
+            objective = Objective(
+                coefficients=config.train.loss_coefficients,
+                weight_sums={"text": 1.0, "router": float(case.num_packs)},
+            )
+            on_pack = partial(_enter_pack, record)
+            run_packs(model, [batch] * case.num_packs, layout, objective, pool, on_pack=on_pack)
             record.phase = "optimizer"
             clip_gradients(model.parameters(), config.train.clip_norm, device)
             gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
@@ -209,6 +211,10 @@ def run_case(
         devices=frozenset(tensor.device.type for tensor in (*gradients, *states) if tensor is not None and tensor.ndim),
         num_trained=len(gradients),
     )
+
+
+def _enter_pack(record: Record, number: int) -> None:
+    record.phase = f"pack {number}"
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from omniloom.parallel.mesh import (
     init_distributed,
     resolve_degrees,
 )
-from omniloom.parallel.step import Objective, forward_backward
+from omniloom.parallel.step import Objective, run_packs
 from omniloom.sharding import ShardingPlan
 from omniloom.types import PackedBatch
 
@@ -119,14 +119,15 @@ def run_reference(case: Case) -> Reference:
     packs = case.packs(make_config(case.dims))
     weight_sum = sum(float(pack.loss_weights.double().sum()) for pack in packs)
     objective = Objective(
-        weight_sum=weight_sum, num_packs=min(case.num_packs, 3), router_coefficient=ROUTER_COEFFICIENT
+        coefficients={"text": 1.0, "router": ROUTER_COEFFICIENT},
+        weight_sums={"text": weight_sum, "router": float(min(case.num_packs, 3))},
     )
     loss = router_loss = 0.0
     for pack in packs:
-        terms = model(pack)
+        terms = model(replace(pack, loss_scales=objective.scales))
         objective.of_pack(terms).backward()
-        loss += terms.loss_sum.item() / weight_sum
-        router_loss += terms.router_loss.item()
+        loss += terms.sums["text"].item() / weight_sum
+        router_loss += terms.sums["router"].item()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm().item()
     return Reference(loss=loss, router_loss=router_loss, norm=norm, gradients=gradients, objective=objective)
@@ -143,11 +144,8 @@ class Setup:
 
     def step(self, objective: Objective) -> list[float]:
         """Gradients of one step; returns loss and router loss summed over all ranks."""
-        totals = torch.zeros(2, dtype=torch.float64)
-        for index, pack in enumerate(self.packs):
-            is_last = index == len(self.packs) - 1
-            terms = forward_backward(self.model, pack, self.layout, objective, self.pool, is_last=is_last)
-            totals += torch.stack([terms.loss_sum / objective.weight_sum, terms.router_loss]).double()
+        sums = run_packs(self.model, self.packs, self.layout, objective, self.pool).sums
+        totals = torch.stack([sums["text"] / objective.weight_sums["text"], sums["router"]])
         return self.layout.sum_over_ranks(totals).tolist()
 
 
@@ -244,9 +242,9 @@ def train_reference(case: Case, objective: Objective, num_steps: int) -> list[fl
     losses = []
     for _ in range(num_steps):
         optimizer.zero_grad()
-        terms = [model(pack) for pack in packs]
+        terms = [model(replace(pack, loss_scales=objective.scales)) for pack in packs]
         sum(objective.of_pack(term) for term in terms).backward()
-        losses.append(sum(term.loss_sum.item() for term in terms) / objective.weight_sum)
+        losses.append(sum(term.sums["text"].item() for term in terms) / objective.weight_sums["text"])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return losses

@@ -21,9 +21,9 @@ from omniloom.config import Config, LoraConfig, MemoryConfig, ModelConfig, Paral
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import Ranks, build_layout, close_distributed, init_distributed, resolve_degrees
-from omniloom.parallel.step import Objective, forward_backward
+from omniloom.parallel.step import Objective, run_packs
 from omniloom.run.opening import Workshop, build_model, load_weights, open_workshop
-from omniloom.training.lora import find_dropouts, keyed_seed, merging
+from omniloom.training.lora import keyed_seed, merging
 from omniloom.types import PackedBatch
 
 PACK_TOKENS = 64
@@ -107,7 +107,7 @@ def run_reference(workshop: Workshop, objective: Objective) -> Reference:
     for pack in make_packs(workshop):
         terms = model(pack)
         objective.of_pack(terms).backward()
-        loss += terms.loss_sum.item()
+        loss += terms.sums["text"].item()
     return Reference(
         loss=loss,
         gradients={name: p.grad for name, p in model.named_parameters() if p.requires_grad},
@@ -118,7 +118,7 @@ def run_reference(workshop: Workshop, objective: Objective) -> Reference:
 def run_case(case: Case, model_dir: Path, ranks: Ranks) -> Outcome:
     workshop = open_workshop(case.config(model_dir))
     weight_sum = sum(float(pack.loss_weights.double().sum()) for pack in make_packs(workshop))
-    objective = Objective(weight_sum=weight_sum, num_packs=2)
+    objective = Objective(coefficients={"text": 1.0}, weight_sums={"text": weight_sum, "router": 2.0})
     expected = run_reference(workshop, objective)
     layout = build_layout(resolve_degrees(case.parallel, ranks.world_size, packs_per_step=2), ranks)
     model, _ = build_model(workshop, layout)
@@ -126,11 +126,7 @@ def run_case(case: Case, model_dir: Path, ranks: Ranks) -> Outcome:
     model.eval()
     pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), case.parallel.encoder_pool)
     packs = make_packs(workshop)[layout.data_rank :: layout.data_world]
-    total = torch.zeros(1, dtype=torch.float64)
-    for number, pack in enumerate(packs):
-        terms = forward_backward(model, pack, layout, objective, pool, is_last=number == len(packs) - 1)
-        total += terms.loss_sum.double()
-    layout.sum_over_ranks(total)
+    total = layout.sum_over_ranks(run_packs(model, packs, layout, objective, pool).sums["text"])
     parameters = dict(model.named_parameters())
     assert all(isinstance(parameter, DTensor) for parameter in parameters.values())
     norm = torch.stack([gradient.norm() for gradient in expected.gradients.values()]).norm()
@@ -159,15 +155,9 @@ def repeat_with_dropout(case: Case, model_dir: Path, ranks: Ranks) -> list[float
     packs = make_packs(workshop)[layout.data_rank :: layout.data_world]
     found = []
     for step in (1, 1, 2):
-        total = torch.zeros(1, dtype=torch.float64)
-        for number, pack in enumerate(packs):
-            for dropout in find_dropouts(model):
-                dropout.key = (0, step, number)
-            objective = Objective(weight_sum=1.0, num_packs=2)
-            terms = forward_backward(model, pack, layout, objective, pool, is_last=number == len(packs) - 1)
-            total += terms.loss_sum.double()
-        layout.sum_over_ranks(total)
-        found.append(total.item())
+        objective = Objective(coefficients={"text": 1.0}, weight_sums={"text": 1.0, "router": 2.0})
+        keyed = [replace(pack, draw_key=keyed_seed(step, number)) for number, pack in enumerate(packs)]
+        found.append(layout.sum_over_ranks(run_packs(model, keyed, layout, objective, pool).sums["text"]).item())
     return found
 
 

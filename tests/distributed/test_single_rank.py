@@ -8,19 +8,35 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from layout_worker import Case, freeze, load, run_reference
+from layout_worker import Case, freeze, load, make_reference, run_reference
 from tiny_omni import Dims, make_config, make_model, random_weights
 from torch.distributed.tensor import DTensor
 
 from omniloom.config import MemoryConfig, ParallelConfig, load_config
+from omniloom.data.agreement import report_pack, settle
 from omniloom.families.qwen3_omni.sharding import sharding
+from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed
-from omniloom.parallel.step import evaluate, forward_backward
+from omniloom.parallel.step import Objective, evaluate, run_packs
 from omniloom.run.opening import build_model, open_workshop
 from omniloom.tools.tiny import make_tiny
+from omniloom.training.metrics import MetricsLog, StepFigures, StepMetrics, read_metrics
+from omniloom.types import (
+    BadSample,
+    Extent,
+    LoadedPack,
+    LossTerms,
+    MediaRows,
+    PackedBatch,
+    PackPlan,
+    PackStats,
+    PlannedSample,
+    StepPlan,
+    Targets,
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +60,12 @@ def test_one_rank_gives_what_a_plain_model_gives(layout: Layout) -> None:
     load(model, random_weights(config, case.seed))
     pool = EncoderPool(layout, plan, "group")
     packs = case.packs(config)
-    before = [evaluate(model, pack, layout, pool).loss_sum.item() for pack in packs]
-    terms = [forward_backward(model, pack, layout, reference.objective, pool) for pack in packs]
-    loss = sum(term.loss_sum.item() for term in terms) / reference.objective.weight_sum
+    before = [evaluate(model, pack, layout, pool).sums["text"].item() for pack in packs]
+    terms = [run_packs(model, [pack], layout, reference.objective, pool) for pack in packs]
+    loss = sum(term.sums["text"].item() for term in terms) / reference.objective.weight_sums["text"]
     # float32 sums in another order: 1e-6
     assert loss == pytest.approx(reference.loss, rel=1e-6)
-    assert before == pytest.approx([term.loss_sum.item() for term in terms], rel=1e-6, abs=1e-6)
+    assert before == pytest.approx([term.sums["text"].item() for term in terms], rel=1e-6, abs=1e-6)
     assert clip_gradients(model.parameters(), 0.0, layout.device).item() == pytest.approx(reference.norm, rel=1e-6)
     for name, expected in reference.gradients.items():
         found = model.get_parameter(name).grad
@@ -105,9 +121,69 @@ def test_bfloat16_compute_keeps_masters_and_gradients_in_float32(layout: Layout)
     apply_parallelism(model, layout, plan, parallel=parallel, memory=memory, compute_dtype=torch.bfloat16)
     materialize(model, layout.device)
     load(model, random_weights(config, case.seed))
-    terms = [forward_backward(model, pack, layout, reference.objective) for pack in case.packs(config)]
-    loss = sum(term.loss_sum.item() for term in terms) / reference.objective.weight_sum
+    terms = run_packs(model, case.packs(config), layout, reference.objective)
+    loss = terms.sums["text"].item() / reference.objective.weight_sums["text"]
     assert loss == pytest.approx(reference.loss, rel=0.02)  # 8 bits of mantissa
     for parameter in model.parameters():
         assert parameter.dtype == torch.float32
         assert parameter.grad.dtype == torch.float32
+
+
+class WithCodes(OmniModel):
+    """A model with a loss of its own: how far embedded rows are from what the pack has for them."""
+
+    def decode(self, batch: PackedBatch, media: MediaRows) -> LossTerms:
+        terms, targets = super().decode(batch, media), batch.targets["codes"]
+        rows = self.text.embed_rows(batch, media)[targets.token_index]
+        sums = {**terms.sums, "codes": (targets.weights * (rows - targets.values).square().mean(dim=1)).sum()}
+        return dataclasses.replace(terms, sums=sums)
+
+
+def with_codes(pack: PackedBatch, seed: int, width: int) -> PackedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.arange(0, 30, 2)
+    weights, values = torch.rand(len(rows), generator=generator), torch.randn(len(rows), width, generator=generator)
+    targets = Targets(token_index=rows, weights=weights, values=values)
+    return dataclasses.replace(pack, targets={"codes": targets}, sample_ids=("a", "b", "c"))
+
+
+def test_a_third_loss_is_agreed_trained_and_written_by_its_name(layout: Layout, tmp_path) -> None:
+    """From the pack to the metrics, and nothing on the way knows of it. Another rank could not load a sample."""
+    case = Case(num_packs=2)
+    plain = make_reference(case)
+    model = WithCodes(vision=plain.vision, audio=plain.audio, text=plain.text)
+    batches = [with_codes(pack, i, case.dims.hidden_size) for i, pack in enumerate(case.packs(make_config(case.dims)))]
+    extent = Extent(num_tokens=1, num_loss_tokens=1, weight_sum=1.0)
+    samples = tuple(PlannedSample(row=row, epoch=0, extent=extent, weight_scale=1.0) for row in range(3))
+    step = StepPlan(step=0, packs=tuple(PackPlan(index=i, samples=samples) for i in range(2)), rows_planned=6)
+    packs = [LoadedPack(index=i, batch=batch, weight_sum=0.0, stats=PackStats()) for i, batch in enumerate(batches)]
+    reports = [report_pack(pack) for pack in packs]
+    elsewhere = dataclasses.replace(
+        reports[1],
+        weight_sums={name: (sums[0], 0.0, sums[2]) for name, sums in reports[1].weight_sums.items()},
+        bad=((1, BadSample(file="f", line=1, field="images", reason="gone")),),
+    )
+    agreement, packs = settle(step, packs, [reports, [elsewhere]])
+    kept = [pack.batch.targets["codes"].weights for pack in packs]
+    assert kept[1].count_nonzero() < len(kept[1])
+    assert agreement.weight_sums["codes"] == pytest.approx(sum(float(weights.double().sum()) for weights in kept))
+    objective = Objective(coefficients={"text": 1.0, "codes": 0.5}, weight_sums=agreement.weight_sums)
+    terms = run_packs(model, [pack.batch for pack in packs], layout, objective)
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    sums = [model(pack.batch).sums for pack in packs]
+    means = {name: sum(own[name] for own in sums) / agreement.weight_sums[name] for name in ("text", "codes")}
+    (means["text"] + 0.5 * means["codes"]).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    measured = objective.means({name: float(value) for name, value in terms.sums.items()})
+    assert measured["codes"] == pytest.approx(means["codes"].item(), rel=1e-6)
+    figures = StepFigures(losses=measured, grad_norm=1.0, learning_rate=1.0)
+    names = [field.name for field in dataclasses.fields(StepMetrics) if field.default is dataclasses.MISSING]
+    others = {name: value for name, value in figures.losses.items() if name != "text"}
+    log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
+    log.write(StepMetrics(**{**dict.fromkeys(names, 0), "loss": figures.loss, "other_losses": others}))
+    log.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["codes_loss"] == pytest.approx(means["codes"].item(), rel=1e-6)
+    assert line["loss"] == pytest.approx(means["text"].item(), rel=1e-6)

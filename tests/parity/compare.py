@@ -59,13 +59,13 @@ def run_reference(
 def run_ours(model: OmniModel, batch: PackedBatch) -> Result:
     model.zero_grad()
     terms = model(batch)
-    terms.loss_sum.backward()
+    terms.sums["text"].backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert not missing, f"no gradient at all, not even zeros, for {missing}"
     with torch.no_grad():
         logits = model.logits(batch)[~batch.is_padding]
     return Result(
-        loss=terms.loss_sum.detach(),
+        loss=terms.sums["text"].detach(),
         logits=logits,
         gradients={name: p.grad.clone() for name, p in model.named_parameters()},
     )

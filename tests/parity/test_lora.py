@@ -6,7 +6,7 @@ import json
 import random
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from omniloom.models.fusion import OmniModel
 from omniloom.run.opening import Workshop, load_weights, open_workshop
 from omniloom.run.results import export_adapter, export_model
 from omniloom.tools.tiny import make_tiny
-from omniloom.training.lora import KeyedDropout
+from omniloom.training.lora import KeyedDropout, keyed_seed
 from tests.parity import builders
 from tests.parity.builders import Sample
 
@@ -94,8 +94,9 @@ def build(workshop: Workshop, *, spread: float = 0.0) -> OmniModel:
     return model
 
 
-def our_logits(model: OmniModel, published: Published) -> list[Tensor]:
-    return [model.logits(builders.pack([sample], published.config_json)) for sample in published.samples]
+def our_logits(model: OmniModel, published: Published, draw_key: int | None = None) -> list[Tensor]:
+    packs = [builders.pack([sample], published.config_json) for sample in published.samples]
+    return [model.logits(replace(pack, draw_key=draw_key)) for pack in packs]
 
 
 def their_logits(reference: Any, published: Published) -> list[Tensor]:
@@ -209,7 +210,7 @@ def test_the_loss_and_its_gradients_see_the_adapter_of_the_head(published: Publi
     index = batch.loss_index
     by_token = torch.nn.functional.cross_entropy(logits[index], batch.labels[index], reduction="none")
     expected = (by_token * batch.loss_weights[index]).sum()
-    loss = model(batch).loss_sum
+    loss = model(batch).sums["text"]
     assert_close([loss], [expected])
     assert torch.equal(model.best_tokens(batch, model.encode(batch)), logits[index].argmax(dim=-1))
     found, wanted = (torch.autograd.grad(of, list(of_head.values())) for of in (loss, expected))
@@ -365,17 +366,15 @@ def test_dropout_follows_from_its_key_alone(published: Published) -> None:
     dropouts = [module for module in model.modules() if isinstance(module, KeyedDropout)]
 
     def run(*key: int) -> Tensor:
-        for dropout in dropouts:
-            dropout.key = key
         with torch.no_grad():
-            return our_logits(model, published)[0]
+            return our_logits(model, published, keyed_seed(*key))[0]
 
     first = run(0, 1, 2)
     torch.rand(3)  # the global generator has no part in it
     assert torch.equal(run(0, 1, 2), first)
     for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
         assert not torch.equal(run(*other), first)
-    masks = {dropout.name: dropout(torch.ones(64)) for dropout in dropouts if dropout.rate}
+    masks = {dropout.name: dropout(torch.ones(64), 7) for dropout in dropouts if dropout.rate}
     assert len({tuple(mask.tolist()) for mask in masks.values()}) == len(masks)
     mean = torch.stack(list(masks.values())).mean()
     assert abs(mean - 1) < 0.2  # what is kept is scaled up

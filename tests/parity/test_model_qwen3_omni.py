@@ -103,20 +103,20 @@ def test_packing_does_not_change_loss_or_gradients(pair):
     torch.testing.assert_close(together.logits, torch.cat([part.logits for part in alone]), rtol=1e-4, atol=1e-4)
     for name, gradient in together.gradients.items():
         wanted = alone[0].gradients[name] + alone[1].gradients[name]
-        # sums in another order
-        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()) + 1e-7)
+        # sums in another order; a key bias's gradient is zero but for what rounding leaves of terms that cancel
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()) + 1e-6)
 
 
 def test_router_loss_equals_transformers_for_one_layer(pair):
     config_json, reference, model = pair
     sample = builders.random_sample(random.Random(2), reference, ["image"])
     output = builders.reference_logits(reference, sample, output_router_logits=True)
-    batch = builders.pack([sample], config_json, num_tokens=200)
+    batch = dataclasses.replace(builders.pack([sample], config_json, num_tokens=200), loss_scales={"router": 1.0})
     model.zero_grad()
     reference.zero_grad()
     terms = model(batch)
-    torch.testing.assert_close(terms.router_loss, output.aux_loss, rtol=1e-5, atol=0)
-    terms.router_loss.backward()
+    torch.testing.assert_close(terms.sums["router"], output.aux_loss, rtol=1e-5, atol=0)
+    (0.0 * terms.sums["text"]).backward()  # the router's gradient rides on the rows that this one takes back
     output.aux_loss.backward()
     wanted = reference.model.language_model.layers[0].mlp.gate.weight.grad
     torch.testing.assert_close(model.text.layers["0"].moe.router.weight.grad, wanted, rtol=1e-4, atol=1e-7)
@@ -131,7 +131,7 @@ def test_loss_equals_the_one_that_transformers_computes_from_labels(pair):
     sample = dataclasses.replace(sample, loss_weights=(sample.labels >= 0).float() / (sample.labels >= 0).sum())
     unshifted = torch.cat((torch.tensor([-100]), sample.labels[:-1]))
     wanted = builders.reference_logits(reference, sample, labels=unshifted[None]).loss
-    loss = model(builders.pack([sample], config_json)).loss_sum
+    loss = model(builders.pack([sample], config_json)).sums["text"]
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
 
 
@@ -148,12 +148,12 @@ def test_a_pack_without_labels_has_zero_loss_and_zero_gradients(pair):
 
 def test_an_empty_pack_is_harmless(pair):
     config_json, _, model = pair
-    batch = builders.pack([], config_json, num_tokens=16)
+    batch = dataclasses.replace(builders.pack([], config_json, num_tokens=16), loss_scales={"router": 1.0})
     model.zero_grad()
     terms = model(batch)
-    (terms.loss_sum + terms.router_loss).backward()
-    assert terms.loss_sum == 0
-    assert terms.router_loss == 0
+    terms.sums["text"].backward()
+    assert terms.sums["text"] == 0
+    assert terms.sums["router"] == 0
     assert not terms.expert_counts.any()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
@@ -189,11 +189,11 @@ def test_bfloat16_stays_near_float32(pair):
     config_json, reference, model = pair
     sample = builders.random_sample(random.Random(8), reference, ["image", "audio"])
     batch = builders.pack([sample], config_json, num_tokens=sample.input_ids.shape[0] + 7)
-    wide = model(batch).loss_sum
+    wide = model(batch).sums["text"]
     low = builders.our_model(config_json, reference).to(torch.bfloat16)
     terms = low(batch)
-    terms.loss_sum.backward()
-    assert terms.loss_sum.dtype == torch.float32
+    terms.sums["text"].backward()
+    assert terms.sums["text"].dtype == torch.float32
     # 8 bits of mantissa over a few layers; a collapsed position or a low softmax would show as tens of percent
-    torch.testing.assert_close(terms.loss_sum, wide, rtol=0.05, atol=0)
+    torch.testing.assert_close(terms.sums["text"], wide, rtol=0.05, atol=0)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in low.parameters())

@@ -157,7 +157,7 @@ def test_blanking_a_sample_afterwards_gives_what_its_failure_would_have_given():
 def test_weight_sums_are_exact_sums_of_the_weights_that_the_loss_sees():
     examples = [make_example(seed, 50) for seed in range(3)]
     batch = pack(examples, [1 / 3, 0.1, 7.0])
-    sums = sample_weight_sums(batch)
+    sums = sample_weight_sums(batch)["text"]
     expected = batch.loss_weights.numpy().astype(np.float64)
     for position in range(3):
         assert sums[position] == pytest.approx(expected[50 * position : 50 * position + 50].sum(), rel=1e-14)
@@ -169,7 +169,7 @@ def test_a_full_pack_has_no_padding_segment():
     batch = pack([make_example(0, 100), make_example(1, 156)])
     assert batch.segments.cu_seqlens[:3].tolist() == [0, 100, 256]
     assert not batch.is_padding.any()
-    assert len(sample_weight_sums(batch)) == 2
+    assert len(sample_weight_sums(batch)["text"]) == 2
 
 
 def test_towers_the_model_lacks_are_none():

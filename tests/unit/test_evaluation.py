@@ -53,7 +53,10 @@ def test_every_evaluation_leaves_its_figures(finished: Path) -> None:
     assert {step for step, line in lines.items() if "eval_loss" in line} == {4, 8}
     last = json.loads((finished / "run" / "evaluation.json").read_text())
     assert last["step"] == 8
-    names = {f"eval_{name}" for name in ("loss", "loss.text", "loss.image", "loss.audio", "exact_match", "cer", "wer")}
+    names = {
+        f"eval_{name}"
+        for name in ("loss", "router_loss", "loss.text", "loss.image", "loss.audio", "exact_match", "cer", "wer")
+    }
     assert last.keys() == {"step", *names}
     assert {name: lines[8][name] for name in names} == {name: last[name] for name in names}
     assert lines[8]["eval_loss"] < lines[4]["eval_loss"]

@@ -191,7 +191,7 @@ def summary(step) -> tuple:
     """All that must not depend on how a step was loaded."""
     return (
         step.plan,
-        step.agreement.weight_sum,
+        step.agreement.weight_sums["text"],
         step.agreement.bad,
         [(pack.index, pack.weight_sum, pack.batch.sample_ids) for pack in step.packs],
         [{name: value.tolist() for name, value in tensors_of(pack).items()} for pack in step.packs],
@@ -402,7 +402,7 @@ def test_samples_that_fail_after_planning_keep_their_slots_as_padding(workers, i
                     lost += sum(tensors["loss_weights"][rows])
                 else:
                     assert pack.batch.loss_weights[rows].tolist() == tensors["loss_weights"][rows]
-        assert step.agreement.weight_sum == pytest.approx(whole[1] - lost)
+        assert step.agreement.weight_sums["text"] == pytest.approx(whole[1] - lost)
         assert step.agreement.stats.num_samples == sum(len(p.samples) for p in step.plan.packs) - len(step.bad)
 
 
@@ -579,7 +579,7 @@ def test_all_ranks_agree_and_together_load_what_one_rank_loads(world_size, inlin
     results = run_ranks(world_size, list)
     for number, whole in enumerate(inline_steps):
         steps = [steps[number] for steps in results]
-        assert {step.agreement.weight_sum for step in steps} == {whole[1]}
+        assert {step.agreement.weight_sums["text"] for step in steps} == {whole[1]}
         packs = {pack.index: tensors_of(pack) for step in steps for pack in step.packs}
         for (index, _, _), tensors in zip(whole[3], whole[4], strict=True):
             assert {name: value.tolist() for name, value in packs[index].items()} == tensors
@@ -593,7 +593,7 @@ def test_a_sample_that_fails_on_one_rank_of_a_group_is_padding_on_all_and_counts
     ours, theirs = run_ranks(2, list, data_world=1, behaviours=[broken, {}])
     assert sum(len(step.agreement.bad) for step in ours) == 2
     for step, other, single in zip(ours, theirs, alone, strict=True):
-        assert step.agreement.weight_sum == other.agreement.weight_sum == single.agreement.weight_sum
+        assert step.agreement.weight_sums == other.agreement.weight_sums == single.agreement.weight_sums
         assert step.agreement.bad == other.agreement.bad == single.agreement.bad
         for pack, twin in zip(step.packs, other.packs, strict=True):
             assert pack.weight_sum == twin.weight_sum
@@ -612,7 +612,7 @@ def test_ranks_of_a_group_decode_each_clip_once_and_agree_on_what_none_of_them_s
     failed_on = [sum(len(pack.bad) for step in steps for pack in step.packs) for steps in groups]
     assert failed_on == [3, 3]  # each knows of all, whoever tried to decode
     for single, ours, theirs in zip(alone, *groups, strict=True):
-        assert ours.agreement.weight_sum == theirs.agreement.weight_sum == single.agreement.weight_sum
+        assert ours.agreement.weight_sums == theirs.agreement.weight_sums == single.agreement.weight_sums
         assert ours.agreement.bad == single.agreement.bad
         for pack, first, second in zip(single.packs, ours.packs, theirs.packs, strict=True):
             assert torch.equal(first.batch.is_padding, pack.batch.is_padding)
@@ -665,8 +665,8 @@ def test_agreement_counts_what_is_left():
     step = StepPlan(step=0, packs=plans, rows_planned=3)
     packs = [rows.load(plan, None, {}, lambda row: None) for plan in plans]
     agreement, _ = agree(step, packs, lambda value: [value])
-    assert agreement.num_nonempty_packs == 1
-    assert agreement.weight_sum == 0.5 * (sample(6).extent.num_tokens // 2)
+    assert agreement.weight_sums["router"] == 1
+    assert agreement.weight_sums["text"] == 0.5 * (sample(6).extent.num_tokens // 2)
     assert agreement.stats.num_samples == 1
     assert agreement.stats.num_images == 0
     assert len(agreement.bad) == 2
@@ -682,10 +682,12 @@ def test_a_pack_that_lost_samples_is_still_a_mean_where_the_loss_is_a_mean_of_pa
         for pack in step.packs:
             # float32 weights of at most some hundred labels
             assert pack.weight_sum == pytest.approx(1.0 if pack.batch.loss_weights.any() else 0.0, abs=1e-5)
-        assert step.agreement.weight_sum == pytest.approx(step.agreement.num_nonempty_packs, abs=1e-5)
-        assert step.agreement.weight_sum == pytest.approx(sum(pack.weight_sum for pack in step.packs), rel=1e-6)
+        assert step.agreement.weight_sums["text"] == pytest.approx(step.agreement.weight_sums["router"], abs=1e-5)
+        assert step.agreement.weight_sums["text"] == pytest.approx(
+            sum(pack.weight_sum for pack in step.packs), rel=1e-6
+        )
         for steps in (*shared, *divided):
-            assert steps[number].agreement.weight_sum == step.agreement.weight_sum
+            assert steps[number].agreement.weight_sums["text"] == step.agreement.weight_sums["text"]
             for pack in steps[number].packs:
                 twin = next(other for other in step.packs if other.index == pack.index)
                 assert torch.equal(pack.batch.loss_weights, twin.batch.loss_weights)

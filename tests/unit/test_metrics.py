@@ -21,7 +21,7 @@ from omniloom.types import RunError
 
 def line(step: int) -> StepMetrics:
     numbers = dict.fromkeys(StepMetrics.__dataclass_fields__, 1)
-    numbers.update(step=step, router_loss=None, evaluation=None, expert_imbalance=None)
+    numbers.update(step=step, other_losses=None, evaluation=None, expert_imbalance=None)
     return StepMetrics(**numbers)
 
 
@@ -65,7 +65,7 @@ def test_a_loss_learnt_by_heart_has_no_spikes() -> None:
 
 
 def test_the_load_of_every_expert_is_kept_and_its_imbalance_averaged_over_layers(tmp_path) -> None:
-    figures = StepFigures(loss=1.0, router_loss=0.0, grad_norm=1.0, learning_rate=1.0, expert_load=((6, 2), (4, 4)))
+    figures = StepFigures(losses={"text": 1.0}, grad_norm=1.0, learning_rate=1.0, expert_load=((6, 2), (4, 4)))
     assert figures.expert_imbalance == pytest.approx((6 / 4 + 1) / 2)
     log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
     log.write(line(3), figures.expert_load)
