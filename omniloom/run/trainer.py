@@ -56,7 +56,7 @@ from omniloom.training.metrics import StepFigures, StepMetrics
 from omniloom.training.optimizer import build_optimizer, set_learning_rate
 from omniloom.training.profile import Profile
 from omniloom.training.schedule import decay_progress, schedule_factor
-from omniloom.types import RunError, Source
+from omniloom.types import TEXT, RunError, Source
 
 COLLECTIVE_GRACE_SECONDS = 60.0  # collectives give up this much later than the watchdog, which has more to say
 
@@ -248,7 +248,7 @@ class Trainer:
             say=self.records.say,
             group=self.state.group,
         )
-        if report is not None and report.loss is None:
+        if report is not None and TEXT not in report.losses:
             raise ValueError(
                 f"{report.describe()}. The model is trained and saved; correct the rows or name others as data.eval, "
                 "then the same command measures them"
