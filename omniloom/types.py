@@ -176,6 +176,7 @@ class ClipGeometry:
     num_mel_frames: int = 0  # 0: no sound
     num_audio_samples: int = 0  # at the feature extractor's rate
     sound_seconds: float = 0.0
+    asked: ClipOptions = ClipOptions()  # what the row set in place of the run's options
 
 
 @dataclass(frozen=True, kw_only=True)

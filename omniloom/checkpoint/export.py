@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ def export(
     names: Collection[str],
     gather: Callable[[str], Tensor | None],
     *,
-    config: dict[str, Any] | None = None,
+    files: Mapping[str, dict[str, Any]] | None = None,
     dropped: Collection[str] = (),
     overwrite: bool = False,
     group: ProcessGroup | None = None,
@@ -56,7 +56,8 @@ def export(
 
     Called by all ranks of `group` alike. `gather(name)` is called once per name on every rank in the same order and
     returns the full tensor, any float dtype, on rank 0 (its result elsewhere is ignored): so it may be a collective.
-    Tensors of ours in `dropped` (layers cut from the model) are left out; `config` then replaces config.json.
+    Tensors of ours in `dropped` (layers cut from the model) are left out. `files` are JSON files, by name, that are
+    written in place of the source's.
 
     Raises: ValueError on every rank if `out_dir` holds something that is no earlier export (unless `overwrite`), for
         tensors that do not fit the source, and when the disk is full; what was there before is then untouched.
@@ -66,7 +67,7 @@ def export(
     plan = _plan(source, recipes, key_map, names, dropped)
     order = [name for name in recipes if name in plan.places]
     writer = _Writer(out_dir, source, plan) if rank(group) == 0 else None
-    fault = _attempt(lambda: writer.begin(config, overwrite), out_dir) if writer else None
+    fault = _attempt(lambda: writer.begin(files or {}, overwrite), out_dir) if writer else None
     if writer is not None and fault is not None:
         writer.discard()
     agree(fault, group)
@@ -136,7 +137,7 @@ class _Writer:
         self.previous = out_dir.parent / f".{out_dir.name}.previous"
         self.offsets: dict[str, tuple[Path, int]] = {}
 
-    def begin(self, config: dict[str, Any] | None, overwrite: bool) -> None:
+    def begin(self, files: Mapping[str, dict[str, Any]], overwrite: bool) -> None:
         """Check the target, copy all that was not trained, leave room for the rest."""
         if self.previous.is_dir() and not self.out_dir.exists():
             self.previous.rename(self.out_dir)  # a kill between the two renames of an earlier export
@@ -147,7 +148,7 @@ class _Writer:
         free = shutil.disk_usage(self.partial).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"the export takes {needed} bytes, the disk has {free} free")
-        self._copy_other_files(config)
+        self._copy_other_files(files)
         for file in self.source.metadata:
             self._lay_out_file(file)
         for name in self.plan.carried:
@@ -196,13 +197,13 @@ class _Writer:
         if held and not overwrite and not (self.out_dir / MARKER_NAME).is_file():
             raise ValueError(f"{self.out_dir} is not empty and no earlier export; choose another directory or empty it")
 
-    def _copy_other_files(self, config: dict[str, Any] | None) -> None:
+    def _copy_other_files(self, files: Mapping[str, dict[str, Any]]) -> None:
         for path, relative in _other_files(self.source.directory):
             target = self.partial / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        if config is not None:
-            _write_json(self.partial / "config.json", config)
+        for name, content in files.items():
+            _write_json(self.partial / name, content)
         if self.source.index is not None:
             weight_map = {name: entry.file.name for name, entry in self.plan.entries.items()}
             metadata = dict(self.source.index.get("metadata") or {})

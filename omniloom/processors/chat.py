@@ -9,7 +9,7 @@ from a picklable factory) and by generation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,7 +126,7 @@ class ChatProcessor:
             if part.kind != header.kind:
                 raise SampleError(f"{part.kind}s", f"the file is not of this kind but {header.kind}")
             assert part.media is not None
-            clips.append(self._clip_geometry(part.media, header, scale))
+            clips.append(replace(self._clip_geometry(part.media, header, scale), asked=part.media.options))
         return tuple(clips)
 
     def _clip_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:

@@ -173,6 +173,8 @@ class TowerInputs:
 
         Source: transformers, Qwen2VLVideoProcessor.
         """
+        size = self.settings.video.get("size") or {}
+        default_pixels = size.get("shortest_edge", default_pixels[0]), size.get("longest_edge", default_pixels[1])
         pixels = bounds(self.options.video_min_pixels, self.options.video_max_pixels, default_pixels)
         options, temporal = source.options, self.vision.temporal_patch_size
         fps, least, most = self.frame_bounds(options, header, min_frames)

@@ -15,6 +15,7 @@ from omniloom.checkpoint.agreement import Group
 from omniloom.checkpoint.export import ExportReport, export
 from omniloom.checkpoint.hf import gather_full
 from omniloom.run.opening import Workshop
+from omniloom.run.trained_media import TrainedMedia, processor_files
 from omniloom.training.lora import merging
 
 NO_ADAPTER = "model.num_layers cuts the model and peft would put an adapter onto all layers"
@@ -26,13 +27,21 @@ def export_model(
     changed: Collection[str],
     gather: Callable[[str], Tensor],
     *,
+    media: TrainedMedia,
+    say: Callable[[str], None],
     overwrite: bool = False,
     group: Group = None,
 ) -> ExportReport:
     """Write the model as transformers and vLLM load it; all of `group` alike, `gather` as in `export`.
 
-    `changed` are the parameters that differ from the published ones; those that adapters belong to are added.
+    `changed` are the parameters that differ from the published ones; those that adapters belong to are added. What the
+    run did to media goes into the processor files.
     """
+    files, limits = processor_files(workshop.checkpoint.directory, media, workshop.config.data)
+    for words in limits:
+        say(f"{directory.name}/ is for {words}, as trained")
+    if workshop.cut:
+        files["config.json"] = dict(workshop.config_json)
     bases = [adapter.base for adapter in workshop.adapters]
     return export(
         directory,
@@ -40,7 +49,7 @@ def export_model(
         workshop.key_map,
         list(dict.fromkeys([*(name for name in changed if name not in workshop.adapter_names), *bases])),
         merging(gather, workshop.adapters),
-        config=dict(workshop.config_json) if workshop.cut else None,
+        files=files,
         dropped=workshop.cut,
         overwrite=overwrite,
         group=group,
@@ -83,6 +92,7 @@ def write_results(
     parameters: Mapping[str, Tensor],
     changed: Collection[str],
     *,
+    media: TrainedMedia,
     on_tensor: Callable[[str], None],
     say: Callable[[str], None],
     group: Group,
@@ -103,5 +113,7 @@ def write_results(
         directory = export_adapter(workshop, run_dir / "adapter", changed, gather_next, overwrite=True, group=group)
         say(f"wrote {directory}")
     if workshop.config.checkpoint.export:
-        report = export_model(workshop, run_dir / "hf", changed, gather_next, overwrite=True, group=group)
+        report = export_model(
+            workshop, run_dir / "hf", changed, gather_next, media=media, say=say, overwrite=True, group=group
+        )
         say(f"wrote {report.directory}")

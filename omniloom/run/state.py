@@ -17,6 +17,7 @@ from omniloom.checkpoint.adapters import fingerprint
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.mesh import Layout
 from omniloom.run.opening import Workshop, load_weights
+from omniloom.run.trained_media import TrainedMedia
 from omniloom.training.policy import ParameterPolicy
 
 
@@ -40,6 +41,7 @@ class RunState:
         self.changed = [
             name for name, parameter in self.parameters.items() if parameter.requires_grad
         ]  # from published
+        self.media = TrainedMedia()
         self._own: dict[str, Any] = {
             "model": fingerprint(workshop.checkpoint),
             "adapters": {  # what decides, beside their weights, what adapters do
@@ -88,6 +90,7 @@ class RunState:
             load_weights(self._workshop, self._model)
         if stored is None:
             return 0
+        self.media = TrainedMedia(stored.extras.get("media"))
         dcp.load_model_state(stored, {name: self.parameters[name] for name in held})
         changed = {*held, *self.changed}
         self.changed = [name for name in self.parameters if name in changed]
@@ -106,7 +109,7 @@ class RunState:
         state = dcp.model_state({name: self.parameters[name] for name in self.changed})
         if self._settings.save_optimizer:
             state |= dcp.optimizer_state(self.parameters, self._optimizer)
-        self._saver.save(step, state | dcp.rng_state(), {"data": data, **self._own})
+        self._saver.save(step, state | dcp.rng_state(), {"data": data, "media": self.media.state(), **self._own})
 
     def finish(self) -> None:
         """Wait for the checkpoint under way."""

@@ -219,6 +219,7 @@ class Trainer:
             with self.profile.step(loaded.plan.step):
                 figures, stop = self._step(loaded)
             step = loaded.plan.step + 1
+            self.state.media.add(loaded.plan)
             report = None  # of an evaluation at this step
             if self.evaluation is not None and eval_every and step % eval_every == 0 and not stop:
                 report, evaluated = self._evaluate(step), step
@@ -244,6 +245,7 @@ class Trainer:
             self.workshop,
             self.state.parameters,
             self.state.changed,
+            media=self.state.media,
             on_tensor=lambda name: self.watchdog.enter(step, f"export of {name}"),
             say=self.records.say,
             group=self.state.group,

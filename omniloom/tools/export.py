@@ -12,6 +12,7 @@ from omniloom.checkpoint.hf import read_tensor
 from omniloom.config import load_config
 from omniloom.run.opening import open_workshop
 from omniloom.run.results import export_adapter, export_model
+from omniloom.run.trained_media import TrainedMedia
 
 
 def export_checkpoint(source: Path, directory: Path, *, adapter: bool = False, overwrite: bool = False) -> None:
@@ -47,5 +48,8 @@ def export_checkpoint(source: Path, directory: Path, *, adapter: bool = False, o
         read_tensor(recipe, workshop.checkpoint, published)
         return published
 
-    leave = export_adapter if adapter else export_model
-    leave(workshop, directory, changed, read, overwrite=overwrite)
+    if adapter:
+        export_adapter(workshop, directory, changed, read, overwrite=overwrite)
+    else:
+        media = TrainedMedia(stored.extras.get("media"))
+        export_model(workshop, directory, changed, read, media=media, say=print, overwrite=overwrite)

@@ -96,8 +96,7 @@ def merged_weights(workshop: Workshop, parameters: dict[str, Tensor]) -> dict[st
 
 
 def run_reference(workshop: Workshop, objective: Objective) -> Reference:
-    with torch.device("meta"):
-        model = workshop.build()
+    model = workshop.build()
     load(workshop, model)
     model.eval()
     policies = workshop.policies([name for name, _ in model.named_parameters()])

@@ -22,6 +22,7 @@ from omniloom.keymap import canonical_name
 from omniloom.models.fusion import OmniModel
 from omniloom.run.opening import Workshop, load_weights, open_workshop
 from omniloom.run.results import export_adapter, export_model
+from omniloom.run.trained_media import TrainedMedia
 from omniloom.tools.tiny import make_tiny
 from omniloom.training.lora import KeyedDropout, keyed_seed
 from tests.parity import builders
@@ -237,7 +238,8 @@ def test_fresh_dora_leaves_the_logits_as_they_were(published: Published) -> None
 def test_merged_export_gives_the_adapted_logits(published: Published, tmp_path: Path, name: str) -> None:
     workshop = published.open({**FROZEN_HEAD, **POLICIES[name]})
     model = build(workshop, spread=0.1)
-    export_model(workshop, tmp_path / "hf", [], gather_full(dict(model.named_parameters())))
+    gather = gather_full(dict(model.named_parameters()))
+    export_model(workshop, tmp_path / "hf", [], gather, media=TrainedMedia(), say=print)
     merged = open_workshop(Config(model=ModelConfig(path=str(tmp_path / "hf"), dtype="float32")))
     with torch.no_grad():
         assert_close(our_logits(build(merged), published), our_logits(model, published))
@@ -344,7 +346,7 @@ def test_peft_merges_every_family_as_we_do(tmp_path: Path, family: str, name: st
     workshop = open_workshop(Config(model=ModelConfig(path=str(tmp_path / "tiny"), dtype="float32"), policy=policy))
     parameters = dict(build(workshop, spread=0.1).named_parameters())
     export_adapter(workshop, tmp_path / "adapter", [], gather_full(parameters))
-    export_model(workshop, tmp_path / "hf", [], gather_full(parameters))
+    export_model(workshop, tmp_path / "hf", [], gather_full(parameters), media=TrainedMedia(), say=print)
     load = getattr(transformers, name).from_pretrained
     published, exported = (load(tmp_path / part, dtype=torch.float32).state_dict() for part in ("tiny", "hf"))
     merged = load_peft(load(tmp_path / "tiny", dtype=torch.float32), tmp_path / "adapter").merge_and_unload()

@@ -69,6 +69,13 @@ def test_the_files_of_the_source_come_along(finished) -> None:
     assert (finished / "model" / "config.json").read_bytes() == (finished / "run" / "hf" / "config.json").read_bytes()
 
 
+def test_the_limits_of_media_that_trained_come_along(finished, tmp_path) -> None:
+    export_checkpoint(finished / "run", tmp_path / "again")
+    for directory in (finished / "run" / "hf", tmp_path / "again"):
+        settings = json.loads((directory / "preprocessor_config.json").read_text())
+        assert settings["max_pixels"] == settings["size"]["longest_edge"] == 4096
+
+
 def test_vllm_finds_its_model_in_the_export(finished, tmp_path) -> None:
     export = finished / "run" / "hf"
     check_vllm_layout(export)

@@ -348,7 +348,9 @@ def test_a_published_second_copy_of_a_tied_tensor_is_trained_along(tmp_path):
 
 def test_cut_layers_are_dropped_and_the_config_replaced(published, tmp_path):
     dropped = [name for name in Model().state_dict() if name.startswith("layers.1.")]
-    export_model(published, tmp_path / "hf", names=["embed.weight"], dropped=dropped, config={"num_layers": 1})
+    export_model(
+        published, tmp_path / "hf", names=["embed.weight"], dropped=dropped, files={"config.json": {"num_layers": 1}}
+    )
     got = read_all(tmp_path / "hf")
     assert got.keys() == {name for name in published_tensors() if not name.startswith("thinker.layers.1.")}
     index = json.loads((tmp_path / "hf" / INDEX_NAME).read_text())

@@ -57,9 +57,7 @@ class Qwen25VLMedia:
         self.pad_ids = frozenset(self.tokens.ids.values())
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
-        size = self.towers.settings.video.get("size") or {}
-        pixels = (size.get("shortest_edge", VIDEO_PIXELS[0]), size.get("longest_edge", VIDEO_PIXELS[1]))
-        clip = self.towers.video_geometry(source, header, scale, pixels, MIN_FRAMES)
+        clip = self.towers.video_geometry(source, header, scale, VIDEO_PIXELS, MIN_FRAMES)
         rate = header.fps or self.towers.frame_bounds(source.options, header, MIN_FRAMES)[0]  # as for the frames
         # in transformers' order of operations: the last bit decides where the floor of a position falls
         sampled_fps = len(clip.frame_indices) / header.num_frames * rate

@@ -20,7 +20,7 @@ from omniloom.processors.settings import ProcessorOptions, find_word
 from omniloom.processors.tower_inputs import Features, TowerInputs, sound_inputs, vision_inputs
 from omniloom.types import ClipGeometry, MediaHeader, MediaSource
 
-# per frame; no file of the checkpoint says it. Source: transformers, Qwen3OmniMoeProcessor.videos_kwargs
+# per frame; no file of a published checkpoint says it. Source: transformers, Qwen3OmniMoeProcessor.videos_kwargs
 VIDEO_PIXELS = (128 * 32 * 32, 768 * 32 * 32)
 
 
