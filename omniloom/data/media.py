@@ -111,15 +111,11 @@ def size_of(data: bytes | str, kind: MediaKind) -> int:
     return size
 
 
-def _refuse_cut(data: bytes | str, size_bytes: int, kind: MediaKind, name: str) -> None:
-    """Refuse a wav, avi or wmv that ends before its header says; av would take what is there for the whole."""
-    head = data[:HEAD_BYTES] if isinstance(data, bytes) else b""
-    if not isinstance(data, bytes):
-        with open(data, "rb") as handle:
-            head = handle.read(HEAD_BYTES)
-    claimed = _claimed_bytes(head)
-    if size_bytes + SLACK_BYTES < claimed < UNFILLED_BYTES:
-        raise SampleError(kind, f"{name} is truncated: {claimed - size_bytes} of its {claimed} bytes are missing")
+def _head_of(data: bytes | str) -> bytes:
+    if isinstance(data, bytes):
+        return data[:HEAD_BYTES]
+    with open(data, "rb") as handle:
+        return handle.read(HEAD_BYTES)
 
 
 def _claimed_bytes(head: bytes) -> int:
@@ -141,8 +137,14 @@ def open_container(file: str | bytes, kind: MediaKind) -> Iterator[InputContaine
     size_bytes = size_of(data, kind)
     target: Any = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        _refuse_cut(data, size_bytes, kind, name_of(file))
-        with av.open(target, options={"format_whitelist": CONTAINER_FORMATS}, metadata_errors="replace") as container:
+        head, options = _head_of(data), {"format_whitelist": CONTAINER_FORMATS}
+        claimed = _claimed_bytes(head)
+        if size_bytes + SLACK_BYTES < claimed < UNFILLED_BYTES:  # av would take what is there for the whole
+            reason = f"{claimed - size_bytes} of its {claimed} bytes are missing"
+            raise SampleError(kind, f"{name_of(file)} is truncated: {reason}")
+        if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+            options["probesize"] = "4096"  # by default av reads megabytes of PCM to see whether they are DTS
+        with av.open(target, options=options, metadata_errors="replace") as container:
             yield container
     except SampleError:
         raise

@@ -62,7 +62,8 @@ def _decode_picture(file: str | bytes, kind: MediaKind, limits: MediaLimits) -> 
 
     with open_image(file, kind, limits) as image:
         image.load()
-        return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(_to_rgb(image))
 
 
 def _to_rgb(image: Image) -> Image:
@@ -77,7 +78,7 @@ def _to_rgb(image: Image) -> Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = images.alpha_composite(images.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # ---------------------------------------------------------------------------------------- videos

@@ -7,6 +7,7 @@ files.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from av.packet import Packet
 
 _log = logging.getLogger(__name__)
+EDGE_PACKETS = 4
 MAX_BROKEN_ENDS = 3  # packets; one at either end is common in files cut from longer ones
 # Containers that write how long the file is, rather than have it estimated.
 _CLAIMS_DURATION = {"mov", "matroska", "avi", "flv", "aiff", "asf"}
@@ -48,18 +50,24 @@ def packets_to_end(
         _read_only(container, stream)
     else:
         claims = container.format.name.split(",")[0] in _CLAIMS_DURATION and container.duration is not None
-    ends: dict[int, Fraction] = {}
-    for packet in container.demux() if claims else container.demux(stream):
+    if not claims:
+        for packet in container.demux(stream):
+            if packet.size:
+                add(packet)
+            yield packet
+        return
+    ends: dict[Any, int] = {}
+    for packet in container.demux():
         time = packet.pts if packet.pts is not None else packet.dts
-        if packet.size and time is not None and packet.time_base is not None:
-            end = (time + (packet.duration or 0)) * packet.time_base
-            ends[packet.stream.index] = max(end, ends.get(packet.stream.index, end))
+        if packet.size and time is not None:
+            end = time + (packet.duration or 0)
+            ends[packet.stream] = max(end, ends.get(packet.stream, end))
         if packet.stream.index == stream.index:
             if packet.size:
                 add(packet)
             yield packet
-    found = float(max(ends.values(), default=Fraction(0)))
-    claimed = container.duration / 1e6 if claims and container.duration is not None else 0.0
+    found = max((float(end * other.time_base) for other, end in ends.items() if other.time_base), default=0.0)
+    claimed = (container.duration or 0) / 1e6
     if found < claimed - max(1.0, 0.05 * claimed):
         raise SampleError(
             kind, f"{name_of(file)} is truncated: its header claims {claimed:.1f} s, its packets end at {found:.1f} s"
@@ -137,23 +145,40 @@ class SampleCounter:
 
     def __init__(self, container: InputContainer, stream: AudioStream) -> None:
         self._samples_of = _samples_of(container, stream)
-        self._skip = 0
-        self.num_samples = 0
+        self._skip = self._num_samples = self._num_packets = 0
+        self._last: deque[Packet] = deque()
 
     @property
     def exact(self) -> bool:
         """Whether this codec's packets say how many samples they hold."""
         return self._samples_of is not None
 
+    @property
+    def num_samples(self) -> int:
+        """Of all packets, the last one given."""
+        while self._last:
+            self._count(self._last.popleft(), may_skip=True)
+        return self._num_samples
+
     def add(self, packet: Packet) -> None:
+        """Take one more packet; side data, slow to ask for, is looked for in the first and the last few only."""
         if self._samples_of is None:
             return
+        self._num_packets += 1
+        self._last.append(packet)
+        if self._num_packets <= EDGE_PACKETS:
+            self._count(self._last.popleft(), may_skip=True)
+        elif len(self._last) > EDGE_PACKETS:
+            self._count(self._last.popleft(), may_skip=False)
+
+    def _count(self, packet: Packet, *, may_skip: bool) -> None:
+        assert self._samples_of is not None
         num_samples, at_end = self._samples_of(packet), 0
-        if packet.has_sidedata("skip_samples"):  # two little-endian uint32: from here on, at this packet's end
+        if may_skip and packet.has_sidedata("skip_samples"):  # two uint32: from here on, and at the end
             side = bytes(packet.get_sidedata("skip_samples"))
             self._skip, at_end = int.from_bytes(side[:4], "little"), int.from_bytes(side[4:8], "little")
         if not packet.is_discard:
-            self.num_samples += max(0, num_samples - self._skip - at_end)
+            self._num_samples += max(0, num_samples - self._skip - at_end)
         self._skip = max(0, self._skip - num_samples)
 
 

@@ -23,8 +23,7 @@ from omniloom.models.decoder import DecoderConfig
 from omniloom.models.vision import VisionTowerConfig, vision_batch
 from omniloom.processors.features import (
     log_mel,
-    normalize_pixels,
-    patchify,
+    pixel_patches,
     resize_bicubic,
     sample_frame_indices,
     smart_resize,
@@ -261,10 +260,15 @@ class TowerInputs:
             raise SampleError(f"{clip.kind}s", f"expected {num_frames} decoded frames as planned, got {got}")
         vision = self.vision
         height, width = grid_thw[1] * vision.patch_size, grid_thw[2] * vision.patch_size
-        resized = np.stack([resize_bicubic(frame, height, width) for frame in frames])
-        channels_first = torch.from_numpy(resized).permute(0, 3, 1, 2)
-        normalised = normalize_pixels(channels_first, self.settings.image_mean, self.settings.image_std)
-        return patchify(normalised, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+        resized = [resize_bicubic(frame, height, width) for frame in frames]
+        return pixel_patches(
+            np.stack(resized) if num_frames > 1 else resized[0][None],
+            self.settings.image_mean,
+            self.settings.image_std,
+            patch=vision.patch_size,
+            temporal_patch=vision.temporal_patch_size,
+            merge=vision.spatial_merge_size,
+        )
 
     def _mel(self, clip: ClipGeometry, waveform: np.ndarray | None) -> Tensor:
         assert self.audio is not None, "a clip with sound for a model without an audio tower"

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from omniloom.processors.features import (
     log_mel,
-    normalize_pixels,
-    patchify,
+    pixel_patches,
     resize_bicubic,
     sample_frame_indices,
     smart_resize,
@@ -71,8 +70,7 @@ def test_image_patches_equal_transformers_exactly(patch, merge, height, width):
     )
     expected = oracle(image, return_tensors="pt")
     resized = resize_bicubic(image, *smart_resize(height, width, patch * merge, low, high))
-    frames = normalize_pixels(torch.from_numpy(resized.copy()).permute(2, 0, 1)[None], CLIP_MEAN, CLIP_STD)
-    patches = patchify(frames, patch, 2, merge)
+    patches = pixel_patches(resized[None], CLIP_MEAN, CLIP_STD, patch=patch, temporal_patch=2, merge=merge)
     assert torch.equal(patches, expected["pixel_values"])
     assert expected["image_grid_thw"].tolist() == [[1, resized.shape[0] // patch, resized.shape[1] // patch]]
 
@@ -88,7 +86,8 @@ def test_image_patches_equal_transformers_exactly(patch, merge, height, width):
 )
 def test_video_patches_equal_the_formula_read_element_by_element(num_frames, patch, temporal, merge, rows, columns):
     height, width = rows * merge * patch, columns * merge * patch
-    frames = torch.arange(num_frames * 3 * height * width, dtype=torch.float32).view(num_frames, 3, height, width)
+    pixels = np.random.default_rng(height).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+    frames = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     expected = []
     for t in range(math.ceil(num_frames / temporal)):
         for block_row in range(rows):
@@ -99,7 +98,8 @@ def test_video_patches_equal_the_formula_read_element_by_element(num_frames, pat
                         clip = [frames[min(t * temporal + k, num_frames - 1)] for k in range(temporal)]
                         cut = torch.stack([frame[:, y : y + patch, x : x + patch] for frame in clip], dim=1)
                         expected.append(cut.flatten())  # C, time, y, x
-    assert torch.equal(patchify(frames, patch, temporal, merge), torch.stack(expected))
+    found = pixel_patches(pixels, (0.0,) * 3, (1.0,) * 3, patch=patch, temporal_patch=temporal, merge=merge)
+    assert torch.equal(found, torch.stack(expected))
 
 
 @settings(deadline=None, max_examples=300)
