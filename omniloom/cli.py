@@ -147,11 +147,14 @@ def migrate(
 
 
 @app.command()
-def check(words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None) -> None:
+def check(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None,
+    nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="check the layout for so many ranks")] = None,
+) -> None:
     """Check a config, its checkpoint and its data without training."""
     from omniloom.tools.inspect import check_config
 
-    check_config(words or [])
+    check_config(words or [], nproc=nproc)
 
 
 @app.command()

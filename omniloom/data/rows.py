@@ -152,7 +152,7 @@ class RowReader:
         key = extent_key(conversation, fingerprint) if self.cache is not None else None
         if self.cache is not None and key is not None and (known := self.cache.get(key)) is not None:
             return known
-        headers = tuple(self.read_header(media, kind) for media, kind in _clips_of(conversation))
+        headers = tuple(self.read_header(media, kind) for media, kind in clips_of(conversation))
         extent = self.processor.measure(conversation, headers)
         if self.shrink and extent.num_tokens > self.pack_tokens:
             clips = self.processor.shrink(conversation, headers, self.pack_tokens)
@@ -206,7 +206,8 @@ def count_samples(samples: Sequence[PlannedSample]) -> PackStats:
     )
 
 
-def _clips_of(conversation: Conversation) -> list[tuple[MediaSource, Any]]:
+def clips_of(conversation: Conversation) -> list[tuple[MediaSource, Any]]:
+    """The clips of a conversation in order, each with its kind."""
     return [(part.media, part.kind) for turn in conversation.turns for part in turn.parts if part.media is not None]
 
 

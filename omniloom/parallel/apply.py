@@ -15,14 +15,14 @@ from omniloom.config import MemoryConfig, ParallelConfig
 from omniloom.parallel.context import UlyssesCore, check_heads
 from omniloom.parallel.expert import ExpertDispatch, LocalWeights, SumOverGroup
 from omniloom.parallel.fsdp import FsdpOptions, match_modules, shard_parameters
-from omniloom.parallel.mesh import Layout
+from omniloom.parallel.mesh import Degrees, Layout
 from omniloom.parallel.recompute import Kept, recompute_blocks
 from omniloom.sharding import ShardingPlan
 
 
-def check_plan(plan: ShardingPlan, layout: Layout) -> None:
+def check_plan(plan: ShardingPlan, degrees: Degrees) -> None:
     """Raises: ValueError listing every degree that this model cannot be divided by, with the ones it can."""
-    degrees, faults = layout.degrees, []
+    faults = []
     if degrees.context > 1:
         try:
             check_heads(plan.num_attention_heads, plan.num_key_value_heads, degrees.context)
@@ -56,7 +56,7 @@ def apply_parallelism(
     parameters before this call. `recompute` overrides `memory.recompute` for a root (policy table).
     Raises: ValueError for degrees that do not divide.
     """
-    check_plan(plan, layout)
+    check_plan(plan, layout.degrees)
     if layout.context_group is not None:
         for name in match_modules(model, plan.attention_cores):
             model.set_submodule(name, UlyssesCore(model.get_submodule(name), layout.context_group))

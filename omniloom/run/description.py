@@ -12,6 +12,7 @@ from omniloom.ops.grouped_gemm import ROW_BYTES, fits_grouped_gemm
 from omniloom.parallel.mesh import Layout
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import describe_files, describe_template
+from omniloom.training.schedule import describe_warmup
 from omniloom.types import Source
 
 
@@ -22,11 +23,14 @@ def describe_run(workshop: Workshop, layout: Layout, model: OmniModel, rows: Sou
         f"{name} {resolve_kernel(kernel, device.type, workshop.compute_dtype)}"
         for name, kernel in asdict(workshop.config.model.attention).items()
     )
+    train = workshop.config.train
+    warning = None if train.steps is None else describe_warmup(train.warmup_steps, train.steps)
     return [
         f"model  {workshop.spec.name} on {layout.degrees.describe()} ({device.type}), attention {kernels}",
         *(f"       {line}" for line in _describe_slow_ways(workshop, model, device)),
         f"data   {len(rows):,} rows, template {describe_template(workshop, rows)}",
         *(f"       {line}" for line in describe_files(rows, workshop.config)),
+        *([warning] if warning is not None else []),
     ]
 
 

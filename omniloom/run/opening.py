@@ -36,7 +36,7 @@ from omniloom.families.spec import ModelSpec
 from omniloom.keymap import KeyMap, Recipe, Tied
 from omniloom.models.fusion import Kernels, OmniModel
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
-from omniloom.parallel.mesh import Layout
+from omniloom.parallel.mesh import Degrees, Layout, resolve_degrees
 from omniloom.training.lora import adapter_policies, choose_adapted, initial_lora_a, install_lora
 from omniloom.training.policy import ParameterPolicy, check_rates, resolve_policy
 from omniloom.types import Adapter
@@ -202,11 +202,18 @@ def _wanted_modalities(config: Config, spec: ModelSpec) -> tuple[str, ...]:
     return tuple(name for name in spec.modalities if name == "text" or name in wanted)
 
 
+def choose_degrees(workshop: Workshop, world_size: int) -> Degrees:
+    """How `parallel` divides a run over so many ranks. Raises: ValueError where ranks, packs or model do not divide."""
+    config = workshop.config
+    degrees = resolve_degrees(config.parallel, world_size, packs_per_step=config.train.packs_per_step)
+    check_plan(workshop.spec.sharding(workshop.family), degrees)
+    return degrees
+
+
 def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str, ParameterPolicy]]:
     """The model in its layout, policy applied, memory allocated, weights undefined. Collective over all ranks."""
     config = workshop.config
     plan = workshop.spec.sharding(workshop.family)
-    check_plan(plan, layout)
     with torch.device("meta"):
         model = workshop.build()
     policies = workshop.policies([name for name, _ in model.named_parameters()])

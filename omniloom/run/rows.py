@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from omniloom.config import Config, DataConfig
+from omniloom.config import Config, ConfigError, DataConfig
 from omniloom.data.agreement import PlanningRanks
 from omniloom.data.extent_cache import ExtentCache, fingerprint_of
 from omniloom.data.formats import RowOptions, describe_format, parse_row, row_options
@@ -25,7 +25,8 @@ from omniloom.families.registry import spec_named
 from omniloom.parallel.encoder_pool import assign_clips
 from omniloom.parallel.mesh import Layout
 from omniloom.processors.settings import ProcessorOptions
-from omniloom.run.opening import Workshop
+from omniloom.run.opening import Workshop, open_workshop
+from omniloom.run.results import NO_ADAPTER
 from omniloom.types import Conversation, PackPlan, SampleError, Source
 
 DESCRIBED_FILES = 8
@@ -39,6 +40,27 @@ _OTHER_OPTIONS = frozenset(
         *("media_dir", "allow_outside_media_dir", "allow_urls", "workers", "prefetch_packs", "cache_dir"),
     )
 )
+
+
+def open_run(config: Config) -> tuple[Workshop, Source, Source | None]:
+    """What a run begins with: the checkpoint, and the rows to train and to evaluate on.
+
+    Raises: ValueError for whatever is wrong with config, checkpoint or data and can be said without ranks.
+    """
+    wanted = (("model.path", config.model.path), ("data.train", config.data.train))
+    if missing := [name for name, value in wanted if not value]:
+        raise ConfigError([f"{name}: not set; every run needs it" for name in missing], "the configuration")
+    workshop = open_workshop(config)
+    if workshop.cut and workshop.adapters and not config.checkpoint.export:
+        raise ValueError(
+            f"checkpoint.export: false would leave nothing of this run, since {NO_ADAPTER}; set it to true"
+        )
+    train_rows, eval_rows = open_data(config.data, config.train.seed)
+    asked = [name for name in ("eval_every", "eval_answers") if getattr(config.train, name)]
+    if asked and eval_rows is None:
+        faults = [f"train.{name}: nothing is held out to evaluate; set data.eval or data.split" for name in asked]
+        raise ConfigError(faults, "the configuration")
+    return workshop, train_rows, eval_rows
 
 
 def open_data(config: DataConfig, seed: int) -> tuple[Source, Source | None]:

@@ -17,7 +17,7 @@ import torch
 
 from omniloom.checkpoint.run_lock import hold_run_lock
 from omniloom.checkpoint.stored import StoredCheckpoint
-from omniloom.config import Config, ConfigError
+from omniloom.config import Config
 from omniloom.data.loader import Loader
 from omniloom.data.stream import BadSampleFile, LoadedStep
 from omniloom.exit_codes import LOST_RANK, STOPPED_EARLY
@@ -29,7 +29,6 @@ from omniloom.parallel.mesh import (
     build_layout,
     close_distributed,
     init_distributed,
-    resolve_degrees,
     says_rank_is_gone,
 )
 from omniloom.parallel.step import Objective, run_packs
@@ -44,10 +43,10 @@ from omniloom.run.directory import (
     write_finished,
 )
 from omniloom.run.evaluation import Evaluation, EvaluationReport
-from omniloom.run.opening import Workshop, build_model, open_workshop
+from omniloom.run.opening import Workshop, build_model, choose_degrees
 from omniloom.run.records import RunRecords
-from omniloom.run.results import NO_ADAPTER, write_results
-from omniloom.run.rows import open_data, open_planner, open_rows, open_stream
+from omniloom.run.results import write_results
+from omniloom.run.rows import open_planner, open_rows, open_run, open_stream
 from omniloom.run.state import RunState
 from omniloom.run.stopping import StopRequest, write_stopped
 from omniloom.training.flops import TrainingWork
@@ -55,7 +54,7 @@ from omniloom.training.lora import keyed_seed
 from omniloom.training.metrics import StepFigures, StepMetrics
 from omniloom.training.optimizer import build_optimizer, set_learning_rate
 from omniloom.training.profile import Profile
-from omniloom.training.schedule import decay_progress, schedule_factor
+from omniloom.training.schedule import decay_progress, describe_warmup, schedule_factor
 from omniloom.types import TEXT, RunError, Source
 
 COLLECTIVE_GRACE_SECONDS = 60.0  # collectives give up this much later than the watchdog, which has more to say
@@ -78,11 +77,10 @@ def run(
     RunError for what stops a sound run: numbers that are not finite, a rank that is gone.
     """
     timeout_seconds = config.train.step_timeout_seconds
-    workshop, train_rows, eval_rows = _open_inputs(config)
+    workshop, train_rows, eval_rows = open_run(config)
     ranks = init_distributed(timeout_seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
     try:
-        degrees = resolve_degrees(config.parallel, ranks.world_size, packs_per_step=config.train.packs_per_step)
-        layout = build_layout(degrees, ranks)
+        layout = build_layout(choose_degrees(workshop, ranks.world_size), ranks)
         run_dir = Path(config.train.run_dir)
         with hold_run_lock(run_dir, layout.channels["checkpoint"]):
             if not overwrite and (finished := find_finished(run_dir, config)) is not None:
@@ -106,24 +104,6 @@ def run(
         raise
     finally:
         close_distributed()
-
-
-def _open_inputs(config: Config) -> tuple[Workshop, Source, Source | None]:
-    """Checkpoint, training rows and held-out rows. Raises: ValueError for what contradicts each other or is missing."""
-    wanted = (("model.path", config.model.path), ("data.train", config.data.train))
-    if missing := [name for name, value in wanted if not value]:
-        raise ConfigError([f"{name}: not set; every run needs it" for name in missing], "the configuration")
-    workshop = open_workshop(config)
-    if workshop.cut and workshop.adapters and not config.checkpoint.export:
-        raise ValueError(
-            f"checkpoint.export: false would leave nothing of this run, since {NO_ADAPTER}; set it to true"
-        )
-    train_rows, eval_rows = open_data(config.data, config.train.seed)
-    asked = [name for name in ("eval_every", "eval_answers") if getattr(config.train, name)]
-    if asked and eval_rows is None:
-        faults = [f"train.{name}: nothing is held out to evaluate; set data.eval or data.split" for name in asked]
-        raise ConfigError(faults, "the configuration")
-    return workshop, train_rows, eval_rows
 
 
 class LostRankError(RunError):
@@ -230,6 +210,9 @@ class Trainer:
             if stop:
                 return self._leave_early(step)
             self.watchdog.enter(step, "waiting for data")
+        warmup_steps = self.config.train.warmup_steps
+        if self.config.train.steps is None and (warning := describe_warmup(warmup_steps, step)):
+            self.records.say(warning)
         if saved != step:
             self._save(step)
         self.state.finish()

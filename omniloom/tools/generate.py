@@ -18,7 +18,7 @@ import torch
 from omniloom.checkpoint.adapters import adapter_values, name_in_memory
 from omniloom.config import Config, DataConfig, ModelConfig, keys_of, override_config
 from omniloom.data.row_media import KINDS
-from omniloom.data.rows import RowReader, Source
+from omniloom.data.rows import RowReader, Source, clips_of
 from omniloom.data.sources import Concatenated, open_sources
 from omniloom.processors.rendering import split_reasoning
 from omniloom.run.opening import Workshop, open_workshop
@@ -109,7 +109,7 @@ def _read_row(reader: RowReader, index: int) -> Prompt | BadRow:
 def read_prompt(reader: RowReader, conversation: Conversation, file: str) -> Prompt:
     """One conversation up to its last answer, its media decoded. Raises: SampleError."""
     asked, expected = _split_answer(conversation)
-    media = [(part.media, part.kind) for turn in asked.turns for part in turn.parts if part.media is not None]
+    media = clips_of(asked)
     headers = [reader.read_header(source, kind) for source, kind in media]
     processor: Any = reader.processor
     clips = processor.geometry(asked, headers)

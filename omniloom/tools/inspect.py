@@ -2,63 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from omniloom.config import Config, ConfigError, config_from_words
+from omniloom.config import Config, ParallelConfig, config_from_words
 from omniloom.data.formats import describe_format, row_options
 from omniloom.data.loader import Loader
-from omniloom.data.planner import Planner, plan_options
-from omniloom.data.rows import RowReader
-from omniloom.run.opening import Workshop, open_workshop
-from omniloom.run.rows import describe_files, describe_template, open_data, open_rows
+from omniloom.data.planner import Planner, check_pack_counts, plan_options
+from omniloom.data.rows import RowReader, clips_of
+from omniloom.run.directory import check_start, find_finished
+from omniloom.run.opening import Workshop, choose_degrees
+from omniloom.run.rows import describe_files, describe_template, open_rows, open_run
 from omniloom.training.policy import trainable_table
-from omniloom.types import SampleError, Source, StepPlan
+from omniloom.training.schedule import describe_warmup
+from omniloom.types import BadSample, Extent, SampleError, Source, StepPlan
 
 CHECKED_ROWS = 200
 
 
-def check_config(words: list[str]) -> None:
+def check_config(words: Sequence[str], *, nproc: int | None = None) -> None:
     """Open config, checkpoint and data, build the model without memory, decode the first rows, and say what is there.
 
-    Raises: ValueError for whatever would stop a run.
+    With `nproc`, also whether the run can be laid out on so many ranks. Raises: ValueError for whatever would stop it.
     """
-    config, workshop, source = _open(words)
+    config = config_from_words(words)
+    workshop, source, _ = open_run(config)
+    run_dir = Path(config.train.run_dir)
+    finished = find_finished(run_dir, config)
+    if finished is None:
+        check_start(run_dir, config, overwrite=False)
     with torch.device("meta"):
         parameters = dict(workshop.build().named_parameters())
     table = trainable_table(workshop.policies(list(parameters)), {name: p.numel() for name, p in parameters.items()})
     print(f"model      {workshop.spec.name}, {sum(row.num_parameters for row in table):,} parameters built, "
           f"{sum(row.num_trainable for row in table):,} trainable")  # fmt: skip
+    _print_layout(workshop, nproc)
     print(f"template   {describe_template(workshop, source)}")
     with _loader(config, workshop, source, decode_all=True) as loader:
-        rows = range(min(len(source), CHECKED_ROWS))
-        measured = loader.measure(rows)
-    good = [extent for extent in measured if hasattr(extent, "num_tokens")]
-    bad = [item for item in measured if not hasattr(item, "num_tokens")]
-    print(f"data       {len(source):,} rows, of the first {len(rows)}: {len(good)} good, {len(bad)} bad")
+        measured = loader.measure(range(min(len(source), CHECKED_ROWS)))
+    good = {row: extent for row, extent in enumerate(measured) if isinstance(extent, Extent)}
+    bad = [item for item in measured if isinstance(item, BadSample)]
+    print(f"data       {len(source):,} rows, of the first {len(measured)}: {len(good)} good, {len(bad)} bad")
     for line in describe_files(source, config):
         print(f"           {line}")
     if good:
-        lengths = sorted(extent.num_tokens for extent in good)
-        print(f"tokens     shortest {lengths[0]}, median {lengths[len(lengths) // 2]}, longest {lengths[-1]}, "
-              f"in packs of {config.data.pack_tokens}")  # fmt: skip
-        longer = sum(length > config.data.pack_tokens for length in lengths)
-        if longer:
-            print(f"overlong   {longer} rows are longer than a pack (data.overlong={config.data.overlong})")
+        _print_sizes(config, [extent.num_tokens for extent in good.values()], len(source))
+        _print_unused_sound(workshop, source, good)
     for item in bad[:10]:
         print(f"bad row    {item.file}:{item.line}: {item.field}: {item.reason}")
+    if finished is not None:
+        print(f"run        {finished}")
     if not good:
-        raise ValueError(f"none of the first {len(rows)} rows can be used")
+        raise ValueError(f"none of the first {len(measured)} rows can be used")
 
 
-def preview_rows(words: list[str], num_rows: int) -> None:
+def _print_layout(workshop: Workshop, nproc: int | None) -> None:
+    parallel, packs_per_step = workshop.config.parallel, workshop.config.train.packs_per_step
+    if nproc is not None:
+        degrees = choose_degrees(workshop, nproc)
+        warning = check_pack_counts(packs_per_step, degrees.replicate * degrees.shard)
+        print(f"layout     {degrees.describe()}" + (f"; warning: {warning}" if warning else ""))
+    elif parallel != ParallelConfig():
+        print("layout     not checked: say --nproc N for so many ranks")
+
+
+def _print_sizes(config: Config, lengths: list[int], num_rows: int) -> None:
+    """Of the rows that were measured, and what follows for the run."""
+    lengths = sorted(lengths)
+    pack_tokens, train = config.data.pack_tokens, config.train
+    print(f"tokens     shortest {lengths[0]}, median {lengths[len(lengths) // 2]}, longest {lengths[-1]}, "
+          f"in packs of {pack_tokens}")  # fmt: skip
+    if longer := sum(length > pack_tokens for length in lengths):
+        print(f"overlong   {longer} rows are longer than a pack (data.overlong={config.data.overlong})")
+    num_tokens = sum(lengths) / len(lengths) * num_rows * (train.epochs or 1.0)
+    num_steps = train.steps or math.ceil(num_tokens / (pack_tokens * train.packs_per_step))
+    about = "" if train.steps else "about "
+    print(f"schedule   {about}{num_steps:,} steps, {train.warmup_steps} of them warm-up")
+    if warning := describe_warmup(train.warmup_steps, num_steps):
+        print(f"           {warning}")
+
+
+def _print_unused_sound(workshop: Workshop, source: Source, good: Mapping[int, Extent]) -> None:
+    """Rows with videos whose sound would not be heard, though the model can hear."""
+    if "audio" not in workshop.modalities:
+        return
+    reader = open_rows(workshop, source, cache=False)()
+    rows = [
+        row
+        for row, extent in good.items()
+        if any(clip.kind == "video" and not clip.num_mel_frames for clip in extent.clips)
+        and any(reader.read_header(media, kind).has_audio for media, kind in clips_of(reader.parse(*source.read(row)))
+                if kind == "video" and not media.use_audio)
+    ]  # fmt: skip
+    if rows:
+        print(f"sound      {len(rows)} of the first {len(good)} rows have videos whose sound is not used; set "
+              "data.video.use_audio=true, or use_audio_in_video in the rows")  # fmt: skip
+
+
+def preview_rows(words: Sequence[str], num_rows: int) -> None:
     """Print how the first rows read as tokens: what trains stands in brackets ⟦⟧, media tokens are counted."""
-    config, workshop, source = _open(words)
+    config = config_from_words(words)
+    workshop, source, _ = open_run(config)
     reader = open_rows(workshop, source, cache=False)()
     for row in range(min(num_rows, len(source))):
         print("── {}:{}".format(*source.locate(row)))
@@ -70,9 +121,10 @@ def preview_rows(words: list[str], num_rows: int) -> None:
             print(f"bad row: {error}")
 
 
-def show_plan(words: list[str], num_steps: int) -> None:
+def show_plan(words: Sequence[str], num_steps: int) -> None:
     """Print the packs of the first steps: samples, tokens, fill, loss tokens, media and cost."""
-    config, workshop, source = _open(words)
+    config = config_from_words(words)
+    workshop, source, _ = open_run(config)
     with _loader(config, workshop, source) as loader:
         planner = Planner(
             rows_per_source=(len(source),),
@@ -102,16 +154,6 @@ def _print_step(step: StepPlan, pack_tokens: int) -> None:
         )
 
 
-def _open(words: list[str]) -> tuple[Config, Workshop, Source]:
-    config = config_from_words(words)
-    wanted = (("model.path", config.model.path), ("data.train", config.data.train))
-    if missing := [name for name, value in wanted if not value]:
-        raise ConfigError([f"{name}: not set; this verb needs it" for name in missing], "the configuration")
-    workshop = open_workshop(config)
-    source, _ = open_data(config.data, config.train.seed)
-    return config, workshop, source
-
-
 @contextmanager
 def _loader(config: Config, workshop: Workshop, source: Source, *, decode_all: bool = False) -> Iterator[Loader]:
     rows = open_rows(workshop, source, cache=False, decode_all=decode_all)
@@ -124,8 +166,7 @@ def _loader(config: Config, workshop: Workshop, source: Source, *, decode_all: b
 
 def _describe(reader: RowReader, raw: dict[str, Any], file: str, line: int) -> str:
     conversation = reader.parse(raw, file, line)
-    media = [(part.media, part.kind) for turn in conversation.turns for part in turn.parts if part.media is not None]
-    headers = tuple(reader.read_header(source, kind) for source, kind in media)
+    headers = tuple(reader.read_header(source, kind) for source, kind in clips_of(conversation))
     processor: Any = reader.processor
     clips = processor.geometry(conversation, headers)
     example = processor.encode(conversation, clips, (None,) * len(clips))

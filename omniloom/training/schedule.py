@@ -29,6 +29,16 @@ def schedule_factor(
     return ramp * (floor + (1.0 - floor) * shape)
 
 
+def describe_warmup(warmup_steps: int, num_steps: int) -> str | None:
+    """A warning where the warm-up is longer than the run, else None."""
+    if warmup_steps <= num_steps:
+        return None
+    return (
+        f"warning: train.warmup_steps is {warmup_steps} and the run has {num_steps} steps, so that the learning rate "
+        "stays below train.learning_rate; lower train.warmup_steps"
+    )
+
+
 def decay_progress(*, step: int, steps: int | None, warmup_steps: int, rows_before: int, total_rows: int) -> float:
     """Share of the decay that is over, for `schedule_factor`. `rows_before`: of the steps before this one."""
     if steps is not None:

@@ -103,11 +103,11 @@ def test_a_model_that_cannot_be_divided_is_refused_at_once(layout: Layout) -> No
     plan = sharding(make_config(Dims(num_experts=6, heads=4)))
     wide = dataclasses.replace(layout, degrees=Degrees(context=3, expert=4))
     with pytest.raises(ValueError) as caught:
-        check_plan(plan, wide)
+        check_plan(plan, wide.degrees)
     assert "4 attention heads do not divide over 3 context ranks; choose from [1, 2, 4]" in str(caught.value)
     assert "6 experts do not divide over 4 ranks; choose from [1, 2, 3, 6]" in str(caught.value)
     with pytest.raises(ValueError, match="this model has no experts; set it to 1"):
-        check_plan(dataclasses.replace(plan, num_experts=0), wide)
+        check_plan(dataclasses.replace(plan, num_experts=0), wide.degrees)
 
 
 def test_bfloat16_compute_keeps_masters_and_gradients_in_float32(layout: Layout) -> None:

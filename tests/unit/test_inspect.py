@@ -11,10 +11,12 @@ from PIL import Image
 
 from omniloom.config import load_config
 from omniloom.data.sources import Subset
-from omniloom.run.rows import describe_files, open_data
+from omniloom.run.opening import choose_degrees
+from omniloom.run.rows import describe_files, open_data, open_run
 from omniloom.tools.inspect import check_config, preview_rows, show_plan
 from omniloom.tools.tiny import make_tiny
 from tests.mixed_rows import write_rows
+from tests.unit.media_files import tone, write_video
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,73 @@ def test_check_names_the_template_and_warns_where_the_checkpoint_writes_another(
 def test_check_refuses_what_a_run_would_refuse(words) -> None:
     with pytest.raises(ValueError, match="did you mean vision"):
         check_config([*words, "policy.visoin.freeze=true"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nproc", "fault"),
+    [
+        (["parallel.context=2"], 1, r"parallel: .*context 2.* makes 2 ranks, but 1 were started"),
+        (["parallel.context=3", "data.pack_tokens=258"], 3, r"attention heads.* do(es)? not divide"),
+        (["parallel.expert=3", "train.packs_per_step=3"], 3, r"parallel\.expert: 8 experts do not divide over 3 ranks"),
+        ([], 4, r"train\.packs_per_step: 2 packs cannot feed 4 data-parallel ranks"),
+        (["parallel.tensor=2"], 2, r"parallel\.tensor: 2 is not supported yet"),
+        (["data.split=0.001"], None, r"data\.split: 0\.001 of 24 rows holds out 0"),
+        (["train.eval_every=5"], None, r"train\.eval_every: nothing is held out to evaluate"),
+    ],
+)
+def test_check_refuses_in_the_words_of_train(words, overrides, nproc, fault) -> None:
+    config = load_config(None, [*words, *overrides])
+
+    def train_on_ranks() -> None:  # as the trainer begins, before it waits for others
+        workshop, _, _ = open_run(config)
+        choose_degrees(workshop, nproc or 1)
+
+    said = []
+    for call in (lambda: check_config([*words, *overrides], nproc=nproc), train_on_ranks):
+        with pytest.raises(ValueError, match=fault) as caught:
+            call()
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+def test_check_names_the_layout_and_the_packs_that_it_wastes(words, capsys) -> None:
+    check_config([*words, "train.packs_per_step=3", "parallel.replicate=2", "parallel.context=2"], nproc=4)
+    printed = capsys.readouterr().out
+    assert "layout     replicate 2 x context 2; warning: train.packs_per_step=3 does not divide over 2" in printed
+    check_config([*words, "parallel.context=2"])
+    assert "layout     not checked: say --nproc N for so many ranks" in capsys.readouterr().out
+
+
+def test_check_warns_of_a_warm_up_longer_than_the_run(words, capsys) -> None:
+    warning = "train.warmup_steps is 50 and the run has {} steps, so that the learning rate stays below"
+    check_config([*words, "train.warmup_steps=50", "train.steps=40"])
+    assert warning.format(40) in capsys.readouterr().out
+    check_config([*words, "train.warmup_steps=50"])
+    printed = capsys.readouterr().out
+    num_steps = int(re.search(r"schedule   about (\d+) steps, 50 of them warm-up", printed)[1])
+    assert warning.format(num_steps) in printed
+    check_config([*words, "train.warmup_steps=40", "train.steps=40"])
+    assert "stays below" not in capsys.readouterr().out
+
+
+def test_check_tells_of_videos_whose_sound_is_not_used(words, tmp_path, capsys) -> None:
+    write_video(tmp_path / "sounding.mp4", sound=tone(8000, 8000), num_frames=8)
+    write_video(tmp_path / "silent.mp4", num_frames=8)
+    clips = ["sounding.mp4", "silent.mp4", {"video": "sounding.mp4", "use_audio_in_video": True}]
+    rows = [json.dumps({"query": "<video>", "response": "r", "videos": [clip]}) for clip in clips]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    own = [*words, f"data.train={tmp_path / 'rows.jsonl'}", "data.video.max_pixels=4096"]
+    check_config(own)
+    assert "sound      1 of the first 3 rows have videos whose sound is not used" in capsys.readouterr().out
+    for other in ("data.video.use_audio=true", "model.modalities=text,image,video"):
+        check_config([*own, other, "data.video.no_audio=video_only"])
+        assert "sound is not used" not in capsys.readouterr().out
+
+
+def test_check_tells_what_a_used_run_directory_means(words, tmp_path) -> None:
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint\.resume=none: .* holds steps or results of a run already"):
+        check_config([*words, f"train.run_dir={tmp_path}", "checkpoint.resume=none"])
 
 
 def test_preview_brackets_exactly_what_trains(words, capsys) -> None:
