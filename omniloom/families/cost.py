@@ -7,9 +7,30 @@ Source: Hoffmann et al. 2022 (arXiv 2203.15556), appendix F, with attention coun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from omniloom.models.audio import AudioTowerConfig
 from omniloom.models.decoder import DecoderConfig
 from omniloom.models.vision import VisionTowerConfig
+from omniloom.types import ClipGeometry
+
+
+def sample_cost(
+    text: DecoderConfig,
+    vision: VisionTowerConfig,
+    audio: AudioTowerConfig | None,
+    num_tokens: int,
+    num_loss_tokens: int,
+    clips: Sequence[ClipGeometry],
+) -> int:
+    """Estimated forward FLOPs / 1e6 of one sample in decoder and towers."""
+    flops = decoder_flops(text, num_tokens, num_loss_tokens)
+    for clip in clips:
+        if clip.grid_thw:
+            flops += vision_flops(vision, clip.grid_thw)
+        if clip.num_mel_frames and audio is not None:
+            flops += audio_flops(audio, clip.num_mel_frames)
+    return -(-flops // 10**6)
 
 
 def decoder_flops(config: DecoderConfig, num_tokens: int, num_loss_tokens: int) -> int:

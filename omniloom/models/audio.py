@@ -1,13 +1,11 @@
-"""The audio tower: log-mel frames to rows of the decoder's width, and how a batch of clips is cut up for it.
+"""The audio tower: log-mel frames to rows of the decoder's width.
 
-The tower is a tensor function of an `AudioBatch`; chunks, valid rows and windows are computed by `audio_batch`, on the
-CPU, where batches are collated.
+The tower is a tensor function of an `AudioBatch`, which brings along chunks, valid rows and windows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from omniloom.models.layers import ACTIVATIONS, MLP, Attention, Linear
 from omniloom.ops.attention import Kernel
-from omniloom.types import AudioBatch, AudioClip, Segments
+from omniloom.types import AudioBatch, Segments
 
 NORM_EPS = 1e-5
 
@@ -199,72 +197,3 @@ class AudioTower(nn.Module):
         if batch.pool_index is not None:
             hidden = hidden[batch.pool_index].mean(dim=1)  # [B, d_model]
         return self.projector(self.norm(hidden), draw_key)
-
-
-# ---------------------------------------------------------------------------------------- geometry, on the CPU
-
-
-def audio_batch(clips: Sequence[AudioClip], config: AudioTowerConfig) -> AudioBatch:
-    """All clips of a pack as one batch of chunks, a null segment of one tower row last.
-
-    `token_index` of the clips counts rows of the pack. Tensors are on the CPU.
-    Raises: ValueError where a clip's features and tokens do not agree.
-    """
-    size, null_frames = config.chunk_frames, config.least_frames
-    for number, clip in enumerate(clips):
-        _check_clip(number, clip, config)
-    features = [*(clip.features for clip in clips), torch.zeros(config.num_mel_bins, null_frames)]
-    frames = torch.tensor([part.shape[1] for part in features])
-    num_chunks = -(-frames // size)
-    last_chunk = num_chunks.cumsum(0) - 1
-    real = torch.full((int(num_chunks.sum()),), size)  # frames of each chunk that are the clip's
-    real[last_chunk] = (frames - 1) % size + 1
-    ends = real  # where the convolutions take a chunk to end
-    if config.downsample_hidden_size is not None:  # this stem lets the padding up to the longest clip show
-        longest = torch.tensor([*(clip.longest_frames or clip.features.shape[1] for clip in clips), null_frames])
-        ends = torch.repeat_interleave(longest.clamp(min=frames).clamp(max=size), num_chunks)
-    rows = -(-real // 2**config.num_halvings)
-    valid = torch.arange(config.chunk_rows) < rows[:, None]
-    chunks = [
-        F.pad(part, (0, -part.shape[1] % size)).unflatten(1, (-1, size)).transpose(0, 1) for part in features
-    ]  # each [num_chunks, num_mel_bins, size]
-    clip_rows = (num_chunks - 1) * config.chunk_rows + rows[last_chunk]
-    windows = _windows(clip_rows, config.window_rows)
-    return AudioBatch(
-        features=torch.cat(chunks),
-        chunk_frames=ends,
-        valid_index=valid.flatten().nonzero().squeeze(1),
-        segments=Segments(cu_seqlens=F.pad(windows.cumsum(0), (1, 0)).to(torch.int32), max_length=int(windows.max())),
-        token_index=torch.cat([*(clip.token_index for clip in clips), torch.zeros(0, dtype=torch.int64)]),
-        pool_index=_pool_index(clip_rows, config.pool) if config.pool > 1 else None,
-    )
-
-
-def _pool_index(clip_rows: Tensor, pool: int) -> Tensor:
-    """Rows that are averaged, int64 [B, pool]: neighbours within a clip, what is left over at its end falls away."""
-    starts, counts = clip_rows.cumsum(0) - clip_rows, clip_rows // pool
-    firsts = torch.repeat_interleave(starts - pool * (counts.cumsum(0) - counts), counts)
-    return (firsts + pool * torch.arange(firsts.shape[0]))[:, None] + torch.arange(pool)
-
-
-def _check_clip(number: int, clip: AudioClip, config: AudioTowerConfig) -> None:
-    num_bins, num_frames = clip.features.shape
-    if num_bins != config.num_mel_bins or num_frames < config.least_frames:
-        raise ValueError(
-            f"clip {number}: expected features of {config.num_mel_bins} mel bins and at least {config.least_frames} "
-            f"frames, got {list(clip.features.shape)}"
-        )
-    rows = config.num_tokens(num_frames)
-    if clip.token_index.shape[0] != rows:
-        raise ValueError(
-            f"clip {number}: {num_frames} mel frames make {rows} rows, but {clip.token_index.shape[0]} tokens wait "
-            "for them"
-        )
-
-
-def _windows(clip_rows: Tensor, window_rows: int) -> Tensor:
-    """Lengths of the attention windows, int64 [S]: full ones, and what is left over at each clip's end."""
-    counts = -(-clip_rows // window_rows)
-    lengths = torch.full((int(counts.sum()),), window_rows)
-    lengths[counts.cumsum(0) - 1] = (clip_rows - 1) % window_rows + 1
-    return lengths

@@ -1,23 +1,20 @@
-"""The vision tower: patches to rows of the decoder's width, and the geometry that a batch of clips brings along.
+"""The vision tower: patches to rows of the decoder's width.
 
-The tower is a tensor function of a `VisionBatch`; everything that depends on grids is computed by `vision_batch`, on
-the CPU, where batches are collated. Images and videos are the same thing here: frames of patches.
+The tower is a tensor function of a `VisionBatch`, which brings along everything that depends on grids. Images and
+videos are the same thing here: frames of patches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omniloom.models.layers import ACTIVATIONS, MLP, Attention, FusedAttention, GatedMLP, Linear, RMSNorm
 from omniloom.ops.attention import Kernel
 from omniloom.ops.rotary import Rotary, axial_rotary
-from omniloom.types import Segments, VisionBatch, VisionClip
+from omniloom.types import Segments, VisionBatch
 
 NORM_EPS = 1e-6
 
@@ -152,110 +149,3 @@ class VisionTower(nn.Module):
             if index in self.config.deepstack_visual_indexes:
                 levels.append(self.deepstack[len(levels)](hidden, draw_key))
         return self.merger(hidden, draw_key), tuple(levels)
-
-
-# ---------------------------------------------------------------------------------------- geometry, on the CPU
-
-
-def vision_batch(clips: Sequence[VisionClip], config: VisionTowerConfig) -> VisionBatch:
-    """All clips of a pack as one batch, a null segment of one merged patch last.
-
-    `token_index` of the clips counts rows of the pack. Tensors are on the CPU.
-    Raises: ValueError where a clip's patches, grid and tokens do not agree.
-    """
-    merge = config.spatial_merge_size
-    for number, clip in enumerate(clips):
-        _check_clip(number, clip, config)
-    grids = torch.tensor([*(clip.grid_thw for clip in clips), (1, merge, merge)])
-    row, column, heights, widths = _patch_coordinates(grids, merge)
-    patches = torch.cat([*(clip.patches for clip in clips), torch.zeros(merge**2, config.patch_dim)])
-    token_index = torch.cat([*(clip.token_index for clip in clips), torch.zeros(0, dtype=torch.int64)])
-    frame_lengths = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])
-    window_segments = None
-    if config.window_size:
-        order, window_lengths = _window_order(row, column, frame_lengths, merge, config.window_squares)
-        patches, row, column, heights, widths = (
-            tensor.unflatten(0, (-1, merge**2))[order].flatten(0, 1)
-            for tensor in (patches, row, column, heights, widths)
-        )
-        token_index = token_index[order[:-1]]  # the null segment, one square, is the last frame and stays last
-        window_segments = _segments(window_lengths)
-    index, weights = _interpolation(row, column, heights, widths, round(config.num_position_embeddings**0.5))
-    return VisionBatch(
-        patches=patches,
-        segments=_segments(frame_lengths),
-        rotary_index=torch.stack((row, column), dim=1),
-        interpolation_index=index,
-        interpolation_weights=weights,
-        token_index=token_index,
-        window_segments=window_segments,
-    )
-
-
-def _segments(lengths: Tensor) -> Segments:
-    return Segments(cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), max_length=int(lengths.max()))
-
-
-def _window_order(row: Tensor, column: Tensor, frame_lengths: Tensor, merge: int, side: int) -> tuple[Tensor, Tensor]:
-    """Order int64 [P / merge^2] that puts the merged squares of each frame window by window, and patches per window.
-
-    Windows of `side` x `side` squares come by rows, as do the squares within one; those at a frame's edges are smaller.
-    Source: transformers, vision_utils.get_vision_window_index.
-    """
-    frame = torch.repeat_interleave(torch.arange(frame_lengths.shape[0]), frame_lengths)[:: merge**2]
-    window_row, window_column = (place[:: merge**2] // (merge * side) for place in (row, column))
-    width = int(window_column.max()) + 1
-    window = (frame * (int(window_row.max()) + 1) + window_row) * width + window_column
-    ordered, order = window.sort(stable=True)
-    return order, ordered.unique_consecutive(return_counts=True)[1] * merge**2
-
-
-def _check_clip(number: int, clip: VisionClip, config: VisionTowerConfig) -> None:
-    frames, height, width = clip.grid_thw
-    num_patches = frames * height * width
-    merge = config.spatial_merge_size
-    if height % merge or width % merge:
-        raise ValueError(f"clip {number}: grid_thw {clip.grid_thw} does not divide by spatial_merge_size {merge}")
-    if tuple(clip.patches.shape) != (num_patches, config.patch_dim):
-        raise ValueError(
-            f"clip {number}: expected patches [{num_patches}, {config.patch_dim}] for grid_thw {clip.grid_thw}, "
-            f"got {list(clip.patches.shape)}"
-        )
-    if clip.token_index.shape[0] != num_patches // merge**2:
-        raise ValueError(
-            f"clip {number}: grid_thw {clip.grid_thw} makes {num_patches // merge**2} rows, but "
-            f"{clip.token_index.shape[0]} tokens wait for them"
-        )
-
-
-def _patch_coordinates(grids: Tensor, merge: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row, column, and the height and width of its frame, for each patch: int64 [P] each.
-
-    Patches of a frame come square by square of merge x merge, squares and patches within them by rows.
-    """
-    counts = grids.prod(dim=1)
-    heights, widths = (torch.repeat_interleave(grids[:, axis], counts) for axis in (1, 2))
-    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    within = (torch.arange(starts.shape[0]) - starts) % (heights * widths)
-    square, inner = within // merge**2, within % merge**2
-    squares_per_row = widths // merge
-    row = square // squares_per_row * merge + inner // merge
-    column = square % squares_per_row * merge + inner % merge
-    return row, column, heights, widths
-
-
-def _interpolation(row: Tensor, column: Tensor, heights: Tensor, widths: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Where each patch lies among the learned positions, a square of `side`, its corners on the frame's corners.
-
-    Returns: index int64 [P, 4] into the flattened square, weights float32 [P, 4] (bilinear); [P, 0] if side is 0.
-    """
-    if not side:
-        return row.new_zeros(row.shape[0], 0), torch.zeros(row.shape[0], 0)
-    index, weights = [], []
-    for place, size in ((row, heights), (column, widths)):
-        exact = place.float() * (side - 1) / (size - 1).clamp(min=1)
-        low = exact.floor()
-        index.append(torch.stack((low, low + 1), dim=1).long().clamp(max=side - 1))
-        weights.append(torch.stack((1 - (exact - low), exact - low), dim=1))
-    corners = index[0][:, :, None] * side + index[1][:, None, :]
-    return corners.flatten(1), (weights[0][:, :, None] * weights[1][:, None, :]).flatten(1)

@@ -17,13 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniloom.models.audio import AudioTowerConfig
-from omniloom.models.decoder import DecoderConfig
-from omniloom.models.vision import VisionTowerConfig
 from omniloom.processors.positions import sample_positions, text_block
 from omniloom.processors.rendering import MEDIA_KINDS, TemplateStyle, render
 from omniloom.processors.settings import ProcessorOptions, choose_template, load_tokenizer
-from omniloom.processors.tower_inputs import Features, TowerInputs, read_media_settings
+from omniloom.processors.tower_batches import AudioDims, VisionDims
+from omniloom.processors.tower_inputs import Cost, Features, TowerInputs, read_media_settings
 from omniloom.types import (
     IGNORE_LABEL,
     AudioBatch,
@@ -325,9 +323,9 @@ def open_processor(
     checkpoint_dir: str | Path,
     options: ProcessorOptions | None,
     *,
-    vision: VisionTowerConfig,
-    audio: AudioTowerConfig | None,
-    text: DecoderConfig,
+    vision: VisionDims,
+    audio: AudioDims | None,
+    cost: Cost,
     make_media: Callable[[TowerInputs, Any], FamilyMedia],
     plain: str,
     thinking: str | None = None,
@@ -335,14 +333,14 @@ def open_processor(
 ) -> ChatProcessor:
     """A checkpoint's processor, from its files and what its family adds.
 
-    `make_media` gets the towers' inputs and the tokenizer as transformers loads it; `plain` and `thinking` name the
-    family's templates; `past_time`: see `positions.sample_positions`.
+    `cost`: see `TowerInputs`. `make_media` gets the towers' inputs and the tokenizer as transformers loads it; `plain`
+    and `thinking` name the family's templates; `past_time`: see `positions.sample_positions`.
     Raises: ValueError where the checkpoint lacks a file or a field.
     """
     options = ProcessorOptions() if options is None else options
     tokenizer = load_tokenizer(checkpoint_dir)
     settings = read_media_settings(checkpoint_dir, options)
-    towers = TowerInputs(vision=vision, audio=audio, text=text, settings=settings, options=options)
+    towers = TowerInputs(vision=vision, audio=audio, cost=cost, settings=settings, options=options)
     style, departure = choose_template(checkpoint_dir, tokenizer, options, plain=plain, thinking=thinking)
     return ChatProcessor(
         tokenizer=tokenizer.backend_tokenizer,

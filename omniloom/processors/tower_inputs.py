@@ -8,7 +8,7 @@ of a video where they differ from Qwen2-VL's. Reads no media file: headers and d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniloom.families.cost import audio_flops, decoder_flops, vision_flops
-from omniloom.models.audio import AudioTowerConfig, audio_batch
-from omniloom.models.decoder import DecoderConfig
-from omniloom.models.vision import VisionTowerConfig, vision_batch
 from omniloom.processors.features import (
     log_mel,
     pixel_patches,
@@ -29,6 +25,7 @@ from omniloom.processors.features import (
     smart_resize,
 )
 from omniloom.processors.settings import ProcessorOptions, read_processor_config
+from omniloom.processors.tower_batches import AudioDims, VisionDims, audio_batch, vision_batch
 from omniloom.types import (
     AudioBatch,
     AudioClip,
@@ -43,6 +40,7 @@ from omniloom.types import (
 )
 
 Features = tuple[Tensor | None, Tensor | None]  # patches and log-mel frames of a clip
+Cost = Callable[[int, int, Sequence[ClipGeometry]], int]
 ASKED_SIZE_TOKENS = (4, 16384)  # least and most of a picture whose size a row asks for. Source: qwen-vl-utils
 
 
@@ -91,15 +89,16 @@ class TowerInputs:
     def __init__(
         self,
         *,
-        vision: VisionTowerConfig,
-        audio: AudioTowerConfig | None,
-        text: DecoderConfig,
+        vision: VisionDims,
+        audio: AudioDims | None,
+        cost: Cost,
         settings: MediaSettings,
         options: ProcessorOptions,
     ) -> None:
+        """`cost`: estimated forward FLOPs / 1e6 of tokens, tokens with a loss, and clips, in decoder and towers."""
         self.vision = vision
         self.audio = audio
-        self.text = text
+        self.cost = cost
         self.settings = settings
         self.options = options
 
@@ -230,16 +229,6 @@ class TowerInputs:
                 "its sound is asked for, but it has none; data.video.no_audio=video_only takes the pictures alone",
             )
         return 0
-
-    def cost(self, num_tokens: int, num_loss_tokens: int, clips: Sequence[ClipGeometry]) -> int:
-        """Estimated forward FLOPs / 1e6 of decoder and towers."""
-        flops = decoder_flops(self.text, num_tokens, num_loss_tokens)
-        for clip in clips:
-            if clip.grid_thw:
-                flops += vision_flops(self.vision, clip.grid_thw)
-            if clip.num_mel_frames and self.audio is not None:
-                flops += audio_flops(self.audio, clip.num_mel_frames)
-        return -(-flops // 10**6)
 
     # ------------------------------------------------------------------------------------ features
 

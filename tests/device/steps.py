@@ -22,13 +22,12 @@ import torch.distributed as dist
 from omniloom.config import load_config
 from omniloom.data.collate import collate
 from omniloom.families.registry import find_spec
-from omniloom.models.audio import audio_batch
-from omniloom.models.vision import vision_batch
 from omniloom.ops import attention
 from omniloom.parallel.encoder_pool import EncoderPool, Seat
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import build_layout, resolve_degrees
 from omniloom.parallel.step import Objective, evaluate, run_packs
+from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.run.opening import Workshop, build_model, open_workshop
 from omniloom.tools.tiny import FAMILIES, make_tiny
 from omniloom.training.optimizer import build_optimizer

@@ -10,10 +10,11 @@ import torch
 
 from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
 from omniloom.families.qwen3_omni.model import build
-from omniloom.models.audio import AudioTowerConfig, audio_batch
+from omniloom.models.audio import AudioTowerConfig
 from omniloom.models.decoder import DecoderConfig
 from omniloom.models.fusion import OmniModel
-from omniloom.models.vision import VisionTowerConfig, vision_batch
+from omniloom.models.vision import VisionTowerConfig
+from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.types import IGNORE_LABEL, AudioClip, PackedBatch, Segments, VisionClip
 
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.families.spec import ModelSpec
 from omniloom.keymap import KeyMap
-from omniloom.models.audio import audio_batch
 from omniloom.models.fusion import Kernels, OmniModel
-from omniloom.models.vision import vision_batch
+from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.types import IGNORE_LABEL, AudioClip, PackedBatch, Segments, VisionClip
 
 TOKENS = {

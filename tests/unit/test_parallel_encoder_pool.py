@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.models.audio import AudioTowerConfig, audio_batch
+from omniloom.models.audio import AudioTowerConfig
 from omniloom.parallel.encoder_pool import SLACK, Seat, TowerMeta, assign_clips, assign_segments, route_tower
 from omniloom.parallel.segments import SegmentSizes, measure_audio, measure_vision, rebuild_audio, rebuild_vision
+from omniloom.processors.tower_batches import audio_batch
 from omniloom.types import (
     AudioBatch,
     AudioClip,

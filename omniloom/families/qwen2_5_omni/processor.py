@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from omniloom.families.cost import sample_cost
 from omniloom.families.qwen2_5_omni.config import Qwen25OmniConfig
 from omniloom.processors.chat import ChatProcessor, ClipLayout, open_processor, sound_layout, vision_layout
 from omniloom.processors.positions import merge_by_chunks, text_block, vision_block
@@ -36,7 +37,7 @@ def make_processor(
         options,
         vision=config.vision,
         audio=config.audio,
-        text=config.text,
+        cost=partial(sample_cost, config.text, config.vision, config.audio),
         make_media=partial(Qwen25OmniMedia, config),
         plain="qwen2_omni",
     )

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omniloom.families.cost import sample_cost
 from omniloom.families.qwen2_5_vl.config import Qwen25VLConfig
 from omniloom.families.qwen3_vl.processor import PictureTokens
 from omniloom.processors.chat import ChatProcessor, ClipLayout, open_processor, vision_layout
@@ -40,7 +41,7 @@ def make_processor(
         options,
         vision=config.vision,
         audio=None,
-        text=config.text,
+        cost=partial(sample_cost, config.text, config.vision, config.audio),
         make_media=partial(Qwen25VLMedia, config),
         plain="qwen2_vl",
         past_time=False,

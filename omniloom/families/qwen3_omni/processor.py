@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from omniloom.families.cost import sample_cost
 from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
 from omniloom.processors.chat import ChatProcessor, ClipLayout, open_processor, sound_layout, vision_layout
 from omniloom.processors.positions import merge_by_time, text_block, vision_block
@@ -36,7 +37,7 @@ def make_processor(
         options,
         vision=config.vision,
         audio=config.audio,
-        text=config.text,
+        cost=partial(sample_cost, config.text, config.vision, config.audio),
         make_media=partial(Qwen3OmniMedia, config),
         plain="qwen3_omni_nothink",
         thinking="qwen3_omni",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniloom.families.cost import sample_cost
 from omniloom.families.qwen3_vl.config import Qwen3VLConfig
 from omniloom.processors.chat import ChatProcessor, ClipLayout, open_processor, vision_layout
 from omniloom.processors.features import smart_resize_video, spread_frames
@@ -41,7 +42,7 @@ def make_processor(
         options,
         vision=config.vision,
         audio=None,
-        text=config.text,
+        cost=partial(sample_cost, config.text, config.vision, config.audio),
         make_media=partial(Qwen3VLMedia, config),
         plain="qwen3_vl_nothink",
         thinking="qwen3_vl",

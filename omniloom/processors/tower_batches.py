@@ -1,0 +1,233 @@
+"""Clips of a pack as one batch for each tower, with the geometry that the towers need.
+
+Everything that depends on grids and lengths is computed here, on the CPU, where batches are collated; the towers are
+tensor functions of what comes out. Knows the dims of a tower, and no tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omniloom.types import AudioBatch, AudioClip, Segments, VisionBatch, VisionClip
+
+
+class VisionDims(Protocol):
+    """What batches depend on of a vision tower's config, by its names."""
+
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def temporal_patch_size(self) -> int: ...
+    @property
+    def spatial_merge_size(self) -> int: ...
+    @property
+    def num_position_embeddings(self) -> int: ...
+    @property
+    def window_size(self) -> int: ...
+    @property
+    def patch_dim(self) -> int: ...
+    @property
+    def window_squares(self) -> int: ...
+
+
+class AudioDims(Protocol):
+    """What batches depend on of an audio tower's config, by its names."""
+
+    @property
+    def num_mel_bins(self) -> int: ...
+    @property
+    def downsample_hidden_size(self) -> int | None: ...
+    @property
+    def pool(self) -> int: ...
+    @property
+    def num_halvings(self) -> int: ...
+    @property
+    def chunk_frames(self) -> int: ...
+    @property
+    def chunk_rows(self) -> int: ...
+    @property
+    def window_rows(self) -> int: ...
+    @property
+    def least_frames(self) -> int: ...
+    def num_tokens(self, num_frames: int) -> int: ...
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+
+def vision_batch(clips: Sequence[VisionClip], config: VisionDims) -> VisionBatch:
+    """All clips of a pack as one batch, a null segment of one merged patch last.
+
+    `token_index` of the clips counts rows of the pack. Tensors are on the CPU.
+    Raises: ValueError where a clip's patches, grid and tokens do not agree.
+    """
+    merge = config.spatial_merge_size
+    for number, clip in enumerate(clips):
+        _check_picture(number, clip, config)
+    grids = torch.tensor([*(clip.grid_thw for clip in clips), (1, merge, merge)])
+    row, column, heights, widths = _patch_coordinates(grids, merge)
+    patches = torch.cat([*(clip.patches for clip in clips), torch.zeros(merge**2, config.patch_dim)])
+    token_index = torch.cat([*(clip.token_index for clip in clips), torch.zeros(0, dtype=torch.int64)])
+    frame_lengths = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])
+    window_segments = None
+    if config.window_size:
+        order, window_lengths = _window_order(row, column, frame_lengths, merge, config.window_squares)
+        patches, row, column, heights, widths = (
+            tensor.unflatten(0, (-1, merge**2))[order].flatten(0, 1)
+            for tensor in (patches, row, column, heights, widths)
+        )
+        token_index = token_index[order[:-1]]  # the null segment, one square, is the last frame and stays last
+        window_segments = _segments(window_lengths)
+    index, weights = _interpolation(row, column, heights, widths, round(config.num_position_embeddings**0.5))
+    return VisionBatch(
+        patches=patches,
+        segments=_segments(frame_lengths),
+        rotary_index=torch.stack((row, column), dim=1),
+        interpolation_index=index,
+        interpolation_weights=weights,
+        token_index=token_index,
+        window_segments=window_segments,
+    )
+
+
+def _segments(lengths: Tensor) -> Segments:
+    return Segments(cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), max_length=int(lengths.max()))
+
+
+def _window_order(row: Tensor, column: Tensor, frame_lengths: Tensor, merge: int, side: int) -> tuple[Tensor, Tensor]:
+    """Order int64 [P / merge^2] that puts the merged squares of each frame window by window, and patches per window.
+
+    Windows of `side` x `side` squares come by rows, as do the squares within one; those at a frame's edges are smaller.
+    Source: transformers, vision_utils.get_vision_window_index.
+    """
+    frame = torch.repeat_interleave(torch.arange(frame_lengths.shape[0]), frame_lengths)[:: merge**2]
+    window_row, window_column = (place[:: merge**2] // (merge * side) for place in (row, column))
+    width = int(window_column.max()) + 1
+    window = (frame * (int(window_row.max()) + 1) + window_row) * width + window_column
+    ordered, order = window.sort(stable=True)
+    return order, ordered.unique_consecutive(return_counts=True)[1] * merge**2
+
+
+def _check_picture(number: int, clip: VisionClip, config: VisionDims) -> None:
+    frames, height, width = clip.grid_thw
+    num_patches = frames * height * width
+    merge = config.spatial_merge_size
+    if height % merge or width % merge:
+        raise ValueError(f"clip {number}: grid_thw {clip.grid_thw} does not divide by spatial_merge_size {merge}")
+    if tuple(clip.patches.shape) != (num_patches, config.patch_dim):
+        raise ValueError(
+            f"clip {number}: expected patches [{num_patches}, {config.patch_dim}] for grid_thw {clip.grid_thw}, "
+            f"got {list(clip.patches.shape)}"
+        )
+    if clip.token_index.shape[0] != num_patches // merge**2:
+        raise ValueError(
+            f"clip {number}: grid_thw {clip.grid_thw} makes {num_patches // merge**2} rows, but "
+            f"{clip.token_index.shape[0]} tokens wait for them"
+        )
+
+
+def _patch_coordinates(grids: Tensor, merge: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row, column, and the height and width of its frame, for each patch: int64 [P] each.
+
+    Patches of a frame come square by square of merge x merge, squares and patches within them by rows.
+    """
+    counts = grids.prod(dim=1)
+    heights, widths = (torch.repeat_interleave(grids[:, axis], counts) for axis in (1, 2))
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    within = (torch.arange(starts.shape[0]) - starts) % (heights * widths)
+    square, inner = within // merge**2, within % merge**2
+    squares_per_row = widths // merge
+    row = square // squares_per_row * merge + inner // merge
+    column = square % squares_per_row * merge + inner % merge
+    return row, column, heights, widths
+
+
+def _interpolation(row: Tensor, column: Tensor, heights: Tensor, widths: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Where each patch lies among the learned positions, a square of `side`, its corners on the frame's corners.
+
+    Returns: index int64 [P, 4] into the flattened square, weights float32 [P, 4] (bilinear); [P, 0] if side is 0.
+    """
+    if not side:
+        return row.new_zeros(row.shape[0], 0), torch.zeros(row.shape[0], 0)
+    index, weights = [], []
+    for place, size in ((row, heights), (column, widths)):
+        exact = place.float() * (side - 1) / (size - 1).clamp(min=1)
+        low = exact.floor()
+        index.append(torch.stack((low, low + 1), dim=1).long().clamp(max=side - 1))
+        weights.append(torch.stack((1 - (exact - low), exact - low), dim=1))
+    corners = index[0][:, :, None] * side + index[1][:, None, :]
+    return corners.flatten(1), (weights[0][:, :, None] * weights[1][:, None, :]).flatten(1)
+
+
+# ---------------------------------------------------------------------------------------- sound
+
+
+def audio_batch(clips: Sequence[AudioClip], config: AudioDims) -> AudioBatch:
+    """All clips of a pack as one batch of chunks, a null segment of one tower row last.
+
+    `token_index` of the clips counts rows of the pack. Tensors are on the CPU.
+    Raises: ValueError where a clip's features and tokens do not agree.
+    """
+    size, null_frames = config.chunk_frames, config.least_frames
+    for number, clip in enumerate(clips):
+        _check_sound(number, clip, config)
+    features = [*(clip.features for clip in clips), torch.zeros(config.num_mel_bins, null_frames)]
+    frames = torch.tensor([part.shape[1] for part in features])
+    num_chunks = -(-frames // size)
+    last_chunk = num_chunks.cumsum(0) - 1
+    real = torch.full((int(num_chunks.sum()),), size)  # frames of each chunk that are the clip's
+    real[last_chunk] = (frames - 1) % size + 1
+    ends = real  # where the convolutions take a chunk to end
+    if config.downsample_hidden_size is not None:  # this stem lets the padding up to the longest clip show
+        longest = torch.tensor([*(clip.longest_frames or clip.features.shape[1] for clip in clips), null_frames])
+        ends = torch.repeat_interleave(longest.clamp(min=frames).clamp(max=size), num_chunks)
+    rows = -(-real // 2**config.num_halvings)
+    valid = torch.arange(config.chunk_rows) < rows[:, None]
+    chunks = [
+        F.pad(part, (0, -part.shape[1] % size)).unflatten(1, (-1, size)).transpose(0, 1) for part in features
+    ]  # each [num_chunks, num_mel_bins, size]
+    clip_rows = (num_chunks - 1) * config.chunk_rows + rows[last_chunk]
+    windows = _windows(clip_rows, config.window_rows)
+    return AudioBatch(
+        features=torch.cat(chunks),
+        chunk_frames=ends,
+        valid_index=valid.flatten().nonzero().squeeze(1),
+        segments=Segments(cu_seqlens=F.pad(windows.cumsum(0), (1, 0)).to(torch.int32), max_length=int(windows.max())),
+        token_index=torch.cat([*(clip.token_index for clip in clips), torch.zeros(0, dtype=torch.int64)]),
+        pool_index=_pool_index(clip_rows, config.pool) if config.pool > 1 else None,
+    )
+
+
+def _pool_index(clip_rows: Tensor, pool: int) -> Tensor:
+    """Rows that are averaged, int64 [B, pool]: neighbours within a clip, what is left over at its end falls away."""
+    starts, counts = clip_rows.cumsum(0) - clip_rows, clip_rows // pool
+    firsts = torch.repeat_interleave(starts - pool * (counts.cumsum(0) - counts), counts)
+    return (firsts + pool * torch.arange(firsts.shape[0]))[:, None] + torch.arange(pool)
+
+
+def _check_sound(number: int, clip: AudioClip, config: AudioDims) -> None:
+    num_bins, num_frames = clip.features.shape
+    if num_bins != config.num_mel_bins or num_frames < config.least_frames:
+        raise ValueError(
+            f"clip {number}: expected features of {config.num_mel_bins} mel bins and at least {config.least_frames} "
+            f"frames, got {list(clip.features.shape)}"
+        )
+    rows = config.num_tokens(num_frames)
+    if clip.token_index.shape[0] != rows:
+        raise ValueError(
+            f"clip {number}: {num_frames} mel frames make {rows} rows, but {clip.token_index.shape[0]} tokens wait "
+            "for them"
+        )
+
+
+def _windows(clip_rows: Tensor, window_rows: int) -> Tensor:
+    """Lengths of the attention windows, int64 [S]: full ones, and what is left over at each clip's end."""
+    counts = -(-clip_rows // window_rows)
+    lengths = torch.full((int(counts.sum()),), window_rows)
+    lengths[counts.cumsum(0) - 1] = (clip_rows - 1) % window_rows + 1
+    return lengths
