@@ -6,7 +6,6 @@ row says is kept whole: text beside tool calls, the order of parallel calls, rea
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -56,7 +55,6 @@ _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios", "use_aud
 _ROW_KEYS = {*_DIALOGUE_KEYS, *_PAIR_KEYS, *_MEDIA_KEYS, "tools", "system", "id", "weight"}
 _PREFERENCE_KEYS = ("ranking", "chosen", "rejected", "kto_tag")  # of the guides' `attr`, for training of another kind
 _LARGEST_WEIGHT = 1e30  # sums of them stay within float32
-_THINKING = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,10 +353,7 @@ class _TurnReader:
         if reasoning is not None:
             if not isinstance(reasoning, str):
                 raise SampleError(f"{where}.reasoning_content", f"expected text, got {str(reasoning)[:60]!r}")
-            parts.append(Part(kind="reasoning", text=reasoning.strip("\n")))
-        elif isinstance(content, str) and (match := _THINKING.match(content)):
-            parts.append(Part(kind="reasoning", text=match[1].strip("\n")))
-            content = content[match.end() :].lstrip("\n")
+            parts.append(Part(kind="reasoning", text=reasoning))
         parts += _content(content, where, self._media)
         calls = _find(message, "tool_calls", "function_call")
         if calls is not None and calls != []:

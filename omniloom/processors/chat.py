@@ -8,7 +8,8 @@ from a picklable factory) and by generation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omniloom.processors.chat_template import ChatTemplate, find_source, named_source
 from omniloom.processors.positions import sample_positions, text_block
-from omniloom.processors.rendering import MEDIA_KINDS, TemplateStyle, render
-from omniloom.processors.settings import ProcessorOptions, choose_template, load_tokenizer
+from omniloom.processors.rendering import MEDIA_KINDS, Renderer
+from omniloom.processors.settings import ProcessorOptions, load_tokenizer
 from omniloom.processors.tower_batches import AudioDims, VisionDims
 from omniloom.processors.tower_inputs import Cost, Features, TowerInputs, read_media_settings
 from omniloom.types import (
@@ -68,12 +70,17 @@ class FamilyMedia(Protocol):
     """What a family knows of its media: how they are written as tokens."""
 
     pad_ids: frozenset[int]
+    pads: Mapping[str, str]  # the token that stands for a clip, by kind
+    words: Mapping[str, str]  # the same in its wrappers, as templates write it
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
         """Planned size; `scale` below 1 lowers pixels and frames. Raises: SampleError for what cannot be."""
 
     def placeholder(self, clip: ClipGeometry) -> str:
-        """Text of the clip with its wrappers, one pad token for each of its layouts."""
+        """What becomes of the clip's pad token: text with one pad token for each of its layouts."""
+
+    def held(self, clip: ClipGeometry) -> str:
+        """The token after the clip's pad that its last layout holds itself, if one does."""
 
     def layouts(self, clip: ClipGeometry) -> tuple[ClipLayout, ...]: ...
 
@@ -90,25 +97,22 @@ class ChatProcessor:
         self,
         *,
         tokenizer: Any,
-        style: TemplateStyle,
+        renderer: Renderer,
         media: FamilyMedia,
         towers: TowerInputs,
-        options: ProcessorOptions,
         past_time: bool = True,
-        departure: str | None = None,
     ) -> None:
-        """`tokenizer`: the checkpoint's, as `tokenizers.Tokenizer` (fast, picklable, gives offsets).
+        """`tokenizer`: the checkpoint's, as `tokenizers.Tokenizer` (fast, gives offsets).
 
-        `past_time`: see `positions.sample_positions`. `departure`: how the checkpoint's own chat template departs from
-        `style`, in words.
+        `past_time`: see `positions.sample_positions`.
         """
         self.tokenizer = tokenizer
-        self.style = style
+        self.renderer = renderer
         self.media = media
         self.towers = towers
-        self.options = options
         self.past_time = past_time
-        self.departure = departure
+        self._pad_kinds = {pad: kind for kind, pad in media.pads.items()}
+        self._pad_pattern = re.compile("|".join(map(re.escape, media.pads.values())))
 
     # ------------------------------------------------------------------------------------ sizes
 
@@ -216,7 +220,7 @@ class ChatProcessor:
         asked = Conversation(id=conversation.id, source=conversation.source, turns=turns, tools=conversation.tools)
         num_clips = len(media_parts(asked))
         clips = self.geometry(asked, headers[:num_clips])
-        tokens = self._tokenize(asked, clips, generation_prompt=True)
+        tokens = self._tokenize_prompt(asked, clips)
         features = [self.towers.features(clip, arrays) for clip, arrays in zip(clips, decoded[:num_clips], strict=True)]
         input_ids = torch.from_numpy(tokens.ids)[None]
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
@@ -230,49 +234,61 @@ class ChatProcessor:
 
     # ------------------------------------------------------------------------------------ tokens
 
-    def _tokenize(
-        self, conversation: Conversation, clips: Sequence[ClipGeometry], generation_prompt: bool = False
-    ) -> _Tokens:
-        spans = render(
-            conversation,
-            self.style,
-            system=self.options.system,
-            enable_thinking=self.options.enable_thinking,
-            train_on_prompt=self.options.train_on_prompt,
-            last_turn_only=self.options.last_turn_only,
-            generation_prompt=generation_prompt,
-        )
-        texts, clip_ranges, offset = [], [], 0
-        for span in spans:
-            texts.append(span.text if span.clip is None else self.media.placeholder(clips[span.clip]))
-            if span.clip is not None:
-                clip_ranges.append((offset, offset + len(texts[-1]), span.clip))
-            offset += len(texts[-1])
-        encoding = self.tokenizer.encode("".join(texts), add_special_tokens=False)
-        ids = np.array(encoding.ids, np.int64)
+    def _tokenize(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> _Tokens:
+        rendered = self.renderer.render(conversation)
+        text, order, moved = self._place_clips(rendered.text, conversation, clips)
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
         starts = np.array([start for start, _ in encoding.offsets], np.int64)
-        span_ends = np.cumsum([len(text) for text in texts])
+        ends = np.array([end for end, _ in rendered.weights], np.int64)
+        for place, difference in reversed(moved):
+            ends[ends > place] += difference
         # a token that straddles a border belongs to where it begins: the prompt's last character is never trained
-        weights = np.array([span.weight for span in spans], np.float32)[
-            np.searchsorted(span_ends, starts, side="right")
-        ]
-        return self._expand(ids, starts, weights, clips, clip_ranges)
+        of_runs = np.array([weight for _, weight in rendered.weights], np.float32)
+        weights = of_runs[np.searchsorted(ends, starts, side="right")]
+        return self._expand(np.array(encoding.ids, np.int64), weights, clips, order)
+
+    def _tokenize_prompt(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> _Tokens:
+        text, order, _ = self._place_clips(self.renderer.prompt(conversation), conversation, clips)
+        ids = np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        return self._expand(ids, np.zeros(len(ids), np.float32), clips, order)
+
+    def _place_clips(
+        self, text: str, conversation: Conversation, clips: Sequence[ClipGeometry]
+    ) -> tuple[str, list[int], list[tuple[int, int]]]:
+        """The text with each clip's own words where the template put the token that stands for it.
+
+        Returns the text, the clips in the order of the text, and of each (place in the old text, how much longer).
+        """
+        found = list(self._pad_pattern.finditer(text))
+        numbers = {kind: [i for i, clip in enumerate(clips) if clip.kind == kind] for kind in MEDIA_KINDS}
+        for kind, of_kind in numbers.items():
+            num_places = sum(self._pad_kinds[match[0]] == kind for match in found)
+            if num_places != len(of_kind):
+                self._refuse_places(conversation, kind, len(of_kind), num_places)
+        pieces, order, moved, done = [], [], [], 0
+        for match in found:
+            order.append(number := numbers[self._pad_kinds[match[0]]].pop(0))
+            words, held = self.media.placeholder(clips[number]), self.media.held(clips[number])
+            if not text.startswith(held, match.end()):
+                raise SampleError(f"{clips[number].kind}s", f"the chat template writes no {held} after {match[0]}")
+            pieces += [text[done : match.start()], words]
+            done = match.end() + len(held)
+            moved.append((match.start(), len(words) - (done - match.start())))
+        return "".join([*pieces, text[done:]]), order, moved
+
+    def _refuse_places(self, conversation: Conversation, kind: str, num_clips: int, num_places: int) -> None:
+        for turn in conversation.turns:
+            for part in turn.parts:
+                if match := self._pad_pattern.search(part.text):
+                    raise SampleError("messages", f"the text holds {match[0]}, which stands for media; remove it")
+        raise SampleError(f"{kind}s", f"the chat template writes {num_places} places for the row's {num_clips}")
 
     def _expand(
-        self,
-        ids: np.ndarray,
-        starts: np.ndarray,
-        weights: np.ndarray,
-        clips: Sequence[ClipGeometry],
-        clip_ranges: list[tuple[int, int, int]],
+        self, ids: np.ndarray, weights: np.ndarray, clips: Sequence[ClipGeometry], order: Sequence[int]
     ) -> _Tokens:
         """Put each clip's tokens where its pad tokens are."""
-        pads = np.flatnonzero(np.isin(ids, list(self.media.pad_ids)))
-        layouts = [(clip, layout) for _, _, clip in clip_ranges for layout in self.media.layouts(clips[clip])]
-        inside = [any(begin <= starts[pad] < end for begin, end, _ in clip_ranges) for pad in pads]
-        if not all(inside):
-            word = self.tokenizer.id_to_token(int(ids[pads[inside.index(False)]]))
-            raise SampleError("messages", f"the text holds {word}, which stands for media; remove it")
+        pads = np.flatnonzero(np.isin(ids, list(self.media.pad_ids))) if order else ids[:0]
+        layouts = [(clip, layout) for clip in order for layout in self.media.layouts(clips[clip])]
         assert len(pads) == len(layouts), (len(pads), len(layouts))
         vision_rows: list[list[np.ndarray]] = [[] for _ in clips]
         audio_rows: list[list[np.ndarray]] = [[] for _ in clips]
@@ -327,27 +343,30 @@ def open_processor(
     audio: AudioDims | None,
     cost: Cost,
     make_media: Callable[[TowerInputs, Any], FamilyMedia],
-    plain: str,
-    thinking: str | None = None,
+    templates: Sequence[str],
     past_time: bool = True,
 ) -> ChatProcessor:
     """A checkpoint's processor, from its files and what its family adds.
 
-    `cost`: see `TowerInputs`. `make_media` gets the towers' inputs and the tokenizer as transformers loads it; `plain`
-    and `thinking` name the family's templates; `past_time`: see `positions.sample_positions`.
+    `cost`: see `TowerInputs`. `make_media` gets the towers' inputs and the tokenizer as transformers loads it;
+    `templates` names the family's built-in ones; `past_time`: see `positions.sample_positions`.
     Raises: ValueError where the checkpoint lacks a file or a field.
     """
-    options = ProcessorOptions() if options is None else options
-    tokenizer = load_tokenizer(checkpoint_dir)
-    settings = read_media_settings(checkpoint_dir, options)
+    directory, options = Path(checkpoint_dir), ProcessorOptions() if options is None else options
+    named = options.template != "auto"
+    source, variables = named_source(options.template, templates, directory) if named else (find_source(directory), {})
+    tokenizer = load_tokenizer(directory)
+    settings = read_media_settings(directory, options)
     towers = TowerInputs(vision=vision, audio=audio, cost=cost, settings=settings, options=options)
-    style, departure = choose_template(checkpoint_dir, tokenizer, options, plain=plain, thinking=thinking)
+    media = make_media(towers, tokenizer)
+    variables = tokenizer.special_tokens_map | variables
+    if not options.enable_thinking:
+        variables["enable_thinking"] = False
+    template = ChatTemplate(source, variables, {} if named else media.pads, media.words)
     return ChatProcessor(
         tokenizer=tokenizer.backend_tokenizer,
-        style=style,
-        media=make_media(towers, tokenizer),
+        renderer=Renderer(template, options, tokenizer.eos_token),
+        media=media,
         towers=towers,
-        options=options,
         past_time=past_time,
-        departure=departure,
     )

@@ -99,10 +99,9 @@ def describe_files(source: Source, config: Config) -> list[str]:
 
 
 def describe_template(workshop: Workshop, source: Source) -> str:
-    """The chat template that rows are rendered with, and a warning if the checkpoint's own writes something else."""
-    processor: Any = open_rows(workshop, source, cache=False)().processor
-    silent = "" if processor.style.writes_reasoning else " (writes no reasoning)"
-    return processor.style.name + silent + ("" if processor.departure is None else f"; warning: {processor.departure}")
+    """The chat template that rows are rendered with, and what rows may hold that it does not write."""
+    template = open_rows(workshop, source, cache=False)().processor.renderer.template
+    return template.where + (f" (writes no {', no '.join(template.leaves_out)})" if template.leaves_out else "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omniloom.processors.chat_template import TEMPLATE_DIR
 from omniloom.tools import tiny_qwen2_5_omni, tiny_qwen2_5_vl, tiny_qwen3_omni, tiny_qwen3_vl, tiny_tokenizer
 from omniloom.tools.tiny_recipe import SIZES, Recipe
 from omniloom.types import suggest
@@ -57,7 +58,7 @@ def make_tiny(
         num_words=num_words,
         tokens=recipe.tokens,
         token_names=recipe.token_names,
-        chat_template=Path(__file__).with_name(recipe.chat_template).read_text(encoding="utf-8"),
+        chat_template=(TEMPLATE_DIR / recipe.chat_template).read_text(encoding="utf-8"),
         processor_class=recipe.processor_class,
     )
     vocab_size = -(-(max(ids.values()) + 1) // 64) * 64  # padded like the published ones

@@ -287,7 +287,6 @@ def test_transformers_generates_from_our_prompt(checkpoint, processor, use_audio
 def test_the_template_is_the_checkpoints_own(processor, checkpoint):
     from transformers import AutoTokenizer
 
-    assert processor.style.name == "qwen2_omni"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     for system in (None, "be brief"):
         words = [("user", "q 狗"), ("assistant", "a"), ("user", "b\n"), ("assistant", "c")]

@@ -231,7 +231,6 @@ def test_transformers_generates_from_our_prompt(checkpoint, processor):
 def test_the_template_is_the_checkpoints_own(processor, checkpoint):
     from transformers import AutoTokenizer
 
-    assert processor.style.name == "qwen2_vl"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     for system in (None, "be brief"):
         words = [("user", "q 狗"), ("assistant", "a"), ("user", "b\n"), ("assistant", "c")]

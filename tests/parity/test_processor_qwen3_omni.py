@@ -4,6 +4,7 @@ import functools
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -457,17 +458,27 @@ def _copy(checkpoint, directory, *without):
     return directory
 
 
-def test_the_template_is_inferred_from_the_checkpoints_own(checkpoint, config, processor, tmp_path):
-    assert processor.style.name == "qwen3_omni_nothink"
+def test_the_template_is_the_checkpoints_own(checkpoint, config, processor, tmp_path):
+    conversation = one_turn()
+    conversation = replace(
+        conversation, turns=(*conversation.turns, Turn(role="assistant", parts=(Part(kind="text", text="a"),)))
+    )
     thinking = _copy(checkpoint, tmp_path / "thinking")
     template = json.loads((checkpoint / "chat_template.json").read_text())["chat_template"]
     changed = template.replace(
         "if reasoning and loop.index0 > ns.last_query_index", "if loop.index0 > ns.last_query_index"
     )
     assert changed != template
-    (thinking / "chat_template.jinja").write_text(changed)
-    assert make_processor(thinking, config).style.name == "qwen3_omni"
-    assert make_processor(thinking, config, ProcessorOptions(template="qwen3_omni_nothink")).style.thinking is False
+    (thinking / "chat_template.jinja").write_text(changed.replace("# Tools", "# Functions"))
+
+    def written(*arguments):
+        made = make_processor(*arguments)
+        return made.tokenizer.decode(made.encode(conversation, (), ()).input_ids.tolist(), skip_special_tokens=False)
+
+    assert "<think>" in written(thinking, config)
+    assert "<think>" not in written(thinking, config, ProcessorOptions(template="qwen3_omni_nothink"))
+    assert "<think>" in written(checkpoint, config, ProcessorOptions(template="qwen3_omni"))
+    assert "<think>" not in written(checkpoint, config)
     with pytest.raises(ValueError, match="unknown template"):
         make_processor(checkpoint, config, ProcessorOptions(template="qwen3"))
     with pytest.raises(ValueError, match=r"qwen2_omni is of another family; .* takes qwen3_omni_nothink or qwen3_omni"):
@@ -491,22 +502,6 @@ def test_answers_are_opened_as_the_checkpoints_own_template_opens_them(checkpoin
     text = processor.tokenizer.decode(ids, skip_special_tokens=False)
     block = "<think>\n" if enable_thinking else "<think>\n\n</think>\n\n"
     assert text == f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n{block}"
-
-
-def test_a_checkpoint_whose_own_template_writes_something_else_is_told_of(checkpoint, config, processor, tmp_path):
-    assert processor.departure is None
-    other = _copy(checkpoint, tmp_path / "other", "chat_template.json")
-    template = json.loads((checkpoint / "chat_template.json").read_text())["chat_template"]
-    for written in (template.replace("# Tools", "# Functions"), template.replace("<|im_end|>", "<|im_stop|>")):
-        assert written != template
-        (other / "chat_template.jinja").write_text(written)
-        departure = make_processor(other, config).departure
-        assert departure is not None
-        assert "# Functions" in departure or "<|im_stop|>" in departure
-    assert make_processor(checkpoint, config, ProcessorOptions(template="qwen3_omni")).departure is not None
-    refusal = "{%- if tools %}{{ raise_exception('no tools here') }}{%- endif %}"
-    (other / "chat_template.jinja").write_text(refusal + template)
-    assert "takes no tools: no tools here" in make_processor(other, config).departure
 
 
 def test_processor_settings_are_read_from_either_layout(checkpoint, config, processor, tmp_path):

@@ -295,7 +295,6 @@ def test_transformers_generates_from_our_prompt(checkpoint, processor):
 def test_the_template_is_the_checkpoints_own(processor, checkpoint):
     from transformers import AutoTokenizer
 
-    assert processor.style.name == "qwen3_vl_nothink"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
     messages = [

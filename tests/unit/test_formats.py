@@ -21,7 +21,9 @@ from omniloom.data.formats import (
 )
 from omniloom.data.row_media import MediaRules
 from omniloom.data.sources import open_sources
-from omniloom.processors.rendering import find_template, render
+from omniloom.processors.chat_template import ChatTemplate, named_source
+from omniloom.processors.rendering import Renderer
+from omniloom.processors.settings import ProcessorOptions
 from omniloom.types import Part, SampleError
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "real"
@@ -295,10 +297,13 @@ def test_weights_of_turns_change_no_word(losses):
     content = {"tool_call": CALL, "user": "q", "assistant": "a", "tool_response": "r"}
     plain = [{"role": role, "content": content[role]} for role in roles]
     weighted = [turn | ({} if loss is None else {"loss": loss}) for turn, loss in zip(plain, losses, strict=True)]
-    style = find_template("qwen3_omni_nothink")
-    expected, got = (render(parse({"messages": turns}), style) for turns in (plain, weighted))
-    assert "".join(span.text for span in got) == "".join(span.text for span in expected)
-    calls = [span.weight for span in got if CALL in span.text]
+    source, variables = named_source("qwen3_omni_nothink", ("qwen3_omni_nothink",), Path())
+    renderer = Renderer(ChatTemplate(source, variables, {}, {}), ProcessorOptions(), "<|im_end|>")
+    expected, got = (renderer.render(parse({"messages": turns})) for turns in (plain, weighted))
+    assert got.text == expected.text
+    starts = [0, *(end for end, _ in got.weights)]
+    spans = [(got.text[start:end], weight) for start, (end, weight) in zip(starts, got.weights, strict=False)]
+    calls = [weight for text, weight in spans if CALL in text]
     of_calls = [
         1.0 if loss is None else float(loss) for role, loss in zip(roles, losses, strict=True) if role == "tool_call"
     ]
@@ -362,7 +367,6 @@ def test_anthropic_results_become_tool_turns_in_order_beside_what_the_user_says(
 @pytest.mark.parametrize(
     "message",
     [
-        {"content": "<think>\nhm\nhm\n</think>\n\nyes"},
         {"content": "yes", "reasoning_content": "hm\nhm"},
         {"content": [{"type": "thinking", "thinking": "hm\nhm"}, {"type": "text", "text": "yes"}]},
     ],
@@ -372,8 +376,12 @@ def test_reasoning_is_a_part_of_its_own(message):
     assert turn.parts == (Part(kind="reasoning", text="hm\nhm"), Part(kind="text", text="yes"))
 
 
-def test_think_tags_that_do_not_open_an_answer_are_text():
-    for role, text in (("assistant", "I write <think>x</think>."), ("user", "<think>x</think>y")):
+def test_think_tags_are_text_which_the_chat_template_may_take_for_reasoning():
+    for role, text in (
+        ("assistant", "<think>\nhm\n</think>\n\nyes"),
+        ("assistant", "I write <think>x</think>."),
+        ("user", "<think>x</think>y"),
+    ):
         turns = parse({"messages": [{"role": role, "content": text}, ANSWER]}).turns
         assert turns[0].parts == (Part(kind="text", text=text),)
 

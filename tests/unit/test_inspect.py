@@ -53,11 +53,11 @@ def test_check_decodes_what_it_calls_good(words, tmp_path, capsys) -> None:
     assert "cut.jpg: image file is truncated" in printed
 
 
-def test_check_names_the_template_and_warns_where_the_checkpoint_writes_another(words, capsys) -> None:
+def test_check_names_the_template_and_what_it_does_not_write(words, capsys) -> None:
     check_config(words)
-    assert "template   qwen3_omni_nothink\n" in capsys.readouterr().out
+    assert "chat_template.json\n" in capsys.readouterr().out
     check_config([*words, "data.template=qwen3_omni"])
-    assert "template   qwen3_omni; warning: the checkpoint's own chat template writes" in capsys.readouterr().out
+    assert "template   qwen3_omni\n" in capsys.readouterr().out
 
 
 def test_check_refuses_what_a_run_would_refuse(words) -> None:

@@ -1,21 +1,23 @@
-"""Our renderer writes what the checkpoint's own chat template writes, and trains exactly the assistant's words."""
+"""A conversation reads as its chat template writes it, whatever the template, and exactly the answers are trained."""
 
-# ruff: noqa: RUF001 -- the angle marks are the specification's
+# ruff: noqa: RUF001, E501 -- the angle marks are the specification's, the lines those of templates
+import functools
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import omniloom.tools
-from omniloom.processors.rendering import TEMPLATES, find_template, render, split_reasoning
+from omniloom.processors.chat_template import TEMPLATE_DIR, ChatTemplate, TemplateSource, find_source, named_source
+from omniloom.processors.rendering import Renderer, split_reasoning
+from omniloom.processors.settings import ProcessorOptions
 from omniloom.types import Conversation, MediaSource, Part, SampleError, Turn
 
-NOTHINK = TEMPLATES["qwen3_omni_nothink"]
-THINKING = TEMPLATES["qwen3_omni"]
-WRAPPED = {
+PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>", "audio": "<|audio_pad|>"}
+WORDS = {
     "image": "<|vision_start|><|image_pad|><|vision_end|>",
     "video": "<|vision_start|><|video_pad|><|vision_end|>",
     "audio": "<|audio_start|><|audio_pad|><|audio_end|>",
@@ -23,7 +25,11 @@ WRAPPED = {
 
 # ------------------------------------------------------------------------------------ random conversations
 
-words = st.text(alphabet=st.sampled_from("ab .,?\n{}\"'<>|/狗你好😀é\u0301\t0"), max_size=12)
+markers = st.sampled_from(
+    ("<|im_end|>", "<|im_start|>assistant\n", "<think>", "</think>", "<tool_call>", "assistant", "<tool_response>", "9")
+)
+letters = st.text(alphabet=st.sampled_from("ab .,?\n{}\"'<>|/狗你好😀é\u0301\t0"), max_size=12)
+words = st.one_of(letters, st.lists(st.one_of(letters, markers), max_size=4).map("".join))
 texts = words.map(lambda text: Part(kind="text", text=text))
 clips = st.sampled_from(("image", "video", "audio")).map(lambda kind: Part(kind=kind, media=MediaSource(path="x")))
 arguments = st.dictionaries(
@@ -78,8 +84,8 @@ def say(*turns, **fields):
 # ------------------------------------------------------------------------------------ the oracle
 
 
-def _message(turn):
-    message = {"role": turn.role, "content": []}
+def _message(turn, typed=True):
+    message = {"role": turn.role, "content": [] if typed else ""}
     for part in turn.parts:
         if part.kind == "reasoning":
             message["reasoning_content"] = part.text
@@ -87,53 +93,289 @@ def _message(turn):
             call = json.loads(part.text)
             message.setdefault("tool_calls", []).append({"type": "function", "function": call})
         elif part.kind == "text":
-            message["content"].append({"type": "text", "text": part.text})
+            message["content"] += [{"type": "text", "text": part.text}] if typed else part.text
         else:
-            message["content"].append({"type": part.kind, part.kind: "x"})
+            message["content"] += [{"type": part.kind, part.kind: "x"}] if typed else WORDS[part.kind]
     return message
 
 
-NOTHINK_JINJA = (Path(omniloom.tools.__file__).parent / "qwen3_omni.jinja").read_text(encoding="utf-8")
-# the thinking checkpoints' templates differ in this condition
-CONDITION = "if reasoning and loop.index0 > ns.last_query_index"
-THINKING_JINJA = NOTHINK_JINJA.replace(CONDITION, "if loop.index0 > ns.last_query_index and (loop.last or reasoning)")
-assert THINKING_JINJA != NOTHINK_JINJA
-VL = TEMPLATES["qwen3_vl_nothink"]
-VL_JINJA = (Path(omniloom.tools.__file__).parent / "qwen3_vl.jinja").read_text(encoding="utf-8")
-
-
-def template_text(conversation, generation_prompt=False, jinja=NOTHINK_JINJA):
+def oracle(jinja, conversation, *, typed=True, generation_prompt=False, mask=False, **variables):
+    """The text that transformers writes; with `mask` what it finds in generation blocks as well."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, _ = render_jinja_template(
-        conversations=[[_message(turn) for turn in conversation.turns]],
+    texts, spans = render_jinja_template(
+        conversations=[[_message(turn, typed) for turn in conversation.turns]],
         tools=[json.loads(tool) for tool in conversation.tools] or None,
         chat_template=jinja,
         add_generation_prompt=generation_prompt,
+        return_assistant_tokens_mask=mask,
+        **variables,
     )
-    return texts[0]
+    return (texts[0], spans[0]) if mask else texts[0]
 
 
-def joined(conversation, spans):
-    kinds = [part.kind for turn in conversation.turns for part in turn.parts if part.media is not None]
-    assert [span.clip for span in spans if span.clip is not None] == list(range(len(kinds)))
-    return "".join(span.text if span.clip is None else WRAPPED[kinds[span.clip]] for span in spans)
+@functools.cache
+def renderer(jinja, end="<|im_end|>", pads=("image", "video", "audio"), variables=(), **options):
+    source = TemplateSource(texts={"default": jinja}, where="chat_template.jinja")
+    template = ChatTemplate(source, dict(variables), {kind: PADS[kind] for kind in pads}, WORDS)
+    return Renderer(template, ProcessorOptions(**options), end)
 
 
-def trained(spans):
-    return "".join(f"‹{span.text}›" if span.weight else span.text for span in spans)
+def show(rendered):
+    """The text with what is trained between angle marks; weights other than 1 before the text that has them."""
+    shown, done = "", 0
+    for weight, runs in itertools.groupby(rendered.weights, key=lambda run: run[1]):
+        text, done = rendered.text[done : (end := list(runs)[-1][0])], end
+        shown += text if not weight or not text else f"‹{text}›" if weight == 1 else f"‹{weight:g}:{text}›"
+    assert done == len(rendered.text)
+    return shown
 
 
-# ------------------------------------------------------------------------------------ text
+def trained(jinja, conversation, end="<|im_end|>", **options):
+    return show(renderer(jinja, end, **options).render(conversation))
 
 
-@pytest.mark.parametrize(("style", "jinja"), [(NOTHINK, NOTHINK_JINJA), (THINKING, THINKING_JINJA), (VL, VL_JINJA)])
-@settings(deadline=None, max_examples=200)
+def without_sound(conversation):
+    turns = (
+        replace(turn, parts=tuple(part for part in turn.parts if part.kind != "audio")) for turn in conversation.turns
+    )
+    return replace(conversation, turns=tuple(turns))
+
+
+def chatml(name):
+    return (TEMPLATE_DIR / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def swap(text, *pairs):
+    for old, new in pairs:
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+NOTHINK = chatml("qwen3_omni")
+# the thinking checkpoints' templates differ in this condition
+CONDITION = "if reasoning and loop.index0 > ns.last_query_index"
+THINKING = swap(NOTHINK, (CONDITION, "if loop.index0 > ns.last_query_index and (loop.last or reasoning)"))
+VL = chatml("qwen3_vl")
+SIMPLE = chatml("qwen2_5_omni").replace("<|vision_bos|><|IMAGE|><|vision_eos|>", WORDS["image"])
+SIMPLE = SIMPLE.replace("<|vision_bos|><|VIDEO|><|vision_eos|>", WORDS["video"])
+SIMPLE = SIMPLE.replace("<|audio_bos|><|AUDIO|><|audio_eos|>", WORDS["audio"])
+
+
+def tagged(jinja):
+    """A template of ours with generation blocks around what an answer is."""
+    return swap(
+        jinja,
+        (
+            "{{- '<|im_start|>assistant\\n' }}\n        {%- if",
+            "{{- '<|im_start|>assistant\\n' }}{% generation %}\n        {%- if",
+        ),
+        (
+            "{%- endfor %}\n        {{- '<|im_end|>\\n' }}\n    {%- elif message.role == 'tool' %}",
+            "{%- endfor %}\n        {{- '<|im_end|>' }}{% endgeneration %}{{- '\\n' }}\n    {%- elif message.role == 'tool' %}",
+        ),
+    )
+
+
+# ------------------------------------------------------------------------------------ twenty altered templates
+
+LLAMA = """{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"""
+INST = """{%- for message in messages %}
+    {%- if message.role == 'system' %}{% set system = '<<SYS>>\n' + message.content + '\n<</SYS>>\n\n' %}
+    {%- elif message.role == 'user' %}{{- '<s>[INST] ' + message.content.strip() + ' [/INST]' }}
+    {%- elif message.role == 'assistant' %}{{- ' ' + message.content.strip() + ' </s>' }}
+    {%- else %}{{ raise_exception('Only user and assistant roles are supported!') }}{%- endif %}
+{%- endfor %}"""
+PLAIN = """{%- for message in messages -%}
+{{ {'user': 'USER: ', 'assistant': 'ASSISTANT: ', 'system': '', 'tool': 'RESULT: '}[message['role']] }}{{ message['content'] }}
+{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"""
+CALLS = (  # another layout of tool calls
+    '{{- \'<tool_call>\\n{"name": "\' + function.name + \'", "arguments": \' }}\n'
+    "            {{- function.arguments if function.arguments is string else function.arguments | tojson }}\n"
+    "            {{- '}\\n</tool_call>' }}"
+)
+XML_CALLS = """{{- '<function=' + function.name + '>' }}
+            {%- for name, value in function.arguments | items %}{{ '\n<parameter=' + name + '>\n' + value | string + '\n</parameter>' }}{% endfor %}
+            {{- '\n</function>' }}"""
+OPENING = "{{- '<|im_start|>assistant\\n' }}\n{%- endif %}"
+ONLY_TEXT = "{%- macro flat(content) -%}{{ content + '' }}{%- endmacro -%}"
+ALTERED = {
+    "published": (NOTHINK, "<|im_end|>"),
+    "thinking": (THINKING, "<|im_end|>"),
+    "no reasoning": (VL, "<|im_end|>"),
+    "other markers": (swap(NOTHINK, ("<|im_end|>", "<|im_stop|>"), ("<|im_start|>", "<|turn|>")), "<|im_end|>"),
+    "markers of no token": (swap(NOTHINK, ("<|im_end|>", " END"), ("<|im_start|>", "### ")), None),
+    "other tool layout": (swap(NOTHINK, (CALLS, XML_CALLS)), "<|im_end|>"),
+    "indented tools": (
+        swap(NOTHINK, ("tool | tojson", "tool | tojson(indent=2)"), ("# Tools", "# Functions")),
+        "<|im_end|>",
+    ),
+    "escaped calls": (
+        swap(NOTHINK, ("else function.arguments | tojson", "else function.arguments | tojson(ensure_ascii=True)")),
+        "<|im_end|>",
+    ),
+    "default system": (SIMPLE, "<|im_end|>"),
+    "another default system": (swap(SIMPLE, ("You are a helpful assistant.", "Be brief: {{ 1 }}")), "<|im_end|>"),
+    "trimmed": (
+        swap(
+            NOTHINK, ("{%- set content = flat(message.content) %}", "{%- set content = flat(message.content) | trim %}")
+        ),
+        "<|im_end|>",
+    ),
+    "left trimmed": (
+        swap(VL, ("'<|im_start|>assistant\\n' + content", "'<|im_start|>assistant\\n' + content.lstrip()")),
+        "<|im_end|>",
+    ),
+    "reasoning kept": (swap(NOTHINK, (CONDITION, "if reasoning")), "<|im_end|>"),
+    "reasoning of the last dropped": (swap(NOTHINK, (CONDITION, "if false")), "<|im_end|>"),
+    "opens thinking": (
+        swap(THINKING, (OPENING, OPENING.replace("assistant\\n", "assistant\\n<think>\\n"))),
+        "<|im_end|>",
+    ),
+    "no generation prompt": (swap(NOTHINK, ("{%- if add_generation_prompt %}\n    " + OPENING, "")), "<|im_end|>"),
+    "generation blocks": (tagged(NOTHINK), "<|im_end|>"),
+    "a date": ("{{- strftime_now('%Y') }}" + NOTHINK, "<|im_end|>"),
+    "ends in a token more": (NOTHINK + "{{ '<|endoftext|>' if not add_generation_prompt }}", "<|im_end|>"),
+    "asks after tool responses": (
+        swap(
+            NOTHINK,
+            (
+                "message.role == 'user' %}\n        {%- set ns.searching",
+                "message.role == 'user' and not (flat(message.content).startswith('<tool_response>')) %}\n        {%- set ns.searching",
+            ),
+        ),
+        "<|im_end|>",
+    ),
+}
+# templates that take only strings, by what ends a turn in them
+STRINGS = {
+    "strings": (swap(NOTHINK, (NOTHINK[: NOTHINK.index("{%- endmacro -%}") + 16], ONLY_TEXT)), "<|im_end|>"),
+    "llama": (LLAMA, "<|eot_id|>"),
+    "inst": (INST, "</s>"),
+    "plain": (PLAIN, None),
+}
+
+
+@pytest.mark.parametrize("name", ALTERED)
+@settings(deadline=None, max_examples=25)
 @given(conversation=conversations, generation_prompt=st.booleans())
-def test_text_is_what_the_chat_template_writes(style, jinja, conversation, generation_prompt):
-    assume(jinja != VL_JINJA or not any(part.kind == "audio" for turn in conversation.turns for part in turn.parts))
-    spans = render(conversation, style, generation_prompt=generation_prompt)
-    assert joined(conversation, spans) == template_text(conversation, generation_prompt, jinja)
+def test_text_is_what_the_chat_template_writes(name, conversation, generation_prompt):
+    jinja, end = ALTERED[name]
+    made = renderer(jinja, end)
+    if made.template.typed_media != PADS.keys():  # a family that hears nothing
+        conversation = without_sound(conversation)
+    expected = oracle(jinja, conversation, generation_prompt=generation_prompt)
+    if generation_prompt:
+        assert made.prompt(conversation) == expected
+    else:
+        try:
+            assert made.render(conversation).text == expected
+        except SampleError as error:
+            assert "leaves out this answer" in error.reason or "not found" in error.reason  # noqa: PT017
+
+
+@pytest.mark.parametrize("jinja", [NOTHINK, THINKING])
+@settings(deadline=None, max_examples=150)
+@given(conversation=conversations)
+def test_answers_are_found_where_transformers_finds_them_by_generation_blocks(jinja, conversation):
+    text, spans = oracle(tagged(jinja), conversation, mask=True)
+    rendered = renderer(jinja).render(conversation)
+    assert rendered.text == text
+    found, done = [], 0
+    for end, weight in rendered.weights:
+        found += [(done, end)] if weight else []
+        done = end
+    assert found == [tuple(span) for span in spans]
+    again = renderer(jinja).render(conversation)
+    assert again == rendered  # by the shape that was kept, where it was
+
+
+plain_turns = st.lists(st.tuples(words.filter(str.strip), words.filter(str.strip)), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("name", STRINGS)
+@settings(deadline=None, max_examples=25)
+@given(pairs=plain_turns, with_image=st.booleans(), system=st.one_of(st.none(), words.filter(str.strip)))
+def test_templates_that_take_strings_get_the_words_for_media_in_them(name, pairs, with_image, system):
+    jinja, end = STRINGS[name]
+    turns = [turn for asked, told in pairs for turn in (("user", asked), ("assistant", told))]
+    conversation = say(*([("system", system)] if system and name != "inst" else []), *turns)
+    if with_image:
+        image = Part(kind="image", media=MediaSource(path="x"))
+        first = next(i for i, turn in enumerate(conversation.turns) if turn.role == "user")
+        of_user = replace(conversation.turns[first], parts=(image, *conversation.turns[first].parts))
+        conversation = replace(
+            conversation, turns=(*conversation.turns[:first], of_user, *conversation.turns[first + 1 :])
+        )
+    made = renderer(jinja, end, variables=(("bos_token", "<|begin|>"),))
+    rendered = made.render(conversation)
+    assert rendered.text == oracle(jinja, conversation, typed=False, bos_token="<|begin|>")
+    assert set(made.template.forms.values()) <= {"string", "typed"}
+    assert made.template.forms["user"] == made.template.forms["assistant"] == "string"
+    assert rendered.text.count(WORDS["image"]) == with_image
+
+
+HELLO = say(("user", " q "), ("assistant", "a"), ("user", "r"), ("assistant", " b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "strings",
+            "<|im_start|>user\n q <|im_end|>\n<|im_start|>assistant\n‹a<|im_end|>›\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n‹ b<|im_end|>›\n",
+        ),
+        (
+            "llama",
+            "<|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+            "‹a<|eot_id|>›<|start_header_id|>user<|end_header_id|>\n\nr<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n‹b<|eot_id|>›",
+        ),
+        ("inst", "<s>[INST] q [/INST] ‹a </s>›<s>[INST] r [/INST] ‹b </s>›"),
+        ("plain", "USER:  q \nASSISTANT: ‹a›\nUSER: r\nASSISTANT: ‹ b›\n"),
+    ],
+)
+def test_answers_and_what_ends_them_are_trained_in_templates_of_other_makes(name, expected):
+    assert trained(STRINGS[name][0], HELLO, STRINGS[name][1]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("other markers", "‹a<|im_stop|>›\n"),
+        ("markers of no token", "‹a END›\n"),
+        ("no generation prompt", "<|im_start|>assistant\n‹a<|im_end|>›\n"),
+        ("opens thinking", "<|im_start|>assistant\n<think>\n‹\n</think>\n\na<|im_end|>›\n"),
+        ("ends in a token more", "‹a<|im_end|>›\n<|endoftext|>"),
+        ("generation blocks", "<|im_start|>assistant\n‹a<|im_end|>›\n"),
+    ],
+)
+def test_the_end_of_an_altered_template_is_trained(name, expected):
+    assert trained(ALTERED[name][0], say(("user", "q"), ("assistant", "a")), ALTERED[name][1]).endswith(expected)
+
+
+def test_generation_blocks_say_what_trains_and_the_end_of_turn_trains_in_any_case():
+    short = swap(
+        SIMPLE,
+        (
+            "{{- '<|im_start|>' + message.role + '\\n' }}",
+            "{{- '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' %}{% generation %}{{ 'Well: ' + message.content[0].text }}{% endgeneration %}{% else %}",
+        ),
+        ("    {{- '<|im_end|>\\n' }}", "    {%- endif %}\n    {{- '<|im_end|>\\n' }}"),
+    )
+    assert trained(short, say(("user", "q"), ("assistant", "a"))).endswith(
+        "<|im_start|>assistant\n‹Well: a<|im_end|>›\n"
+    )
+    first = short.replace(
+        "message.role == 'assistant' %}{% gen", "message.role == 'assistant' and not loop.last %}{% gen"
+    )
+    assert trained(first, say(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))).count("‹") == 1
 
 
 def test_a_generated_answer_is_told_from_its_reasoning():
@@ -145,44 +387,56 @@ def test_a_generated_answer_is_told_from_its_reasoning():
 
 def test_templates_without_reasoning_leave_it_out_and_take_inline_blocks_as_text():
     reasoned = say(("user", "q"), ("assistant", [Part(kind="reasoning", text="hm"), Part(kind="text", text="a")]))
-    assert "hm" not in joined(reasoned, render(reasoned, VL))
+    assert "hm" not in trained(VL, reasoned)
+    assert renderer(VL).template.leaves_out == ("reasoning",)
+    assert renderer(SIMPLE).template.leaves_out == ("tools", "tool calls", "reasoning")
+    assert renderer(NOTHINK).template.leaves_out == ()
     inline = say(("user", "q"), ("assistant", "<think>\nr\n</think>\n\na"), ("user", "s"), ("assistant", "b"))
-    assert "‹<think>\nr\n</think>\n\na<|im_end|>›" in trained(render(inline, VL))
+    assert "‹<think>\nr\n</think>\n\na<|im_end|>›" in trained(VL, inline)
 
 
 def test_a_part_of_its_own_weight_has_it_and_the_last_one_ends_the_turn():
-    call = Part(kind="tool_call", text="{}", weight=0.5)
-    turns = (Turn(role="assistant", parts=(Part(kind="text", text="a"), call, replace(call, weight=None))),)
+    call = Part(kind="tool_call", text='{"name": "f", "arguments": {}}', weight=0.5)
+    turns = (
+        Turn(role="user", parts=(Part(kind="text", text="q"),)),
+        Turn(role="assistant", parts=(Part(kind="text", text="a"), call, replace(call, weight=None))),
+    )
     conversation = Conversation(id="c", source="f:1", turns=turns)
-    weights = {span.text: span.weight for span in render(conversation, NOTHINK)}
-    assert weights["\n<tool_call>\n{}\n</tool_call>"] == 0.5
-    assert weights["\n<tool_call>\n{}\n</tool_call><|im_end|>"] == 1.0
-    assert {span.weight for span in render(conversation, NOTHINK, last_turn_only=True)} == {0.0, 0.5, 1.0}
+    block = '\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    for _ in range(2):  # by search and by shape
+        assert trained(NOTHINK, conversation).endswith(f"‹a›‹0.5:{block}›‹{block}<|im_end|>›\n")
     later = replace(conversation, turns=(*turns, Turn(role="assistant", parts=(Part(kind="text", text="z"),))))
-    assert all(span.weight == 0 or "z" in span.text for span in render(later, NOTHINK, last_turn_only=True))
+    assert trained(NOTHINK, later, last_turn_only=True).count("‹") == 1
 
 
 def test_a_default_system_prompt_is_used_only_where_there_is_none():
-    without, with_own = say(("user", "hi")), say(("system", "own"), ("user", "hi"))
-    assert joined(without, render(without, NOTHINK, system="S")).startswith("<|im_start|>system\nS<|im_end|>\n")
-    assert joined(with_own, render(with_own, NOTHINK, system="S")) == template_text(with_own)
-    assert joined(without, render(without, NOTHINK)) == "<|im_start|>user\nhi<|im_end|>\n"
-    assert "You are a helpful assistant." in joined(without, render(without, TEMPLATES["qwen2_omni"]))
+    without, with_own = (
+        say(("user", "hi"), ("assistant", "a")),
+        say(("system", "own"), ("user", "hi"), ("assistant", "a")),
+    )
+    assert trained(NOTHINK, without, system="S").startswith("<|im_start|>system\nS<|im_end|>\n")
+    assert renderer(NOTHINK, system="S").render(with_own).text == oracle(NOTHINK, with_own)
+    assert trained(NOTHINK, without).startswith("<|im_start|>user\nhi<|im_end|>\n")
+    assert "You are a helpful assistant." in trained(SIMPLE, without)
 
 
 def test_text_between_tool_calls_stays_in_its_place():
     call = Part(kind="tool_call", text='{"name": "a", "arguments": {}}')
     conversation = say(("user", "q"), ("assistant", [call, Part(kind="text", text="then"), call]))
     block = '<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call>'
-    assert f"{block}\nthen\n{block}<|im_end|>" in joined(conversation, render(conversation, NOTHINK))
+    assert f"‹{block}\nthen\n{block}<|im_end|>›" in trained(NOTHINK, conversation)
+
+
+def test_arguments_keep_their_spelling_where_the_template_writes_strings_as_they_are():
+    spaced = say(("user", "q"), ("assistant", [Part(kind="tool_call", text='{"name": "a", "arguments": {"x":  1}}')]))
+    assert '"arguments": {"x":  1}}' in trained(NOTHINK, spaced)
+    assert "<parameter=x>\n1\n" in trained(ALTERED["other tool layout"][0], spaced)
 
 
 def test_the_thinking_template_opens_the_last_answer_with_a_think_block():
-    conversation = say(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
-    text = joined(conversation, render(conversation, THINKING))
-    assert "<|im_start|>assistant\na<|im_end|>" in text
-    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|>\n")
-    assert "<think>" not in joined(conversation, render(conversation, NOTHINK))
+    text = trained(THINKING, say(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")))
+    assert "<|im_start|>assistant\n‹a<|im_end|>" in text
+    assert text.endswith("<|im_start|>assistant\n‹<think>\n\n</think>\n\nb<|im_end|>›\n")
 
 
 # ------------------------------------------------------------------------------------ weights
@@ -196,24 +450,28 @@ def test_the_assistants_words_and_their_end_are_trained_and_nothing_else():
         ("tool", '{"temp_c": 21}'),
         ("assistant", "It is 21C in Paris."),
     )
-    assert trained(render(conversation, NOTHINK)) == (
-        "<|im_start|>user\nWhat's the weather?<|im_end|>\n<|im_start|>assistant\n"
-        '‹<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>›\n'
-        '<|im_start|>user\n<tool_response>\n{"temp_c": 21}\n</tool_response><|im_end|>\n<|im_start|>assistant\n'
-        "‹It is 21C in Paris.<|im_end|>›\n"
-    )
+    for _ in range(2):  # by search and by shape
+        assert trained(NOTHINK, conversation) == (
+            f"<|im_start|>user\n{WORDS['audio']}What's the weather?<|im_end|>\n<|im_start|>assistant\n"
+            '‹<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>›\n'
+            '<|im_start|>user\n<tool_response>\n{"temp_c": 21}\n</tool_response><|im_end|>\n<|im_start|>assistant\n'
+            "‹It is 21C in Paris.<|im_end|>›\n"
+        )
 
 
 def test_last_turn_only_leaves_the_last_answer():
     conversation = say(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"), ("user", "s"))
-    text = trained(render(conversation, NOTHINK, last_turn_only=True))
+    text = trained(NOTHINK, conversation, last_turn_only=True)
     assert "‹b<|im_end|>›" in text
     assert text.count("‹") == 1
 
 
 def test_train_on_prompt_trains_everything():
     conversation = say(("system", "s"), ("user", "q"), ("assistant", "a"))
-    assert {span.weight for span in render(conversation, NOTHINK, train_on_prompt=True)} == {1.0}
+    shown = trained(NOTHINK, conversation, train_on_prompt=True)
+    assert shown.count("‹") == 1
+    assert shown[0] == "‹"
+    assert shown[-1] == "›"
 
 
 def test_turn_weights_replace_the_roles():
@@ -223,30 +481,104 @@ def test_turn_weights_replace_the_roles():
         Turn(role="user", parts=(Part(kind="text", text="r"),)),
         Turn(role="assistant", parts=(Part(kind="text", text="b"),), weight=2.0),
     )
-    spans = render(Conversation(id="c", source="f:1", turns=turns), NOTHINK)
-    assert [(span.text, span.weight) for span in spans if span.weight] == [("q<|im_end|>", 0.5), ("b<|im_end|>", 2.0)]
+    text = trained(NOTHINK, Conversation(id="c", source="f:1", turns=turns))
+    assert [part.partition("›")[0] for part in text.split("‹")[1:]] == ["0.5:q<|im_end|>", "2:b<|im_end|>"]
 
 
 def test_an_empty_think_block_is_context_where_thinking_is_off():
     conversation = say(("user", "q"), ("assistant", "a"))
-    assert "‹<think>\n\n</think>\n\na<|im_end|>›" in trained(render(conversation, THINKING))
-    off = trained(render(conversation, THINKING, enable_thinking=False))
+    assert "‹<think>\n\n</think>\n\na<|im_end|>›" in trained(THINKING, conversation)
+    off = trained(THINKING, conversation, enable_thinking=False)
     assert "<think>\n\n</think>\n\n‹a<|im_end|>›" in off
     reasoned = say(("user", "q"), ("assistant", [Part(kind="reasoning", text="r"), Part(kind="text", text="a")]))
-    both = trained(render(reasoned, THINKING, enable_thinking=False))
+    both = trained(THINKING, reasoned, enable_thinking=False)
     assert "‹<think>\nr\n</think>\n\na<|im_end|>›" in both  # reasoning that a row gives is trained either way
 
 
-# ------------------------------------------------------------------------------------ refusals
+def test_conversations_of_a_shape_are_written_once_and_found_in_one_run(monkeypatch):
+    made = renderer(NOTHINK + "{# of its own #}")
+    written = []
+    write = made.template.write
+    monkeypatch.setattr(made.template, "write", lambda *a, **k: written.append(1) or write(*a, **k))
+    for answer in ("one", "two words", "<|im_end|> three"):
+        made.render(say(("user", "q"), ("assistant", answer)))
+    assert len(written) == 2 + 1 + 1  # the first by marks as well
 
 
-def test_wrong_template_names_and_misplaced_parts_are_refused():
-    with pytest.raises(ValueError, match="did you mean qwen3_omni_nothink"):
-        find_template("qwen3-omni-nothink")
+# ------------------------------------------------------------------------------------ templates and refusals
+
+
+def test_a_list_of_named_templates_has_one_for_rows_with_tools(tmp_path: Path):
+    named = [{"name": "default", "template": SIMPLE}, {"name": "tool_use", "template": NOTHINK}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    made = Renderer(ChatTemplate(find_source(tmp_path), {}, PADS, WORDS), ProcessorOptions(), "<|im_end|>")
+    tool = json.dumps({"type": "function", "function": {"name": "f", "parameters": {}}})
+    for conversation, jinja in ((HELLO, SIMPLE), (replace(HELLO, tools=(tool,)), NOTHINK)):
+        assert made.render(conversation).text == oracle(jinja, conversation)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": VL}))
+    assert find_source(tmp_path).texts == {"default": VL}
+    (tmp_path / "chat_template.jinja").write_text(THINKING)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(NOTHINK)
+    assert find_source(tmp_path).texts == {"default": THINKING, "tool_use": NOTHINK}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, r"no chat template in .*name one with data\.template, among qwen2_vl"),
+        ([{"name": "rag", "template": "x"}], "no chat template is called default, only rag"),
+        ([{"template": "x"}], "neither a text nor a list of named texts"),
+        (7, "neither a text nor a list of named texts"),
+    ],
+)
+def test_a_checkpoint_without_a_usable_template_is_refused(tmp_path: Path, given, message):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": given}))
+    with pytest.raises(ValueError, match=message):
+        find_source(tmp_path)
+
+
+def test_a_template_that_cannot_be_run_or_split_is_refused_with_the_place():
+    with pytest.raises(ValueError, match=r"cannot be parsed: .*line 2: '\{% if %\}'"):
+        renderer("ok\n{% if %}")
+    with pytest.raises(ValueError, match="neither as typed content nor as strings: it writes 'nothing of it'"):
+        renderer("nothing of it")
+    with pytest.raises(
+        ValueError, match=r"nor as strings: the chat template refuses the conversation: 'no' is undefined \(line 1"
+    ):
+        renderer("{{ no.thing }}")
+
+
+def test_a_row_that_the_template_refuses_is_bad_with_its_words():
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('the user must begin') }}{% endif %}" + NOTHINK
+    with pytest.raises(SampleError, match=r"the user must begin \(line 1 of chat_template\.jinja\)"):
+        renderer(strict).render(say(("system", "s"), ("user", "q"), ("assistant", "a")))
+    first = "{%- for message in messages[:2] %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
+    with pytest.raises(SampleError, match="leaves out this answer"):
+        renderer(first, None).render(HELLO)
     with pytest.raises(SampleError, match="assistant's turn"):
-        render(say(("user", [Part(kind="tool_call", text="{}")])), NOTHINK)
+        renderer(NOTHINK).render(say(("user", [Part(kind="tool_call", text="{}")])))
+
+
+def test_templates_cannot_leave_their_sandbox():
+    with pytest.raises(ValueError, match="unsafe"):
+        renderer("{{ messages.__class__.__mro__ }}")
+    with pytest.raises(ValueError, match="the chat template refuses"):
+        renderer("{{ messages.append(1) }}")
+
+
+def test_built_in_templates_are_named_and_those_of_other_families_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="did you mean qwen3_omni_nothink"):
+        named_source("qwen3-omni-nothink", (), tmp_path)
+    with pytest.raises(ValueError, match=r"qwen2_omni is of another family; .* takes qwen3_vl_nothink or qwen3_vl"):
+        named_source("qwen2_omni", ("qwen3_vl_nothink", "qwen3_vl"), tmp_path)
+    source, variables = named_source("qwen2_omni", ("qwen2_omni",), tmp_path)
+    made = Renderer(ChatTemplate(source, variables, {}, WORDS), ProcessorOptions(), "<|im_end|>")
     image = Part(kind="image", media=MediaSource(path="x"))
-    with pytest.raises(SampleError, match="media inside"):
-        render(
-            say(("assistant", [Part(kind="text", text="<think>"), image, Part(kind="text", text="</think>")])), NOTHINK
-        )
+    assert show(made.render(say(("user", [image]), ("assistant", "a")))) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{WORDS['image']}<|im_end|>\n<|im_start|>assistant\n‹a<|im_end|>›\n"
+    )
+    source, variables = named_source("qwen3_omni", ("qwen3_omni",), tmp_path)
+    made = Renderer(ChatTemplate(source, variables, {}, WORDS), ProcessorOptions(), "<|im_end|>")
+    assert made.render(HELLO).text == oracle(THINKING, HELLO)

@@ -39,7 +39,7 @@ def make_processor(
         audio=config.audio,
         cost=partial(sample_cost, config.text, config.vision, config.audio),
         make_media=partial(Qwen25OmniMedia, config),
-        plain="qwen2_omni",
+        templates=("qwen2_omni",),
     )
 
 
@@ -50,7 +50,7 @@ class Qwen25OmniMedia:
         self.config = config
         self.towers = towers
         self.pad_ids = frozenset((config.image_token_id, config.video_token_id, config.audio_token_id))
-        self._pads = {
+        self.pads = {
             "image": tokenizer.convert_ids_to_tokens(config.image_token_id),
             "video": tokenizer.convert_ids_to_tokens(config.video_token_id),
             "audio": tokenizer.convert_ids_to_tokens(config.audio_token_id),
@@ -58,17 +58,23 @@ class Qwen25OmniMedia:
         vision_start, audio_start = tokenizer.convert_ids_to_tokens(
             [config.vision_start_token_id, config.audio_start_token_id]
         )
-        self._vision_wrap = (vision_start, tokenizer.vision_eos_token)
-        self._audio_wrap = (audio_start, tokenizer.audio_eos_token)
+        self._vision_end = tokenizer.vision_eos_token
+        self.words = {
+            "image": vision_start + self.pads["image"] + tokenizer.vision_eos_token,
+            "video": vision_start + self.pads["video"] + tokenizer.vision_eos_token,
+            "audio": audio_start + self.pads["audio"] + tokenizer.audio_eos_token,
+        }
         self._end_ids = tokenizer.convert_tokens_to_ids([tokenizer.audio_eos_token, tokenizer.vision_eos_token])
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
         return self.towers.video_geometry(source, header, scale, VIDEO_PIXELS)
 
     def placeholder(self, clip: ClipGeometry) -> str:
-        start, end = self._audio_wrap if clip.kind == "audio" else self._vision_wrap
-        # of a video with sound both ends share a position, so they are part of its layout
-        return start + self._pads[clip.kind] + ("" if clip.grid_thw and clip.num_mel_frames else end)
+        return self.pads[clip.kind]
+
+    def held(self, clip: ClipGeometry) -> str:
+        """Of a video with sound both ends share a position, so they are part of its layout."""
+        return self._vision_end if clip.grid_thw and clip.num_mel_frames else ""
 
     def layouts(self, clip: ClipGeometry) -> tuple[ClipLayout, ...]:
         """One block of tokens per clip; a video with sound holds the start of its audio and both ends."""

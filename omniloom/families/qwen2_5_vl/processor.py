@@ -43,7 +43,7 @@ def make_processor(
         audio=None,
         cost=partial(sample_cost, config.text, config.vision, config.audio),
         make_media=partial(Qwen25VLMedia, config),
-        plain="qwen2_vl",
+        templates=("qwen2_vl",),
         past_time=False,
     )
 
@@ -55,7 +55,7 @@ class Qwen25VLMedia:
         self.config = config
         self.towers = towers
         self.tokens = PictureTokens(config, tokenizer)
-        self.pad_ids = frozenset(self.tokens.ids.values())
+        self.pad_ids, self.pads, self.words = frozenset(self.tokens.ids.values()), self.tokens.pads, self.tokens.words
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
         clip = self.towers.video_geometry(source, header, scale, VIDEO_PIXELS, MIN_FRAMES)
@@ -65,7 +65,10 @@ class Qwen25VLMedia:
         return replace(clip, seconds_per_grid=self.config.vision.temporal_patch_size / sampled_fps)
 
     def placeholder(self, clip: ClipGeometry) -> str:
-        return self.tokens.wrapped(clip.kind)
+        return self.pads[clip.kind]
+
+    def held(self, clip: ClipGeometry) -> str:
+        return ""
 
     def layouts(self, clip: ClipGeometry) -> tuple[ClipLayout, ...]:
         assert clip.grid_thw is not None

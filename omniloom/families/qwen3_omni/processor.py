@@ -39,8 +39,7 @@ def make_processor(
         audio=config.audio,
         cost=partial(sample_cost, config.text, config.vision, config.audio),
         make_media=partial(Qwen3OmniMedia, config),
-        plain="qwen3_omni_nothink",
-        thinking="qwen3_omni",
+        templates=("qwen3_omni_nothink", "qwen3_omni"),
     )
 
 
@@ -51,7 +50,7 @@ class Qwen3OmniMedia:
         self.config = config
         self.towers = towers
         self.pad_ids = frozenset((config.image_token_id, config.video_token_id, config.audio_token_id))
-        self._pads = {
+        self.pads = {
             kind: find_word(tokenizer, f"{kind}_token_id", token_id, f"<|{kind}_pad|>")
             for kind, token_id in (
                 ("image", config.image_token_id),
@@ -61,16 +60,21 @@ class Qwen3OmniMedia:
         }
         vision_start = find_word(tokenizer, "vision_start_token_id", config.vision_start_token_id, "<|vision_start|>")
         audio_start = find_word(tokenizer, "audio_start_token_id", config.audio_start_token_id, "<|audio_start|>")
-        self._vision_wrap = (vision_start, tokenizer.vision_eos_token)
-        self._audio_wrap = (audio_start, tokenizer.audio_eos_token)
+        self.words = {
+            "image": vision_start + self.pads["image"] + tokenizer.vision_eos_token,
+            "video": vision_start + self.pads["video"] + tokenizer.vision_eos_token,
+            "audio": audio_start + self.pads["audio"] + tokenizer.audio_eos_token,
+        }
         self._audio_end_token_id = tokenizer.convert_tokens_to_ids(tokenizer.audio_eos_token)
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
         return self.towers.video_geometry(source, header, scale, VIDEO_PIXELS)
 
     def placeholder(self, clip: ClipGeometry) -> str:
-        start, end = self._audio_wrap if clip.kind == "audio" else self._vision_wrap
-        return start + self._pads[clip.kind] + end
+        return self.pads[clip.kind]
+
+    def held(self, clip: ClipGeometry) -> str:
+        return ""
 
     def layouts(self, clip: ClipGeometry) -> tuple[ClipLayout, ...]:
         """One block of tokens per clip; a video with sound has its audio wrappers inside the block."""

@@ -44,8 +44,7 @@ def make_processor(
         audio=None,
         cost=partial(sample_cost, config.text, config.vision, config.audio),
         make_media=partial(Qwen3VLMedia, config),
-        plain="qwen3_vl_nothink",
-        thinking="qwen3_vl",
+        templates=("qwen3_vl_nothink", "qwen3_vl"),
     )
 
 
@@ -54,7 +53,7 @@ class PictureTokens:
 
     def __init__(self, config: Qwen3VLConfig, tokenizer: Any) -> None:
         self.ids = {"image": config.image_token_id, "video": config.video_token_id}
-        self.start, image, video, self.end = (
+        start, image, video, end = (
             find_word(tokenizer, field, token_id, word)
             for field, token_id, word in (
                 ("vision_start_token_id", config.vision_start_token_id, "<|vision_start|>"),
@@ -63,10 +62,8 @@ class PictureTokens:
                 ("vision_end_token_id", config.vision_end_token_id, "<|vision_end|>"),
             )
         )
-        self._pads = {"image": image, "video": video}
-
-    def wrapped(self, kind: str) -> str:
-        return self.start + self._pads[kind] + self.end
+        self.pads = {"image": image, "video": video}
+        self.words = {kind: start + pad + end for kind, pad in self.pads.items()}
 
     def generation_inputs(
         self, input_ids: Tensor, clips: Sequence[ClipGeometry], features: Sequence[Features]
@@ -85,7 +82,7 @@ class Qwen3VLMedia:
         self.config = config
         self.towers = towers
         self.tokens = PictureTokens(config, tokenizer)
-        self.pad_ids = frozenset(self.tokens.ids.values())
+        self.pad_ids, self.pads, self.words = frozenset(self.tokens.ids.values()), self.tokens.pads, self.tokens.words
         self.generation_inputs = self.tokens.generation_inputs
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
@@ -147,11 +144,13 @@ class Qwen3VLMedia:
         return min(least, most), most
 
     def placeholder(self, clip: ClipGeometry) -> str:
-        """A video keeps the wrappers of the chat template around those of its grids, as transformers 5 leaves them."""
+        """Each grid of a video has its time and wrappers of its own, inside those that the chat template wrote."""
         if clip.kind == "image":
-            return self.tokens.wrapped("image")
-        grids = (f"<{seconds:.1f} seconds>{self.tokens.wrapped('video')}" for seconds in self.timestamps(clip))
-        return self.tokens.start + "".join(grids) + self.tokens.end
+            return self.pads["image"]
+        return "".join(f"<{seconds:.1f} seconds>{self.words['video']}" for seconds in self.timestamps(clip))
+
+    def held(self, clip: ClipGeometry) -> str:
+        return ""
 
     def timestamps(self, clip: ClipGeometry) -> list[float]:
         """Seconds at the middle of each temporal grid, between its first frame and its last."""
