@@ -41,7 +41,7 @@ def make_processor(
         options,
         vision=config.vision,
         audio=None,
-        cost=partial(sample_cost, config.text, config.vision, config.audio),
+        cost=partial(sample_cost, config.text, config.vision, None),
         make_media=partial(Qwen25VLMedia, config),
         templates=("qwen2_vl",),
         past_time=False,

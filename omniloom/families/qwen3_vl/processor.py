@@ -42,7 +42,7 @@ def make_processor(
         options,
         vision=config.vision,
         audio=None,
-        cost=partial(sample_cost, config.text, config.vision, config.audio),
+        cost=partial(sample_cost, config.text, config.vision, None),
         make_media=partial(Qwen3VLMedia, config),
         templates=("qwen3_vl_nothink", "qwen3_vl"),
     )
