@@ -48,7 +48,7 @@ def export_model(
         workshop.checkpoint,
         workshop.key_map,
         list(dict.fromkeys([*(name for name in changed if name not in workshop.adapter_names), *bases])),
-        merging(gather, workshop.adapters),
+        merging(gather, workshop.adapters) if workshop.adapters else gather,
         files=files,
         dropped=workshop.cut,
         overwrite=overwrite,

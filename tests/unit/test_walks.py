@@ -1,0 +1,87 @@
+"""The walks at the start of docs/architecture.md: how many files a parameter passes, by what runs and what it sees."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import omniloom
+from omniloom.checkpoint.hf import gather_full
+from omniloom.config import load_config
+from omniloom.keymap import KeyMap, Rename
+from omniloom.parallel.mesh import Degrees, build_layout, close_distributed, init_distributed
+from omniloom.run.opening import build_model, load_weights, open_workshop
+from omniloom.run.results import export_model
+from omniloom.run.trained_media import TrainedMedia
+from omniloom.tools.tiny import make_tiny
+
+PACKAGE = Path(omniloom.__file__).parent
+NOT_COUNTED = {"types.py", "config.py"}
+MOST_FILES_OF_A_PARAMETER = 12
+DOCUMENT = PACKAGE.parent / "docs" / "architecture.md"
+
+
+def files_that_see(sees: Callable[[Any], bool], work: Callable[[], None]) -> set[str]:
+    """Files of the package with a function that holds, in a local variable, or returns something that `sees` knows."""
+    found: set[str] = set()
+
+    def look(frame: FrameType | None, returned: Any = None) -> None:
+        if frame is None or not frame.f_code.co_filename.startswith(f"{PACKAGE}/"):
+            return
+        file = str(Path(frame.f_code.co_filename).relative_to(PACKAGE))
+        if file not in found and any(map(sees, [*frame.f_locals.values(), returned])):
+            found.add(file)
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        look(frame, argument if event == "return" else None)
+        if event == "call":
+            look(frame.f_back)  # in the middle of its loop
+
+    sys.setprofile(profile)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return {file for file in found if file not in NOT_COUNTED and not file.endswith("__init__.py")}
+
+
+def test_a_parameter_passes_twelve_files_at_most_from_safetensors_to_export(tmp_path: Path) -> None:
+    make_tiny("qwen3_omni", tmp_path / "model")
+    config = load_config(None, [f"model.path={tmp_path / 'model'}"])  # in bfloat16, so that it is sharded
+    names = {"text.layers.0.attention.q_proj.weight", "thinker.model.layers.0.self_attn.q_proj.weight"}
+    rules = {re.sub(r"layers\.0", "layers.{i}", name) for name in names}
+    tensors: list[torch.Tensor] = []
+
+    def sees(value: Any) -> bool:
+        if isinstance(value, str):
+            return value in names
+        if isinstance(value, KeyMap):
+            return sees(value.rules)
+        if isinstance(value, list | tuple):  # of rules, for any layer
+            return any(isinstance(rule, Rename) and rule.ours in rules for rule in value)
+        return isinstance(value, torch.Tensor) and any(value is tensor for tensor in tensors)
+
+    def walk() -> None:
+        workshop = open_workshop(config)
+        model, _ = build_model(workshop, layout)
+        parameters = dict(model.named_parameters())
+        tensors.extend(parameters[name] for name in names if name in parameters)
+        load_weights(workshop, model)
+        gather = gather_full(parameters)
+        export_model(workshop, tmp_path / "hf", list(parameters), gather, media=TrainedMedia(), say=print)
+
+    layout = build_layout(Degrees(), init_distributed(timeout_seconds=30))
+    try:
+        files = files_that_see(sees, walk)
+    finally:
+        close_distributed()
+    section = DOCUMENT.read_text(encoding="utf-8").partition("**A parameter")[2].partition("\n\n")[0]
+    listed = set(re.findall(r"^\d+\. `([^`]+)`", section, flags=re.MULTILINE))
+    assert files == {file.replace("<family>", "qwen3_omni") for file in listed}
+    assert len(files) <= MOST_FILES_OF_A_PARAMETER
