@@ -8,6 +8,8 @@ for a wrong name, the nearest right one. Needs neither torch nor pydantic.
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 import re
 import types
 import typing
@@ -19,40 +21,20 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from omniloom.types import suggest
+from omniloom.types import (
+    Count,
+    CountOrZero,
+    Decay,
+    Kernels,
+    NotNegative,
+    Positive,
+    ProcessorOptions,
+    Range,
+    Share,
+    suggest,
+)
 
-Kernel = Literal["auto", "eager", "sdpa", "flash", "flex"]
 Dtype = Literal["bf16", "float32"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """The numbers that a key allows, for `Annotated`. NaN is in no range."""
-
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-
-    def fault(self, value: float) -> str | None:
-        """What was expected where `value` is outside, in words."""
-        if self.ge is not None and not value >= self.ge:
-            return f"at least {self.ge:g}"
-        if self.gt is not None and not value > self.gt:
-            return f"more than {self.gt:g}"
-        if self.le is not None and not value <= self.le:
-            return f"at most {self.le:g}"
-        if self.lt is not None and not value < self.lt:
-            return f"less than {self.lt:g}"
-        return None
-
-
-Count = Annotated[int, Range(ge=1)]
-CountOrZero = Annotated[int, Range(ge=0)]
-Positive = Annotated[float, Range(gt=0)]
-NotNegative = Annotated[float, Range(ge=0)]
-Share = Annotated[float, Range(ge=0, le=1)]
-Decay = Annotated[float, Range(ge=0, lt=1)]
 
 
 class ConfigError(ValueError):
@@ -74,13 +56,6 @@ class LayerCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    text: Annotated[Kernel, "attention kernel of the decoder"] = "auto"
-    vision: Annotated[Kernel, "attention kernel of the vision tower"] = "auto"
-    audio: Annotated[Kernel, "attention kernel of the audio tower"] = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: Annotated[str, "directory of a published checkpoint, or a hub's id"] = ""
     adapter: Annotated[str | None, "a PEFT adapter of this model, from which LoRA goes on"] = None
@@ -88,26 +63,8 @@ class ModelConfig:
         tuple[Literal["text", "image", "video", "audio"], ...] | None, "what to build; null is all the model has"
     ] = None
     num_layers: LayerCounts = field(default_factory=LayerCounts)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    attention: Kernels = field(default_factory=Kernels)
     dtype: Annotated[Dtype, "of compute and frozen weights; weights that train are float32"] = "bf16"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageConfig:
-    min_pixels: Annotated[Count | None, "smaller images are enlarged; null is the checkpoint's value"] = None
-    max_pixels: Annotated[Count | None, "larger images are scaled down; null is the checkpoint's value"] = None
-    limit_pixels: Annotated[Count, "a larger file is refused before it is decoded"] = 178_956_970  # pillow's bound
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoConfig:
-    min_pixels: Annotated[Count | None, "per frame; null is the checkpoint's value"] = None
-    max_pixels: Annotated[Count | None, "per frame; null is the checkpoint's value"] = None
-    fps: Annotated[Positive, "frames taken per second"] = 2.0
-    max_frames: Annotated[int, Range(ge=2), "frames taken at most"] = 128
-    use_audio: Annotated[bool, "interleave the sound of every video whose row says nothing about it"] = False
-    no_audio: Annotated[Literal["error", "video_only"], "where sound is asked for and there is none"] = "error"
-    limit_seconds: Annotated[Positive, "a longer file is refused before it is decoded"] = 7200.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +73,9 @@ class AudioConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(ProcessorOptions):
+    """Which rows there are, and what becomes of them."""
+
     train: Annotated[tuple[str, ...], "files of training rows"] = ()
     eval: Annotated[tuple[str, ...], "files of evaluation rows"] = ()
     split: Annotated[Share, "share of the training rows held out for evaluation where `eval` is empty"] = 0.0
@@ -131,11 +90,6 @@ class DataConfig:
     unplaced_media: Annotated[
         Literal["error", "front"], "clips without a placeholder; front puts them before the first question"
     ] = "error"
-    template: Annotated[str, "chat template; auto is the checkpoint's"] = "auto"
-    system: Annotated[str | None, "system prompt of rows that have no system turn"] = None
-    train_on_prompt: Annotated[bool, "train every turn"] = False
-    last_turn_only: Annotated[bool, "train the last answer only"] = False
-    enable_thinking: Annotated[bool, "thinking templates: train the empty block of answers without reasoning"] = True
     pack_tokens: Annotated[Count, "tokens of a pack; a sample is never cut"] = 8192
     window: Annotated[Count, "rows planned together"] = 2048
     overlong: Annotated[Literal["drop", "shrink", "error"], "samples longer than a pack"] = "drop"
@@ -144,8 +98,6 @@ class DataConfig:
     prefetch_packs: Annotated[Count, "packs loaded ahead"] = 4
     shuffle: Annotated[bool, "draw rows in random order, by train.seed"] = True
     cache_dir: Annotated[str | None, "where measured sizes are kept; null is cache/ of the run"] = None
-    image: ImageConfig = field(default_factory=ImageConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
 
 
@@ -466,7 +418,7 @@ def _read(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
     if origin is Annotated:
         found = _read(arguments[0], value, path, faults)
         for limits in arguments[1:]:
-            if isinstance(limits, Range) and found is not None and (words := limits.fault(found)):
+            if isinstance(limits, Range) and found is not None and (words := _outside(limits, found)):
                 faults.append(f"{path}: expected {words}, got {found!r}")
         return found
     if origin in (typing.Union, types.UnionType):
@@ -492,6 +444,19 @@ def _read(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
 
 
 _RULES = dict[str, PolicyRule]
+
+
+def _outside(limits: Range, value: float) -> str | None:
+    """What was expected where a number is outside its range, in words; NaN is outside of each."""
+    for words, is_inside, limit in (
+        ("at least", operator.ge, limits.ge),
+        ("more than", operator.gt, limits.gt),
+        ("at most", operator.le, limits.le),
+        ("less than", operator.lt, limits.lt),
+    ):
+        if limit is not None and not is_inside(value, limit):
+            return f"{words} {limit:g}"
+    return None
 
 
 def _read_union(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
@@ -551,7 +516,7 @@ def _describe(kind: Any) -> str:
     """A type in words."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        limits = [words for limit in arguments[1:] if isinstance(limit, Range) and (words := limit.fault(float("nan")))]
+        limits = [words for limit in arguments[1:] if isinstance(limit, Range) and (words := _outside(limit, math.nan))]
         return " of ".join([_describe(arguments[0]), *limits])
     if origin is Literal:
         return " or ".join(map(str, arguments))

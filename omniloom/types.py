@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 if TYPE_CHECKING:  # the config and the command line import this file before it is known that torch is needed
     from numpy import float32, uint8
@@ -48,6 +48,68 @@ class RunError(RuntimeError):
     """A run cannot go on, for a reason that is no fault of its input; the message tells its user what to do."""
 
     exit_code = 1
+
+
+# ---------------------------------------------------------------------------------------- what a run may choose
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The numbers that a key of the config allows, for `Annotated`."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+
+Count = Annotated[int, Range(ge=1)]
+CountOrZero = Annotated[int, Range(ge=0)]
+Positive = Annotated[float, Range(gt=0)]
+NotNegative = Annotated[float, Range(ge=0)]
+Share = Annotated[float, Range(ge=0, le=1)]
+Decay = Annotated[float, Range(ge=0, lt=1)]
+Kernel = Literal["auto", "eager", "sdpa", "flash", "flex"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Attention kernels by component."""
+
+    text: Annotated[Kernel, "attention kernel of the decoder"] = "auto"
+    vision: Annotated[Kernel, "attention kernel of the vision tower"] = "auto"
+    audio: Annotated[Kernel, "attention kernel of the audio tower"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    min_pixels: Annotated[Count | None, "smaller images are enlarged; null is the checkpoint's value"] = None
+    max_pixels: Annotated[Count | None, "larger images are scaled down; null is the checkpoint's value"] = None
+    limit_pixels: Annotated[Count, "a larger file is refused before it is decoded"] = 178_956_970  # pillow's bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    min_pixels: Annotated[Count | None, "per frame; null is the checkpoint's value"] = None
+    max_pixels: Annotated[Count | None, "per frame; null is the checkpoint's value"] = None
+    fps: Annotated[Positive, "frames taken per second"] = 2.0
+    max_frames: Annotated[int, Range(ge=2), "frames taken at most"] = 128
+    use_audio: Annotated[bool, "interleave the sound of every video whose row says nothing about it"] = False
+    no_audio: Annotated[Literal["error", "video_only"], "where sound is asked for and there is none"] = "error"
+    limit_seconds: Annotated[Positive, "a longer file is refused before it is decoded"] = 7200.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessorOptions:
+    """What a run may change about a checkpoint's processor: part of the config's section `data`."""
+
+    template: Annotated[str, "chat template; auto is the checkpoint's"] = "auto"
+    system: Annotated[str | None, "system prompt of rows that have no system turn"] = None
+    train_on_prompt: Annotated[bool, "train every turn"] = False
+    last_turn_only: Annotated[bool, "train the last answer only"] = False
+    enable_thinking: Annotated[bool, "thinking templates: train the empty block of answers without reasoning"] = True
+    image: ImageConfig = field(default_factory=ImageConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
 
 
 # ---------------------------------------------------------------------------------------- what a row says

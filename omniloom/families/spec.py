@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from omniloom.keymap import KeyMap
-from omniloom.models.fusion import Kernels, OmniModel
+from omniloom.models.fusion import OmniModel
 from omniloom.sharding import ShardingPlan
+from omniloom.types import Kernels
 
 
 class Build(Protocol):

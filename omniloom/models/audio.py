@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omniloom.models.layers import ACTIVATIONS, MLP, Attention, Linear
-from omniloom.ops.attention import Kernel
-from omniloom.types import AudioBatch, Segments
+from omniloom.types import AudioBatch, Kernel, Segments
 
 NORM_EPS = 1e-5
 

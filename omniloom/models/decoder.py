@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from omniloom.models.layers import Attention, GatedMLP, Linear, RMSNorm
 from omniloom.models.moe import MoE
-from omniloom.ops.attention import Kernel
 from omniloom.ops.auxiliary_loss import attach_loss
 from omniloom.ops.cross_entropy import linear_cross_entropy
 from omniloom.ops.rotary import Rotary, SectionLayout, multimodal_rotary
-from omniloom.types import ROUTER, TEXT, LossTerms, MediaRows, PackedBatch, Segments
+from omniloom.types import ROUTER, TEXT, Kernel, LossTerms, MediaRows, PackedBatch, Segments
 
 Want = Literal["loss", "logits", "best_tokens"]
 

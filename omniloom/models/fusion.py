@@ -6,24 +6,12 @@ Pure tensor functions of a `PackedBatch`. Towers and decoder meet only in `Media
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
 from omniloom.models.audio import AudioTower, AudioTowerConfig
 from omniloom.models.decoder import Decoder, DecoderConfig
 from omniloom.models.vision import VisionTower, VisionTowerConfig
-from omniloom.ops.attention import Kernel
-from omniloom.types import LossTerms, MediaRows, PackedBatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kernels:
-    """Attention kernels by component."""
-
-    text: Kernel = "auto"
-    vision: Kernel = "auto"
-    audio: Kernel = "auto"
+from omniloom.types import Kernels, LossTerms, MediaRows, PackedBatch
 
 
 class OmniModel(nn.Module):

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omniloom.ops.attention import Kernel, segment_attention
+from omniloom.ops.attention import segment_attention
 from omniloom.ops.gated_mlp import gated_mlp
 from omniloom.ops.norm import rms_norm
 from omniloom.ops.rotary import Rotary, apply_rotary
-from omniloom.types import Segments
+from omniloom.types import Kernel, Segments
 
 Activation = Callable[[Tensor], Tensor]
 

@@ -12,9 +12,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from omniloom.models.layers import ACTIVATIONS, MLP, Attention, FusedAttention, GatedMLP, Linear, RMSNorm
-from omniloom.ops.attention import Kernel
 from omniloom.ops.rotary import Rotary, axial_rotary
-from omniloom.types import Segments, VisionBatch
+from omniloom.types import Kernel, Segments, VisionBatch
 
 NORM_EPS = 1e-6
 

@@ -14,14 +14,11 @@ Kernels, chosen by name and never fallen back from:
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from omniloom.types import Segments
-
-Kernel = Literal["auto", "eager", "sdpa", "flash", "flex"]
+from omniloom.types import Kernel, Segments
 
 EAGER_QUERY_BLOCK = 1024  # rows whose scores against all keys are held at a time
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from omniloom.processors.chat_template import ChatTemplate, find_source, named_source
 from omniloom.processors.positions import sample_positions, text_block
 from omniloom.processors.rendering import MEDIA_KINDS, Renderer
-from omniloom.processors.settings import ProcessorOptions, load_tokenizer
+from omniloom.processors.settings import load_tokenizer
 from omniloom.processors.tower_batches import AudioDims, VisionDims
 from omniloom.processors.tower_inputs import Cost, Features, TowerInputs, read_media_settings
 from omniloom.types import (
@@ -36,6 +36,7 @@ from omniloom.types import (
     MediaHeader,
     MediaSource,
     Part,
+    ProcessorOptions,
     SampleError,
     VisionBatch,
     VisionClip,

@@ -20,8 +20,7 @@ from operator import attrgetter
 from typing import Any
 
 from omniloom.processors.chat_template import ChatTemplate, Message
-from omniloom.processors.settings import ProcessorOptions
-from omniloom.types import Conversation, Part, SampleError, Turn
+from omniloom.types import Conversation, Part, ProcessorOptions, SampleError, Turn
 
 MEDIA_KINDS = ("image", "video", "audio")
 KEPT_SHAPES = 512

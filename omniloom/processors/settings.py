@@ -6,31 +6,8 @@ Reads the small files of a checkpoint directory; the only module of `processors/
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProcessorOptions:
-    """What a run may change about a checkpoint's processor. None: the checkpoint's own value."""
-
-    template: str = "auto"
-    system: str | None = None  # for conversations without a system turn
-    enable_thinking: bool = True  # else an empty <think> block that the template writes is context
-    train_on_prompt: bool = False
-    last_turn_only: bool = False
-    image_min_pixels: int | None = None
-    image_max_pixels: int | None = None
-    video_min_pixels: int | None = None  # per frame
-    video_max_pixels: int | None = None
-    video_fps: float = 2.0
-    video_max_frames: int = 128
-    no_audio: Literal["error", "video_only"] = "error"  # where a video's sound is asked for and there is none
-
-    def __post_init__(self) -> None:
-        if self.train_on_prompt and self.last_turn_only:
-            raise ValueError("data.train_on_prompt and data.last_turn_only contradict each other; keep one")
+from typing import Any
 
 
 def load_tokenizer(checkpoint_dir: str | Path) -> Any:

@@ -24,7 +24,7 @@ from omniloom.processors.features import (
     sample_frame_indices,
     smart_resize,
 )
-from omniloom.processors.settings import ProcessorOptions, read_processor_config
+from omniloom.processors.settings import read_processor_config
 from omniloom.processors.tower_batches import AudioDims, VisionDims, audio_batch, vision_batch
 from omniloom.types import (
     AudioBatch,
@@ -34,6 +34,7 @@ from omniloom.types import (
     DecodedClip,
     MediaHeader,
     MediaSource,
+    ProcessorOptions,
     SampleError,
     VisionBatch,
     VisionClip,
@@ -67,7 +68,7 @@ def read_media_settings(checkpoint_dir: str | Path, options: ProcessorOptions) -
         raise ValueError(f"{checkpoint_dir}/preprocessor_config.json: no min_pixels and max_pixels (or size)")
     hears = "hop_length" in audio
     return MediaSettings(
-        image_pixels=bounds(options.image_min_pixels, options.image_max_pixels, (low, high)),
+        image_pixels=bounds(options.image.min_pixels, options.image.max_pixels, (low, high)),
         image_mean=tuple(image["image_mean"]),
         image_std=tuple(image["image_std"]),
         video=video,
@@ -173,7 +174,7 @@ class TowerInputs:
         """
         size = self.settings.video.get("size") or {}
         default_pixels = size.get("shortest_edge", default_pixels[0]), size.get("longest_edge", default_pixels[1])
-        pixels = bounds(self.options.video_min_pixels, self.options.video_max_pixels, default_pixels)
+        pixels = bounds(self.options.video.min_pixels, self.options.video.max_pixels, default_pixels)
         options, temporal = source.options, self.vision.temporal_patch_size
         fps, least, most = self.frame_bounds(options, header, min_frames)
         rate = header.fps or fps  # a list of frames without a rate of its own is taken as already sampled
@@ -207,9 +208,9 @@ class TowerInputs:
 
         Raises: SampleError where a row asks for more frames than there are.
         """
-        fps = self.options.video_fps if options.fps is None else options.fps
+        fps = self.options.video.fps if options.fps is None else options.fps
         if options.num_frames is None:
-            most = self.options.video_max_frames if options.max_frames is None else options.max_frames
+            most = self.options.video.max_frames if options.max_frames is None else options.max_frames
             return fps, min_frames if options.min_frames is None else options.min_frames, most
         if options.num_frames > header.num_frames:
             reason = f"nframes asks for {options.num_frames} frames, there are {header.num_frames}"
@@ -223,7 +224,7 @@ class TowerInputs:
             raise SampleError("videos", "its sound is asked for, but the model has no audio tower")
         if header.has_audio and header.num_audio_samples >= self.audio.least_frames * self.settings.hop_length:
             return header.num_audio_samples
-        if self.options.no_audio == "error":
+        if self.options.video.no_audio == "error":
             raise SampleError(
                 "videos",
                 "its sound is asked for, but it has none; data.video.no_audio=video_only takes the pictures alone",

@@ -34,7 +34,7 @@ from omniloom.config import Config
 from omniloom.families.registry import find_spec
 from omniloom.families.spec import ModelSpec
 from omniloom.keymap import KeyMap, Recipe, Tied
-from omniloom.models.fusion import Kernels, OmniModel
+from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.mesh import Degrees, Layout, resolve_degrees
 from omniloom.training.lora import adapter_policies, choose_adapted, initial_lora_a, install_lora
@@ -127,11 +127,11 @@ class Workshop:
         return install_lora(model, choose_adapted(model, policies, adaptable, rules, sizes))
 
     def _build(self, family: Any, modalities: tuple[str, ...]) -> OmniModel:
-        attention, chunk = self.config.model.attention, self.config.memory.loss_chunk_tokens
+        chunk = self.config.memory.loss_chunk_tokens
         return self.spec.build(
             family,
             modalities=modalities,
-            kernels=Kernels(text=attention.text, vision=attention.vision, audio=attention.audio),
+            kernels=self.config.model.attention,
             loss_chunk_tokens=None if chunk == "auto" else chunk,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,6 @@ from omniloom.data.stream import BadSampleFile, StepStream
 from omniloom.families.registry import spec_named
 from omniloom.parallel.encoder_pool import assign_clips
 from omniloom.parallel.mesh import Layout
-from omniloom.processors.settings import ProcessorOptions
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.results import NO_ADAPTER
 from omniloom.types import Conversation, PackPlan, SampleError, Source
@@ -114,19 +114,17 @@ class OpenRows:
     family_name: str
     family: Any
     model_dir: Path
-    processor: ProcessorOptions
     modalities: tuple[str, ...]
-    pack_tokens: int
-    shrink: bool
+    planned: Mapping[str, Any]  # as `planned_options` gives it
     cache_dir: Path | None
     decode_all: bool = False  # rows are measured only after they were decoded, for `check`
     last_answer_only: bool = False  # whatever weights and options say: for rows that the model is to answer
 
     def __call__(self) -> RowReader:
-        options = self.processor
+        data = self.data
         if self.last_answer_only:
-            options = replace(options, train_on_prompt=False, last_turn_only=True)
-        processor = spec_named(self.family_name).make_processor(self.model_dir, self.family, options)
+            data = replace(data, train_on_prompt=False, last_turn_only=True)
+        processor = spec_named(self.family_name).make_processor(self.model_dir, self.family, data)
         limits = media_limits(self.data, processor.towers.settings.sampling_rate or SILENT_RATE)
         return RowReader(
             source=self.source,
@@ -134,11 +132,11 @@ class OpenRows:
             read_header=partial(read_header, limits=limits),
             decode=partial(decode_clip, limits=limits),
             processor=processor,
-            pack_tokens=self.pack_tokens,
-            shrink=self.shrink,
+            pack_tokens=data.pack_tokens,
+            shrink=data.overlong == "shrink",
             cache=ExtentCache(self.cache_dir) if self.cache_dir is not None else None,
             decode_all=self.decode_all,
-            fingerprint=fingerprint_of(self.model_dir, self.family, self.processor, self.rows, limits),
+            fingerprint=fingerprint_of(self.model_dir, self.family, self.planned),
         )
 
     def _parse(self, row: dict[str, Any], file: str, line: int) -> Conversation:
@@ -198,23 +196,8 @@ def open_rows(workshop: Workshop, source: Source, *, cache: bool = True, decode_
         family_name=workshop.spec.name,
         family=workshop.family,
         model_dir=workshop.checkpoint.directory,
-        processor=ProcessorOptions(
-            template=data.template,
-            system=data.system,
-            train_on_prompt=data.train_on_prompt,
-            last_turn_only=data.last_turn_only,
-            enable_thinking=data.enable_thinking,
-            image_min_pixels=data.image.min_pixels,
-            image_max_pixels=data.image.max_pixels,
-            video_min_pixels=data.video.min_pixels,
-            video_max_pixels=data.video.max_pixels,
-            video_fps=data.video.fps,
-            video_max_frames=data.video.max_frames,
-            no_audio=data.video.no_audio,
-        ),
         modalities=workshop.modalities,
-        pack_tokens=data.pack_tokens,
-        shrink=data.overlong == "shrink",
+        planned=planned_options(workshop),
         cache_dir=cache_dir,
         decode_all=decode_all,
     )

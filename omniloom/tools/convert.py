@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omniloom.config import DataConfig, VideoConfig
+from omniloom.config import DataConfig
 from omniloom.data.clip_options import option_words
 from omniloom.data.formats import FORMATS, parse_row, row_options
 from omniloom.data.sources import open_sources
-from omniloom.types import Conversation, MediaSource, Part, SampleError, Turn, suggest
+from omniloom.types import Conversation, MediaSource, Part, SampleError, Turn, VideoConfig, suggest
 
 _USUAL = DataConfig(allow_urls=True, allow_outside_media_dir=True)
 # what a row leaves to the config of a run is what reads otherwise under another

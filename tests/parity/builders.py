@@ -17,9 +17,9 @@ from torch import Tensor
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.families.spec import ModelSpec
 from omniloom.keymap import KeyMap
-from omniloom.models.fusion import Kernels, OmniModel
+from omniloom.models.fusion import OmniModel
 from omniloom.processors.tower_batches import audio_batch, vision_batch
-from omniloom.types import IGNORE_LABEL, AudioClip, PackedBatch, Segments, VisionClip
+from omniloom.types import IGNORE_LABEL, AudioClip, Kernels, PackedBatch, Segments, VisionClip
 
 TOKENS = {
     "image_token_id": 90,

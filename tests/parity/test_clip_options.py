@@ -7,9 +7,18 @@ import pytest
 
 from omniloom.families.registry import find_spec
 from omniloom.processors.features import smart_resize
-from omniloom.processors.settings import ProcessorOptions
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import ClipOptions, Conversation, MediaHeader, MediaSource, Part, SampleError, Turn
+from omniloom.types import (
+    ClipOptions,
+    Conversation,
+    MediaHeader,
+    MediaSource,
+    Part,
+    ProcessorOptions,
+    SampleError,
+    Turn,
+    VideoConfig,
+)
 
 FAMILIES = ("qwen3_vl", "qwen3_omni", "qwen2_5_vl", "qwen2_5_omni")
 VIDEO = MediaHeader(kind="video", width=640, height=480, num_frames=300, fps=25.0, duration_seconds=12.0)
@@ -20,7 +29,9 @@ def processor(request, tmp_path_factory):
     checkpoint = make_tiny(request.param, tmp_path_factory.mktemp("tiny") / "checkpoint")
     config_json = json.loads((checkpoint / "config.json").read_text())
     spec = find_spec(config_json)
-    return spec.make_processor(checkpoint, spec.read_config(config_json), ProcessorOptions(video_max_pixels=10**9))
+    return spec.make_processor(
+        checkpoint, spec.read_config(config_json), ProcessorOptions(video=VideoConfig(max_pixels=10**9))
+    )
 
 
 def clip_of(processor, kind, header, **options):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from omniloom.families.qwen2_5_omni.spec import SPEC
-from omniloom.models.fusion import Kernels
+from omniloom.types import Kernels
 from tests.parity import builders, compare
 from tests.parity import builders_qwen2_5_omni as omni
 from tests.parity.compare import assert_equal, run_ours

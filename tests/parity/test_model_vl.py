@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from omniloom.families.registry import spec_named
-from omniloom.models.fusion import Kernels
+from omniloom.types import Kernels
 from tests.parity import builders, compare
 from tests.parity import builders_vl as vl
 from tests.parity.compare import SMALLEST_GAP, assert_equal, run_ours, smallest_router_gap

@@ -11,12 +11,23 @@ from hypothesis import strategies as st
 
 from omniloom.families.registry import find_spec
 from omniloom.processors.positions import merge_by_chunks
-from omniloom.processors.settings import ProcessorOptions
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import ClipOptions, Conversation, DecodedClip, MediaHeader, MediaSource, Part, SampleError, Turn
+from omniloom.types import (
+    ClipOptions,
+    Conversation,
+    DecodedClip,
+    ImageConfig,
+    MediaHeader,
+    MediaSource,
+    Part,
+    ProcessorOptions,
+    SampleError,
+    Turn,
+    VideoConfig,
+)
 
 OPTIONS = ProcessorOptions(
-    image_min_pixels=28 * 28, image_max_pixels=84 * 84, video_min_pixels=28 * 28, video_max_pixels=56 * 84
+    image=ImageConfig(min_pixels=28 * 28, max_pixels=84 * 84), video=VideoConfig(min_pixels=28 * 28, max_pixels=56 * 84)
 )
 
 

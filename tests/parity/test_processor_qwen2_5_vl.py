@@ -17,12 +17,23 @@ from hypothesis import strategies as st
 from omniloom.families.qwen2_5_vl.processor import VIDEO_PIXELS
 from omniloom.families.registry import find_spec
 from omniloom.processors.features import smart_resize
-from omniloom.processors.settings import ProcessorOptions
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import ClipOptions, Conversation, MediaHeader, MediaSource, Part, Turn
+from omniloom.types import (
+    ClipOptions,
+    Conversation,
+    ImageConfig,
+    MediaHeader,
+    MediaSource,
+    Part,
+    ProcessorOptions,
+    Turn,
+    VideoConfig,
+)
 from tests.parity.test_processor_qwen3_vl import conversation_of, decode, expected_positions, samples
 
-OPTIONS = ProcessorOptions(image_min_pixels=28 * 28, image_max_pixels=84 * 84, video_max_pixels=56 * 84)
+OPTIONS = ProcessorOptions(
+    image=ImageConfig(min_pixels=28 * 28, max_pixels=84 * 84), video=VideoConfig(max_pixels=56 * 84)
+)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +187,9 @@ def test_without_bounds_of_ours_a_video_has_those_of_its_processor(checkpoint, t
         return 14 * rows, 14 * columns
 
     assert side(checkpoint) == smart_resize(1080, 1920, 28, 128 * 28 * 28, 768 * 28 * 28)
-    assert side(checkpoint, ProcessorOptions(video_max_pixels=56 * 84)) == smart_resize(1080, 1920, 28, 784, 56 * 84)
+    assert side(checkpoint, ProcessorOptions(video=VideoConfig(max_pixels=56 * 84))) == smart_resize(
+        1080, 1920, 28, 784, 56 * 84
+    )
     own = shutil.copytree(checkpoint, tmp_path / "own")
     (own / "video_preprocessor_config.json").write_text('{"size": {"shortest_edge": 784, "longest_edge": 200000}}')
     assert side(own) == smart_resize(1080, 1920, 28, 784, 200_000)

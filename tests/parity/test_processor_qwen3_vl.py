@@ -11,11 +11,24 @@ from hypothesis import strategies as st
 
 from omniloom.families.registry import find_spec
 from omniloom.processors.features import smart_resize_video
-from omniloom.processors.settings import ProcessorOptions
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import ClipOptions, Conversation, DecodedClip, MediaHeader, MediaSource, Part, SampleError, Turn
+from omniloom.types import (
+    ClipOptions,
+    Conversation,
+    DecodedClip,
+    ImageConfig,
+    MediaHeader,
+    MediaSource,
+    Part,
+    ProcessorOptions,
+    SampleError,
+    Turn,
+    VideoConfig,
+)
 
-OPTIONS = ProcessorOptions(image_min_pixels=32 * 32, image_max_pixels=96 * 96, video_max_pixels=64 * 64)
+OPTIONS = ProcessorOptions(
+    image=ImageConfig(min_pixels=32 * 32, max_pixels=96 * 96), video=VideoConfig(max_pixels=64 * 64)
+)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +228,7 @@ def test_without_bounds_of_ours_a_video_has_those_of_the_checkpoint(make):
     clip = make(ProcessorOptions()).media.video_geometry(MediaSource(path="x"), header, 1.0)
     frames, rows, columns = 2 * clip.grid_thw[0], 16 * clip.grid_thw[1], 16 * clip.grid_thw[2]
     assert (frames, rows, columns) == (60, *smart_resize_video(60, 1080, 1920, 2, 32, 4096, 25165824))
-    bounded = make(ProcessorOptions(video_max_pixels=256 * 256)).media.video_geometry(
+    bounded = make(ProcessorOptions(video=VideoConfig(max_pixels=256 * 256))).media.video_geometry(
         MediaSource(path="x"), header, 1.0
     )
     assert 256 * bounded.grid_thw[1] * bounded.grid_thw[2] <= 256 * 256

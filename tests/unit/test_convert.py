@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.config import DataConfig, VideoConfig
+from omniloom.config import DataConfig
 from omniloom.data.formats import FORMATS, parse_row, row_options
 from omniloom.tools.convert import convert_file, convert_row
-from omniloom.types import Conversation, SampleError
+from omniloom.types import Conversation, SampleError, VideoConfig
 
 CONFIGS = (DataConfig(), DataConfig(video=VideoConfig(use_audio=True, fps=5.0)))  # what rows may leave open
 TEXTS = st.sampled_from(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.config import DataConfig, VideoConfig, load_config
+from omniloom.config import DataConfig, load_config
 from omniloom.data.formats import (
     FORMATS,
     FieldNames,
@@ -23,8 +23,7 @@ from omniloom.data.row_media import MediaRules
 from omniloom.data.sources import open_sources
 from omniloom.processors.chat_template import ChatTemplate, named_source
 from omniloom.processors.rendering import Renderer
-from omniloom.processors.settings import ProcessorOptions
-from omniloom.types import Part, SampleError
+from omniloom.types import Part, ProcessorOptions, SampleError
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "real"
 CALL = '{"name": "get_weather", "arguments": {"city": "Paris"}}'

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from omniloom.config import AudioConfig, DataConfig, ImageConfig, VideoConfig, load_config
+from omniloom.config import AudioConfig, DataConfig, load_config
 from omniloom.data.media import MediaLimits, media_limits
 from omniloom.data.media_decode import decode_audio, decode_clip, decode_image, decode_video_frames, resampled_length
 from omniloom.data.media_headers import read_header
@@ -21,7 +21,7 @@ from omniloom.data.packets import decode_packets
 from omniloom.run.opening import open_workshop
 from omniloom.run.rows import open_data, open_rows
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import ClipGeometry, ClipOptions, MediaSource, SampleError
+from omniloom.types import ClipGeometry, ClipOptions, ImageConfig, MediaSource, SampleError, VideoConfig
 from tests.unit.media_files import (
     AUDIO_FILES,
     VIDEO_FILES,

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.families.registry import find_spec
 from omniloom.families.spec import COMPONENTS
-from omniloom.models.fusion import Kernels
+from omniloom.types import Kernels
 from tests.parity import builders
 
 # The fields that matter, as in the published Qwen3-Omni-30B-A3B checkpoints.

@@ -9,20 +9,22 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from omniloom.checkpoint.tensor_files import read_json
-from omniloom.config import DataConfig, ImageConfig, VideoConfig
+from omniloom.config import DataConfig
 from omniloom.families.registry import find_spec
-from omniloom.processors.settings import ProcessorOptions
 from omniloom.run.trained_media import PREPROCESSOR, PROCESSOR, VIDEO, TrainedMedia, processor_files
 from omniloom.tools.tiny import FAMILIES, make_tiny
 from omniloom.types import (
     ClipGeometry,
     ClipOptions,
     Extent,
+    ImageConfig,
     MediaHeader,
     MediaSource,
     PackPlan,
     PlannedSample,
+    ProcessorOptions,
     StepPlan,
+    VideoConfig,
 )
 
 HEADER = MediaHeader(kind="video", width=640, height=352, num_frames=300, fps=30.0, duration_seconds=10.0)
@@ -64,7 +66,7 @@ def test_transformers_resizes_images_as_training_did(published, tmp_path, family
     data = DataConfig(image=ImageConfig(min_pixels=32 * 32, max_pixels=200 * 150))
     exported(published[family], tmp_path / "hf", trained_on("image"), data)
     theirs, ours = AutoImageProcessor.from_pretrained(tmp_path / "hf"), processor_of(tmp_path / "hf")
-    trained = processor_of(published[family], image_min_pixels=32 * 32, image_max_pixels=200 * 150)
+    trained = processor_of(published[family], image=data.image)
     for height, width in ((640, 480), (30, 40), (100, 900), (150, 150)):
         header = MediaHeader(kind="image", width=width, height=height)
         grid = trained.towers.image_geometry(MediaSource(), header, 1.0).grid_thw
@@ -80,9 +82,8 @@ def test_videos_keep_their_limits(published, tmp_path, family, pixels):
     data = DataConfig(video=VideoConfig(min_pixels=low, max_pixels=high, fps=3.0, max_frames=24))
     files, _ = exported(published[family], tmp_path / "hf", trained_on("video"), data)
     assert (files[VIDEO]["fps"], files[VIDEO]["max_frames"]) == (3.0, 24)
-    rate = {"video_fps": 3.0, "video_max_frames": 24}
-    trained = processor_of(published[family], video_min_pixels=low, video_max_pixels=high, **rate)
-    again = processor_of(tmp_path / "hf", **rate)
+    trained = processor_of(published[family], video=data.video)
+    again = processor_of(tmp_path / "hf", video=VideoConfig(fps=3.0, max_frames=24))
     for header in (HEADER, MediaHeader(kind="video", width=64, height=64, num_frames=20, fps=5.0)):
         expected = trained.media.video_geometry(MediaSource(), header, 1.0).grid_thw
         assert again.media.video_geometry(MediaSource(), header, 1.0).grid_thw == expected

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from omniloom.families.qwen2_5_omni.config import Qwen25OmniConfig
 from omniloom.families.spec import OMNI
-from omniloom.models.fusion import Kernels, OmniModel, compose
+from omniloom.models.fusion import OmniModel, compose
+from omniloom.types import Kernels
 
 
 def build(

@@ -17,9 +17,8 @@ from omniloom.families.cost import sample_cost
 from omniloom.families.qwen2_5_omni.config import Qwen25OmniConfig
 from omniloom.processors.chat import ChatProcessor, ClipLayout, open_processor, sound_layout, vision_layout
 from omniloom.processors.positions import merge_by_chunks, text_block, vision_block
-from omniloom.processors.settings import ProcessorOptions
 from omniloom.processors.tower_inputs import Features, TowerInputs, sound_inputs, vision_inputs
-from omniloom.types import ClipGeometry, MediaHeader, MediaSource
+from omniloom.types import ClipGeometry, MediaHeader, MediaSource, ProcessorOptions
 
 # per frame; no file of a published checkpoint says it. Source: transformers, Qwen2_5OmniProcessor.videos_kwargs
 VIDEO_PIXELS = (128 * 28 * 28, 768 * 28 * 28)

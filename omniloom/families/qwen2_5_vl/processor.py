@@ -20,9 +20,8 @@ from omniloom.families.qwen2_5_vl.config import Qwen25VLConfig
 from omniloom.families.qwen3_vl.processor import PictureTokens
 from omniloom.processors.chat import ChatProcessor, ClipLayout, open_processor, vision_layout
 from omniloom.processors.positions import vision_block
-from omniloom.processors.settings import ProcessorOptions
 from omniloom.processors.tower_inputs import Features, TowerInputs
-from omniloom.types import ClipGeometry, MediaHeader, MediaSource
+from omniloom.types import ClipGeometry, MediaHeader, MediaSource, ProcessorOptions
 
 # per frame; no file of a published checkpoint says it. Source: transformers, Qwen2VLVideoProcessor
 VIDEO_PIXELS = (128 * 28 * 28, 768 * 28 * 28)

@@ -17,9 +17,9 @@ from omniloom.families.cost import sample_cost
 from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
 from omniloom.processors.chat import ChatProcessor, ClipLayout, open_processor, sound_layout, vision_layout
 from omniloom.processors.positions import merge_by_time, text_block, vision_block
-from omniloom.processors.settings import ProcessorOptions, find_word
+from omniloom.processors.settings import find_word
 from omniloom.processors.tower_inputs import Features, TowerInputs, sound_inputs, vision_inputs
-from omniloom.types import ClipGeometry, MediaHeader, MediaSource
+from omniloom.types import ClipGeometry, MediaHeader, MediaSource, ProcessorOptions
 
 # per frame; no file of a published checkpoint says it. Source: transformers, Qwen3OmniMoeProcessor.videos_kwargs
 VIDEO_PIXELS = (128 * 32 * 32, 768 * 32 * 32)

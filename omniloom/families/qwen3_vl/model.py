@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from omniloom.families.qwen3_vl.config import Qwen3VLConfig
 from omniloom.families.spec import SEEING
-from omniloom.models.fusion import Kernels, OmniModel, compose
+from omniloom.models.fusion import OmniModel, compose
+from omniloom.types import Kernels
 
 
 def build(

@@ -19,9 +19,9 @@ from omniloom.families.qwen3_vl.config import Qwen3VLConfig
 from omniloom.processors.chat import ChatProcessor, ClipLayout, open_processor, vision_layout
 from omniloom.processors.features import smart_resize_video, spread_frames
 from omniloom.processors.positions import vision_block
-from omniloom.processors.settings import ProcessorOptions, find_word
+from omniloom.processors.settings import find_word
 from omniloom.processors.tower_inputs import Features, TowerInputs, vision_inputs
-from omniloom.types import ClipGeometry, ClipOptions, MediaHeader, MediaSource
+from omniloom.types import ClipGeometry, ClipOptions, MediaHeader, MediaSource, ProcessorOptions
 
 # of transformers' Qwen3VLVideoProcessor, where a checkpoint has no file of its own
 VIDEO_PIXELS = (128 * 32 * 32, 768 * 32 * 32)  # of all frames together
@@ -129,8 +129,8 @@ class Qwen3VLMedia:
     def _pixels(self, asked: ClipOptions, num_frames: int) -> tuple[int, int]:
         """Least and most pixels of all frames together. Ours are given per frame, the checkpoint's for all."""
         options, size = self.towers.options, self.towers.settings.video.get("size") or {}
-        low = options.video_min_pixels if asked.min_pixels is None else asked.min_pixels
-        high = options.video_max_pixels if asked.max_pixels is None else asked.max_pixels
+        low = options.video.min_pixels if asked.min_pixels is None else asked.min_pixels
+        high = options.video.max_pixels if asked.max_pixels is None else asked.max_pixels
         most = size.get("longest_edge", VIDEO_PIXELS[1]) if high is None else high * num_frames
         least = size.get("shortest_edge", VIDEO_PIXELS[0]) if low is None else low * num_frames
         factor = self.config.vision.patch_size * self.config.vision.spatial_merge_size
