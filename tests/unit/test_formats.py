@@ -23,7 +23,7 @@ from omniloom.data.row_media import MediaRules
 from omniloom.data.sources import open_sources
 from omniloom.processors.chat_template import ChatTemplate, named_source
 from omniloom.processors.rendering import Renderer
-from omniloom.types import Part, ProcessorOptions, SampleError
+from omniloom.types import Part, ProcessorOptions, SampleError, VideoConfig
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "real"
 CALL = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
