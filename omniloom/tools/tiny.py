@@ -1,8 +1,8 @@
 """Tiny random checkpoints in the published Hugging Face layout, complete enough for every tool that reads one.
 
-Owns the random weights and the files of `omniloom tiny`; what is particular to a family is its recipe
-(`tiny_<family>.py`). The weights are written by transformers itself, so that names, nesting and sharding are those of a
-published checkpoint by construction; nothing here is imported by training.
+Owns the random weights and the files of `omniloom tiny`; what is particular to a family is data (`tiny_models/`). The
+weights are written by transformers itself, so that names, nesting and sharding are those of a published checkpoint by
+construction; nothing here is imported by training.
 """
 
 from __future__ import annotations
@@ -10,22 +10,42 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from omniloom.processors.chat_template import TEMPLATE_DIR
-from omniloom.tools import tiny_qwen2_5_omni, tiny_qwen2_5_vl, tiny_qwen3_omni, tiny_qwen3_vl, tiny_tokenizer
-from omniloom.tools.tiny_recipe import SIZES, Recipe
+from omniloom.tools.tiny_tokenizer import write_tokenizer
 from omniloom.types import suggest
 
-RECIPES: Mapping[str, Recipe] = {
-    "qwen3_omni": tiny_qwen3_omni.RECIPE,
-    "qwen2_5_omni": tiny_qwen2_5_omni.RECIPE,
-    "qwen3_vl": tiny_qwen3_vl.DENSE,
-    "qwen3_vl_moe": tiny_qwen3_vl.EXPERTS,
-    "qwen2_5_vl": tiny_qwen2_5_vl.RECIPE,
-}
-FAMILIES = tuple(RECIPES)
+_MODELS = Path(__file__).parent / "tiny_models"
+FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyModel:
+    """How one family's tiny checkpoint is made, as its file in `tiny_models/` says. Class names are transformers'."""
+
+    architecture: str
+    config_class: str
+    processor_class: str
+    chat_template: str  # a file of `processors/templates`
+    tokens: tuple[str, ...]  # added ones, in the order of their ids
+    token_names: dict[str, str]
+    config: dict[str, Any]  # config.json of the smallest size; `token X` is the id of X
+    sizes: dict[str, dict[str, Any]]  # what each size changes, by dotted path
+    processor_files: dict[str, dict[str, Any]]  # file name -> content
+    turned: tuple[str, ...] = ()  # endings of tensors that are published with their last two dims the other way round
+    float32_modules: tuple[str, ...] = ()  # published wide; all else is bfloat16
+    speakers: dict[str, int] = field(default_factory=dict)  # of spk_dict.pt: first tokens
+
+
+def _read_model(family: str) -> TinyModel:
+    tree = yaml.safe_load((_MODELS / f"{family}.yaml").read_text(encoding="utf-8"))
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()}
+    return TinyModel(**fields)
 
 
 def make_tiny(
@@ -47,43 +67,51 @@ def make_tiny(
 
     Raises: ValueError for an unknown family, size or override, and for a directory that holds files.
     """
-    recipe = _find(RECIPES, family, "family")
-    _find(dict.fromkeys(SIZES), size, "size")
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}{suggest(family, FAMILIES)}")
+    model = _read_model(family)
+    if size not in model.sizes:
+        raise ValueError(f"unknown size {size!r}{suggest(size, model.sizes)}")
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; name a new directory or empty it first")
     directory.mkdir(parents=True, exist_ok=True)
-    ids = tiny_tokenizer.write_tokenizer(
+    ids = write_tokenizer(
         directory,
         num_words=num_words,
-        tokens=recipe.tokens,
-        token_names=recipe.token_names,
-        chat_template=(TEMPLATE_DIR / recipe.chat_template).read_text(encoding="utf-8"),
-        processor_class=recipe.processor_class,
+        tokens=model.tokens,
+        token_names=model.token_names,
+        chat_template=(TEMPLATE_DIR / model.chat_template).read_text(encoding="utf-8"),
+        processor_class=model.processor_class,
     )
-    vocab_size = -(-(max(ids.values()) + 1) // 64) * 64  # padded like the published ones
-    config = recipe.config(size, ids, vocab_size)
-    for path, value in (overrides or {}).items():
+    known = {f"token {text}": number for text, number in ids.items()}
+    known["vocab_size"] = -(-(max(ids.values()) + 1) // 64) * 64  # padded like the published ones
+    config = _filled(model.config, known)
+    for path, value in {**model.sizes[size], **(overrides or {})}.items():
         _override(config, path, value)
-    _write_weights(recipe, config, directory, seed, max_shard_size or ("600KB" if size == "tiny" else "20MB"))
-    _write_json(directory / "config.json", config)
-    _write_json(directory / "generation_config.json", _generation_config(ids))
-    for name, content in recipe.processor_files.items():
-        _write_json(directory / name, content)
-    if recipe.write_extra is not None:
-        recipe.write_extra(directory)
+    _write_weights(model, config, directory, seed, max_shard_size or ("600KB" if size == "tiny" else "20MB"))
+    end, blank = ids["<|im_end|>"], ids["<|endoftext|>"]
+    files = {
+        "config.json": config,
+        "generation_config.json": {"do_sample": False, "eos_token_id": [end, blank], "pad_token_id": blank},
+    }
+    for name, content in {**files, **model.processor_files}.items():
+        (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if model.speakers:
+        _write_speakers(directory, model)
     return directory
 
 
-def _find(table: Mapping[str, Any], name: str, what: str) -> Any:
-    if name in table:
-        return table[name]
-    raise ValueError(f"unknown {what} {name!r}{suggest(name, table)}")
+def _filled(node: Any, known: Mapping[str, int]) -> Any:
+    """A tree with the ids in place of their names."""
+    if isinstance(node, dict):
+        return {key: _filled(value, known) for key, value in node.items()}
+    return known.get(node, node) if isinstance(node, str) else copy.copy(node)
 
 
 def _override(config: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
-    node = config
+    node: Any = config
     for key in parents:
         node = node.get(key) if isinstance(node, dict) else None
         if not isinstance(node, dict):
@@ -93,15 +121,15 @@ def _override(config: dict[str, Any], path: str, value: Any) -> None:
     node[last] = value
 
 
-def _write_weights(recipe: Recipe, config: dict[str, Any], directory: Path, seed: int, max_shard_size: str) -> None:
+def _write_weights(tiny: TinyModel, config: dict[str, Any], directory: Path, seed: int, max_shard_size: str) -> None:
     import torch
     import transformers
 
-    settings = getattr(transformers, recipe.config_class).from_dict(copy.deepcopy(config))
+    settings = getattr(transformers, tiny.config_class).from_dict(copy.deepcopy(config))
     with torch.device("meta"):
-        model = getattr(transformers, recipe.architecture)(settings)
+        model = getattr(transformers, tiny.architecture)(settings)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
-    for name in recipe.float32_modules:
+    for name in tiny.float32_modules:
         model.get_submodule(name).float()
     model.tie_weights()  # which to_empty has parted
     generator = torch.Generator().manual_seed(seed)
@@ -110,8 +138,8 @@ def _write_weights(recipe: Recipe, config: dict[str, Any], directory: Path, seed
             parameter.copy_(_random_weight(name, parameter, generator))
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     for shard in directory.glob("*.safetensors"):
-        if recipe.turned:
-            _turn(shard, recipe.turned)
+        if tiny.turned:
+            _turn(shard, tiny.turned)
         shard.chmod(0o644)  # written through private temporary files; others may want to read them
 
 
@@ -139,13 +167,18 @@ def _random_weight(name: str, parameter: Any, generator: Any) -> Any:
     return 0.05 * noise
 
 
-def _generation_config(ids: dict[str, int]) -> dict[str, Any]:
-    return {
-        "do_sample": False,
-        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
-        "pad_token_id": ids["<|endoftext|>"],
+def _write_speakers(directory: Path, model: TinyModel) -> None:
+    """The voices that transformers asks for beside the weights."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    vocoder = model.config["token2wav_config"]
+    speakers = {
+        name: {
+            "bos_token": first,
+            "cond": torch.randn(1, vocoder["dit_config"]["enc_emb_dim"], generator=generator),
+            "ref_mel": torch.randn(1, 30, vocoder["bigvgan_config"]["mel_dim"], generator=generator),
+        }
+        for name, first in model.speakers.items()
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    torch.save(speakers, directory / "spk_dict.pt")
