@@ -1,7 +1,7 @@
 """Invertible rules between the published names of a checkpoint's tensors and ours.
 
 Owns how names, and with them shapes, translate: one tensor of ours is assembled from pieces, each piece being one whole
-published tensor. Knows no file, no tensor and no torch: it deals in names, shapes and boxes, so the same recipe tells
+published tensor. Knows no file, no tensor and no torch: it deals in names, shapes and boxes, so the same assembly tells
 `checkpoint/` which bytes a rank has to read for its slice and where a trained tensor's parts go in an export.
 
 Families write their rules in `hf_keys.py`, in the published names; `canonical_name` tells which other spellings mean
@@ -98,7 +98,7 @@ class Tied:
 Rule = Rename | Transpose | Flatten | Stack | Tied
 
 
-# ---------------------------------------------------------------------------------------- recipes
+# ---------------------------------------------------------------------------------------- assemblies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Read:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Assembly:
     """How one tensor of ours is assembled. `pieces` cover it exactly once."""
 
     ours: str
@@ -193,7 +193,7 @@ class KeyMap:
     rules: tuple[Rule, ...]
     carried: tuple[str, ...] = ()
 
-    def recipes(self, shapes: Mapping[str, Shape]) -> dict[str, Recipe]:
+    def assemblies(self, shapes: Mapping[str, Shape]) -> dict[str, Assembly]:
         """Our tensors by name, in the order in which their first piece appears in `shapes`.
 
         `shapes` are those of all published tensors of a checkpoint. Whether they are all that a model needs is
@@ -225,19 +225,19 @@ class KeyMap:
                 unknown.append(name)
         if unknown:
             faults.append(f"no rule for {_listed(unknown)}")
-        recipes: dict[str, Recipe] = {}
+        assemblies: dict[str, Assembly] = {}
         for (number, ours), members in groups.items():
-            if ours in recipes:
-                names = next(iter(members.values())), recipes[ours].pieces[0].published
+            if ours in assemblies:
+                names = next(iter(members.values())), assemblies[ours].pieces[0].published
                 faults.append(f"{' and '.join(names)} are the same weights")
                 continue
             try:
-                recipes[ours] = _assemble(forms[number], ours, members, shapes)
+                assemblies[ours] = _assemble(forms[number], ours, members, shapes)
             except ValueError as error:
                 faults.append(str(error))
         if faults:
             raise ValueError("tensors do not fit the model family: " + _joined(faults))
-        return self._with_tied(recipes)
+        return self._with_tied(assemblies)
 
     def second_names(self, shapes: Mapping[str, Shape]) -> dict[str, str]:
         """Published names in `shapes` that repeat another tensor, each with the name of ours that it repeats."""
@@ -261,12 +261,12 @@ class KeyMap:
                 return tuple(_fill(template, {**values, **row}) for template in form.published)
         return ()
 
-    def _with_tied(self, recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+    def _with_tied(self, assemblies: dict[str, Assembly]) -> dict[str, Assembly]:
         for rule in self.rules:
-            if isinstance(rule, Tied) and rule.same_as in recipes and rule.ours not in recipes:
-                source = recipes[rule.same_as]
-                recipes[rule.ours] = Recipe(ours=rule.ours, shape=source.shape, pieces=source.pieces)
-        return recipes
+            if isinstance(rule, Tied) and rule.same_as in assemblies and rule.ours not in assemblies:
+                source = assemblies[rule.same_as]
+                assemblies[rule.ours] = Assembly(ours=rule.ours, shape=source.shape, pieces=source.pieces)
+        return assemblies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +293,7 @@ def _form(rule: Rename | Transpose | Flatten | Stack) -> _Form:
     return _Form(published=(rule.published,), ours=rule.ours, layout=layouts[type(rule)])
 
 
-def _assemble(form: _Form, ours: str, members: dict[tuple[int, int], str], shapes: Mapping[str, Shape]) -> Recipe:
+def _assemble(form: _Form, ours: str, members: dict[tuple[int, int], str], shapes: Mapping[str, Shape]) -> Assembly:
     num_rows = 1 + max(row for row, _ in members)
     if num_rows * len(form.published) != len(members):
         places = ((row, part) for row in range(num_rows) for part in range(len(form.published)))
@@ -324,7 +324,7 @@ def _assemble(form: _Form, ours: str, members: dict[tuple[int, int], str], shape
                 box = ((row, row + 1), (offset, offset + shape[0]), *box[1:])
                 offset += shape[0]
             pieces.append(Piece(published=name, shape=shape, layout=layout, box=box, stacked=stacked))
-    return Recipe(ours=ours, shape=tuple(stop for _, stop in box), pieces=tuple(pieces))
+    return Assembly(ours=ours, shape=tuple(stop for _, stop in box), pieces=tuple(pieces))
 
 
 # ---------------------------------------------------------------------------------------- names

@@ -2,7 +2,7 @@
 
 Owns PEFT's names, layouts and settings. Tensors are written under names that PEFT finds in every class of transformers
 that holds the model. What is adapted and with which rank comes in as `Adapter` records; where a weight of
-ours lies in the published model comes from the key map's recipes.
+ours lies in the published model comes from the key map's assemblies.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from omniloom.checkpoint.agreement import agree, rank
 from omniloom.checkpoint.hf import local_region
 from omniloom.checkpoint.tensor_files import DTYPES, MAX_LISTED, HFCheckpoint, TensorEntry, read_header, read_json
 from omniloom.config import LoraConfig
-from omniloom.keymap import Recipe, Shape, canonical_name
+from omniloom.keymap import Assembly, Shape, canonical_name
 from omniloom.types import Adapter
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -66,20 +66,20 @@ class Target:
         return (self.published, name) if self.published.endswith(f".{name}") else (self.published,)
 
 
-def adapter_targets(recipes: Mapping[str, Recipe]) -> dict[str, Target]:
+def adapter_targets(assemblies: Mapping[str, Assembly]) -> dict[str, Target]:
     """The places of all weights of ours that transformers holds as linears or as stacked experts, by our names.
 
     Matrices that are no linear's (embeddings, routers) are among them; kernels of convolutions are not.
     """
     targets = {}
-    for name, recipe in recipes.items():
-        first = recipe.pieces[0]
-        if len(recipe.shape) == 3 and ".experts." in first.published:
+    for name, assembly in assemblies.items():
+        first = assembly.pieces[0]
+        if len(assembly.shape) == 3 and ".experts." in first.published:
             module, _, _ = first.published.rpartition(".experts.")
-            leaves = {piece.published.removesuffix(".weight").rpartition(".")[2] for piece in recipe.pieces}
+            leaves = {piece.published.removesuffix(".weight").rpartition(".")[2] for piece in assembly.pieces}
             parameter = "gate_up_proj" if leaves == {"gate_proj", "up_proj"} else leaves.pop()
             targets[name] = Target(published=f"{module}.experts", parameter=parameter)
-        elif len(recipe.shape) == 2 and first.layout == "same":
+        elif len(assembly.shape) == 2 and first.layout == "same":
             targets[name] = Target(published=first.published.removesuffix(".weight"))
     return targets
 
@@ -136,7 +136,7 @@ def write_adapter(
     directory: str | Path,
     source: HFCheckpoint,
     config_json: Mapping[str, Any],
-    recipes: Mapping[str, Recipe],
+    assemblies: Mapping[str, Assembly],
     adapters: Collection[Adapter],
     gather: Callable[[str], Tensor],
     *,
@@ -154,7 +154,7 @@ def write_adapter(
     Raises: ValueError on every rank if the directory holds something else (unless `overwrite`) or cannot be written.
     """
     directory = Path(directory)
-    targets = adapter_targets(recipes)
+    targets = adapter_targets(assemblies)
     first = rank(group) == 0
     agree(_refusal(directory) if first and not overwrite else None, group)
     tensors: dict[str, Tensor] = {}
@@ -166,7 +166,7 @@ def write_adapter(
     for name in trained:
         full = gather(name)
         if first:
-            part, piece = _whole_part(recipes[name]), recipes[name].pieces[0]
+            part, piece = _whole_part(assemblies[name]), assemblies[name].pieces[0]
             modules_to_save.add(part.key.rpartition(".")[0])
             root = "thinker." if piece.published.startswith("thinker.") else ""
             values = part.to_peft(full).to(DTYPES[source.entries[piece.published].dtype])  # the published dtype
@@ -286,7 +286,7 @@ class StoredAdapter:
     entries: dict[str, TensorEntry]
     base: str | None  # fingerprint of the model it was trained on, where we wrote it
 
-    def read(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         with safetensors.safe_open(self.entries[name].file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(self.entries[name].name)
         return tensor
@@ -355,7 +355,7 @@ def open_adapter(directory: str | Path) -> StoredAdapter:
     )
 
 
-def adapted_weights(stored: StoredAdapter, recipes: Mapping[str, Recipe]) -> dict[str, LoraConfig]:
+def adapted_weights(stored: StoredAdapter, assemblies: Mapping[str, Assembly]) -> dict[str, LoraConfig]:
     """The weights of ours that an adapter adapts, with its own rank, scaling and kind for each.
 
     Of what it holds beyond them `load_adapter` says so. Raises: ValueError for DoRA on what has none here.
@@ -364,7 +364,7 @@ def adapted_weights(stored: StoredAdapter, recipes: Mapping[str, Recipe]) -> dic
     stems = {name.removesuffix(first) for name in stored.entries if name.endswith(first)}
     parameters = {name.rpartition(".")[2] for name in stored.config.get("target_parameters") or ()}
     found = {}
-    for base, target in adapter_targets(recipes).items():
+    for base, target in adapter_targets(assemblies).items():
         stem, is_stacked = canonical_name(target.published), target.parameter is not None
         if is_stacked and f"{stem}.base_layer" in stems:  # PEFT wraps once per parameter, gate_up_proj's is the inner
             stem += ".base_layer" if target.parameter == "gate_up_proj" else ""
@@ -399,7 +399,7 @@ def check_base(stored: StoredAdapter, source: HFCheckpoint, name: str) -> None:
 def load_adapter(
     stored: StoredAdapter,
     parameters: Mapping[str, Tensor],
-    recipes: Mapping[str, Recipe],
+    assemblies: Mapping[str, Assembly],
     adapters: Collection[Adapter],
 ) -> None:
     """Fill adapters, and weights that were trained beside them, from a PEFT adapter; plain or DTensor, no collectives.
@@ -407,22 +407,25 @@ def load_adapter(
     Raises: ValueError unless the adapter has exactly the tensors, shapes and scalings of `adapters`.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    for name, values in adapter_values(stored, shapes, recipes, adapters):
+    for name, values in adapter_values(stored, shapes, assemblies, adapters):
         fill(parameters[name], values)
 
 
 def adapter_values(
-    stored: StoredAdapter, shapes: Mapping[str, Shape], recipes: Mapping[str, Recipe], adapters: Collection[Adapter]
+    stored: StoredAdapter,
+    shapes: Mapping[str, Shape],
+    assemblies: Mapping[str, Assembly],
+    adapters: Collection[Adapter],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of an adapter by our parameter's name, in its shape. Raises: as `load_adapter`."""
-    recipes = {name: recipe for name, recipe in recipes.items() if name in shapes}
-    targets = adapter_targets(recipes)
+    assemblies = {name: assembly for name, assembly in assemblies.items() if name in shapes}
+    targets = adapter_targets(assemblies)
     parts = {_canonical(part.key): part for part in _parts(adapters, targets)}
-    whole = {part.key: part for part in map(_whole_part, recipes.values())}
+    whole = {part.key: part for part in map(_whole_part, assemblies.values())}
     parts |= {name: whole[name] for name in stored.entries if name in whole}  # modules_to_save
     _check_fit(stored, parts, shapes, targets, adapters)
     for name, part in parts.items():
-        yield part.parameter, part.from_peft(stored.read(name), shapes[part.parameter])
+        yield part.parameter, part.from_peft(stored.tensor(name), shapes[part.parameter])
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:
@@ -445,18 +448,18 @@ def _canonical(key: str) -> str:
     return canonical_name(key.removeprefix(PREFIX))
 
 
-def name_in_memory(recipe: Recipe) -> str:
+def name_in_memory(assembly: Assembly) -> str:
     """Of transformers' parameter that holds a weight of ours alone, less what its classes do not share."""
-    return _whole_part(recipe).key
+    return _whole_part(assembly).key
 
 
-def _whole_part(recipe: Recipe) -> _Part:
+def _whole_part(assembly: Assembly) -> _Part:
     """A weight that trains beside adapters, under transformers' name; stacked experts stay stacked."""
-    target = adapter_targets({recipe.ours: recipe}).get(recipe.ours)
+    target = adapter_targets({assembly.ours: assembly}).get(assembly.ours)
     if target is not None and target.parameter is not None:
-        return _Part(key=target.name, parameter=recipe.ours)
-    piece = recipe.pieces[0]
-    return _Part(key=canonical_name(piece.published), parameter=recipe.ours, layout=piece.layout)
+        return _Part(key=target.name, parameter=assembly.ours)
+    piece = assembly.pieces[0]
+    return _Part(key=canonical_name(piece.published), parameter=assembly.ours, layout=piece.layout)
 
 
 def _check_fit(

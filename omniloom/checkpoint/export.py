@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 
 from omniloom.checkpoint.agreement import agree, rank
 from omniloom.checkpoint.tensor_files import DTYPES, INDEX_NAME, HFCheckpoint, TensorEntry
-from omniloom.keymap import KeyMap, Recipe
+from omniloom.keymap import Assembly, KeyMap
 
 MARKER_NAME = "omniloom_export.json"
 # not .pt: Qwen2.5-Omni cannot be loaded without the voices in its spk_dict.pt
@@ -63,9 +63,9 @@ def export(
         tensors that do not fit the source, and when the disk is full; what was there before is then untouched.
     """
     out_dir = Path(out_dir)
-    recipes = key_map.recipes(source.shapes)
-    plan = _plan(source, recipes, key_map, names, dropped)
-    order = [name for name in recipes if name in plan.places]
+    assemblies = key_map.assemblies(source.shapes)
+    plan = _plan(source, assemblies, key_map, names, dropped)
+    order = [name for name in assemblies if name in plan.places]
     writer = _Writer(out_dir, source, plan) if rank(group) == 0 else None
     fault = _attempt(lambda: writer.begin(files or {}, overwrite), out_dir) if writer else None
     if writer is not None and fault is not None:
@@ -74,7 +74,7 @@ def export(
     for name in order:
         tensor = gather(name)
         if writer is not None and fault is None:  # after a fault, keep the other ranks' collectives company
-            fault = _attempt(partial(writer.write, name, tensor, recipes[name]), out_dir)
+            fault = _attempt(partial(writer.write, name, tensor, assemblies[name]), out_dir)
         del tensor
     if writer is not None:
         fault = fault or _attempt(writer.commit, out_dir)
@@ -98,9 +98,13 @@ class _Plan:
 
 
 def _plan(
-    source: HFCheckpoint, recipes: dict[str, Recipe], key_map: KeyMap, names: Collection[str], dropped: Collection[str]
+    source: HFCheckpoint,
+    assemblies: dict[str, Assembly],
+    key_map: KeyMap,
+    names: Collection[str],
+    dropped: Collection[str],
 ) -> _Plan:
-    unknown = [name for name in (*names, *dropped) if name not in recipes]
+    unknown = [name for name in (*names, *dropped) if name not in assemblies]
     if unknown:
         raise ValueError(
             f"{source.directory} has no tensors for {', '.join(unknown[:8])}; is it the model trained here?"
@@ -109,13 +113,13 @@ def _plan(
     filled: dict[str, list[str]] = {}
     owner: dict[str, str] = {}  # a tied name of ours has the same pieces: write them once
     for name in names:
-        for piece in recipes[name].pieces:
+        for piece in assemblies[name].pieces:
             if owner.setdefault(piece.published, name) == name:
                 filled.setdefault(name, []).append(piece.published)
     for published, same_as in second.items():
         if same_as in filled:
             filled[same_as].append(published)
-    gone = {piece.published for name in dropped for piece in recipes[name].pieces}
+    gone = {piece.published for name in dropped for piece in assemblies[name].pieces}
     entries = {name: entry for name, entry in source.entries.items() if name not in gone}
     written = {published for places in filled.values() for published in places}
     assert not written & gone, "a tensor is both exported and dropped"
@@ -154,12 +158,12 @@ class _Writer:
         for name in self.plan.carried:
             self._carry(self.source.entries[name])
 
-    def write(self, name: str, tensor: Tensor | None, recipe: Recipe) -> None:
+    def write(self, name: str, tensor: Tensor | None, assembly: Assembly) -> None:
         """Put one full tensor of ours into its published places."""
         assert tensor is not None, f"gather gave rank 0 nothing for {name}"
-        if tuple(tensor.shape) != recipe.shape:
-            raise ValueError(f"{name}: expected {list(recipe.shape)} as in the source, got {list(tensor.shape)}")
-        pieces = {piece.published: piece for piece in recipe.pieces}
+        if tuple(tensor.shape) != assembly.shape:
+            raise ValueError(f"{name}: expected {list(assembly.shape)} as in the source, got {list(tensor.shape)}")
+        pieces = {piece.published: piece for piece in assembly.pieces}
         for published in self.plan.places[name]:
             entry = self.source.entries[published]
             part = tensor

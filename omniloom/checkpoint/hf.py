@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from omniloom.checkpoint.tensor_files import DTYPES, MAX_LISTED, HFCheckpoint, open_checkpoint
-from omniloom.keymap import Box, KeyMap, Read, Recipe, Tied, whole
+from omniloom.keymap import Assembly, Box, KeyMap, Read, Tied, whole
 
 __all__ = ["HFCheckpoint", "check_names", "load_model", "local_region", "open_checkpoint", "read_tensor"]
 
@@ -51,16 +51,16 @@ def load_model(
 
     Raises: ValueError listing all tensors that are missing, extra or of another shape, before anything is read.
     """
-    recipes = key_map.recipes(checkpoint.shapes)
+    assemblies = key_map.assemblies(checkpoint.shapes)
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in fresh}
-    check_names({name: tuple(tensor.shape) for name, tensor in tensors.items()}, recipes, key_map, unbuilt=unbuilt)
+    check_names({name: tuple(tensor.shape) for name, tensor in tensors.items()}, assemblies, key_map, unbuilt=unbuilt)
     for name, tensor in tensors.items():
-        _load_tensor(tensor, recipes[name], checkpoint)
+        _load_tensor(tensor, assemblies[name], checkpoint)
 
 
 def check_names(
     shapes: Mapping[str, tuple[int, ...]],
-    recipes: Mapping[str, Recipe],
+    assemblies: Mapping[str, Assembly],
     key_map: KeyMap,
     *,
     unbuilt: Collection[str] = (),
@@ -68,19 +68,19 @@ def check_names(
     """Compare the (global) shapes a model wants with what a checkpoint gives. Raises: ValueError listing all faults."""
     faults = []
     for name, shape in shapes.items():
-        if name not in recipes:
+        if name not in assemblies:
             published = key_map.published_names(name)
             faults.append(f"missing {', '.join(published) if published else 'a rule'} for {name} {list(shape)}")
-        elif recipes[name].shape != tuple(shape):
-            names = ", ".join(dict.fromkeys(piece.published for piece in recipes[name].pieces[:2]))
-            more = ", ..." if len(recipes[name].pieces) > 2 else ""
+        elif assemblies[name].shape != tuple(shape):
+            names = ", ".join(dict.fromkeys(piece.published for piece in assemblies[name].pieces[:2]))
+            more = ", ..." if len(assemblies[name].pieces) > 2 else ""
             faults.append(
-                f"{name}: expected {list(shape)} by config.json, got {list(recipes[name].shape)} from {names}{more}"
+                f"{name}: expected {list(shape)} by config.json, got {list(assemblies[name].shape)} from {names}{more}"
             )
     second = {rule.ours for rule in key_map.rules if isinstance(rule, Tied)}
-    for name, recipe in recipes.items():
+    for name, assembly in assemblies.items():
         if name not in shapes and name not in unbuilt and name not in second:
-            faults.append(f"extra {recipe.pieces[0].published}: by config.json the model has no {name}")
+            faults.append(f"extra {assembly.pieces[0].published}: by config.json the model has no {name}")
     if faults:
         more = f"\n  and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
         raise ValueError("checkpoint and model do not fit:\n  " + "\n  ".join(faults[:MAX_LISTED]) + more)
@@ -119,9 +119,9 @@ def _find_quantisation(section: Any, path: str) -> tuple[str, str] | None:
     return None
 
 
-def check_dtypes(checkpoint: HFCheckpoint, recipes: Mapping[str, Recipe]) -> None:
+def check_dtypes(checkpoint: HFCheckpoint, assemblies: Mapping[str, Assembly]) -> None:
     """Raises: ValueError for weights that are stored as integers or in 8 bits, which no config.json announced."""
-    names = dict.fromkeys(piece.published for recipe in recipes.values() for piece in recipe.pieces)
+    names = dict.fromkeys(piece.published for assembly in assemblies.values() for piece in assembly.pieces)
     kinds = {name: checkpoint.entries[name].dtype for name in names}
     odd = [name for name, kind in kinds.items() if not (DTYPES[kind].is_floating_point and DTYPES[kind].itemsize > 1)]
     if odd:
@@ -153,11 +153,11 @@ def local_region(tensor: Tensor) -> Box | None:
     return tuple((offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
-def read_tensor(recipe: Recipe, checkpoint: HFCheckpoint, out: Tensor, region: Box | None = None) -> None:
+def read_tensor(assembly: Assembly, checkpoint: HFCheckpoint, out: Tensor, region: Box | None = None) -> None:
     """Copy `region` (None: all) of one of our tensors into `out`, which has the region's shape and any dtype."""
-    region = whole(recipe.shape) if region is None else region
-    for item in recipe.reads(region):
-        part = _lay_out(checkpoint.read(item.published, item.box), item)
+    region = whole(assembly.shape) if region is None else region
+    for item in assembly.reads(region):
+        part = _lay_out(checkpoint.read_slice(item.published, item.box), item)
         out[_slices(item.target)].copy_(part)
 
 
@@ -172,14 +172,14 @@ def gather_full(state: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
 
 
 @torch.no_grad()
-def _load_tensor(tensor: Tensor, recipe: Recipe, checkpoint: HFCheckpoint) -> None:
+def _load_tensor(tensor: Tensor, assembly: Assembly, checkpoint: HFCheckpoint) -> None:
     region = local_region(tensor)
     if region is None:
         return
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     for chunk in _row_chunks(region, local.element_size()):
         start, stop = (chunk[0][0] - region[0][0], chunk[0][1] - region[0][0]) if chunk else (0, 0)
-        read_tensor(recipe, checkpoint, local[start:stop] if chunk else local, chunk)
+        read_tensor(assembly, checkpoint, local[start:stop] if chunk else local, chunk)
 
 
 def _row_chunks(region: Box, itemsize: int) -> Iterator[Box]:

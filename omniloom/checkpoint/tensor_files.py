@@ -66,7 +66,7 @@ class HFCheckpoint:
     def shapes(self) -> dict[str, Shape]:
         return {name: entry.shape for name, entry in self.entries.items()}
 
-    def read(self, name: str, box: Box | None = None) -> Tensor:
+    def read_slice(self, name: str, box: Box | None = None) -> Tensor:
         """The tensor's `box` (None: all), in the published dtype, on the CPU. Reads little beyond these bytes."""
         entry = self.entries[name]
         box = whole(entry.shape) if box is None else box

@@ -33,7 +33,7 @@ from omniloom.checkpoint.tensor_files import read_json
 from omniloom.config import Config
 from omniloom.families.registry import find_spec
 from omniloom.families.spec import ModelSpec
-from omniloom.keymap import KeyMap, Recipe, Tied
+from omniloom.keymap import Assembly, KeyMap, Tied
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.mesh import Degrees, Layout, resolve_degrees
@@ -71,8 +71,8 @@ class Workshop:
         return re.sub(r"^(modelscope|hf):", "", self.config.model.path)
 
     @cached_property
-    def recipes(self) -> dict[str, Recipe]:
-        return self.key_map.recipes(self.checkpoint.shapes)
+    def assemblies(self) -> dict[str, Assembly]:
+        return self.key_map.assemblies(self.checkpoint.shapes)
 
     @cached_property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -117,9 +117,9 @@ class Workshop:
     def _install(self, model: OmniModel) -> tuple[Adapter, ...]:
         rules = self.config.policy
         if all(rule.lora is None for rule in rules.values()):
-            return () if self.adapter is None else install_lora(model, adapted_weights(self.adapter, self.recipes))
+            return () if self.adapter is None else install_lora(model, adapted_weights(self.adapter, self.assemblies))
         policies = self._base_policies([name for name, _ in model.named_parameters()])
-        adaptable = {name: target.name for name, target in adapter_targets(self.recipes).items() if name in policies}
+        adaptable = {name: target.name for name, target in adapter_targets(self.assemblies).items() if name in policies}
         sizes = dict(self.adapter_sizes)
         if (stored := self.adapter) is not None:
             followed = ((name, lora) for name in adaptable if (lora := policies[name].lora) is not None)
@@ -167,10 +167,10 @@ def open_workshop(
         }
     key_map = spec.key_map(whole_family)
     try:
-        check_names(names_of["whole"], key_map.recipes(checkpoint.shapes), key_map)
+        check_names(names_of["whole"], key_map.assemblies(checkpoint.shapes), key_map)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; download it again, or start from the checkpoint of this model") from None
-    check_dtypes(checkpoint, key_map.recipes(checkpoint.shapes))
+    check_dtypes(checkpoint, key_map.assemblies(checkpoint.shapes))
     workshop = Workshop(
         config=config,
         checkpoint=checkpoint,
@@ -249,7 +249,7 @@ def load_weights(workshop: Workshop, model: OmniModel) -> None:
             parameters[adapter.lora_b].zero_()
     fill_magnitudes(parameters, adapters)
     if workshop.adapter is not None:
-        load_adapter(workshop.adapter, parameters, workshop.recipes, adapters)
+        load_adapter(workshop.adapter, parameters, workshop.assemblies, adapters)
 
 
 def _shapes(model: OmniModel) -> dict[str, tuple[int, ...]]:

@@ -77,7 +77,7 @@ def export_adapter(
         directory,
         workshop.checkpoint,
         workshop.config_json,
-        workshop.recipes,
+        workshop.assemblies,
         workshop.adapters,
         gather,
         base_name=workshop.base_name,

@@ -1,4 +1,4 @@
-"""The data side of a config: sources, hold-out, and the picklable recipe of a row reader for loader workers."""
+"""The data side of a config: sources, hold-out, and the picklable factory of a row reader for loader workers."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def planned_options(workshop: Workshop) -> dict[str, Any]:
 
 
 def open_rows(workshop: Workshop, source: Source, *, cache: bool = True, decode_all: bool = False) -> OpenRows:
-    """The recipe for one source. Without `cache`, extents are kept only where `data.cache_dir` says.
+    """The factory of readers of one source. Without `cache`, extents are kept only where `data.cache_dir` says.
 
     Raises: ValueError for options that contradict each other.
     """

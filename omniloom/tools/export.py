@@ -43,9 +43,9 @@ def export_checkpoint(source: Path, directory: Path, *, adapter: bool = False, o
     def read(name: str) -> torch.Tensor:
         if name in held:
             return dcp.read_stored_tensor(stored, f"{dcp.MODEL}{name}")
-        recipe = workshop.recipes[name]
-        published = torch.empty(recipe.shape)
-        read_tensor(recipe, workshop.checkpoint, published)
+        assembly = workshop.assemblies[name]
+        published = torch.empty(assembly.shape)
+        read_tensor(assembly, workshop.checkpoint, published)
         return published
 
     if adapter:

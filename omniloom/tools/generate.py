@@ -74,8 +74,8 @@ def _open(model: str | Path, data: DataConfig, adapter: str | None) -> Workshop:
 
 
 def _reader(workshop: Workshop, source: Source) -> RowReader:
-    recipe = open_rows(workshop, source, cache=False)
-    return replace(recipe, rows=replace(recipe.rows, needs_answer=False))()
+    open_reader = open_rows(workshop, source, cache=False)
+    return replace(open_reader, rows=replace(open_reader.rows, needs_answer=False))()
 
 
 def read_prompts(reader: RowReader) -> list[Prompt]:
@@ -142,16 +142,16 @@ def add_adapter(model: Any, workshop: Workshop) -> None:
     assert workshop.adapter is not None
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in workshop.build().named_parameters()}
-    values = dict(adapter_values(workshop.adapter, shapes, workshop.recipes, workshop.adapters))
+    values = dict(adapter_values(workshop.adapter, shapes, workshop.assemblies, workshop.adapters))
     held = dict(model.named_parameters())
 
     def find(name: str) -> torch.nn.Parameter:
-        end = name_in_memory(workshop.recipes[name])
+        end = name_in_memory(workshop.assemblies[name])
         (found,) = (weight for theirs, weight in held.items() if theirs == end or theirs.endswith(f".{end}"))
         return found
 
     merged = merging(lambda name: values[name] if name in values else find(name).cpu(), workshop.adapters)
-    changed = {adapter.base for adapter in workshop.adapters} | (values.keys() & workshop.recipes.keys())
+    changed = {adapter.base for adapter in workshop.adapters} | (values.keys() & workshop.assemblies.keys())
     with torch.no_grad():
         for name in changed:
             weight = find(name)

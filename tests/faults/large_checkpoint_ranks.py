@@ -63,7 +63,7 @@ def is_right(workshop, name, parameter):
     for row in (0, local.shape[0] - 1):
         first = region[0][0] + row
         expected = torch.empty_like(local[row : row + 1])
-        read_tensor(workshop.recipes[name], workshop.checkpoint, expected, ((first, first + 1), *region[1:]))
+        read_tensor(workshop.assemblies[name], workshop.checkpoint, expected, ((first, first + 1), *region[1:]))
         if not torch.equal(local[row : row + 1], expected):
             return False
     return True

@@ -153,11 +153,11 @@ def _is_turned(name: str) -> bool:
 
 def assemble(key_map: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors out of published ones."""
-    recipes = key_map.recipes({name: tuple(value.shape) for name, value in tensors.items()})
+    assemblies = key_map.assemblies({name: tuple(value.shape) for name, value in tensors.items()})
     ours = {}
-    for name, recipe in recipes.items():
-        ours[name] = torch.full(recipe.shape, float("nan"))
-        for piece in recipe.pieces:
+    for name, assembly in assemblies.items():
+        ours[name] = torch.full(assembly.shape, float("nan"))
+        for piece in assembly.pieces:
             part = tensors[piece.published]
             part = part.mT if piece.layout == "transpose" else part.flatten(1) if piece.layout == "flatten" else part
             region = tuple(slice(*bounds) for bounds in piece.box)

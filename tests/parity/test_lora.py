@@ -195,7 +195,7 @@ def _as_peft(workshop: Workshop, values: dict[str, Tensor], scratch: Path) -> di
         scratch / "values",
         workshop.checkpoint,
         workshop.config_json,
-        workshop.recipes,
+        workshop.assemblies,
         workshop.adapters,
         lambda name: values[name],
         base_name="tiny",
@@ -357,7 +357,7 @@ def test_peft_merges_every_family_as_we_do(tmp_path: Path, family: str, name: st
         torch.testing.assert_close(exported[key], expected, rtol=2**-7, atol=1e-6, msg=key)
         if not torch.equal(expected, published[key]):
             changed.add(key)
-    linears = {target.name for target in adapter_targets(workshop.recipes).values()}
+    linears = {target.name for target in adapter_targets(workshop.assemblies).values()}
     assert len(changed) == len(workshop.adapters)
     assert {canonical_name(key).removesuffix(".weight") for key in changed} <= linears
 

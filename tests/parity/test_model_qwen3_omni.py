@@ -178,8 +178,8 @@ def test_a_saved_checkpoint_has_exactly_the_names_that_the_key_map_reads(tmp_pat
     reference.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         shapes = {f"thinker.{name}": tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    recipes = SPEC.key_map(SPEC.read_config(config_json)).recipes(shapes)
-    assert {name: recipe.shape for name, recipe in recipes.items()} == {
+    assemblies = SPEC.key_map(SPEC.read_config(config_json)).assemblies(shapes)
+    assert {name: assembly.shape for name, assembly in assemblies.items()} == {
         name: tuple(p.shape) for name, p in model.named_parameters()
     }
 

@@ -39,8 +39,8 @@ def load_all(checkpoint: Path, files: list[Path], run_dir: Path, *words: str) ->
         None, [f"model.path={checkpoint}", f"data.train={names}", f"train.run_dir={run_dir}", "train.epochs=1", *words]
     )
     source = open_sources(config.data.train)
-    recipe = open_rows(open_workshop(config), source)
-    loader = Loader(recipe, workers=config.data.workers)
+    open_reader = open_rows(open_workshop(config), source)
+    loader = Loader(open_reader, workers=config.data.workers)
     planner = Planner(
         rows_per_source=(len(source),), options=plan_options(config), measure=loader.measure, locate=source.locate
     )
@@ -83,8 +83,8 @@ def test_thinking_that_is_switched_off_reaches_the_processor(checkpoint, demo):
     words = [f"model.path={checkpoint}", f"data.train={demo}", "train.run_dir=runs/none"]
     source = open_sources((str(demo),))
     for word, enabled in (("data.enable_thinking=true", True), ("data.enable_thinking=false", False)):
-        recipe = open_rows(open_workshop(load_config(None, [*words, word])), source, cache=False)
-        assert recipe().processor.options.enable_thinking is enabled
+        open_reader = open_rows(open_workshop(load_config(None, [*words, word])), source, cache=False)
+        assert open_reader().processor.options.enable_thinking is enabled
 
 
 ODD_ROWS = (

@@ -120,7 +120,7 @@ def test_any_box_of_any_tensor_is_what_safetensors_itself_reads(tmp_path_factory
     tensor = torch.arange(int(torch.tensor(shape).prod()) if shape else 1).reshape(shape).to(dtype)
     save_file({"other": torch.zeros(3), "x": tensor, "y": torch.ones(2)}, directory / "model.safetensors")
     box = tuple(tuple(sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))) for n in shape)
-    got = open_checkpoint(directory).read("x", box)
+    got = open_checkpoint(directory).read_slice("x", box)
     with safe_open(directory / "model.safetensors", framework="pt") as file:
         expected = file.get_tensor("x")[tuple(slice(a, b) for a, b in box)]
     assert got.shape == expected.shape
@@ -130,7 +130,7 @@ def test_any_box_of_any_tensor_is_what_safetensors_itself_reads(tmp_path_factory
 def test_a_slice_of_long_rows_is_read_without_the_rest(tmp_path):
     rows = torch.randn(3, 600, 1000)  # rows of 2.4 MB: taken one by one
     save_file({"x": rows}, tmp_path / "model.safetensors")
-    got = open_checkpoint(tmp_path).read("x", ((1, 3), (5, 7), (10, 990)))
+    got = open_checkpoint(tmp_path).read_slice("x", ((1, 3), (5, 7), (10, 990)))
     assert torch.equal(got, rows[1:3, 5:7, 10:990])
 
 
@@ -163,14 +163,14 @@ def test_unbuilt_parts_are_left_alone_only_when_named(published):
 def test_no_read_is_larger_than_a_chunk(published, monkeypatch):
     checkpoint = open_checkpoint(published)
     sizes = []
-    whole_read = type(checkpoint).read
+    whole_read = type(checkpoint).read_slice
 
     def measured(self, name, box=None):
         tensor = whole_read(self, name, box)
         sizes.append(tensor.nbytes)
         return tensor
 
-    monkeypatch.setattr(type(checkpoint), "read", measured)
+    monkeypatch.setattr(type(checkpoint), "read_slice", measured)
     monkeypatch.setattr("omniloom.checkpoint.hf.CHUNK_BYTES", 2 * HIDDEN * 4)
     model = Model()
     load_model(model, checkpoint, KEY_MAP)
@@ -282,9 +282,9 @@ def test_weights_that_are_no_numbers_to_train_are_refused(tmp_path, dtype):
     tensors = published_tensors() | {"thinker.embed.weight": torch.ones(11, HIDDEN).to(dtype)}
     checkpoint = open_checkpoint(write_published(tmp_path / "model", tensors))
     with pytest.raises(ValueError, match=r"thinker\.embed\.weight is stored as (I8|F8_E4M3|I32) \(1 of \d+ weights"):
-        check_dtypes(checkpoint, KEY_MAP.recipes(checkpoint.shapes))
+        check_dtypes(checkpoint, KEY_MAP.assemblies(checkpoint.shapes))
     checkpoint = open_checkpoint(write_published(tmp_path / "plain"))  # whose talker has integers
-    check_dtypes(checkpoint, KEY_MAP.recipes(checkpoint.shapes))
+    check_dtypes(checkpoint, KEY_MAP.assemblies(checkpoint.shapes))
 
 
 def test_missing_and_misshapen_tensors_are_all_listed_before_anything_is_read(tmp_path, monkeypatch):
@@ -292,7 +292,7 @@ def test_missing_and_misshapen_tensors_are_all_listed_before_anything_is_read(tm
     del tensors["thinker.layers.0.norm.weight"]
     tensors["thinker.embed.weight"] = torch.zeros(12, HIDDEN)
     checkpoint = open_checkpoint(write_published(tmp_path / "model", tensors))
-    monkeypatch.setattr(type(checkpoint), "read", lambda *_: pytest.fail("read before the check"))
+    monkeypatch.setattr(type(checkpoint), "read_slice", lambda *_: pytest.fail("read before the check"))
     with pytest.raises(ValueError, match=r"missing thinker\.layers\.0\.norm\.weight for layers\.0") as error:
         load_model(Model(), checkpoint, KEY_MAP)
     assert "embed.weight: expected [11, 6] by config.json, got [12, 6] from thinker.embed.weight" in str(error.value)

@@ -48,7 +48,7 @@ def test_our_family_consumes_or_carries_every_tensor(checkpoint):
     with torch.device("meta"):
         model = spec.build(config, modalities=spec.modalities)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    check_names(shapes, key_map.recipes(open_checkpoint(checkpoint).shapes), key_map)
+    check_names(shapes, key_map.assemblies(open_checkpoint(checkpoint).shapes), key_map)
     assert {spec.component_of(name) for name, _ in model.named_parameters()} <= set(spec.components)
 
 
