@@ -13,7 +13,8 @@ from dataclasses import dataclass
 class ShardingPlan:
     roots: tuple[str, ...]  # modules entered by a call of their own: the towers and the decoder
     blocks: tuple[str, ...]  # each match is sharded by itself, and is what recompute applies to; in execution order
-    # further groups, each gathered as one; tied weights share a group: (("text.embed", "text.loss_head"),)
+    # further groups, each gathered as one, the one that forward uses last at the end; tied weights share a group:
+    # (("text.embed", "text.loss_head"),)
     groups: tuple[tuple[str, ...], ...] = ()
     experts: tuple[str, ...] = ()  # modules whose every parameter is stacked [E, ...]
     dispatches: tuple[str, ...] = ()  # parameter-free: (hidden, expert_index, expert_weights, experts)

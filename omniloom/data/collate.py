@@ -4,7 +4,8 @@ Owns offsets, the padding tail and what a failed sample leaves behind. Knows no 
 by the processor's `collate_vision` and `collate_audio`, which also add the null segment. Runs in the loader's workers.
 
 Shapes that follow from T alone: input_ids, labels, loss_weights, is_padding `[T]`, position_ids `[3, T]`. `cu_seqlens`
-has `num_bounds(T, number of segments)` entries, one length for all packs but those of very many, very short samples;
+has `num_bounds(number of segments)` entries, one of few lengths, none of them much too long: kernels work for empty
+segments too;
 its tail repeats T. The last non-empty segment is the padding, if there is any.
 """
 
@@ -30,7 +31,6 @@ from omniloom.types import (
     VisionClip,
 )
 
-_TOKENS_PER_BOUND = 64  # shorter mean samples than this double the length of cu_seqlens, and so on
 _LEAST_BOUNDS = 16
 _PADDING_ID = 0  # any id of the vocabulary: nothing reads what padding rows become
 
@@ -43,9 +43,9 @@ class FailedSlot:
     num_tokens: int
 
 
-def num_bounds(pack_tokens: int, num_segments: int) -> int:
-    """Length of `cu_seqlens`: the least doubling of `max(16, pack_tokens / 64)` that holds all bounds."""
-    length = max(_LEAST_BOUNDS, pack_tokens // _TOKENS_PER_BOUND)
+def num_bounds(num_segments: int) -> int:
+    """Length of `cu_seqlens`: the least doubling of 16 that holds all bounds."""
+    length = _LEAST_BOUNDS
     while length < num_segments + 1:
         length *= 2
     return length
@@ -161,7 +161,7 @@ def _length(example: Example | FailedSlot) -> int:
 def _segments(starts: list[int], pack_tokens: int) -> Segments:
     bounds = starts if starts[-1] == pack_tokens else [*starts, pack_tokens]
     longest = max(end - start for start, end in pairwise(bounds))
-    cu_seqlens = torch.full((num_bounds(pack_tokens, len(bounds) - 1),), pack_tokens, dtype=torch.int32)
+    cu_seqlens = torch.full((num_bounds(len(bounds) - 1),), pack_tokens, dtype=torch.int32)
     cu_seqlens[: len(bounds)] = torch.tensor(bounds, dtype=torch.int32)
     return Segments(cu_seqlens=cu_seqlens, max_length=longest)
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from omniloom.data.agreement import (
 from omniloom.data.loader import Loader, Pending
 from omniloom.data.planner import PlanError, Planner, PlannerState, assign_packs, check_pack_counts
 from omniloom.data.worker_pool import PoolClosed
-from omniloom.types import BadSample, LoadedPack, PackPlan, StepPlan
+from omniloom.types import BadSample, LoadedPack, PackedBatch, PackPlan, StepPlan
 
 _log = logging.getLogger(__name__)
 _JOIN_SECONDS = 30.0
@@ -71,7 +71,8 @@ class StepStream:
     `state_dict()` is what follows the step that was yielded last, however far loading is ahead: take it after the
     optimizer's step. With several ranks `exchange` is an all-gather of a process group of its own (not the planner's).
     `clips_of` says which (sample, clip) pairs of a pack this rank decodes, where ranks of a group share packs; None is
-    all of them. Use it as a context manager, or call `close()`.
+    all of them. `stage` puts a pack where the device reads it, on the thread that runs ahead. Use it as a context
+    manager, or call `close()`.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class StepStream:
         prefetch_packs: int = 4,
         bad_samples: BadSampleFile | None = None,
         clips_of: Callable[[PackPlan], frozenset[tuple[int, int]] | None] = lambda _: None,
+        stage: Callable[[PackedBatch], PackedBatch] = lambda batch: batch,
     ) -> None:
         warning = check_pack_counts(planner.options.packs_per_step, data_world)
         if warning is not None and data_rank == 0:
@@ -95,6 +97,7 @@ class StepStream:
         self._exchange: Exchange = exchange or (lambda value: [value])
         self._bad_samples = bad_samples
         self._clips_of = clips_of
+        self._stage = stage
         self._budget = _FailureBudget(planner)
         self._state = planner.state
         self._stop = threading.Event()
@@ -237,6 +240,7 @@ class StepStream:
             return cause or broken
         assert isinstance(item, _Planned)
         agreement, kept = settle(item.plan, packs, gathered, pack_means=self._planner.options.loss == "batch")
+        kept = tuple(replace(pack, batch=self._stage(pack.batch)) for pack in kept)
         return _Ready(plan=item.plan, state=item.state, packs=kept, agreement=agreement)
 
     def _put(self, outcome: _Ready | BaseException | None) -> None:

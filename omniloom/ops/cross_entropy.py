@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOGIT_BUDGET_BYTES = 2**28  # of float32 logits held at a time
+DEVICE_LOGIT_BUDGET_BYTES = 2**31  # on accelerators: every chunk there adds the whole head to its gradient once more
 
 
-def choose_chunk_tokens(vocab_size: int, budget_bytes: int = LOGIT_BUDGET_BYTES) -> int:
-    """The largest power of two of tokens whose float32 logits stay within the budget, at least 1."""
-    fitting = max(1, budget_bytes // (4 * vocab_size))
+def choose_chunk_tokens(vocab_size: int, device_type: str) -> int:
+    """The largest power of two of tokens whose float32 logits stay within the device's budget, at least 1."""
+    budget = LOGIT_BUDGET_BYTES if device_type == "cpu" else DEVICE_LOGIT_BUDGET_BYTES
+    fitting = max(1, budget // (4 * vocab_size))
     return 1 << (fitting.bit_length() - 1)
 
 
@@ -37,9 +39,9 @@ def linear_cross_entropy(
         labels: int64 [L], all in 0..V-1 (rows without a label are not passed).
         weights: float32 [L]; no gradient flows to them.
         low: an adapter's [L, R] and [V, R], whose product is added to the logits.
-        chunk_tokens: tokens whose logits are held at a time; None chooses by LOGIT_BUDGET_BYTES.
+        chunk_tokens: tokens whose logits are held at a time; None chooses by the device's budget.
     """
-    chunk = choose_chunk_tokens(head.shape[0]) if chunk_tokens is None else chunk_tokens
+    chunk = choose_chunk_tokens(head.shape[0], hidden.device.type) if chunk_tokens is None else chunk_tokens
     return _LinearCrossEntropy.apply(labels, weights, chunk, torch.is_grad_enabled(), hidden, head, *(low or ()))
 
 
@@ -74,9 +76,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += ((normaliser - logits.gather(1, label)) * weight).sum()
             if not any(wanted):
                 continue
-            logits_grad = logits.sub_(normaliser).exp_().mul_(weight)  # weight x softmax, in the logits' memory
-            logits_grad.scatter_add_(1, label, -weight)
-            logits_grad = logits_grad.to(parts[0].dtype)
+            logits_grad = logits.sub_(normaliser).exp_()  # the softmax, in the logits' memory
+            logits_grad.scatter_add_(1, label, torch.full_like(weight, -1.0))
+            if logits_grad.dtype == parts[0].dtype:
+                logits_grad.mul_(weight)
+            else:  # weighted and rounded in one pass
+                low_grad = torch.empty_like(logits_grad, dtype=parts[0].dtype)
+                logits_grad = torch.mul(logits_grad, weight, out=low_grad)
             for part, head, input_grad, head_grad in zip(parts, heads, grads[::2], grads[1::2], strict=True):
                 if input_grad is not None:
                     torch.mm(logits_grad, head, out=input_grad[rows])

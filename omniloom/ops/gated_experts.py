@@ -1,20 +1,23 @@
 """Stacked gated feed-forwards (SwiGLU), one for each group of rows.
 
-On accelerators two grouped GEMMs with the activation between them. On CPU `routed_experts` takes one group after
-another from the tokens themselves, so that nothing between them and the result leaves the cache: passes over all
-copies of all tokens cost as much as the products.
+Of what lies between their products only what went into the activation is kept for backward; the rest is made again. On
+accelerators the products are grouped GEMMs over all groups. On CPU `routed_experts` takes one group after another from
+the tokens themselves, so that nothing between them and the result leaves the cache: passes over all copies of all
+tokens cost as much as the products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from omniloom.ops.grouped_gemm import combine_copies, gather_copies, grouped_linear, grouped_linear_reference
+from omniloom.ops.grouped_gemm import grouped_linear, grouped_linear_reference, grouped_outer
 
 
 class Copies(NamedTuple):
@@ -37,8 +40,7 @@ def gated_experts(rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) 
     Returns: [N, C]. Rows past the last bound are uninitialised memory, in the gradient of `rows` too.
     Source: Shazeer 2020 (arXiv 2002.05202).
     """
-    gate, up = grouped_linear(rows, gate_up, offsets).chunk(2, dim=-1)
-    return grouped_linear(F.silu(gate) * up, down, offsets)
+    return _GatedExperts.apply(rows, gate_up, down, offsets)
 
 
 def routed_experts(tokens: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, copies: Copies) -> Tensor:
@@ -46,10 +48,7 @@ def routed_experts(tokens: Tensor, gate_up: Tensor, down: Tensor, offsets: Tenso
 
     Weights and offsets as in `gated_experts`, the groups being those of the sorted copies.
     """
-    if tokens.device.type == "cpu":
-        return _cpu_routed_experts(tokens, gate_up, down, offsets, *copies)[0]
-    rows = gather_copies(tokens, copies.slot, copies.row, copies.weights.shape[1])
-    return combine_copies(gated_experts(rows, gate_up, down, offsets), copies.weights, copies.slot, copies.row)
+    return _RoutedExperts.apply(tokens.device.type == "cpu", tokens, gate_up, down, offsets, *copies)
 
 
 def routed_experts_reference(tokens: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, copies: Copies) -> Tensor:
@@ -60,7 +59,103 @@ def routed_experts_reference(tokens: Tensor, gate_up: Tensor, down: Tensor, offs
     return (rows[copies.row].unflatten(0, copies.weights.shape) * copies.weights[:, :, None]).sum(dim=1)
 
 
-# ---------------------------------------------------------------------------------------- on CPU
+class _GatedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) -> Tensor:
+        out, wide = _products(rows, gate_up, down, offsets)
+        ctx.save_for_backward(rows, wide, gate_up, down, offsets)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(grad, *ctx.saved_tensors, None, ctx.needs_input_grad)[:3], None
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """`by_group` takes one group after another, which only the CPU can."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        by_group: bool,
+        tokens: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        offsets: Tensor,
+        slot: Tensor,
+        row: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        if by_group:
+            out, wide = _cpu_routed_experts(tokens, gate_up, down, offsets, slot, row, weights)
+        else:
+            rows, wide = _products(tokens.index_select(0, slot // weights.shape[1]), gate_up, down, offsets)
+            # a bag is a token: an embedding's kernel happens to be the fused weighted gather
+            out = F.embedding_bag(row.view_as(weights), rows, mode="sum", per_sample_weights=weights)
+        ctx.save_for_backward(tokens, wide, gate_up, down, offsets, slot, row, weights)
+        ctx.by_group = by_group
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # asked for once: a recomputing backward has each for one use
+        tokens, wide, gate_up, down, offsets, slot, row, weights = saved
+        wanted = list(ctx.needs_input_grad[1:4])
+        if ctx.by_group:
+            *grads, weights_grad = _cpu_routed_experts_backward(grad.contiguous(), *saved, wanted)
+            kept = (value if want else None for value, want in zip(grads, wanted, strict=True))
+            return None, *kept, None, None, None, weights_grad
+        token = slot // weights.shape[1]
+        weight = weights.new_zeros(slot.shape[0], 1).scatter_(0, row[:, None], weights.view(-1, 1))
+        rows, out_grad = tokens.index_select(0, token), grad.index_select(0, token)
+        rows_grad, *grads, weights_grad = _gradients(out_grad, rows, wide, gate_up, down, offsets, weight, wanted)
+        tokens_grad = None if rows_grad is None else F.embedding_bag(row.view_as(weights), rows_grad, mode="sum")
+        assert weights_grad is not None
+        return None, tokens_grad, *grads, None, None, None, weights_grad[row].view_as(weights)
+
+
+# ---------------------------------------------------------------------------------------- all groups in one call
+
+
+def _products(rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """What the groups make of their rows [N, C], and what went into the activation [N, 2 I]."""
+    wide = grouped_linear(rows, gate_up, offsets)
+    gate, up = wide.chunk(2, dim=-1)
+    return grouped_linear(F.silu(gate).mul_(up), down, offsets), wide
+
+
+def _gradients(
+    grad: Tensor,
+    rows: Tensor,
+    wide: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    offsets: Tensor,
+    weight: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of rows, gate_up, down and of `weight` [N], by which each row of the result is multiplied if given."""
+    gate, up = wide.chunk(2, dim=-1)
+    active, inner_grad = F.silu(gate), grouped_linear(grad, down.mT, offsets)  # [N, I]
+    inner = active * up
+    weight_grad = None
+    if weight is not None:
+        # <grad, down inner> = <down^T grad, inner>: the weight's gradient needs no result of the expert
+        weight_grad = torch.linalg.vecdot(inner_grad, inner)
+        inner, inner_grad = inner.mul_(weight), inner_grad.mul_(weight)
+    down_grad = grouped_outer(grad, inner, offsets) if wanted[2] else None
+    wide_grad = torch.empty_like(wide)
+    gate_grad, up_grad = wide_grad.chunk(2, dim=-1)
+    torch.mul(inner_grad, active, out=up_grad)
+    torch.ops.aten.silu_backward.grad_input(inner_grad.mul_(up), gate, grad_input=gate_grad)
+    gate_up_grad = grouped_outer(wide_grad, rows, offsets) if wanted[1] else None
+    rows_grad = grouped_linear(wide_grad, gate_up.mT, offsets) if wanted[0] else None
+    return rows_grad, gate_up_grad, down_grad, weight_grad
+
+
+# ---------------------------------------------------------------------------------------- group by group, on CPU
 
 
 @torch.library.custom_op("omniloom::cpu_routed_experts", mutates_args=())
@@ -145,20 +240,5 @@ def _fake_backward(_grad: Tensor, tokens: Tensor, _wide: Tensor, gate_up: Tensor
     return first, second, third, torch.empty_like(weights)
 
 
-def _save_for_backward(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    tokens, gate_up, down, *others = inputs
-    ctx.save_for_backward(tokens, output[1], gate_up, down, *others)
-    ctx.set_materialize_grads(False)  # the second output has no gradient, and zeros in its shape cost a pass
-
-
-def _differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 7
-    wanted = list(ctx.needs_input_grad[:3])
-    *grads, weights_grad = _cpu_routed_experts_backward(grad.contiguous(), *ctx.saved_tensors, wanted)
-    return *(value if want else None for value, want in zip(grads, wanted, strict=True)), None, None, None, weights_grad
-
-
 _cpu_routed_experts.register_fake(_fake)
 _cpu_routed_experts_backward.register_fake(_fake_backward)
-_cpu_routed_experts.register_autograd(_differentiate, setup_context=_save_for_backward)

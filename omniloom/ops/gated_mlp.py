@@ -1,6 +1,7 @@
 """The gated feed-forward (SwiGLU) of dense models.
 
-On CPU some rows at a time go through all three products, so that what is between them stays in the cache: as wide as
+Of what lies between its three products only what went into the activation is kept for backward; the rest is made again.
+On CPU some rows at a time go through all products, so that what is between them stays in the cache: as wide as
 feed-forwards are, passes over all rows, and fresh memory for each, cost as much as the products themselves.
 """
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_ELEMENTS = 2**20  # of the wide intermediate: 4 MiB of float32
+BLOCK_ELEMENTS = 2**20  # of the wide intermediate on CPU: 4 MiB of float32
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -19,8 +20,6 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
     Source: Shazeer 2020 (arXiv 2002.05202).
     """
-    if x.device.type != "cpu":
-        return gated_mlp_reference(x, gate, up, down)
     return _GatedMLP.apply(x, gate, up, down)
 
 
@@ -47,29 +46,32 @@ class _GatedMLP(torch.autograd.Function):
         x, gate, up, down, *kept = ctx.saved_tensors
         x_wanted, *wanted = ctx.needs_input_grad
         x_grad = torch.empty_like(x) if x_wanted else None
-        # at least float32, since in bfloat16 the sum over many blocks would lose the small ones
-        wide = torch.promote_types(gate.dtype, torch.float32)
-        sums = [
-            torch.zeros_like(weight, dtype=wide) if want else None
-            for weight, want in zip((gate, up, down), wanted, strict=True)
-        ]
+        # blocks add up in at least float32, since in bfloat16 the sum over many would lose the small ones
+        wide = torch.promote_types(gate.dtype, torch.float32) if len(kept) > 2 else gate.dtype
+        sums: list[Tensor | None] = [None] * 3
         for number, block in enumerate(_blocks(x, gate)):
             gated, upped = kept[2 * number : 2 * number + 2]
             active, inner_grad = F.silu(gated), grad[block] @ down  # [n, I]
-            if sums[2] is not None:
-                sums[2] += grad[block].T @ (active * upped)
+            if wanted[2]:
+                sums[2] = _add(sums[2], grad[block].T @ (active * upped), wide)
             up_grad = active.mul_(inner_grad)
             gate_grad = torch.ops.aten.silu_backward(inner_grad.mul_(upped), gated)
-            for total, wide_grad in ((sums[0], gate_grad), (sums[1], up_grad)):
-                if total is not None:
-                    total += wide_grad.T @ x[block]
+            for place, wide_grad in enumerate((gate_grad, up_grad)):
+                if wanted[place]:
+                    sums[place] = _add(sums[place], wide_grad.T @ x[block], wide)
             if x_grad is not None:
                 torch.mm(gate_grad, gate, out=x_grad[block])
                 x_grad[block].addmm_(up_grad, up)
-        grads = (None if total is None else total.to(gate.dtype) for total in sums)
-        return x_grad, *grads
+        return x_grad, *(None if total is None else total.to(gate.dtype) for total in sums)
+
+
+def _add(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
+    return part.to(dtype) if total is None else total.add_(part)
 
 
 def _blocks(x: Tensor, gate: Tensor) -> list[slice]:
+    """Rows that go through all products together; at least one block, which may be empty."""
+    if x.device.type != "cpu" or not x.shape[0]:
+        return [slice(None)]
     size = max(1, BLOCK_ELEMENTS // gate.shape[0])
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]

@@ -35,6 +35,17 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return out[:, :num_out] if missing_out else out
 
 
+def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """Sum over the rows of each group of left's times right's: the gradient of a `grouped_linear` to its weights.
+
+    left [N, O] and right [N, C], sorted by group; offsets as in `grouped_linear`. Returns: [E, O, C].
+    """
+    num_out, num_in, step = left.shape[1], right.shape[1], ROW_BYTES // left.element_size()
+    if num_out % step or num_in % step:
+        left, right = F.pad(left, (0, -num_out % step)), F.pad(right, (0, -num_in % step))
+    return F.grouped_mm(left.T, right, offs=offsets)[:, :num_out, :num_in]
+
+
 def fits_grouped_gemm(width: int, dtype: torch.dtype) -> bool:
     """Whether rows of so many elements go into grouped GEMM as they are."""
     return width * dtype.itemsize % ROW_BYTES == 0

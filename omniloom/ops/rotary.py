@@ -95,12 +95,13 @@ class _Turn(torch.autograd.Function):
 
 
 def _turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = heads.float().chunk(2, dim=-1)
+    # angles make every product float32; accelerators convert within each kernel, the CPU only by a copy
+    first, second = (heads.float() if heads.device.type == "cpu" else heads).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]  # [T, 1, D / 2]
     out = torch.empty_like(heads, memory_format=torch.contiguous_format)
     low, high = out.chunk(2, dim=-1)
-    low.copy_((first * cos).addcmul_(second, sin, value=-1))
-    high.copy_((second * cos).addcmul_(first, sin))
+    torch.addcmul(first * cos, second, sin, value=-1, out=low)
+    torch.addcmul(second * cos, first, sin, out=high)
     return out
 
 

@@ -7,13 +7,10 @@ the local index that picks a device.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import resource
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -65,20 +62,3 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.accelerator.max_memory_allocated(device)
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Copy a tensor, or every tensor inside (nested) dataclasses, tuples and dicts, to `device`.
-
-    Pinned host tensors are copied without blocking; all other values pass through unchanged.
-    """
-    if isinstance(value, Tensor):
-        return value if value.device == device else value.to(device, non_blocking=value.is_pinned())
-    if isinstance(value, tuple):
-        return tuple(to_device(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        moved = {f.name: to_device(getattr(value, f.name), device) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **moved)
-    return value

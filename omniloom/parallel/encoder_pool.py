@@ -21,6 +21,7 @@ from torch import Tensor
 from omniloom.parallel.collectives import exchange_rows
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.segments import SegmentSizes, measure_audio, measure_vision, rebuild_audio, rebuild_vision
+from omniloom.parallel.staging import to_device
 from omniloom.sharding import ShardingPlan
 from omniloom.types import AudioBatch, MediaRows, PackedBatch, PackPlan, VisionBatch
 
@@ -347,4 +348,4 @@ class EncoderPool:
 
 
 def _on(index: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(index).to(like.device)
+    return to_device(torch.from_numpy(index), like.device)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import nn
@@ -60,7 +61,9 @@ def shard_parameters(model: nn.Module, layout: Layout, plan: ShardingPlan, optio
         wrapped[name.split(".")[0]].append(_wrap([modules[name]], layout, options))
     for patterns in plan.groups:
         if names := match_modules(model, patterns):
-            _wrap([modules[name] for name in names], layout, options)
+            # what forward uses last, backward uses first: the head stays gathered between the two
+            options_of_group = replace(options, reshard_after_forward=False) if patterns is plan.groups[-1] else options
+            _wrap([modules[name] for name in names], layout, options_of_group)
     for root, blocks in wrapped.items():
         if root in modules:
             _wrap([modules[root]], layout, options)
@@ -117,12 +120,18 @@ def _choose_placement(num_shards: int, expert_degree: int, parameter: nn.Paramet
 
 
 def _set_prefetch(blocks: list[FSDPModule], depth: int) -> None:
-    """Gather the parameters of the next `depth` blocks while one computes, in both directions."""
+    """Gather the parameters of the next `depth` blocks while one computes, in both directions.
+
+    Experts that are sharded by themselves come with their block. In forward they are asked for before it starts: later
+    the host waits for the router, and the device for what the host has not asked for.
+    """
     if depth == 0:
         return
+    parts = [[module for module in block.modules() if isinstance(module, FSDPModule)] for block in blocks]
     for index, block in enumerate(blocks):
-        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + depth])
-        block.set_modules_to_backward_prefetch(blocks[max(index - depth, 0) : index][::-1])
+        following, earlier = parts[index + 1 : index + 1 + depth], parts[max(index - depth, 0) : index]
+        block.set_modules_to_forward_prefetch([*parts[index][1:], *chain(*following)])
+        block.set_modules_to_backward_prefetch(list(chain(*reversed(earlier))))
 
 
 def set_all_reduce(model: nn.Module, enabled: bool) -> None:

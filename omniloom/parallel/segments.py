@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omniloom.parallel.staging import to_device
 from omniloom.types import AudioBatch, Segments, VisionBatch
 
 ATTENTION_SCALE = 6144  # rows at which a tower's attention costs as much as its products: 6 x hidden, hidden about 1024
@@ -121,4 +122,4 @@ def rebuild_audio(batch: AudioBatch, lengths: np.ndarray, num_null: int, rows_pe
 def _segments(lengths: np.ndarray, num_null: int, like: Segments) -> Segments:
     all_lengths = torch.from_numpy(np.append(lengths, num_null))
     bounds = F.pad(all_lengths.cumsum(0), (1, 0)).to(torch.int32)
-    return Segments(cu_seqlens=bounds.to(like.cu_seqlens.device), max_length=int(all_lengths.max()))
+    return Segments(cu_seqlens=to_device(bounds, like.cu_seqlens.device), max_length=int(all_lengths.max()))

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from omniloom.parallel.context import slice_batch
-from omniloom.parallel.device import to_device
 from omniloom.parallel.encoder_pool import EncoderPool, PoolPlan
 from omniloom.parallel.fsdp import set_all_reduce
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.recompute import activations_on_host
+from omniloom.parallel.staging import to_device
 from omniloom.types import LossTerms, MediaRows, PackedBatch
 
 

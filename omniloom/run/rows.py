@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from omniloom.config import Config, ConfigError, DataConfig
 from omniloom.data.agreement import PlanningRanks
@@ -25,6 +26,7 @@ from omniloom.data.stream import BadSampleFile, StepStream
 from omniloom.families.registry import spec_named
 from omniloom.parallel.encoder_pool import assign_clips
 from omniloom.parallel.mesh import Layout
+from omniloom.parallel.staging import stage
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.results import NO_ADAPTER
 from omniloom.types import Conversation, PackPlan, SampleError, Source
@@ -221,7 +223,13 @@ def open_planner(workshop: Workshop, layout: Layout, rows: Source, loader: Loade
 
 
 def open_stream(
-    planner: Planner, loader: Loader, layout: Layout, *, prefetch_packs: int, bad_samples: BadSampleFile | None
+    planner: Planner,
+    loader: Loader,
+    layout: Layout,
+    *,
+    prefetch_packs: int,
+    bad_samples: BadSampleFile | None,
+    compute_dtype: torch.dtype,
 ) -> StepStream:
     """The steps of a run as this rank loads them."""
     return StepStream(
@@ -233,6 +241,7 @@ def open_stream(
         prefetch_packs=prefetch_packs,
         bad_samples=bad_samples,
         clips_of=lambda pack: clips_of_rank(pack, layout),
+        stage=lambda batch: stage(batch, layout.device, compute_dtype),
     )
 
 

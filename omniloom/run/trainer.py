@@ -161,7 +161,12 @@ class Trainer:
         self.evaluation = None if eval_rows is None else Evaluation(workshop, layout, eval_rows, bad_samples, stack)
         self.stream = stack.enter_context(
             open_stream(
-                self.planner, loader, layout, prefetch_packs=config.data.prefetch_packs, bad_samples=bad_samples
+                self.planner,
+                loader,
+                layout,
+                prefetch_packs=config.data.prefetch_packs,
+                bad_samples=bad_samples,
+                compute_dtype=workshop.compute_dtype,
             )
         )
         self.watchdog.enter(0, "reading the first rows")

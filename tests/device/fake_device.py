@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # collectives of fake tensors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -33,6 +34,7 @@ import omniloom
 from omniloom.parallel.mesh import Ranks
 
 PACKAGE = f"{next(iter(omniloom.__path__))}/"
+WHOLE = ("aten::silu_backward", "aten::_fused_rms_norm")
 GATHERS = {"_allgather_base_", "all_gather_into_tensor"}
 EXCHANGES = {"alltoall_base_", "alltoall_", "all_to_all_single"}
 
@@ -80,9 +82,13 @@ def install(kind: str) -> torch.device:
     """Take the place of an accelerator in this process, for good."""
     torch.Tensor.record_stream = lambda self, stream: None
     torch.accelerator.current_stream = lambda *_: Queue()
+    ShardingPropagator._fake_mode_lock = _Planning()
     FakeTensor.tolist = _read_list
     if kind == "fake":
         _setup_privateuseone_for_python_backend("fake", backend_module=Backend())
+        # one kernel each on CUDA, and taken apart before anybody sees them where a device has none
+        for operator in WHOLE:
+            torch.library.impl(operator, "PrivateUse1", lambda *_: None)
     else:
         for name in ("current_stream", "stream", "device_count", "set_device", "synchronize", "is_available"):
             setattr(torch.cuda, name, getattr(Backend(), name))
@@ -115,6 +121,7 @@ class Event:
     kind: str
     where: str  # the function of the package that asked, or, of an FSDP gather, the modules it is for
     phase: str
+    pack: int
     pinned: bool = True  # of a copy: whether from memory that lets the host go on
 
 
@@ -123,14 +130,17 @@ class Record(TorchDispatchMode):
     """Runs host operations for real, hands the rest to `FakeTensorMode` below it, and keeps what is worth knowing.
 
     `rows` is what every read of integer counts adds up to, spread evenly: what routing would tell the host.
-    `on_op` is told each operation on the device with its arguments and result.
+    `on_op` is called with the record, each operation on the device, its arguments and result. `phase` and `pack` say
+    where in the step the record is.
     """
 
     device: torch.device
     rows: int = 0
-    on_op: Callable[[Any, tuple, dict, Any], None] | None = None
+    on_op: Callable[[Record, Any, tuple, dict, Any], None] | None = None
     phase: str = ""
+    pack: int = -1
     events: list[Event] = field(default_factory=list)
+    plans: bool = False  # DTensor tries an operation on tensors of global shapes, which no device will see
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -148,19 +158,20 @@ class Record(TorchDispatchMode):
         super().__exit__(*error)
         self._fake.__exit__(*error)
 
-    def count(self, kind: str, phase: str | None = None) -> Counter[str]:
+    def count(self, kind: str) -> Counter[str]:
         """How often something of a kind happened, by where."""
-        return Counter(e.where for e in self.events if e.kind == kind and phase in (None, e.phase))
+        return Counter(event.where for event in self.events if event.kind == kind)
 
     def note(self, kind: str, where: str, *, pinned: bool = True) -> None:
-        self.events.append(Event(kind=kind, where=where, phase=self.phase, pinned=pinned))
+        self.events.append(Event(kind=kind, where=where, phase=self.phase, pack=self.pack, pinned=pinned))
 
     def __torch_dispatch__(self, func: Any, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
+        if name == "device" or self.plans:
+            return func(*args, **kwargs)
         if any(issubclass(kind, Tensor) and kind.__name__ in ("DTensor", "AsyncCollectiveTensor") for kind in types):
             return NotImplemented  # they come back as the tensors they are made of
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        name = func._schema.name.split("::")[1]
         wanted = kwargs.get("device")
         on_device = any(isinstance(tensor, FakeTensor) for tensor in tensors)
         pins = name in ("is_pinned", "_pin_memory")  # these name the device for which memory is pinned
@@ -199,10 +210,22 @@ class Record(TorchDispatchMode):
             elif source.device.type != "cpu" and results[0].device.type == "cpu":
                 self.note("wait", _asker())
         if self.on_op is not None:
-            self.on_op(func, args, kwargs, out)
+            self.on_op(self, func, args, kwargs, out)
 
 
 _current: Record | None = None  # the one that is entered: `tolist` of a fake tensor has no other way to it
+
+
+class _Planning:
+    """In the place of the lock around DTensor's planning."""
+
+    def __enter__(self) -> None:
+        if _current is not None:
+            _current.plans = True
+
+    def __exit__(self, *_: Any) -> None:
+        if _current is not None:
+            _current.plans = False
 
 
 def _read_list(tensor: FakeTensor) -> list:

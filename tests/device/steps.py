@@ -18,14 +18,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from omniloom.config import load_config
 from omniloom.data.collate import collate
 from omniloom.families.registry import find_spec
+from omniloom.models.fusion import OmniModel
 from omniloom.ops import attention
 from omniloom.parallel.encoder_pool import EncoderPool, Seat
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import build_layout, resolve_degrees
+from omniloom.parallel.staging import stage
 from omniloom.parallel.step import Objective, evaluate, run_packs
 from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.run.opening import Workshop, build_model, open_workshop
@@ -143,7 +146,7 @@ def _example(family: Any, number: int, length: int, content: Content) -> Example
         patches, rows = prod(content.grid), prod(content.grid) // family.vision.spatial_merge_size**2
         index = torch.arange(place, place + rows)
         vision.append(
-            VisionClip(patches=torch.zeros(patches, family.vision.patch_dim), grid_thw=content.grid, token_index=index)
+            VisionClip(patches=torch.ones(patches, family.vision.patch_dim), grid_thw=content.grid, token_index=index)
         )
         place += rows + 8
     if content.mel_frames and getattr(family, "audio", None) is not None:
@@ -189,18 +192,25 @@ def run_case(
             optimizer = build_optimizer(
                 model.named_parameters(), policies, betas=config.train.betas, epsilon=config.train.epsilon
             )
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            optimizer.step()  # makes the states, once and for all steps
+            optimizer.zero_grad()
             objective = Objective(
                 coefficients=config.train.loss_coefficients,
                 weight_sums={"text": 1.0, "router": float(case.num_packs)},
             )
-            on_pack = partial(_enter_pack, record)
-            run_packs(model, [batch] * case.num_packs, layout, objective, pool, on_pack=on_pack)
+            _follow(model, record)
+            on_pack = partial(setattr, record, "pack")
+            staged = stage(batch, device, workshop.compute_dtype)
+            _check_same(staged, batch)
+            run_packs(model, [staged] * case.num_packs, layout, objective, pool, on_pack=on_pack)
             record.phase = "optimizer"
             clip_gradients(model.parameters(), config.train.clip_norm, device)
             gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
             optimizer.step()
             if case.evaluates:
-                record.phase = "evaluation"
+                record.phase, record.pack = "evaluation", case.num_packs
                 model.eval()
                 evaluate(model, batch, layout, pool)
     states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]  # no step counts
@@ -212,8 +222,26 @@ def run_case(
     )
 
 
-def _enter_pack(record: Record, number: int) -> None:
-    record.phase = f"pack {number}"
+def _check_same(staged: Any, wanted: Any) -> None:
+    """Every tensor the same, but for the dtype of features."""
+    if isinstance(wanted, Tensor):
+        assert torch.equal(staged, wanted.to(staged.dtype))
+    elif dataclasses.is_dataclass(wanted):
+        for part in dataclasses.fields(wanted):
+            _check_same(getattr(staged, part.name), getattr(wanted, part.name))
+
+
+def _follow(model: OmniModel, record: Record) -> None:
+    """Have the record say which part of the model is at work; what follows the decoder's forward is backward."""
+    parts = (("towers", model.vision), ("towers", model.audio), ("decoder", model.text), ("loss", model.text.loss_head))
+    for name, part in parts:
+        if part is not None:
+            part.register_forward_pre_hook(partial(_enter, record, f"{name} forward"), prepend=True)
+    model.text.register_forward_hook(partial(_enter, record, "backward"))
+
+
+def _enter(record: Record, phase: str, *_: Any) -> None:
+    record.phase = phase
 
 
 @contextlib.contextmanager

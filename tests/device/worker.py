@@ -22,7 +22,7 @@ def main(kind: str, out: str, *names: str) -> None:
     found = {}
     for name in names:
         with tempfile.TemporaryDirectory() as directory:
-            record, outcome = run_case(CASES[name].case, open_case(CASES[name].case, Path(directory)), device)
+            record, outcome = run_case(CASES[name], open_case(CASES[name], Path(directory)), device)
         found[name] = {
             "gradients": sorted(map(str, outcome.gradients)),
             "states": sorted(map(str, outcome.states)),
@@ -41,15 +41,14 @@ def late_gathers(record: Record) -> int:
     The device is idle then: nothing is queued for it while the weights are on their way.
     """
     late = 0
-    for phase in dict.fromkeys(event.phase for event in record.events if event.phase.startswith("pack")):
-        num_waits, seen = 0, set()
+    for pack in {event.pack for event in record.events if event.phase == "decoder forward"}:
+        num_waits = 0
         for event in record.events:
-            if event.phase != phase:
+            if (event.pack, event.phase) != (pack, "decoder forward"):
                 continue
             if event.kind == "wait":
                 num_waits += 1
-            elif event.kind == "gather" and event.where.endswith("moe.experts") and event.where not in seen:
-                seen.add(event.where)
+            elif event.kind == "gather" and event.where.endswith("moe.experts"):
                 late += num_waits > int(event.where.split(".")[-3])
     return late
 

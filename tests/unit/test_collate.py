@@ -121,10 +121,10 @@ def test_bounds_cover_the_pack_and_have_one_length(sizes):
     assert bounds.diff()[: len(sizes)].tolist() == sizes
 
 
-def test_length_of_bounds_follows_from_pack_tokens_unless_samples_are_tiny():
-    assert {num_bounds(8192, count) for count in range(1, 128)} == {128}
-    assert num_bounds(8192, 128) == 256
-    assert num_bounds(8192, 1000) == 1024
+def test_bounds_have_few_lengths_and_leave_at_most_as_much_empty_as_they_hold():
+    assert {num_bounds(count) for count in range(1, 16)} == {16}
+    assert {num_bounds(count) for count in range(16, 1024)} == {32, 64, 128, 256, 512, 1024}
+    assert all(num_bounds(count) <= 2 * count for count in range(16, 1024))
 
 
 def test_a_failed_sample_keeps_its_slot_and_moves_nothing():

@@ -97,6 +97,7 @@ def test_very_large_logits_do_not_overflow():
 
 
 def test_the_chunk_is_the_largest_power_of_two_within_the_budget():
-    assert choose_chunk_tokens(1000, budget_bytes=4 * 1000 * 64) == 64
-    assert choose_chunk_tokens(1000, budget_bytes=4 * 1000 * 127) == 64
-    assert choose_chunk_tokens(1000, budget_bytes=1) == 1
+    assert choose_chunk_tokens(2**20, "cpu") == 64
+    assert choose_chunk_tokens(2**20 - 1000, "cpu") == 64
+    assert choose_chunk_tokens(2**30, "cpu") == 1
+    assert choose_chunk_tokens(2**20, "cuda") == 8 * choose_chunk_tokens(2**20, "cpu")

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.ops.gated_experts import Copies, gated_experts, routed_experts, routed_experts_reference
+from omniloom.ops.gated_experts import (
+    Copies,
+    _RoutedExperts,
+    gated_experts,
+    routed_experts,
+    routed_experts_reference,
+)
 from omniloom.ops.grouped_gemm import combine_copies, gather_copies, sort_by_group
 
 NUM_EXPERTS, HIDDEN, INNER = 5, 7, 3
@@ -38,12 +44,24 @@ def test_results_and_gradients_equal_the_steps_one_after_another(num_tokens, num
         torch.testing.assert_close(ours, theirs)
 
 
-def test_the_steps_of_accelerators_give_the_same():
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2])
+def test_all_groups_in_one_call_give_the_same(frozen):
+    """What accelerators do; grouped GEMM has no float64."""
     leaves, offsets, copies = make(8, 2, dtype=torch.float32)
-    rows = gather_copies(leaves[0], copies.slot, copies.row, 2)
-    out = combine_copies(gated_experts(rows, *leaves[1:3], offsets), copies.weights, copies.slot, copies.row)
     wanted = routed_experts_reference(*leaves[:3], offsets, copies)
-    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(wanted.shape)
+    wanted_grads = torch.autograd.grad(wanted, leaves, upstream)
+    if frozen is not None:
+        leaves[frozen].requires_grad_(False)
+    rows = gather_copies(leaves[0], copies.slot, copies.row, 2)
+    apart = combine_copies(gated_experts(rows, *leaves[1:3], offsets), copies.weights, copies.slot, copies.row)
+    for got in (_RoutedExperts.apply(False, *leaves[:3], offsets, *copies), apart):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        for leaf in leaves:
+            leaf.grad = None
+        got.backward(upstream)
+        for number, (leaf, grad) in enumerate(zip(leaves, wanted_grads, strict=True)):
+            assert leaf.grad is None if number == frozen else torch.allclose(leaf.grad, grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2, 3])
