@@ -7,7 +7,7 @@ option that is dropped in silence trains on something else than was asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -25,7 +25,11 @@ _FIELDS: dict[MediaKind, dict[str, str]] = {  # of `ClipOptions`, by the words o
     },
     "audio": {word: name for key, name in _SPAN.items() for word in (f"audio_{key}", key)},
 }
-_EVEN = {"num_frames": round, "min_frames": math.ceil, "max_frames": math.floor}  # frames come in pairs
+_EVEN: dict[str, Callable[[float], int]] = {
+    "num_frames": round,
+    "min_frames": math.ceil,
+    "max_frames": math.floor,
+}  # frames come in pairs
 _FRACTIONS = ("fps", "start_seconds", "end_seconds")
 SAYS_NOTHING = frozenset(  # keys of other formats that ask for nothing
     ("type", "id", "name", "filename", "format", "mime_type", "media_type", "detail", "cache_control")

@@ -16,7 +16,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from omniloom.config import DataConfig
@@ -43,22 +43,10 @@ SLACK_BYTES = 1024  # by which writers miscount
 
 @dataclass(frozen=True, kw_only=True)
 class MediaLimits:
-    """Bounds beyond which a clip is refused before it is decoded, and the rate at which sound is counted."""
+    """What a run refuses before it is decoded (`limit_*` of `data`), and the rate at which sound is counted."""
 
-    max_pixels: int = 178_956_970  # of an image or a video's frame
-    max_video_seconds: float = 7200.0
-    max_audio_seconds: float = 7200.0
+    data: DataConfig = field(default_factory=DataConfig)
     sampling_rate: int = 16000  # the feature extractor's
-
-
-def media_limits(config: DataConfig, sampling_rate: int) -> MediaLimits:
-    """The limits of a run on a checkpoint that hears at `sampling_rate` Hz."""
-    return MediaLimits(
-        max_pixels=config.image.limit_pixels,
-        max_video_seconds=config.video.limit_seconds,
-        max_audio_seconds=config.audio.limit_seconds,
-        sampling_rate=sampling_rate,
-    )
 
 
 def name_of(file: str | bytes) -> str:
@@ -167,6 +155,14 @@ def find_stream(container: InputContainer, stream_kind: str, kind: MediaKind, fi
     raise SampleError(kind, f"{name_of(file)} has no {stream_kind} stream")
 
 
+def check_pixels(file: str | bytes, kind: MediaKind, width: int, height: int, limits: MediaLimits) -> None:
+    """Raises: SampleError for a picture over the limit."""
+    limit = limits.data.image.limit_pixels
+    if width * height > limit:
+        reason = f"has {width}x{height} pixels, more than the limit of {limit} (data.image.limit_pixels)"
+        raise SampleError(kind, f"{name_of(file)} {reason}")
+
+
 @contextmanager
 def open_image(file: str | bytes, kind: MediaKind, limits: MediaLimits) -> Iterator[Image]:
     """A pillow image, not yet decoded, within the pixel limit. Raises: SampleError, also for what its use raises."""
@@ -181,13 +177,7 @@ def open_image(file: str | bytes, kind: MediaKind, limits: MediaLimits) -> Itera
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
             warnings.simplefilter("ignore", UserWarning)  # corrupt EXIF and the like
             with Image.open(target, formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-                if width * height > limits.max_pixels:
-                    raise SampleError(
-                        kind,
-                        f"{name_of(file)} has {width}x{height} pixels, more than the limit of {limits.max_pixels} "
-                        "(data.image.limit_pixels)",
-                    )
+                check_pixels(file, kind, *image.size, limits)
                 yield image
     except SampleError:
         raise

@@ -7,10 +7,11 @@ sample is bad. Sizes of pictures stay the file's own; resizing is the processor'
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from omniloom.data.media import MediaLimits, clip_file, find_stream, name_of, open_container, open_image
 from omniloom.data.packets import decode_packets
@@ -27,23 +28,16 @@ FRAME_PLANES = 8  # of a frame's own, further ones lie elsewhere
 CHUNK_SAMPLES = 1 << 16  # decoded together before they are mixed and resampled
 
 
-def decode_clip(
-    source: MediaSource,
-    clip: ClipGeometry,
-    limits: MediaLimits,
-    *,
-    each_frame: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> DecodedClip:
-    """Decode what the planned geometry asks for; `each_frame` is applied to every picture as it is decoded.
+def decode_clip(source: MediaSource, clip: ClipGeometry, limits: MediaLimits) -> DecodedClip:
+    """Decode what the planned geometry asks for.
 
     Raises: SampleError for a file that cannot be decoded or is not what its header said.
     """
     pixels = waveform = None
     if clip.kind == "image":
         pixels = decode_image(source, limits)
-        pixels = each_frame(pixels) if each_frame is not None else pixels
     elif clip.kind == "video":
-        pixels = decode_video_frames(source, clip.frame_indices, limits, each_frame=each_frame)
+        pixels = decode_video_frames(source, clip.frame_indices, limits)
     if clip.num_audio_samples:
         waveform = decode_audio(source, limits, num_samples=clip.num_audio_samples)
     return DecodedClip(pixels=pixels, waveform=waveform)
@@ -84,13 +78,7 @@ def _to_rgb(image: Image) -> Image:
 # ---------------------------------------------------------------------------------------- videos
 
 
-def decode_video_frames(
-    source: MediaSource,
-    frame_indices: Sequence[int],
-    limits: MediaLimits,
-    *,
-    each_frame: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> np.ndarray:
+def decode_video_frames(source: MediaSource, frame_indices: Sequence[int], limits: MediaLimits) -> np.ndarray:
     """uint8 [N, height, width, 3]: the frames of the given indices (not decreasing), decoded in one pass.
 
     Only these frames are converted and kept. Raises: SampleError where one lies over 100 ms beyond the last frame.
@@ -99,7 +87,6 @@ def decode_video_frames(
     pictures = _listed_frames(source, frame_indices, limits) if source.frames else _file_frames(source, frame_indices)
     frames: np.ndarray | None = None
     for slot, picture in enumerate(pictures):
-        picture = each_frame(picture) if each_frame is not None else picture
         if frames is None:
             frames = np.empty((len(frame_indices), *picture.shape), dtype=np.uint8)
         if picture.shape != frames.shape[1:]:
@@ -208,8 +195,9 @@ def _used_chunks(
         samples = chunk[max(0, begin - position) : max(0, begin + length - position)]
         position += len(chunk)
         used += len(samples)
-        if used > limits.max_audio_seconds * rate:
-            raise SampleError(kind, f"{name_of(file)} has over {limits.max_audio_seconds:g} s of sound at {rate} Hz")
+        if used > limits.data.audio.limit_seconds * rate:
+            reason = f"has over {limits.data.audio.limit_seconds:g} s of sound at {rate} Hz (data.audio.limit_seconds)"
+            raise SampleError(kind, f"{name_of(file)} {reason}")
         if len(samples):
             yield rate, samples
         if position >= begin + length:
@@ -252,7 +240,7 @@ def _mix(frame: AudioFrame, kind: MediaKind, file: str | bytes) -> np.ndarray:
     """Mono float32 in [-1, 1], by the scale that soundfile uses."""
     raw, num_channels = frame.to_ndarray(), frame.layout.nb_channels
     channels = raw if frame.format.is_planar else raw.reshape(-1, num_channels).T
-    total = channels[0].astype(np.float32)
+    total: NDArray[np.float32] = channels[0].astype(np.float32)
     for channel in channels[1:]:
         total += channel.astype(np.float32)
     if raw.dtype.kind == "f":
@@ -260,7 +248,8 @@ def _mix(frame: AudioFrame, kind: MediaKind, file: str | bytes) -> np.ndarray:
         if not np.isfinite(total).all():
             raise SampleError(kind, f"{name_of(file)} has samples that are not finite (NaN or infinite)")
     elif raw.dtype == np.uint8:
-        total = (total - 128 * num_channels) / (128 * num_channels)
+        total -= 128 * num_channels
+        total /= 128 * num_channels
     else:
         total /= np.float32(num_channels * 2.0 ** (8 * raw.dtype.itemsize - 1))
     return total

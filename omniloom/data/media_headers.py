@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from omniloom.data.media import (
     MediaLimits,
+    check_pixels,
     clip_file,
     find_stream,
     name_of,
@@ -30,9 +31,10 @@ from omniloom.types import ClipOptions, MediaHeader, MediaKind, MediaSource, Sam
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.container import InputContainer
-    from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
+
+    from omniloom.data.packets import Packet
 
 # Containers whose packets are exactly the frames that decoding gives. In all others frames are counted by decoding:
 # streams cut off before a key frame (ts), packed B-frames (avi), raw streams.
@@ -59,12 +61,15 @@ def read_header(source: MediaSource, kind: MediaKind, limits: MediaLimits) -> Me
 
 def _image_size(file: str | bytes, kind: MediaKind, limits: MediaLimits) -> tuple[int, int]:
     """Width and height as displayed."""
+    from PIL import Image
+
     with open_image(file, kind, limits) as image:
         width, height = image.size
         if image.format == "TIFF":
             return width, height  # pillow gives it upright
-        if image.format == "PNG" and not _png_hides_orientation(image.fp):
-            exif = super(type(image), image).getexif()  # PngImageFile's own would decode the picture first
+        opened: Any = image  # with its file, which pillow's types do not tell of
+        if image.format == "PNG" and not _png_hides_orientation(opened.fp):
+            exif = Image.Image.getexif(image)  # PngImageFile's own would decode the picture first
         else:
             exif = image.getexif()
         return (height, width) if exif.get(0x0112) in _SIDEWAYS else (width, height)
@@ -90,49 +95,23 @@ def _png_hides_orientation(file: Any) -> bool:
 # ---------------------------------------------------------------------------------------- videos
 
 
-@dataclass(frozen=True, kw_only=True)
-class _VideoFile:
-    """All frames of a video, whatever span of it is used."""
-
-    width: int
-    height: int
-    num_frames: int
-    fps: float
-    has_audio: bool
-
-
 def _video_header(source: MediaSource, limits: MediaLimits) -> MediaHeader:
     if source.frames is not None:
-        name = "the list of frames"
+        name, fps = "the list of frames", source.options.fps or 0.0
         width, height = _image_size(source.frames[0], "video", limits)
-        video = _VideoFile(
-            width=width,
-            height=height,
-            num_frames=len(source.frames),
-            fps=source.options.fps or 0.0,
-            has_audio=False,
-        )
+        video = MediaHeader(kind="video", width=width, height=height, num_frames=len(source.frames), fps=fps)
     else:
         file = clip_file(source, "video")
         name, video = name_of(file), _measure_video(read_bytes(file, "video"), limits)
     first, num_frames = frame_span(source.options, video.num_frames, video.fps)
     seconds = num_frames / video.fps if video.fps else 0.0
-    if seconds > limits.max_video_seconds:
-        raise _too_long("video", name, seconds, limits.max_video_seconds)
-    num_samples = 0
-    if source.use_audio and (source.sound is not None or video.has_audio):
-        num_samples = _sound_length(source, "video", limits)
-    return MediaHeader(
-        kind="video",
-        width=video.width,
-        height=video.height,
-        first_frame=first,
-        num_frames=num_frames,
-        fps=video.fps,
-        duration_seconds=seconds,
-        num_audio_samples=num_samples,
-        has_audio=bool(num_samples) if source.use_audio else video.has_audio,
-    )
+    _check_seconds("video", name, seconds, limits.data.video.limit_seconds)
+    video = replace(video, first_frame=first, num_frames=num_frames, duration_seconds=seconds)
+    if not source.use_audio:
+        return video
+    heard = source.sound is not None or video.has_audio
+    num_samples = _sound_length(source, "video", limits) if heard else 0
+    return replace(video, num_audio_samples=num_samples, has_audio=num_samples > 0)
 
 
 def frame_span(options: ClipOptions, num_frames: int, fps: float) -> tuple[int, int]:
@@ -155,23 +134,23 @@ def frame_span(options: ClipOptions, num_frames: int, fps: float) -> tuple[int, 
     return first, last - first + 1
 
 
-def _measure_video(file: str | bytes, limits: MediaLimits) -> _VideoFile:
-    """Counts the frames; the first is decoded, since the decoder knows of cropping and rotation that headers miss."""
+def _measure_video(file: str | bytes, limits: MediaLimits) -> MediaHeader:
+    """Of all frames. They are counted; the first is decoded, since headers miss what is cropped or rotated."""
     with open_container(file, "video") as container:
         stream = find_stream(container, "video", "video", file)
-        _check_frame_size(file, stream.codec_context.width, stream.codec_context.height, limits)
+        check_pixels(file, "video", stream.codec_context.width, stream.codec_context.height, limits)
         fps = float(stream.average_rate or stream.guessed_rate or 0)
         num_frames, measured, frame = _count_frames(container, stream, file, fps, limits)
         if frame is None or not num_frames:
             raise SampleError("video", f"{name_of(file)} has no frame that can be decoded")
-        _check_frame_size(file, frame.width, frame.height, limits)
+        check_pixels(file, "video", frame.width, frame.height, limits)
         if measured and not 0.95 < fps / measured < 1.05:
             fps = measured  # containers without a rate have av guess from the first packets
         if not 0 < fps < float("inf"):
             raise SampleError("video", f"{name_of(file)} states no frame rate")
         width, height = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
         has_audio = bool(container.streams.audio)
-    return _VideoFile(width=width, height=height, num_frames=num_frames, fps=fps, has_audio=has_audio)
+    return MediaHeader(kind="video", width=width, height=height, num_frames=num_frames, fps=fps, has_audio=has_audio)
 
 
 def _count_frames(
@@ -193,8 +172,8 @@ def _count_frames(
     num_frames = int(first is not None)
     for _ in frames:
         num_frames += 1
-        if fps and num_frames / fps > limits.max_video_seconds:
-            raise _too_long("video", name_of(file), num_frames / fps, limits.max_video_seconds)
+        if fps:
+            _check_seconds("video", name_of(file), num_frames / fps, limits.data.video.limit_seconds)
     return num_frames, 0.0, first
 
 
@@ -221,15 +200,6 @@ class _PacketTimes:
         return float((self._num_timed - 1) / ((self._last - self._first) * time_base))
 
 
-def _check_frame_size(file: str | bytes, width: int, height: int, limits: MediaLimits) -> None:
-    if width * height > limits.max_pixels:
-        raise SampleError(
-            "video",
-            f"{name_of(file)} has frames of {width}x{height} pixels, more than the limit of {limits.max_pixels} "
-            "(data.image.limit_pixels)",
-        )
-
-
 # ---------------------------------------------------------------------------------------- sound
 
 
@@ -252,8 +222,7 @@ def _sound_length(source: MediaSource, kind: MediaKind, limits: MediaLimits) -> 
         reason = f"{name_of(file)} has {num_samples / rate:.2f} s of sound, none from {begin / rate:g} s on"
         raise SampleError(kind, reason)
     num_samples = min(length, num_samples - begin)
-    if num_samples > limits.max_audio_seconds * rate:
-        raise _too_long("audio", name_of(file), num_samples / rate, limits.max_audio_seconds)
+    _check_seconds("audio", name_of(file), num_samples / rate, limits.data.audio.limit_seconds)
     return resampled_length(num_samples, rate, limits.sampling_rate)
 
 
@@ -276,8 +245,7 @@ def _count_samples(
     num_samples = 0
     for frame in chain((first,), frames):
         num_samples, rate = num_samples + frame.samples, frame.sample_rate
-        if num_samples > limits.max_audio_seconds * rate:
-            raise _too_long("audio", name_of(file), num_samples / rate, limits.max_audio_seconds)
+        _check_seconds("audio", name_of(file), num_samples / rate, limits.data.audio.limit_seconds)
     return num_samples, rate
 
 
@@ -294,7 +262,7 @@ def _header_length(container: InputContainer, stream: AudioStream, size_bytes: i
     return None
 
 
-def _too_long(kind: MediaKind, name: str, seconds: float, limit: float) -> SampleError:
-    return SampleError(
-        kind, f"{name} lasts {seconds:.0f} s, more than the limit of {limit:g} s (data.{kind}.limit_seconds)"
-    )
+def _check_seconds(kind: MediaKind, name: str, seconds: float, limit: float) -> None:
+    if seconds > limit:
+        reason = f"{name} lasts {seconds:.0f} s, more than the limit of {limit:g} s (data.{kind}.limit_seconds)"
+        raise SampleError(kind, reason)

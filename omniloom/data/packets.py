@@ -18,7 +18,10 @@ from omniloom.types import MediaKind, SampleError
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.container import InputContainer
-    from av.packet import Packet
+    from av.packet import Packet as AnyPacket
+    from av.stream import Stream
+
+    Packet = AnyPacket[Stream]
 
 _log = logging.getLogger(__name__)
 EDGE_PACKETS = 4
@@ -115,7 +118,7 @@ def decode_packets(packets: Iterable[Packet], stream: Any, kind: MediaKind, file
     num_good = 0
     for number, packet in enumerate(packets):
         try:
-            frames = packet.decode()
+            frames: list[Any] = list(packet.decode())
         except av.error.FFmpegError:
             broken.append(number)
             if len(broken) > MAX_BROKEN_ENDS:

@@ -108,7 +108,7 @@ def spread_frames(num_frames: int, count: int, *, first: int = 0, reach_last: bo
     if num_frames < count:
         return [first + min(index, num_frames - 1) for index in range(count)]
     if reach_last:
-        return np.linspace(first, first + num_frames - 1, count).round().astype(int).tolist()
+        return [int(index) for index in np.linspace(first, first + num_frames - 1, count).round()]
     # arange in torch's own rounding, so that indices equal transformers'; it may yield one index too many
     indices = torch.arange(0, num_frames, num_frames / count).int()[:count].tolist()
     assert len(indices) == count, (len(indices), count)
@@ -153,8 +153,8 @@ def pixel_patches(
     pixels = np.empty((len(cut), channels, temporal_patch, patch * patch), np.float32)
     first = pixels[:, :, :shown]
     np.divide(cut, np.float32(255), out=first)
-    first -= np.float32(mean)[:, None, None]
-    first /= np.float32(std)[:, None, None]
+    first -= np.array(mean, np.float32)[:, None, None]
+    first /= np.array(std, np.float32)[:, None, None]
     pixels[:, :, shown:] = first[:, :, -1:]
     return torch.from_numpy(pixels.reshape(len(cut), -1))
 

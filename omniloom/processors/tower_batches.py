@@ -78,7 +78,7 @@ def vision_batch(clips: Sequence[VisionClip], config: VisionDims) -> VisionBatch
     if config.window_size:
         order, window_lengths = _window_order(row, column, frame_lengths, merge, config.window_squares)
         patches, row, column, heights, widths = (
-            tensor.unflatten(0, (-1, merge**2))[order].flatten(0, 1)
+            tensor.reshape(-1, merge**2, *tensor.shape[1:])[order].flatten(0, 1)
             for tensor in (patches, row, column, heights, widths)
         )
         token_index = token_index[order[:-1]]  # the null segment, one square, is the last frame and stays last
@@ -110,7 +110,7 @@ def _window_order(row: Tensor, column: Tensor, frame_lengths: Tensor, merge: int
     width = int(window_column.max()) + 1
     window = (frame * (int(window_row.max()) + 1) + window_row) * width + window_column
     ordered, order = window.sort(stable=True)
-    return order, ordered.unique_consecutive(return_counts=True)[1] * merge**2
+    return order, torch.unique_consecutive(ordered, return_counts=True)[1] * merge**2
 
 
 def _check_picture(number: int, clip: VisionClip, config: VisionDims) -> None:
@@ -189,7 +189,7 @@ def audio_batch(clips: Sequence[AudioClip], config: AudioDims) -> AudioBatch:
     rows = -(-real // 2**config.num_halvings)
     valid = torch.arange(config.chunk_rows) < rows[:, None]
     chunks = [
-        F.pad(part, (0, -part.shape[1] % size)).unflatten(1, (-1, size)).transpose(0, 1) for part in features
+        F.pad(part, (0, -part.shape[1] % size)).reshape(part.shape[0], -1, size).transpose(0, 1) for part in features
     ]  # each [num_chunks, num_mel_bins, size]
     clip_rows = (num_chunks - 1) * config.chunk_rows + rows[last_chunk]
     windows = _windows(clip_rows, config.window_rows)

@@ -298,7 +298,7 @@ def vision_inputs(clips: Sequence[ClipGeometry], features: Sequence[Features]) -
     ):
         chosen = [index for index, clip in enumerate(clips) if clip.kind == kind]
         if chosen:
-            inputs[names[0]] = torch.cat([features[index][0] for index in chosen])
+            inputs[names[0]] = torch.cat([patches for index in chosen if (patches := features[index][0]) is not None])
             inputs[names[1]] = torch.tensor([clips[index].grid_thw for index in chosen])
     return inputs
 

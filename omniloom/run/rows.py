@@ -16,7 +16,7 @@ from omniloom.data.agreement import PlanningRanks
 from omniloom.data.extent_cache import ExtentCache, fingerprint_of
 from omniloom.data.formats import RowOptions, describe_format, parse_row, row_options
 from omniloom.data.loader import Loader
-from omniloom.data.media import media_limits
+from omniloom.data.media import MediaLimits
 from omniloom.data.media_decode import decode_clip
 from omniloom.data.media_headers import read_header
 from omniloom.data.planner import Planner, plan_options
@@ -127,7 +127,7 @@ class OpenRows:
         if self.last_answer_only:
             data = replace(data, train_on_prompt=False, last_turn_only=True)
         processor = spec_named(self.family_name).make_processor(self.model_dir, self.family, data)
-        limits = media_limits(self.data, processor.towers.settings.sampling_rate or SILENT_RATE)
+        limits = MediaLimits(data=self.data, sampling_rate=processor.towers.settings.sampling_rate or SILENT_RATE)
         return RowReader(
             source=self.source,
             parse=self._parse,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+
+from omniloom.config import DataConfig
+from omniloom.data.media import MediaLimits
 
 # file name, audio codec; names tell the container
 AUDIO_FILES = [
@@ -74,6 +78,19 @@ VIDEO_FILES = [
 ]
 _PIXEL_FORMATS = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le", "gif": "rgb8"}
 _LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
+
+
+def limits_of(pixels: int = 10**9, *, video: float = 1e9, audio: float = 1e9) -> MediaLimits:
+    """Limits of pixels, and of seconds of videos and of sound."""
+    data = DataConfig()
+    return MediaLimits(
+        data=replace(
+            data,
+            image=replace(data.image, limit_pixels=pixels),
+            video=replace(data.video, limit_seconds=video),
+            audio=replace(data.audio, limit_seconds=audio),
+        )
+    )
 
 
 def tone(num_samples: int, rate: int, channels: int = 1) -> np.ndarray:

@@ -12,7 +12,7 @@ from omniloom.data.media import MediaLimits
 from omniloom.data.media_decode import decode_audio, decode_clip, decode_video_frames
 from omniloom.data.media_headers import frame_span, read_header
 from omniloom.types import ClipGeometry, ClipOptions, MediaSource, SampleError
-from tests.unit.media_files import tone, truth_of_video, write_audio, write_streams, write_video
+from tests.unit.media_files import limits_of, tone, truth_of_video, write_audio, write_streams, write_video
 
 LIMITS = MediaLimits()
 
@@ -154,7 +154,7 @@ def test_the_span_of_a_sound_is_cut_at_its_own_rate(tmp_path, codec):
         read_header(  # the limit is one of what is used
             MediaSource(path=str(path), options=ClipOptions(end_seconds=1.0)),
             "audio",
-            MediaLimits(max_audio_seconds=2.0),
+            limits_of(audio=2.0),
         ).duration_seconds
         == 1.0
     )

@@ -9,7 +9,7 @@ from PIL import Image
 from omniloom.data.media import MediaLimits
 from omniloom.data.media_decode import decode_audio, decode_clip, decode_image, decode_video_frames, resampled_length
 from omniloom.data.media_headers import read_header
-from omniloom.processors.features import resize_bicubic, sample_frame_indices
+from omniloom.processors.features import sample_frame_indices
 from omniloom.types import ClipGeometry, MediaSource, SampleError
 from tests.unit.media_files import picture, tone, truth_of_video, write_audio, write_video
 
@@ -69,14 +69,6 @@ def test_only_the_frames_asked_for_are_kept_and_they_are_the_right_ones(tmp_path
     assert np.array_equal(decode_video_frames(source_of(path), indices, LIMITS), truth[indices])
     repeated = [0, 0, 7, 7, 7, 39]
     assert np.array_equal(decode_video_frames(source_of(path), repeated, LIMITS), truth[repeated])
-
-
-def test_pictures_can_be_shrunk_as_they_are_decoded(tmp_path):
-    path = write_video(tmp_path / "a.mp4", num_frames=10)
-    shrunk = decode_video_frames(
-        source_of(path), [0, 5], LIMITS, each_frame=lambda frame: resize_bicubic(frame, 24, 32)
-    )
-    assert np.array_equal(shrunk, np.stack([resize_bicubic(frame, 24, 32) for frame in truth_of_video(path)[[0, 5]]]))
 
 
 def test_up_to_100_ms_of_missing_frames_repeat_the_last_and_more_is_an_error(tmp_path):

@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from omniloom.config import AudioConfig, DataConfig, load_config
-from omniloom.data.media import MediaLimits, media_limits
+from omniloom.config import load_config
+from omniloom.data.media import MediaLimits
 from omniloom.data.media_decode import decode_audio, decode_clip, decode_image, decode_video_frames, resampled_length
 from omniloom.data.media_headers import read_header
 from omniloom.data.packets import decode_packets
 from omniloom.run.opening import open_workshop
 from omniloom.run.rows import open_data, open_rows
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import ClipGeometry, ClipOptions, ImageConfig, MediaSource, SampleError, VideoConfig
+from omniloom.types import ClipGeometry, ClipOptions, MediaSource, SampleError
 from tests.unit.media_files import (
     AUDIO_FILES,
     VIDEO_FILES,
     encode_audio,
+    limits_of,
     picture,
     tone,
     truth_of_audio,
@@ -248,9 +249,9 @@ def test_each_stream_is_as_long_as_itself_not_as_its_file(
     assert (header.num_frames, round(header.fps, 2)) == (video_seconds * 10, 10)
     assert header.num_audio_samples / 16000 == pytest.approx(sound_seconds, abs=0.1)
     assert len(decode_audio(MediaSource(path=str(path)), LIMITS)) == header.num_audio_samples
-    bound = MediaLimits(max_video_seconds=video_seconds + 0.1, max_audio_seconds=sound_seconds + 0.1)
+    bound = limits_of(video=video_seconds + 0.1, audio=sound_seconds + 0.1)
     assert read_header(MediaSource(path=str(path), use_audio=True), "video", bound) == header
-    short = MediaLimits(max_video_seconds=video_seconds - 0.5)
+    short = limits_of(video=video_seconds - 0.5)
     with pytest.raises(SampleError, match=r"data\.video\.limit_seconds"):
         read_header(MediaSource(path=str(path)), "video", short)
 
@@ -356,14 +357,6 @@ def test_a_png_header_is_read_without_decoding(tmp_path):
 # ---------------------------------------------------------------------------------------- limits and lies
 
 
-def test_limits_come_from_the_data_config():
-    config = DataConfig(
-        image=ImageConfig(limit_pixels=1), video=VideoConfig(limit_seconds=2), audio=AudioConfig(limit_seconds=3)
-    )
-    expected = MediaLimits(max_pixels=1, max_video_seconds=2, max_audio_seconds=3, sampling_rate=24000)
-    assert media_limits(config, 24000) == expected
-
-
 def test_sound_is_counted_at_the_rate_of_the_checkpoint_that_hears_it(tmp_path):
     """The readers that a run opens take the rate from the checkpoint's files; 16 kHz is nobody's constant."""
     model = make_tiny("qwen3_omni", tmp_path / "model")
@@ -379,13 +372,13 @@ def test_sound_is_counted_at_the_rate_of_the_checkpoint_that_hears_it(tmp_path):
 
 
 def test_clips_over_a_limit_are_refused_by_their_headers(tmp_path):
-    limits = MediaLimits(max_pixels=1000, max_video_seconds=0.5, max_audio_seconds=0.5)
+    limits = limits_of(1000, video=0.5, audio=0.5)
     Image.fromarray(picture(0, 60, 40)).save(tmp_path / "a.png")
     write_video(tmp_path / "a.mp4", num_frames=25)
-    small = MediaLimits(max_video_seconds=0.5)
+    small = limits_of(video=0.5)
     for name, kind, bound, words in [
         ("a.png", "image", limits, r"60x40 pixels, more than the limit of 1000 \(data.image.limit_pixels\)"),
-        ("a.mp4", "video", limits, "frames of 64x48 pixels"),
+        ("a.mp4", "video", limits, "has 64x48 pixels"),
         ("a.mp4", "video", small, r"lasts 1 s, more than the limit of 0.5 s \(data.video.limit_seconds\)"),
     ]:
         with pytest.raises(SampleError, match=words):
@@ -509,7 +502,7 @@ def test_flipped_bytes_raise_nothing_but_sample_errors(tmp_path, name):
         for _ in range(draw.choice([1, 5, 50])):
             broken[draw.randrange(min(len(raw), draw.choice([200, len(raw)])))] = draw.randrange(256)
         source = MediaSource(data=bytes(broken))
-        limits = MediaLimits(max_pixels=10_000, max_video_seconds=100, max_audio_seconds=100)
+        limits = limits_of(10_000, video=100, audio=100)
         try:
             header = read_header(source, kind, limits)
             if kind == "audio":
