@@ -7,6 +7,7 @@ parts do not compute, is an error: sizes are never guessed. Knows sections of co
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from omniloom.ops.rotary import SectionLayout
 DEFAULT_VISION_ROPE_THETA = 10_000.0  # published configs leave it out
 THINKER_SUFFIX = "_thinker"  # of the model_type of an omni model's thinker that was saved alone
 
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+_SECTIONS = ("thinker_config", "text_config", "vision_config", "audio_config", "rope_scaling", "rope_parameters")
 _VISION_FIELDS = (
     "depth",
     "hidden_size",
@@ -91,6 +94,29 @@ class ConfigReader:
             raise ValueError(
                 f"config.json: not a {self._model_type} model that can be built; expected: " + "; ".join(broken)
             )
+
+
+def refuse_numbers_as_text(config_json: Mapping[str, Any], where: str) -> None:
+    """Raises: ValueError naming the numbers that stand in a config.json, or in a section that is read, as text."""
+    faults: list[str] = []
+
+    def look(value: Any, path: str) -> None:
+        if isinstance(value, str) and _NUMBER.fullmatch(value) and not path.endswith("version"):
+            faults.append(f"{path} is the text {value!r}")
+        elif isinstance(value, list):
+            for item in value:
+                look(item, path)
+
+    def look_into(section: Mapping[str, Any], prefix: str) -> None:
+        for key, value in section.items():
+            if isinstance(value, Mapping) and key in _SECTIONS:
+                look_into(value, f"{prefix}{key}.")
+            else:
+                look(value, f"{prefix}{key}")
+
+    look_into(config_json, "")
+    if faults:
+        raise ValueError(f"{where}: expected numbers: {', '.join(dict.fromkeys(faults))}; write them without quotes")
 
 
 def read_thinker(reader: ConfigReader, config_json: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -61,20 +61,31 @@ class MediaSettings:
 def read_media_settings(checkpoint_dir: str | Path, options: ProcessorOptions) -> MediaSettings:
     """Raises: ValueError where the checkpoint lacks a file or a field."""
     image, audio, video = read_processor_config(checkpoint_dir)
+
+    def numbers(settings: dict[str, Any], key: str, count: int = 1) -> tuple[Any, ...]:
+        value = settings.get(key)
+        found = tuple(value) if isinstance(value, list) else (value,)
+        if len(found) != count or not all(isinstance(one, int | float) for one in found):
+            wanted = f"{count} numbers" if count > 1 else "a number"
+            got = "nothing" if value is None else repr(value)
+            raise ValueError(
+                f"{checkpoint_dir}: {key} of its preprocessor_config.json: expected {wanted}, got {got}; take the file "
+                "of the published checkpoint"
+            )
+        return found
+
     size = image.get("size") or {}
-    low = size.get("shortest_edge", image.get("min_pixels"))
-    high = size.get("longest_edge", image.get("max_pixels"))
-    if low is None or high is None:
-        raise ValueError(f"{checkpoint_dir}/preprocessor_config.json: no min_pixels and max_pixels (or size)")
+    edges = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
+    low, high = (numbers(size, edge)[0] if edge in size else numbers(image, key)[0] for edge, key in edges)
     hears = "hop_length" in audio
     return MediaSettings(
         image_pixels=bounds(options.image.min_pixels, options.image.max_pixels, (low, high)),
-        image_mean=tuple(image["image_mean"]),
-        image_std=tuple(image["image_std"]),
+        image_mean=numbers(image, "image_mean", 3),
+        image_std=numbers(image, "image_std", 3),
         video=video,
-        sampling_rate=audio["sampling_rate"] if hears else 0,
-        hop_length=audio["hop_length"] if hears else 0,
-        n_fft=audio["n_fft"] if hears else 0,
+        sampling_rate=numbers(audio, "sampling_rate")[0] if hears else 0,
+        hop_length=numbers(audio, "hop_length")[0] if hears else 0,
+        n_fft=numbers(audio, "n_fft")[0] if hears else 0,
     )
 
 

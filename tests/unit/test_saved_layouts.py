@@ -1,6 +1,7 @@
 """Every layout in which transformers saves a family is read, and an export keeps it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from omniloom.checkpoint.export import export
 from omniloom.checkpoint.hf import load_model
 from omniloom.checkpoint.tensor_files import SINGLE_NAME
 from omniloom.config import load_config
+from omniloom.families.registry import find_spec
 from omniloom.run.opening import open_workshop
 from omniloom.tools.tiny import FAMILIES, make_tiny
+from omniloom.types import ProcessorOptions
 
 WHOLE = {
     "qwen3_omni": "Qwen3OmniMoeForConditionalGeneration",
@@ -94,3 +97,32 @@ def test_quantised_weights_are_refused_before_anything_is_built(published, tmp_p
     (tmp_path / "config.json").write_text(json.dumps(config_json))
     with pytest.raises(ValueError, match=r"quantised \(gptq: config\.json has text_config\.quantization_config\)"):
         open_path(tmp_path)
+
+
+def test_numbers_that_stand_as_text_are_named(published, tmp_path):
+    config_json = json.loads((published["qwen2_5_omni"] / "config.json").read_text())
+    thinker = config_json["thinker_config"]
+    thinker["text_config"] |= {"hidden_size": "64", "transformers_version": "4.57"}
+    thinker["vision_config"]["fullatt_block_indexes"] = ["1"]
+    with pytest.raises(ValueError, match=r"thinker_config\.text_config\.hidden_size is the text '64', .*block_indexes"):
+        find_spec(config_json)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_mean": None}, r"image_mean of its preprocessor_config\.json: expected 3 numbers, got nothing"),
+        ({"image_std": [0.5]}, r"image_std .*expected 3 numbers, got \[0\.5\]"),
+        ({"n_fft": "400"}, r"n_fft .*expected a number, got '400'"),
+        ({"max_pixels": None}, r"max_pixels .*expected a number, got nothing"),
+    ],
+)
+def test_a_processor_file_that_lacks_a_number_is_refused(published, tmp_path, change, words):
+    directory = shutil.copytree(published["qwen3_omni"], tmp_path / "model")
+    path = directory / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    config_json = json.loads((directory / "config.json").read_text())
+    spec = find_spec(config_json)
+    with pytest.raises(ValueError, match=words):
+        spec.make_processor(directory, spec.read_config(config_json), ProcessorOptions())
