@@ -92,7 +92,7 @@ class Watchdog:
     ) -> None:
         self.rank, self.world_size, self.timeout_seconds = ranks.rank, ranks.world_size, timeout_seconds
         # a socket of its own: a waiting main thread holds its
-        self._store = dist.PrefixStore("watchdog", ranks.store.clone())
+        self._store = dist.PrefixStore("watchdog", ranks.store.clone())  # type: ignore[attr-defined]
         self._beat = Heartbeat(step=0, phase="starting", since=time.time())
         self._known: list[Heartbeat | None] = [None] * self.world_size  # as last read, all ranks
         self._answered = time.monotonic()  # when the store last did

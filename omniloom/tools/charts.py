@@ -30,6 +30,25 @@ class Series:
     dots: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A drawing with its title; `svg` is "" where there is nothing to draw."""
+
+    title: str
+    svg: str
+    last: str = ""  # the newest value, in words
+    key: tuple[tuple[str, str], ...] = ()  # (tone, name) of the lines, where there are several
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A big number: what, how much, and a line of detail below."""
+
+    name: str
+    value: str
+    detail: str = ""
+
+
 def line_chart(
     series: Sequence[Series], *, label: str, unit: str = "", floor: float | None = None, log: bool = False
 ) -> str:
@@ -196,6 +215,20 @@ def fmt(value: float, unit: str = "") -> str:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def percent(share: float) -> str:
+    """A share with one figure behind the point, if that is not zero."""
+    return f"{100 * share:.1f}".removesuffix(".0") + "%"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that people would use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.{1 if seconds < 600 else 0}f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
 
 
 def _byte_unit(value: float) -> tuple[float, str]:

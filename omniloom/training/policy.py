@@ -59,17 +59,7 @@ def resolve_policy(
     Raises: ValueError for rules that match nothing, and when nothing at all would train.
     """
     present = sorted(set(components.values()))
-    faults = []
-    for name, rule in rules.items():
-        if rule.recompute is not None and name not in roots:
-            hint = f"; set policy.{name.split('.')[0]}.recompute" if name.split(".")[0] in roots else "; remove it"
-            faults.append(f"policy.{name}.recompute: only {', '.join(roots)} can be recomputed, each as a whole{hint}")
-        if tied and name in tied:
-            faults.append(f"policy.{name}: the model has no such weight, it uses {tied[name]}'s (tied); name that one")
-        elif not any(covers(name, component) for component in (*present, *known)):
-            faults.append(f"policy.{name} matches no component of this model{suggest(name, present)}")
-    if faults:
-        raise ValueError("\n".join(faults))
+    _check_rules(rules, present, roots, known, tied or {})
     merged = {component: _merge(rules, component) for component in present}
     if any(rule.lora for rule in rules.values()):
         merged = {
@@ -91,6 +81,26 @@ def resolve_policy(
             f"({', '.join(present)}); set freeze: false for at least one, or give it a lora section"
         )
     return policies
+
+
+def _check_rules(
+    rules: Mapping[str, PolicyRule],
+    present: Sequence[str],
+    roots: tuple[str, ...],
+    known: tuple[str, ...],
+    tied: Mapping[str, str],
+) -> None:
+    faults = []
+    for name, rule in rules.items():
+        if rule.recompute is not None and name not in roots:
+            hint = f"; set policy.{name.split('.')[0]}.recompute" if name.split(".")[0] in roots else "; remove it"
+            faults.append(f"policy.{name}.recompute: only {', '.join(roots)} can be recomputed, each as a whole{hint}")
+        if name in tied:
+            faults.append(f"policy.{name}: the model has no such weight, it uses {tied[name]}'s (tied); name that one")
+        elif not any(covers(name, component) for component in (*present, *known)):
+            faults.append(f"policy.{name} matches no component of this model{suggest(name, present)}")
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def check_rates(rules: Mapping[str, PolicyRule], policies: Mapping[str, ParameterPolicy]) -> None:

@@ -276,6 +276,17 @@ def test_media_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         assert f"{name} cannot be read" in text
 
 
+def test_why_a_run_was_left_is_told_and_half_a_line_of_expert_load_is_passed_over(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_lines=20)
+    (run / "stopped.json").write_text(json.dumps({"reason": "SIGUSR1", "step": 20}))
+    lines = [json.dumps({"step": step, "tokens": [[step, 1]]}) for step in (3, 7)]
+    (run / "expert_load.jsonl").write_text("\n".join([*lines, '{"step": 9, "to']))
+    write_report(run)
+    text = " ".join(read_page(run).texts)
+    assert "stopped step 20 of 400, by SIGUSR1" in re.sub(r"\s+", " ", text)
+    assert "step 8" in text
+
+
 def test_losses_that_are_not_finite_are_marked(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", num_lines=20)
     with (run / "metrics.jsonl").open("a") as file:

@@ -1,0 +1,107 @@
+"""What a run directory holds, read for a report, finished or going. What is absent or broken is left out."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from omniloom.run.directory import finished_step
+from omniloom.run.stopping import STOPPED
+from omniloom.training.metrics import EXPERT_LOAD
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """Everything read from a run directory; None or empty where a file is absent."""
+
+    directory: Path
+    config_text: str | None
+    config: dict[str, Any]
+    metrics: list[Line]
+    bad_samples: list[Line]
+    expert_load: Line | None  # the last line
+    trainable: list[Line]
+    samples: list[Line]
+    summary: dict[str, Any]
+    checkpoints: list[str]
+    is_exported: bool
+    is_finished: bool
+    stopped: Line  # why the run was left before its end
+    written: float | None  # when metrics.jsonl last grew, seconds since the epoch
+
+    def option(self, section: str, key: str) -> Any:
+        """A value of config.yaml, None where it is absent."""
+        part = self.config.get(section)
+        return part.get(key) if isinstance(part, dict) else None
+
+
+def read_run(run: Path) -> RunFiles:
+    """Read a run directory; lines that are cut off or broken are left out."""
+    import yaml
+
+    metrics_path, config_path = run / "metrics.jsonl", run / "config.yaml"
+    config_text = config_path.read_text("utf-8", errors="replace") if config_path.is_file() else None
+    try:
+        config = yaml.safe_load(config_text or "")
+    except yaml.YAMLError:
+        config = None
+    answers = sorted((run / "answers").glob(f"step_{'[0-9]' * 8}.jsonl"))[-1:]
+    newest_loads = deque(_texts(run / EXPERT_LOAD), maxlen=2)  # the last may be half written
+    return RunFiles(
+        directory=run,
+        config_text=config_text,
+        config=config if isinstance(config, dict) else {},
+        metrics=[line for line in _lines(metrics_path) if is_number(line.get("step"))],
+        bad_samples=list(_lines(run / "bad_samples.jsonl")),
+        expert_load=next(filter(None, map(_parse, reversed(newest_loads))), None),
+        trainable=[row for row in _read_json(run / "trainable.json", []) if isinstance(row, dict)],
+        samples=[{"step": int(file.stem.removeprefix("step_")), **line} for file in answers for line in _lines(file)],
+        summary=_read_json(run / "summary.json", {}),
+        checkpoints=sorted(path.name for path in (run / "checkpoints").glob("step_*") if path.is_dir()),
+        is_exported=(run / "hf" / "config.json").is_file(),
+        is_finished=finished_step(run) is not None,
+        stopped=_read_json(run / STOPPED, {}),
+        written=metrics_path.stat().st_mtime if metrics_path.is_file() else None,
+    )
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def points_of(metrics: Sequence[Line], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the lines that have a number under this key."""
+    return [(float(line["step"]), float(line[key])) for line in metrics if is_number(line.get(key))]
+
+
+def _texts(path: Path) -> Iterator[str]:
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from file
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a JSONL file; a line that is broken is skipped."""
+    yield from (line for line in map(_parse, _texts(path)) if line is not None)
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def _read_json(path: Path, absent: Any) -> Any:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return absent
+    return content if isinstance(content, type(absent)) else absent
