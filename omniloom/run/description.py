@@ -27,14 +27,14 @@ def describe_run(workshop: Workshop, layout: Layout, model: OmniModel, rows: Sou
     warning = None if train.steps is None else describe_warmup(train.warmup_steps, train.steps)
     return [
         f"model  {workshop.spec.name} on {layout.degrees.describe()} ({device.type}), attention {kernels}",
-        *(f"       {line}" for line in _describe_slow_ways(workshop, model, device)),
+        *(f"       {line}" for line in describe_slow_ways(workshop, model, device)),
         f"data   {len(rows):,} rows, template {describe_template(workshop, rows)}",
         *(f"       {line}" for line in describe_files(rows, workshop.config)),
         *([warning] if warning is not None else []),
     ]
 
 
-def _describe_slow_ways(workshop: Workshop, model: OmniModel, device: torch.device) -> list[str]:
+def describe_slow_ways(workshop: Workshop, model: OmniModel, device: torch.device) -> list[str]:
     """What will run otherwise than the config and the model's sizes would let one think, a line each."""
     lines, config, dtype = [], workshop.config, workshop.compute_dtype
     widths = {

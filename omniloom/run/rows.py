@@ -102,8 +102,13 @@ def describe_files(source: Source, config: Config) -> list[str]:
 
 def describe_template(workshop: Workshop, source: Source) -> str:
     """The chat template that rows are rendered with, and what rows may hold that it does not write."""
-    template = open_rows(workshop, source, cache=False)().processor.renderer.template
-    return template.where + (f" (writes no {', no '.join(template.leaves_out)})" if template.leaves_out else "")
+    processor: Any = open_rows(workshop, source, cache=False)().processor
+    template = processor.renderer.template
+    return (
+        f"{template.where} (writes no {', no '.join(template.leaves_out)})"
+        if template.leaves_out
+        else str(template.where)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

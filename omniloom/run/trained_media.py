@@ -185,6 +185,6 @@ def _write_sound(section: dict[str, Any], longest: int) -> str:
     return f"sound of up to {section['chunk_length']} s"
 
 
-def _bounds_of(section: Mapping[str, Any]) -> tuple[int, int]:
+def _bounds_of(section: Mapping[str, Any]) -> tuple[Any, Any]:
     size = section.get("size") or {}
     return size.get("shortest_edge", section.get("min_pixels")), size.get("longest_edge", section.get("max_pixels"))

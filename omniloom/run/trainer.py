@@ -283,8 +283,9 @@ class Trainer:
         totals = [peaks, stop, torch.stack(list(terms.sums.values())), terms.expert_counts.double().flatten()]
         sums = layout.sum_over_ranks(torch.cat(totals))  # ranks that share a pack share its router loss too
         # the step's one wait for the device
-        peaks, (stopping,), loss_sums, loads, (grad_norm,) = (
-            part.tolist() for part in torch.cat([sums, norm.double()[None]]).cpu().split([*map(len, totals), 1])
+        memory, (stopping,), loss_sums, loads, (grad_norm,) = (
+            part.tolist()
+            for part in torch.split_with_sizes(torch.cat([sums, norm.double()[None]]).cpu(), [*map(len, totals), 1])
         )
         num_layers, width = terms.expert_counts.shape
         figures = StepFigures(
@@ -292,7 +293,7 @@ class Trainer:
             grad_norm=grad_norm,
             learning_rate=self._set_learning_rate(loaded),
             expert_load=tuple(tuple(map(int, loads[row * width :][:width])) for row in range(num_layers)),
-            peak_memory_bytes=int(max(peaks)),
+            peak_memory_bytes=int(max(memory)),
         )
         if figures.loss is None:  # a step of momentum alone would be one that no data asked for
             self.records.nothing_trained(loaded)

@@ -37,14 +37,16 @@ class KeyedDropout(nn.Module):
     def forward(self, x: Tensor, draw_key: int | None) -> Tensor:
         if self.rate == 0 or not self.training:
             return x
-        return x * self._mask(x, draw_key)
+        mask: Tensor = self._mask(x, draw_key)
+        return x * mask
 
-    @torch.compiler.disable  # the key changes every step: a compiled graph would be made anew for each
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the key changes every step: a compiled graph would be made anew for each
     def _mask(self, x: Tensor, draw_key: int | None) -> Tensor:
         assert draw_key is not None, f"the batch has no draw_key, which the dropout of {self.name} follows"
         generator = torch.Generator(x.device).manual_seed(keyed_seed(self.name, draw_key))
         kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.rate
-        return kept.to(x.dtype) / (1 - self.rate)
+        mask: Tensor = kept.to(x.dtype) / (1 - self.rate)
+        return mask
 
 
 class LoraLinear(nn.Module):
@@ -121,12 +123,12 @@ class LoraExperts(nn.Module):
         return self._adapted("down", F.silu(gate) * up, offsets, draw_key)
 
     def _adapted(self, name: str, rows: Tensor, offsets: Tensor, draw_key: int | None) -> Tensor:
-        out = self.product(rows, getattr(self, name), offsets)
+        out: Tensor = self.product(rows, getattr(self, name), offsets)
         if name not in self.scalings:
             return out
         lora_a, lora_b = getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
         lora_a, lora_b = lora_a.to(rows.dtype), lora_b.to(rows.dtype)
-        low = self.product(self.product(self.dropouts[name](rows, draw_key), lora_a, offsets), lora_b, offsets)
+        low: Tensor = self.product(self.product(self.dropouts[name](rows, draw_key), lora_a, offsets), lora_b, offsets)
         return out + self.scalings[name] * low
 
 
@@ -199,12 +201,14 @@ def initial_lora_a(adapter: Adapter, shape: tuple[int, ...], seed: int) -> Tenso
     """
     generator = torch.Generator().manual_seed(keyed_seed(adapter.lora_a, seed))
     bound = shape[-1] ** -0.5
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    lora_a: Tensor = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return lora_a
 
 
 def row_norms(weight: Tensor, scaling: float, lora_a: Tensor, lora_b: Tensor) -> Tensor:
     """Euclidean norm of each row of weight + scaling x lora_b lora_a, float32 [out]."""
-    return torch.linalg.vector_norm(weight.float() + scaling * (lora_b.float() @ lora_a.float()), dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(weight.float() + scaling * (lora_b.float() @ lora_a.float()), dim=-1)
+    return norms
 
 
 def merging(gather: Callable[[str], Tensor], adapters: Collection[Adapter]) -> Callable[[str], Tensor]:
@@ -216,10 +220,10 @@ def merging(gather: Callable[[str], Tensor], adapters: Collection[Adapter]) -> C
         if adapter is None:
             return gather(name)
         weight, lora_a, lora_b = (gather(part).float() for part in (name, adapter.lora_a, adapter.lora_b))
-        merged = weight + adapter.scaling * (lora_b @ lora_a)
+        merged: Tensor = weight + adapter.scaling * (lora_b @ lora_a)
         if adapter.magnitude is None:
             return merged
-        ratio = gather(adapter.magnitude).float() / torch.linalg.vector_norm(merged, dim=-1)
+        ratio: Tensor = gather(adapter.magnitude).float() / torch.linalg.vector_norm(merged, dim=-1)
         return merged * ratio[:, None]
 
     return gather_merged

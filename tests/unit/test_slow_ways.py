@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from omniloom.config import load_config
+from omniloom.run.description import describe_slow_ways
 from omniloom.run.opening import open_workshop
-from omniloom.run.trainer import describe_slow_ways
 from omniloom.tools.tiny import make_tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
