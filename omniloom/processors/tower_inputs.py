@@ -8,9 +8,10 @@ of a video where they differ from Qwen2-VL's. Reads no media file: headers and d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,8 @@ from omniloom.types import (
 
 Features = tuple[Tensor | None, Tensor | None]  # patches and log-mel frames of a clip
 Cost = Callable[[int, int, Sequence[ClipGeometry]], int]
+# what is done to every picture; `resample` 3 is pillow's bicubic
+PICTURES_ARE = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}
 ASKED_SIZE_TOKENS = (4, 16384)  # least and most of a picture whose size a row asks for. Source: qwen-vl-utils
 
 
@@ -59,7 +62,7 @@ class MediaSettings:
 
 
 def read_media_settings(checkpoint_dir: str | Path, options: ProcessorOptions) -> MediaSettings:
-    """Raises: ValueError where the checkpoint lacks a file or a field."""
+    """Raises: ValueError where the checkpoint lacks a file or a field, or asks for what is not done here."""
     image, audio, video = read_processor_config(checkpoint_dir)
 
     def numbers(settings: dict[str, Any], key: str, count: int = 1) -> tuple[Any, ...]:
@@ -78,15 +81,27 @@ def read_media_settings(checkpoint_dir: str | Path, options: ProcessorOptions) -
     edges = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
     low, high = (numbers(size, edge)[0] if edge in size else numbers(image, key)[0] for edge, key in edges)
     hears = "hop_length" in audio
+    mean, std = numbers(image, "image_mean", 3), numbers(image, "image_std", 3)
+    _check_pictures(image, f"{checkpoint_dir}: the image processor's settings")
+    as_image = {"image_mean": list(mean), "image_std": list(std)}
+    _check_pictures(video, f"{checkpoint_dir}: the video processor's settings", as_image)
     return MediaSettings(
         image_pixels=bounds(options.image.min_pixels, options.image.max_pixels, (low, high)),
-        image_mean=numbers(image, "image_mean", 3),
-        image_std=numbers(image, "image_std", 3),
+        image_mean=mean,
+        image_std=std,
         video=video,
         sampling_rate=numbers(audio, "sampling_rate")[0] if hears else 0,
         hop_length=numbers(audio, "hop_length")[0] if hears else 0,
         n_fft=numbers(audio, "n_fft")[0] if hears else 0,
     )
+
+
+def _check_pictures(settings: Mapping[str, Any], where: str, more: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Raises: ValueError for a processor that does something else with pictures than is done here."""
+    for key, expected in {**PICTURES_ARE, **more}.items():
+        value = settings.get(key)
+        if value is not None and value != expected:
+            raise ValueError(f"{where}: {key} is {value!r}, only {expected!r} is done here; set it so, or remove it")
 
 
 def bounds(low: int | None, high: int | None, default: tuple[int, int]) -> tuple[int, int]:
