@@ -25,12 +25,14 @@ from omniloom.types import (
     Count,
     CountOrZero,
     Decay,
+    ImageConfig,
     Kernels,
     NotNegative,
     Positive,
     ProcessorOptions,
     Range,
     Share,
+    VideoConfig,
     suggest,
 )
 
@@ -73,11 +75,26 @@ class AudioConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """A file of rows with options of its own, each in place of that of the data section; null takes the section's."""
+
+    path: Annotated[str, "the file"] = ""
+    format: Annotated[str | None, "in place of data.format"] = None
+    attr: Annotated[dict[str, str | bool | None] | None, "in place of data.attr"] = None
+    max_samples: Annotated[Count | None, "in place of data.max_samples"] = None
+    media_dir: Annotated[str | None, "in place of data.media_dir"] = None
+    template: Annotated[str | None, "in place of data.template"] = None
+    image: Annotated[ImageConfig | None, "in place of data.image, whole"] = None
+    video: Annotated[VideoConfig | None, "in place of data.video, whole"] = None
+    audio: Annotated[AudioConfig | None, "in place of data.audio, whole"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig(ProcessorOptions):
     """Which rows there are, and what becomes of them."""
 
-    train: Annotated[tuple[str, ...], "files of training rows"] = ()
-    eval: Annotated[tuple[str, ...], "files of evaluation rows"] = ()
+    train: Annotated[tuple[str | DataSource, ...], "files of training rows, or records of a path with options"] = ()
+    eval: Annotated[tuple[str | DataSource, ...], "files of evaluation rows, as train"] = ()
     split: Annotated[Share, "share of the training rows held out for evaluation where `eval` is empty"] = 0.0
     format: Annotated[str, "of the rows; auto detects it row by row"] = "auto"
     attr: Annotated[dict[str, str | bool | None], "field names of rows, as in the guides' `attr`"] = field(
@@ -260,6 +277,11 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     tree: dict[str, Any] = _copy(dataclasses.asdict(config))
     # an empty lora section would be refused when it is read again
     tree["policy"] = {name: {k: v for k, v in rule.items() if v is not None} for name, rule in tree["policy"].items()}
+    for name in ("train", "eval"):  # nor would the empty sections of a source
+        tree["data"][name] = [
+            {k: v for k, v in entry.items() if v is not None} if isinstance(entry, dict) else entry
+            for entry in tree["data"][name]
+        ]
     return tree
 
 
@@ -464,6 +486,8 @@ def _read_union(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
     sections = [member for member in arguments if dataclasses.is_dataclass(member)]
     if value is None and type(None) in arguments and not sections:
         return None
+    if sections and isinstance(value, Mapping):
+        return _read(sections[0], value, path, faults)
     members = [member for member in arguments if member is not type(None)]
     for member in members:
         own: list[str] = []
@@ -524,6 +548,8 @@ def _describe(kind: Any) -> str:
         return "a list"
     if origin is dict:
         return "names with values"
+    if dataclasses.is_dataclass(kind):
+        return "a section"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
 
 
@@ -540,6 +566,10 @@ def _contradictions(config: Config) -> list[str]:
     ):
         if both:
             faults.append(f"{one} and {other} are both set; keep one")
+    for name, entries in (("train", data.train), ("eval", data.eval)):
+        for index, entry in enumerate(entries):
+            if isinstance(entry, DataSource) and not entry.path:
+                faults.append(f"data.{name}.{index}.path: not set; name the file of the source")
     for low, high, of in (
         ("train.min_learning_rate", "train.learning_rate", (train.min_learning_rate, train.learning_rate)),
         ("data.image.min_pixels", "data.image.max_pixels", (data.image.min_pixels, data.image.max_pixels)),

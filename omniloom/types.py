@@ -126,14 +126,11 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, row: int) -> tuple[Row, str, int]:
+    def read_row(self, row: int) -> tuple[Row, str, int]:
         """The row, the file it comes from and the line (from 1) where it begins. Raises: SampleError."""
 
     def locate(self, row: int) -> tuple[str, int]:
         """File and line of a row without reading it, to name a row that cannot be read."""
-
-    def first_rows(self) -> list[int]:
-        """The first row of each file."""
 
 
 @dataclass(frozen=True, kw_only=True)

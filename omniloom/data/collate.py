@@ -56,8 +56,8 @@ def collate(
     *,
     pack_tokens: int,
     weight_scales: Sequence[float],
-    collate_vision: Callable[[Sequence[VisionClip]], VisionBatch] | None,
-    collate_audio: Callable[[Sequence[AudioClip]], AudioBatch] | None,
+    collate_vision: Callable[[Sequence[VisionClip]], VisionBatch | None] | None,
+    collate_audio: Callable[[Sequence[AudioClip]], AudioBatch | None] | None,
 ) -> PackedBatch:
     """Concatenate examples, each a segment of its own, and pad to `pack_tokens`.
 

@@ -44,10 +44,7 @@ class ArrowRows:
         assert 0 <= row < len(self), f"row {row} of {len(self)}"
         return self._path, row + 1
 
-    def first_rows(self) -> list[int]:
-        return [0]
-
-    def read(self, row: int) -> tuple[Row, str, int]:
+    def read_row(self, row: int) -> tuple[Row, str, int]:
         import pyarrow
 
         path, line = self.locate(row)

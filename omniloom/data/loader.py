@@ -61,7 +61,7 @@ class Loader:
             yield ahead.popleft().result()
 
     @property
-    def pids(self) -> list[int]:
+    def pids(self) -> Sequence[int]:
         """Worker processes."""
         return self._pool.pids
 
@@ -73,7 +73,7 @@ class Loader:
 class _CallingThread:
     """In place of a pool: a task is run when its result is asked for, one at a time, as tokenizers need it."""
 
-    pids: tuple[int, ...] = ()
+    pids: Sequence[int] = ()
 
     def __init__(self, target: RowReader) -> None:
         self._target = target

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from omniloom.data.collate import FailedSlot, check_example, collate, weight_sum
 from omniloom.data.extent_cache import ExtentCache, extent_key, media_of
+from omniloom.data.sources import Sources
 from omniloom.types import (
     AudioBatch,
     AudioClip,
@@ -28,8 +29,8 @@ from omniloom.types import (
     PackPlan,
     PackStats,
     PlannedSample,
+    Row,
     SampleError,
-    Source,
     VisionBatch,
     VisionClip,
 )
@@ -66,25 +67,43 @@ class Processor(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceReader:
+    """How the rows of one source are read. `fingerprint` stands for processor and options in the cache's keys."""
+
+    parse: Callable[[Row, str, int], Conversation]
+    read_header: Callable[[MediaSource, MediaKind], MediaHeader]
+    decode: Callable[[MediaSource, ClipGeometry], DecodedClip]
+    processor: Processor
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowReader:
     """Measures and loads rows; built once per worker process by a picklable factory.
 
     `report(row)` is called before each row, so that a row that kills the process is known by name; rows in `skip`
-    (with the reason) are bad without being touched. `fingerprint` stands for processor and options in the cache's keys.
-    With `decode_all` a row is good only once it has been decoded and encoded as for training: headers do not tell of
-    pictures that break off.
+    (with the reason) are bad without being touched. With `decode_all` a row is good only once it has been decoded and
+    encoded as for training: headers do not tell of pictures that break off.
     """
 
-    source: Source
-    parse: Callable[[dict[str, Any], str, int], Conversation]
-    read_header: Callable[[MediaSource, MediaKind], MediaHeader]
-    decode: Callable[[MediaSource, ClipGeometry], DecodedClip]
-    processor: Processor
+    source: Sources
+    readers: tuple[SourceReader, ...]  # one for each source
     pack_tokens: int
     shrink: bool = False  # data.overlong: shrink
     cache: ExtentCache | None = None
-    fingerprint: str = ""
     decode_all: bool = False
+
+    @property
+    def processor(self) -> Processor:
+        """That of the first source: tokenizer and towers are the same for all."""
+        return self.readers[0].processor
+
+    def reader_of(self, row: int) -> SourceReader:
+        return self.readers[self.source.find(row)[0]]
+
+    def conversation(self, row: int) -> Conversation:
+        """Raises: SampleError."""
+        return self.reader_of(row).parse(*self.source.read_row(row))
 
     def measure(
         self, rows: Sequence[int], skip: Mapping[int, str], report: Callable[[int], None]
@@ -147,17 +166,17 @@ class RowReader:
         )
 
     def _measure_row(self, row: int, fresh: dict[str, Extent]) -> Extent:
-        conversation = self.parse(*self.source.read(row))
-        fingerprint = f"{self.fingerprint}, shrunk to {self.pack_tokens}" if self.shrink else self.fingerprint
+        reader, conversation = self.reader_of(row), self.conversation(row)
+        fingerprint = f"{reader.fingerprint}, shrunk to {self.pack_tokens}" if self.shrink else reader.fingerprint
         key = extent_key(conversation, fingerprint) if self.cache is not None else None
         if self.cache is not None and key is not None and (known := self.cache.get(key)) is not None:
             return known
-        headers = tuple(self.read_header(media, kind) for media, kind in clips_of(conversation))
-        extent = self.processor.measure(conversation, headers)
+        headers = tuple(reader.read_header(media, kind) for media, kind in clips_of(conversation))
+        extent = reader.processor.measure(conversation, headers)
         if self.shrink and extent.num_tokens > self.pack_tokens:
-            clips = self.processor.shrink(conversation, headers, self.pack_tokens)
+            clips = reader.processor.shrink(conversation, headers, self.pack_tokens)
             if clips is not None:
-                extent = self.processor.measure(conversation, headers, clips)
+                extent = reader.processor.measure(conversation, headers, clips)
         if key is not None:
             fresh[key] = extent
         return extent
@@ -165,17 +184,17 @@ class RowReader:
     def _encode_row(
         self, sample: PlannedSample, position: int, decode_clips: frozenset[tuple[int, int]] | None
     ) -> Example:
-        conversation = self.parse(*self.source.read(sample.row))
+        reader, conversation = self.reader_of(sample.row), self.conversation(sample.row)
         media, clips = media_of(conversation), sample.extent.clips
         if len(media) != len(clips):
             raise SampleError(
                 "media", f"the row has {len(media)} clips, {len(clips)} were planned; did the file change?"
             )
         decoded = tuple(
-            self.decode(one, clip) if decode_clips is None or (position, number) in decode_clips else None
+            reader.decode(one, clip) if decode_clips is None or (position, number) in decode_clips else None
             for number, (one, clip) in enumerate(zip(media, clips, strict=True))
         )
-        example = self.processor.encode(conversation, clips, decoded)
+        example = reader.processor.encode(conversation, clips, decoded)
         fault = check_example(example, sample.extent.num_tokens)
         if fault is not None:
             raise SampleError("num_tokens", fault)

@@ -77,6 +77,7 @@ def _serve_tasks(connection: Connection) -> None:
 
 def _portable(error: BaseException) -> Exception:
     """The exception as it can be sent, with its traceback as a note."""
+    copy: Exception
     try:
         copy = pickle.loads(pickle.dumps(error))
         assert isinstance(copy, Exception)
@@ -117,7 +118,7 @@ def receive_result(connection: Connection, message: tuple[bytes, list[int]]) -> 
     length = sum(size + -size % _ALIGNMENT for size in sizes)
     with open(recv_handle(connection), "r+b") as file:  # mapped by torch, since `mmap` would keep a descriptor open
         mapped = torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=length, dtype=torch.uint8)
-    view = memoryview(mapped.numpy())
+    view = memoryview(mapped.numpy().data)
     start, buffers = 0, []
     for size in sizes:
         buffers.append(view[start : start + size])
@@ -130,7 +131,7 @@ class _TensorPickler(pickle.Pickler):
         if not isinstance(value, Tensor):
             return NotImplemented
         assert value.device.type == "cpu", f"a worker sends CPU tensors, got one on {value.device}"
-        data = value.detach().contiguous().view(-1).view(torch.uint8).numpy() if value.numel() else b""
+        data = value.detach().contiguous().view(-1).view(torch.uint8).numpy().data if value.numel() else b""
         return _rebuild, (pickle.PickleBuffer(data), value.dtype, tuple(value.shape))
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import torch
 
+from omniloom.data.sources import Sources
 from omniloom.models.fusion import OmniModel
 from omniloom.ops.attention import resolve_kernel
 from omniloom.ops.grouped_gemm import ROW_BYTES, fits_grouped_gemm
@@ -13,10 +14,9 @@ from omniloom.parallel.mesh import Layout
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import describe_files, describe_template
 from omniloom.training.schedule import describe_warmup
-from omniloom.types import Source
 
 
-def describe_run(workshop: Workshop, layout: Layout, model: OmniModel, rows: Source) -> list[str]:
+def describe_run(workshop: Workshop, layout: Layout, model: OmniModel, rows: Sources) -> list[str]:
     """Lines for the log. Raises: ValueError for a kernel that this device or dtype does not have."""
     device = layout.device
     kernels = ", ".join(

@@ -200,7 +200,8 @@ def _asks_for_more(changes: list[Change], config: Config, step: int) -> bool:
 def _check_overwrite(run_dir: Path, config: Config) -> None:
     resume = config.checkpoint.resume
     read = [("model.path", config.model.path), ("model.adapter", config.model.adapter)]
-    read += [("data.train", path) for path in config.data.train] + [("data.eval", path) for path in config.data.eval]
+    for key, entries in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        read += [(key, entry if isinstance(entry, str) else entry.path) for entry in entries]
     read += [("checkpoint.resume", resume)] if resume not in ("auto", "none") else []
     doomed = list(_own_files(run_dir))
     for key, path in read:
@@ -238,7 +239,12 @@ def _is_same(key: str, before: Any, now: Any) -> bool:
     if before == now or key not in PATHS:
         return bool(before == now)
     there, here = ([item] if isinstance(item, str) else item or [] for item in (before, now))
-    return [Path(item).resolve() for item in there] == [Path(item).resolve() for item in here]
+    return [_place(item) for item in there] == [_place(item) for item in here]
+
+
+def _place(item: Any) -> Any:
+    """A path, or the record of a data source, whatever the spelling of its path."""
+    return {**item, "path": Path(item["path"]).resolve()} if isinstance(item, dict) else Path(item).resolve()
 
 
 def _listed(changes: list[Change]) -> str:

@@ -21,6 +21,7 @@ from omniloom.data.agreement import PlanningRanks, StepAgreement, agree
 from omniloom.data.loader import Loader
 from omniloom.data.packing import pack_everything
 from omniloom.data.planner import PlanError, plan_all
+from omniloom.data.sources import Sources
 from omniloom.data.stream import LISTED, BadSampleFile
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.encoder_pool import EncoderPool
@@ -30,7 +31,7 @@ from omniloom.processors.rendering import split_reasoning
 from omniloom.run.answers import Agreement, answer_pack, compare
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import clips_of_rank, open_rows
-from omniloom.types import TEXT, BadSample, Extent, LoadedPack, PackPlan, PlannedSample, Source, StepPlan
+from omniloom.types import TEXT, BadSample, Extent, LoadedPack, PackPlan, PlannedSample, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ class Evaluation:
         self,
         workshop: Workshop,
         layout: Layout,
-        rows: Source,
+        rows: Sources,
         bad_samples: BadSampleFile | None,
         stack: ExitStack,
     ) -> None:
@@ -113,7 +114,7 @@ class Evaluation:
             stack.callback(self.answer_loader.close)
             self.reader = open_reader()
 
-    def _plan(self, rows: Source, pack_tokens: int) -> list[PackPlan]:
+    def _plan(self, rows: Sources, pack_tokens: int) -> list[PackPlan]:
         self.num_rows = len(rows)
         try:
             packs, bad = plan_all(
@@ -179,7 +180,7 @@ class Evaluation:
 
     def _question(self, row: int) -> dict[str, Any]:
         """The words of the question before the last answer, and the files of all media."""
-        turns = self.reader.parse(*self.reader.source.read(row)).turns
+        turns = self.reader.conversation(row).turns
         answer = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
         asked = next((turn for turn in reversed(turns[:answer]) if turn.role == "user"), turns[0])
         media = [part.media for turn in turns for part in turn.parts if part.media is not None]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from omniloom.config import Config, ConfigError, DataConfig
+from omniloom.config import Config, ConfigError, DataConfig, DataSource
 from omniloom.data.agreement import PlanningRanks
 from omniloom.data.extent_cache import ExtentCache, fingerprint_of
 from omniloom.data.formats import RowOptions, describe_format, parse_row, row_options
@@ -20,8 +18,8 @@ from omniloom.data.media import MediaLimits
 from omniloom.data.media_decode import decode_clip
 from omniloom.data.media_headers import read_header
 from omniloom.data.planner import Planner, plan_options
-from omniloom.data.rows import RowReader
-from omniloom.data.sources import Subset, open_sources
+from omniloom.data.rows import RowReader, SourceReader
+from omniloom.data.sources import Sources, open_sources
 from omniloom.data.stream import BadSampleFile, StepStream
 from omniloom.families.registry import spec_named
 from omniloom.parallel.encoder_pool import assign_clips
@@ -29,7 +27,7 @@ from omniloom.parallel.mesh import Layout
 from omniloom.parallel.staging import stage
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.results import NO_ADAPTER
-from omniloom.types import Conversation, PackPlan, SampleError, Source
+from omniloom.types import Conversation, PackPlan, Row, SampleError
 
 DESCRIBED_FILES = 8
 SILENT_RATE = 16000  # Hz at which sound is counted for a model without an audio tower
@@ -44,7 +42,7 @@ _OTHER_OPTIONS = frozenset(
 )
 
 
-def open_run(config: Config) -> tuple[Workshop, Source, Source | None]:
+def open_run(config: Config) -> tuple[Workshop, Sources, Sources | None]:
     """What a run begins with: the checkpoint, and the rows to train and to evaluate on.
 
     Raises: ValueError for whatever is wrong with config, checkpoint or data and can be said without ranks.
@@ -65,7 +63,7 @@ def open_run(config: Config) -> tuple[Workshop, Source, Source | None]:
     return workshop, train_rows, eval_rows
 
 
-def open_data(config: DataConfig, seed: int) -> tuple[Source, Source | None]:
+def open_data(config: DataConfig, seed: int) -> tuple[Sources, Sources | None]:
     """Training and evaluation rows. `split` holds out the same rows on every rank and on every resumption.
 
     Raises: ValueError for files that cannot be read and for a split that leaves nothing on one side.
@@ -80,27 +78,33 @@ def open_data(config: DataConfig, seed: int) -> tuple[Source, Source | None]:
         raise ValueError(
             f"data.split: {config.split:g} of {len(rows)} rows holds out {num_held_out}; both sides need at least one"
         )
-    keys = np.random.PCG64(np.random.SeedSequence([seed, len(rows), 1])).random_raw(len(rows))
-    order = np.argsort(keys, kind="stable")
-    return Subset(rows, np.sort(order[num_held_out:])), Subset(rows, np.sort(order[:num_held_out]))
+    return rows.split(num_held_out, seed)
 
 
-def describe_files(source: Source, config: Config) -> list[str]:
+def options_of(data: DataConfig, entry: str | DataSource) -> DataConfig:
+    """The data section as it holds for one source."""
+    if isinstance(entry, str):
+        return data
+    named = ((item.name, getattr(entry, item.name)) for item in fields(entry) if item.name != "path")
+    return replace(data, **{name: value for name, value in named if value is not None})
+
+
+def describe_files(source: Sources, config: Config) -> list[str]:
     """How the rows of each data file are read, by its first one: a line each for the log."""
-    options = row_options(config.data)
     first_rows = source.first_rows()
     lines = []
     for index in first_rows[:DESCRIBED_FILES]:
         file, _ = source.locate(index)
         try:
-            lines.append(f"{file}: {describe_format(source.read(index)[0], options)}")
+            options = row_options(options_of(config.data, source.entries[source.find(index)[0]]))
+            lines.append(f"{file}: {describe_format(source.read_row(index)[0], options)}")
         except SampleError as error:
             lines.append(f"{file}: its first row is bad: {error}")
     more = len(first_rows) - len(lines)
     return [*lines, f"and {more} more"] if more else lines
 
 
-def describe_template(workshop: Workshop, source: Source) -> str:
+def describe_template(workshop: Workshop, source: Sources) -> str:
     """The chat template that rows are rendered with, and what rows may hold that it does not write."""
     processor: Any = open_rows(workshop, source, cache=False)().processor
     template = processor.renderer.template
@@ -115,39 +119,49 @@ def describe_template(workshop: Workshop, source: Source) -> str:
 class OpenRows:
     """Builds a `RowReader` in whatever process calls it. Holds only what pickles cheaply."""
 
-    source: Source
-    rows: RowOptions
-    data: DataConfig
+    source: Sources
+    options: tuple[DataConfig, ...]  # of each source
     family_name: str
     family: Any
     model_dir: Path
     modalities: tuple[str, ...]
-    planned: Mapping[str, Any]  # as `planned_options` gives it
     cache_dir: Path | None
     decode_all: bool = False  # rows are measured only after they were decoded, for `check`
+    needs_answer: bool = True
     last_answer_only: bool = False  # whatever weights and options say: for rows that the model is to answer
 
     def __call__(self) -> RowReader:
-        data = self.data
-        if self.last_answer_only:
-            data = replace(data, train_on_prompt=False, last_turn_only=True)
-        processor = spec_named(self.family_name).make_processor(self.model_dir, self.family, data)
-        limits = MediaLimits(data=self.data, sampling_rate=processor.towers.settings.sampling_rate or SILENT_RATE)
+        data = self.options[0]
+        distinct: list[DataConfig] = []
+        for options in self.options:
+            if options not in distinct:
+                distinct.append(options)
+        readers = [self._read_with(options) for options in distinct]
         return RowReader(
             source=self.source,
-            parse=self._parse,
-            read_header=partial(read_header, limits=limits),
-            decode=partial(decode_clip, limits=limits),
-            processor=processor,
+            readers=tuple(readers[distinct.index(options)] for options in self.options),
             pack_tokens=data.pack_tokens,
             shrink=data.overlong == "shrink",
             cache=ExtentCache(self.cache_dir) if self.cache_dir is not None else None,
             decode_all=self.decode_all,
-            fingerprint=fingerprint_of(self.model_dir, self.family, self.planned),
         )
 
-    def _parse(self, row: dict[str, Any], file: str, line: int) -> Conversation:
-        conversation = parse_row(row, file=file, line=line, options=self.rows)
+    def _read_with(self, data: DataConfig) -> SourceReader:
+        planned = _changed(data, DataConfig())
+        if self.last_answer_only:
+            data = replace(data, train_on_prompt=False, last_turn_only=True)
+        processor = spec_named(self.family_name).make_processor(self.model_dir, self.family, data)
+        limits = MediaLimits(data=data, sampling_rate=processor.towers.settings.sampling_rate or SILENT_RATE)
+        return SourceReader(
+            parse=partial(self._parse, options=replace(row_options(data), needs_answer=self.needs_answer)),
+            read_header=partial(read_header, limits=limits),
+            decode=partial(decode_clip, limits=limits),
+            processor=processor,
+            fingerprint=fingerprint_of(self.model_dir, self.family, self.modalities, planned),
+        )
+
+    def _parse(self, row: Row, file: str, line: int, *, options: RowOptions) -> Conversation:
+        conversation = parse_row(row, file=file, line=line, options=options)
         for turn in conversation.turns:
             for part in turn.parts:
                 kinds = [part.kind] if part.media is not None else []
@@ -173,22 +187,27 @@ def planned_options(workshop: Workshop) -> dict[str, Any]:
     For the planner's state: a resumption that reads the same rows in another way would train on another plan. Neither
     code nor checkpoint files count, so that an upgrade does not end a run.
     """
-
-    def changed(section: Any, default: Any, prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name in section.__dataclass_fields__:
-            value, usual = getattr(section, name), getattr(default, name)
-            if is_dataclass(value):
-                found |= changed(value, usual, f"{prefix}.{name}")
-            elif value != usual and f"{prefix}.{name}" not in _OTHER_OPTIONS:
-                found[f"{prefix}.{name}"] = value
-        return found
-
-    return {**changed(workshop.config.data, DataConfig(), "data"), "model.modalities": list(workshop.modalities)}
+    data = workshop.config.data
+    found = _changed(data, DataConfig())
+    for index, entry in enumerate(data.train):
+        found |= _changed(options_of(data, entry), data, f"data.train.{index}")
+    return {**found, "model.modalities": list(workshop.modalities)}
 
 
-def open_rows(workshop: Workshop, source: Source, *, cache: bool = True, decode_all: bool = False) -> OpenRows:
-    """The factory of readers of one source. Without `cache`, extents are kept only where `data.cache_dir` says.
+def _changed(section: Any, usual: Any, path: str = "data", name: str = "data") -> dict[str, Any]:
+    """What of a section differs from another and changes samples, by its path."""
+    found: dict[str, Any] = {}
+    for field in fields(section):
+        value, other = getattr(section, field.name), getattr(usual, field.name)
+        if is_dataclass(value):
+            found |= _changed(value, other, f"{path}.{field.name}", f"{name}.{field.name}")
+        elif value != other and f"{name}.{field.name}" not in _OTHER_OPTIONS:
+            found[f"{path}.{field.name}"] = value
+    return found
+
+
+def open_rows(workshop: Workshop, source: Sources, *, cache: bool = True, decode_all: bool = False) -> OpenRows:
+    """The factory of readers of some sources. Without `cache`, extents are kept only where `data.cache_dir` says.
 
     Raises: ValueError for options that contradict each other.
     """
@@ -198,22 +217,20 @@ def open_rows(workshop: Workshop, source: Source, *, cache: bool = True, decode_
         cache_dir = Path(config.train.run_dir) / "cache"
     return OpenRows(
         source=source,
-        rows=row_options(data),
-        data=data,
+        options=tuple(options_of(data, entry) for entry in source.entries) or (data,),
         family_name=workshop.spec.name,
         family=workshop.family,
         model_dir=workshop.checkpoint.directory,
         modalities=workshop.modalities,
-        planned=planned_options(workshop),
         cache_dir=cache_dir,
         decode_all=decode_all,
     )
 
 
-def open_planner(workshop: Workshop, layout: Layout, rows: Source, loader: Loader) -> Planner:
+def open_planner(workshop: Workshop, layout: Layout, rows: Sources, loader: Loader) -> Planner:
     """The planner of a run's training rows, measured by `loader`."""
     return Planner(
-        rows_per_source=(len(rows),),
+        rows_per_source=rows.sizes,
         options=plan_options(workshop.config),
         measure=loader.measure,
         locate=rows.locate,

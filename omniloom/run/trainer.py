@@ -19,6 +19,7 @@ from omniloom.checkpoint.run_lock import hold_run_lock
 from omniloom.checkpoint.stored import StoredCheckpoint
 from omniloom.config import Config
 from omniloom.data.loader import Loader
+from omniloom.data.sources import Sources
 from omniloom.data.stream import BadSampleFile, LoadedStep
 from omniloom.exit_codes import LOST_RANK, STOPPED_EARLY
 from omniloom.parallel.device import peak_memory_bytes
@@ -55,7 +56,7 @@ from omniloom.training.metrics import StepFigures, StepMetrics
 from omniloom.training.optimizer import build_optimizer, set_learning_rate
 from omniloom.training.profile import Profile
 from omniloom.training.schedule import decay_progress, describe_warmup, schedule_factor
-from omniloom.types import TEXT, RunError, Source
+from omniloom.types import TEXT, RunError
 
 COLLECTIVE_GRACE_SECONDS = 60.0  # collectives give up this much later than the watchdog, which has more to say
 
@@ -123,8 +124,8 @@ class Trainer:
         self,
         workshop: Workshop,
         layout: Layout,
-        train_rows: Source,
-        eval_rows: Source | None,
+        train_rows: Sources,
+        eval_rows: Sources | None,
         stack: ExitStack,
         on_step: Callable[[StepMetrics], None] | None = None,
         *,

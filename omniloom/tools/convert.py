@@ -44,7 +44,7 @@ def convert_file(kind: str, source: Path, target: Path, *, media_dir: Path | Non
         for index in range(len(rows)):
             where = "{}:{}".format(*rows.locate(index))
             try:
-                row, name, line = rows.read(index)
+                row, name, line = rows.read_row(index)
                 written = convert_row(row, name, line, kind, media_dir or source.parent, target.parent)
             except SampleError as error:
                 problems.append(f"{where}: {error}")

@@ -18,8 +18,8 @@ import torch
 from omniloom.checkpoint.adapters import adapter_values, name_in_memory
 from omniloom.config import Config, DataConfig, ModelConfig, keys_of, override_config
 from omniloom.data.row_media import KINDS
-from omniloom.data.rows import RowReader, Source, clips_of
-from omniloom.data.sources import Concatenated, open_sources
+from omniloom.data.rows import RowReader, SourceReader, clips_of
+from omniloom.data.sources import Sources, open_sources
 from omniloom.processors.rendering import split_reasoning
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.rows import open_rows
@@ -61,7 +61,7 @@ class BadRow:
     error: str
 
 
-def open_reader(model: str | Path, data: DataConfig, source: Source) -> RowReader:
+def open_reader(model: str | Path, data: DataConfig, source: Sources) -> RowReader:
     """The row reader of a checkpoint; `data` as it was in training. Rows need no answer.
 
     Raises: ValueError for no known checkpoint.
@@ -73,9 +73,8 @@ def _open(model: str | Path, data: DataConfig, adapter: str | None) -> Workshop:
     return open_workshop(Config(model=ModelConfig(path=str(model), adapter=adapter), data=data), adapter_decides=True)
 
 
-def _reader(workshop: Workshop, source: Source) -> RowReader:
-    open_reader = open_rows(workshop, source, cache=False)
-    return replace(open_reader, rows=replace(open_reader.rows, needs_answer=False))()
+def _reader(workshop: Workshop, source: Sources) -> RowReader:
+    return replace(open_rows(workshop, source, cache=False), needs_answer=False)()
 
 
 def read_prompts(reader: RowReader) -> list[Prompt]:
@@ -99,14 +98,14 @@ def read_rows(reader: RowReader, rows: Iterable[int]) -> list[Prompt | BadRow]:
 def _read_row(reader: RowReader, index: int) -> Prompt | BadRow:
     name = place = "{}:{}".format(*reader.source.locate(index))
     try:
-        row, file, line = reader.source.read(index)
+        row, file, line = reader.source.read_row(index)
         name = place if row.get("id") is None else str(row["id"])
-        return read_prompt(reader, reader.parse(row, file, line), file)
+        return read_prompt(reader.reader_of(index), reader.reader_of(index).parse(row, file, line), file)
     except SampleError as error:
         return BadRow(id=name, error=f"{place}: {str(error) or type(error).__name__}")
 
 
-def read_prompt(reader: RowReader, conversation: Conversation, file: str) -> Prompt:
+def read_prompt(reader: SourceReader, conversation: Conversation, file: str) -> Prompt:
     """One conversation up to its last answer, its media decoded. Raises: SampleError."""
     asked, expected = _split_answer(conversation)
     media = clips_of(asked)
@@ -259,7 +258,7 @@ def answers(
         # who names a file by hand may name any, from where they are
         config = replace(config, media_dir=".", allow_outside_media_dir=True)
         workshop = _open(model, config, adapter)
-        reader = _reader(workshop, Concatenated(()))
+        (reader,) = _reader(workshop, Sources((), ())).readers
         asked = read_prompt(reader, _ask(reader, prompt, media or {}), "command line")
         processor: Any = reader.processor
         (text,) = answer(_load(workshop), processor.tokenizer, [asked], max_new_tokens=max_new_tokens)
@@ -294,7 +293,7 @@ def _answer_line(prompt: Prompt, text: str) -> dict[str, str]:
     return {"id": prompt.id, "answer": said, **thought, "expected": prompt.expected}
 
 
-def _ask(reader: RowReader, prompt: str, media: Mapping[str, Sequence[str | Path]]) -> Conversation:
+def _ask(reader: SourceReader, prompt: str, media: Mapping[str, Sequence[str | Path]]) -> Conversation:
     """A prompt and its media as the conversation that a row of them would be. Raises: SampleError."""
     blocks = [{"type": kind, kind: str(path)} for kind in KINDS for path in media.get(kind, ())]
     row = {"id": "prompt", "messages": [{"role": "user", "content": blocks}]}

@@ -16,13 +16,14 @@ from omniloom.config import Config, ParallelConfig, config_from_words
 from omniloom.data.formats import describe_format, row_options
 from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner, check_pack_counts, plan_options
-from omniloom.data.rows import RowReader, clips_of
+from omniloom.data.rows import SourceReader, clips_of
+from omniloom.data.sources import Sources
 from omniloom.run.directory import check_start, find_finished
 from omniloom.run.opening import Workshop, choose_degrees
-from omniloom.run.rows import describe_files, describe_template, open_rows, open_run
+from omniloom.run.rows import describe_files, describe_template, open_rows, open_run, options_of
 from omniloom.training.policy import trainable_table
 from omniloom.training.schedule import describe_warmup
-from omniloom.types import BadSample, Extent, SampleError, Source, StepPlan
+from omniloom.types import BadSample, Extent, SampleError, StepPlan
 
 CHECKED_ROWS = 200
 
@@ -89,7 +90,7 @@ def _print_sizes(config: Config, lengths: list[int], num_rows: int) -> None:
         print(f"           {warning}")
 
 
-def _print_unused_sound(workshop: Workshop, source: Source, good: Mapping[int, Extent]) -> None:
+def _print_unused_sound(workshop: Workshop, source: Sources, good: Mapping[int, Extent]) -> None:
     """Rows with videos whose sound would not be heard, though the model can hear."""
     if "audio" not in workshop.modalities:
         return
@@ -98,7 +99,8 @@ def _print_unused_sound(workshop: Workshop, source: Source, good: Mapping[int, E
         row
         for row, extent in good.items()
         if any(clip.kind == "video" and not clip.num_mel_frames for clip in extent.clips)
-        and any(reader.read_header(media, kind).has_audio for media, kind in clips_of(reader.parse(*source.read(row)))
+        and any(reader.reader_of(row).read_header(media, kind).has_audio
+                for media, kind in clips_of(reader.conversation(row))
                 if kind == "video" and not media.use_audio)
     ]  # fmt: skip
     if rows:
@@ -114,9 +116,9 @@ def preview_rows(words: Sequence[str], num_rows: int) -> None:
     for row in range(min(num_rows, len(source))):
         print("── {}:{}".format(*source.locate(row)))
         try:
-            raw, file, line = source.read(row)
-            print(describe_format(raw, row_options(config.data)))
-            print(_describe(reader, raw, file, line))
+            raw, file, line = source.read_row(row)
+            print(describe_format(raw, row_options(options_of(config.data, source.entries[source.find(row)[0]]))))
+            print(_describe(reader.reader_of(row), raw, file, line))
         except SampleError as error:
             print(f"bad row: {error}")
 
@@ -127,7 +129,7 @@ def show_plan(words: Sequence[str], num_steps: int) -> None:
     workshop, source, _ = open_run(config)
     with _loader(config, workshop, source) as loader:
         planner = Planner(
-            rows_per_source=(len(source),),
+            rows_per_source=source.sizes,
             options=plan_options(config),
             measure=loader.measure,
             locate=source.locate,
@@ -155,7 +157,7 @@ def _print_step(step: StepPlan, pack_tokens: int) -> None:
 
 
 @contextmanager
-def _loader(config: Config, workshop: Workshop, source: Source, *, decode_all: bool = False) -> Iterator[Loader]:
+def _loader(config: Config, workshop: Workshop, source: Sources, *, decode_all: bool = False) -> Iterator[Loader]:
     rows = open_rows(workshop, source, cache=False, decode_all=decode_all)
     loader = Loader(rows, workers=config.data.workers)
     try:
@@ -164,7 +166,7 @@ def _loader(config: Config, workshop: Workshop, source: Source, *, decode_all: b
         loader.close()
 
 
-def _describe(reader: RowReader, raw: dict[str, Any], file: str, line: int) -> str:
+def _describe(reader: SourceReader, raw: dict[str, Any], file: str, line: int) -> str:
     conversation = reader.parse(raw, file, line)
     headers = tuple(reader.read_header(source, kind) for source, kind in clips_of(conversation))
     processor: Any = reader.processor

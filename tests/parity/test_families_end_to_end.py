@@ -74,11 +74,11 @@ def test_scores_are_transformers_losses_of_the_exported_model(finished, capsys) 
     config = load_config(None, [f"model.path={directory}", f"data.train={finished / 'rows.json'}", *WORDS])
     score_file(directory, finished / "rows.json", list(WORDS))
     scores = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    reader = open_rows(open_workshop(config), open_sources(config.data.train), cache=False)()
-    assert len(scores) == len(reader.source)
+    rows = open_rows(open_workshop(config), open_sources(config.data.train), cache=False)()
+    assert len(scores) == len(rows.source)
     model = load_model(directory)
     for row, score in enumerate(scores):
-        conversation = reader.parse(*reader.source.read(row))
+        reader, conversation = rows.reader_of(row), rows.conversation(row)
         media = [(part.media, part.kind) for turn in conversation.turns for part in turn.parts if part.media]
         headers = [reader.read_header(source, kind) for source, kind in media]
         clips = reader.processor.geometry(conversation, headers)

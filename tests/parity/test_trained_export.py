@@ -146,7 +146,8 @@ def _reader(config):
 
 def _both(reader, row: int):
     """The row as our example, and as arguments of transformers' forward with the whole conversation in it."""
-    conversation = reader.parse(*reader.source.read(row))
+    conversation = reader.conversation(row)
+    reader = reader.reader_of(row)
     media = [(part.media, part.kind) for turn in conversation.turns for part in turn.parts if part.media is not None]
     headers = [reader.read_header(source, kind) for source, kind in media]
     clips = reader.processor.geometry(conversation, headers)

@@ -1,12 +1,14 @@
 """From real files to packed batches: sources, formats, media, a family's processor, planner and loader together."""
 
 import json
+import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from omniloom.config import load_config
+from omniloom.config import config_to_dict, load_config
 from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner, plan_options
 from omniloom.data.sources import open_sources
@@ -42,7 +44,7 @@ def load_all(checkpoint: Path, files: list[Path], run_dir: Path, *words: str) ->
     open_reader = open_rows(open_workshop(config), source)
     loader = Loader(open_reader, workers=config.data.workers)
     planner = Planner(
-        rows_per_source=(len(source),), options=plan_options(config), measure=loader.measure, locate=source.locate
+        rows_per_source=source.sizes, options=plan_options(config), measure=loader.measure, locate=source.locate
     )
     with StepStream(planner, loader) as stream:
         return list(stream)
@@ -84,7 +86,7 @@ def test_thinking_that_is_switched_off_reaches_the_processor(checkpoint, demo):
     source = open_sources((str(demo),))
     for word, enabled in (("data.enable_thinking=true", True), ("data.enable_thinking=false", False)):
         open_reader = open_rows(open_workshop(load_config(None, [*words, word])), source, cache=False)
-        assert open_reader().processor.options.enable_thinking is enabled
+        assert open_reader().processor.towers.options.enable_thinking is enabled
 
 
 ODD_ROWS = (
@@ -118,6 +120,52 @@ def test_whatever_a_row_holds_is_its_own_fault(checkpoint, tmp_path):
     (bad,) = reader.load(PackPlan(index=0, samples=(sample,)), None, {}, lambda row: None).bad
     for row in (bad, *(row for row in found if row is not found[7])):
         json.dumps([row.field, row.reason], ensure_ascii=False).encode()
+
+
+def test_options_of_a_source_are_its_own(checkpoint, tmp_path):
+    from PIL import Image
+
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (640, 640)).save(tmp_path / folder / "a.png")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"query": "<image>?", "response": "b", "image": "one/a.png"}))
+    (tmp_path / "b.jsonl").write_text('{"ask": "<image>?", "say": "b", "pictures": ["a.png"]}\n' * 3)
+    own = {
+        "path": str(tmp_path / "b.jsonl"),
+        "attr": {"query": "ask", "response": "say", "images": "pictures"},
+        "media_dir": str(tmp_path / "two"),
+        "image": {"max_pixels": 90_000},
+        "max_samples": 2,
+        "template": "qwen3_omni",
+    }
+    tree = {"model": {"path": str(checkpoint)}, "data": {"train": [str(tmp_path / "a.jsonl"), own]}}
+    config = load_config(tree)
+    assert load_config(config_to_dict(config)) == config
+    rows = open_sources(config.data.train)
+    assert rows.sizes == (1, 2)
+    workshop = open_workshop(config)
+    reader = pickle.loads(pickle.dumps(open_rows(workshop, rows, cache=False)))()
+    found = reader.measure([0, 1, 2], {}, lambda row: None)
+    assert [extent.clips[0].grid_thw for extent in found[1:]] == [(1, 18, 18)] * 2
+    assert found[0].clips[0].grid_thw == (1, 40, 40)
+    assert "<think>" in text_of(reader, 1, found[1])
+    assert "<think>" not in text_of(reader, 0, found[0])
+    assert planned_options(workshop)["data.train.1.attr"] == own["attr"]
+    assert "data.train.1.media_dir" not in planned_options(workshop)
+    for wrong, words in (
+        ({"attr": {}}, "data.train.1.path: not set"),
+        ({"path": "x", "atr": {}}, "data.train.1.atr: unknown key; did you mean data.train.1.attr?"),
+        ({"path": "x", "image": {"max_pixels": 0}}, "data.train.1.image.max_pixels: expected at least 1"),
+        (3, "data.train.1: expected text or a section"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            load_config({**tree, "data": {"train": ["a", wrong]}})
+
+
+def text_of(reader, row: int, extent: Extent) -> str:
+    processor = reader.reader_of(row).processor
+    example = processor.encode(reader.conversation(row), extent.clips, (None,) * len(extent.clips))
+    return processor.tokenizer.decode(example.input_ids.tolist(), skip_special_tokens=False)
 
 
 def check_batch(batch: PackedBatch) -> None:

@@ -729,7 +729,7 @@ def test_the_real_demo_rows_parse():
     for path in sorted(REAL.glob("*.json")):
         source = open_sources((str(path),))
         for index in range(len(source)):
-            row, file, line = source.read(index)
+            row, file, line = source.read_row(index)
             conversation = parse_row(row, file=file, line=line, options=RowOptions())
             for turn in conversation.turns:
                 for part in turn.parts:

@@ -22,7 +22,8 @@ from omniloom.data.extent_cache import ExtentCache, extent_key, fingerprint_of
 from omniloom.data.loader import Loader
 from omniloom.data.planner import PlanError, Planner
 from omniloom.data.row_order import PlanOptions
-from omniloom.data.rows import RowFault, RowReader
+from omniloom.data.rows import RowFault, RowReader, SourceReader
+from omniloom.data.sources import Sources
 from omniloom.data.stream import BadSampleFile, StepStream
 from omniloom.data.worker import receive_result, send_result
 from omniloom.data.worker_pool import PoolClosed
@@ -66,7 +67,7 @@ class Numbers:
     def locate(self, row: int) -> tuple[str, int]:
         return "numbers.jsonl", row + 1
 
-    def read(self, row: int):
+    def read_row(self, row: int):
         if row in self.unreadable:
             raise SampleError("messages", "not a conversation")
         if row in self.deadly:
@@ -146,16 +147,15 @@ def decode(broken, media: MediaSource, clip: ClipGeometry) -> DecodedClip:
     return DecodedClip(pixels=np.full((4, 4, 3), number, dtype=np.uint8))
 
 
-def open_rows(**behaviour) -> RowReader:
+def open_rows(processor=None, **behaviour) -> RowReader:
     source = Numbers(**behaviour)
-    return RowReader(
-        source=source,
+    reader = SourceReader(
         parse=parse,
         read_header=lambda media, kind: MediaHeader(kind=kind, width=4, height=4),
         decode=partial(decode, source.broken),
-        processor=NumberProcessor(),
-        pack_tokens=PACK_TOKENS,
+        processor=processor or NumberProcessor(),
     )
+    return RowReader(source=Sources((source,), ("numbers",)), readers=(reader,), pack_tokens=PACK_TOKENS)
 
 
 def refuse_to_open() -> RowReader:
@@ -318,15 +318,12 @@ def test_a_killed_training_script_without_a_guard_leaves_no_worker_behind(tmp_pa
 
 
 def test_closing_does_not_wait_for_a_window_to_be_measured_without_workers():
-    rows = open_rows()
-
     class Slow(NumberProcessor):
         def measure(self, conversation, headers, clips=None):
             time.sleep(0.1 * (number_of(conversation) >= 64))  # in the second window, 5.6 s in all
             return super().measure(conversation, headers)
 
-    parts = {name: getattr(rows, name) for name in ("source", "parse", "read_header", "decode", "pack_tokens")}
-    stream = make_stream(Loader(lambda: RowReader(**parts, processor=Slow()), workers=0), shuffle=False)
+    stream = make_stream(Loader(lambda: open_rows(Slow()), workers=0), shuffle=False)
     next(stream)
     begin = time.monotonic()
     stream.close()
@@ -422,7 +419,7 @@ class FaultyProcessor(NumberProcessor):
 
 
 def open_faulty_rows() -> RowReader:
-    return replace(open_rows(), processor=FaultyProcessor())
+    return open_rows(FaultyProcessor())
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -767,9 +764,7 @@ def test_cached_rows_are_not_measured_again(tmp_path):
             return super().measure(conversation, headers)
 
     def reader(processor):
-        rows = open_rows()
-        parts = {name: getattr(rows, name) for name in ("source", "parse", "read_header", "decode", "pack_tokens")}
-        return RowReader(**parts, processor=processor, cache=ExtentCache(tmp_path), fingerprint="numbers")
+        return replace(open_rows(processor), cache=ExtentCache(tmp_path))
 
     text_rows = [row for row in range(30) if row % 5]  # images of this fake do not exist, so those are not cached
     first, second = Counting(), Counting()

@@ -1,13 +1,16 @@
 """Every row of every kind of file comes back as written, by row number, in any process."""
 
 import json
+import os
 import pickle
+import tempfile
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.data.sources import Subset, open_sources
+from omniloom.data import text_rows
+from omniloom.data.sources import open_sources
 from omniloom.types import SampleError
 
 ROWS = [{"id": str(index), "text": text} for index, text in enumerate(["a", "äöü", "中文\n二", "😀", "]},{"])]
@@ -43,11 +46,11 @@ def write_kinds(folder, rows):
 def test_every_kind_of_file_gives_the_same_rows_in_any_order_and_process(tmp_path):
     for name, path in write_kinds(tmp_path, ROWS).items():
         source = open_sources((path,))
-        source.read(0)  # opened before it is pickled
+        source.read_row(0)  # opened before it is pickled
         source = pickle.loads(pickle.dumps(source))
         assert len(source) == len(ROWS), name
         for index in (3, 0, 4, 1, 2):
-            row, file, line = source.read(index)
+            row, file, line = source.read_row(index)
             assert row == ROWS[index], name
             assert file == path
             assert (file, line) == source.locate(index)
@@ -73,7 +76,7 @@ def test_json_arrays_round_trip_with_true_line_numbers(tmp_path_factory, rows, i
     assert len(source) == len(rows)
     lines = path.read_bytes().split(b"\n")
     for index in range(len(rows)):
-        row, _, line = source.read(index)
+        row, _, line = source.read_row(index)
         written = json.loads(json.dumps(rows[index], ensure_ascii=False).encode("utf-8", errors="replace"))
         assert row == written
         assert lines[line - 1].lstrip().startswith(b"{") or b"{" in lines[line - 1]
@@ -85,7 +88,7 @@ def test_rows_that_share_a_line_are_told_apart_by_their_location(tmp_path):
     source = open_sources((str(path),))
     places = ["{}:{}".format(*pickle.loads(pickle.dumps(source.locate(row)))) for row in range(4)]
     assert places == [f"{path}:1 (row 1)", f"{path}:1 (row 2)", f"{path}:1 (row 3)", f"{path}:2"]
-    assert json.dumps([source.read(row)[2] for row in range(4)]) == "[1, 1, 1, 2]"
+    assert json.dumps([source.read_row(row)[2] for row in range(4)]) == "[1, 1, 1, 2]"
     assert "{}:{}".format(*open_sources((str(path),), max_samples=1).locate(0)) == f"{path}:1"
 
 
@@ -93,11 +96,11 @@ def test_lines_are_counted_from_one_and_blank_lines_count(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n\n\n{"a": 2}\n')
     source = open_sources((str(path),))
-    assert [source.read(row)[2] for row in range(len(source))] == [1, 4]
+    assert [source.read_row(row)[2] for row in range(len(source))] == [1, 4]
     path = tmp_path / "a.json"
     path.write_text('[\n {"a": 1},\n\n {"a": \n2}, {"a": 3}\n]\n')
     source = open_sources((str(path),))
-    assert [source.read(row)[2] for row in range(len(source))] == [2, 4, 5]
+    assert [source.read_row(row)[2] for row in range(len(source))] == [2, 4, 5]
 
 
 def test_files_chain_and_max_samples_counts_per_file(tmp_path):
@@ -105,7 +108,7 @@ def test_files_chain_and_max_samples_counts_per_file(tmp_path):
         (tmp_path / name).write_text("".join(f'{{"file": "{name}", "n": {n}}}\n' for n in range(5)))
     paths = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
     source = open_sources(paths, max_samples=2)
-    assert [source.read(row)[0] for row in range(len(source))] == [
+    assert [source.read_row(row)[0] for row in range(len(source))] == [
         {"file": name, "n": n} for name in ("a.jsonl", "b.jsonl") for n in range(2)
     ]
     assert len(open_sources(paths)) == 10
@@ -115,17 +118,51 @@ def test_max_samples_applies_to_every_kind_of_file(tmp_path):
     for name, path in write_kinds(tmp_path, ROWS).items():
         source = open_sources((path,), max_samples=3)
         assert len(source) == 3, name
-        assert [source.read(row)[0] for row in range(3)] == ROWS[:3], name
+        assert [source.read_row(row)[0] for row in range(3)] == ROWS[:3], name
 
 
-def test_a_subset_maps_its_rows(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(f'{{"n": {n}}}\n' for n in range(5)))
+def test_a_split_holds_out_the_same_rows_in_every_process(tmp_path):
+    for name, count in (("a.jsonl", 30), ("b.jsonl", 10)):
+        (tmp_path / name).write_text("".join(f'{{"n": "{name[0]}{n}"}}\n' for n in range(count)))
+    paths = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    sides = open_sources(paths).split(8, seed=1)
+    again = [pickle.loads(pickle.dumps(side)) for side in open_sources(paths).split(8, seed=1)]
+    rows = [[side.read_row(row)[0]["n"] for row in range(len(side))] for side in sides]
+    assert rows == [[side.read_row(row)[0]["n"] for row in range(len(side))] for side in again]
+    assert (len(rows[0]), len(rows[1])) == (32, 8)
+    assert sorted(rows[0] + rows[1]) == sorted([f"a{n}" for n in range(30)] + [f"b{n}" for n in range(10)])
+    assert sides[0].sizes == (30 - sides[1].sizes[0], 10 - sides[1].sizes[1])
+    assert sides[0].locate(0)[0] == paths[0]
+    assert sides[0].fingerprint == again[0].fingerprint != open_sources(paths).split(8, seed=2)[0].fingerprint
+
+
+def test_no_source_travels_by_value_however_many_rows_it_has(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 1}\n' * 50_000)
+    for rows in (open_sources((str(path),)), *open_sources((str(path),)).split(1000, seed=0)):
+        rows.read_row(7)
+        assert len(pickle.dumps(rows)) < 1000
+
+
+def test_an_index_is_made_once_and_anew_where_the_file_has_changed(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}\n')
+    os.utime(path, (1, 1))  # long ago
+    made = []
+    whole = text_rows._index_lines
+    monkeypatch.setattr(text_rows, "_index_lines", lambda *asked: made.append(asked) or whole(*asked))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    prints = [open_sources((str(path),)).fingerprint for _ in range(3)]
+    assert (len(made), len(set(prints))) == (1, 1)
+    assert len(open_sources((str(path),), max_samples=1)) == 1
+    path.write_text('{"n": 1}\n{"n": 3}\n')  # of the same size
+    os.utime(path, (2, 2))
     source = open_sources((str(path),))
-    subset = Subset(source, [4, 0, 2])
-    assert [subset.read(row)[0]["n"] for row in range(len(subset))] == [4, 0, 2]
-    assert subset.locate(0) == (str(path), 5)
-    assert subset.fingerprint != Subset(source, [4, 2, 0]).fingerprint
+    assert source.fingerprint != prints[0]
+    assert source.read_row(1)[0] == {"n": 3}
+    path.write_text('{"n": 1}\n{"n": 4}\n')  # just now: a second change could have the same time stamp
+    assert len({open_sources((str(path),)).fingerprint for _ in range(2)}) == 1
+    assert len(made) == 5
 
 
 def test_a_broken_line_costs_only_its_row(tmp_path):
@@ -134,12 +171,12 @@ def test_a_broken_line_costs_only_its_row(tmp_path):
     path.write_bytes(b"\n".join(lines))
     source = open_sources((str(path),))
     assert len(source) == 7
-    assert source.read(0)[0] == {"n": 0}
-    assert source.read(6)[0] == {"n": 6}
+    assert source.read_row(0)[0] == {"n": 0}
+    assert source.read_row(6)[0] == {"n": 6}
     for row, words in {1: "not JSON", 2: "UTF-8", 3: "object", 4: "object", 5: "nested|not JSON"}.items():
         assert source.locate(row) == (str(path), row + 1)
         with pytest.raises(SampleError, match=words):
-            source.read(row)
+            source.read_row(row)
 
 
 def test_json_lines_of_bare_message_lists_are_rows(tmp_path):
@@ -147,7 +184,7 @@ def test_json_lines_of_bare_message_lists_are_rows(tmp_path):
     messages = [{"role": "user", "content": "a"}]
     path.write_text("".join(json.dumps(messages) + "\n" for _ in range(3)))
     source = open_sources((str(path),))
-    assert [source.read(row)[0] for row in range(len(source))] == [{"messages": messages}] * 3
+    assert [source.read_row(row)[0] for row in range(len(source))] == [{"messages": messages}] * 3
 
 
 @pytest.mark.parametrize(
@@ -214,8 +251,8 @@ def test_a_parquet_row_keeps_bytes_and_drops_absent_columns(tmp_path):
     )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     source = open_sources((str(tmp_path / "a.parquet"),))
-    assert source.read(0)[0] == {"images": [{"bytes": b"\x00\xff"}]}
-    assert source.read(1)[0] == {"text": "a"}
+    assert source.read_row(0)[0] == {"images": [{"bytes": b"\x00\xff"}]}
+    assert source.read_row(1)[0] == {"text": "a"}
 
 
 UNLIKE_TOOLS = [
@@ -246,7 +283,7 @@ def test_columns_invent_no_keys_at_any_depth(tmp_path):
     datasets.Dataset.from_list(UNLIKE_TOOLS, on_mixed_types="use_json").to_parquet(tmp_path / "json.parquet")
     for name in ("rows.parquet", "saved/data-00000-of-00001.arrow", "json.parquet"):
         source = open_sources((str(tmp_path / name),))
-        assert [source.read(row)[0] for row in range(3)] == UNLIKE_TOOLS, name
+        assert [source.read_row(row)[0] for row in range(3)] == UNLIKE_TOOLS, name
 
 
 def test_nulls_that_a_row_itself_has_are_kept(tmp_path):
@@ -265,9 +302,9 @@ def test_nulls_that_a_row_itself_has_are_kept(tmp_path):
     )
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     (tmp_path / "rows.jsonl").write_text(text)
-    row = open_sources((str(tmp_path / "rows.parquet"),)).read(0)[0]
+    row = open_sources((str(tmp_path / "rows.parquet"),)).read_row(0)[0]
     assert row == {"text": text, "object": json.loads(text), "map": {"k": None}, "list": [1, None]}
-    assert open_sources((str(tmp_path / "rows.jsonl"),)).read(0)[0] == json.loads(text)
+    assert open_sources((str(tmp_path / "rows.jsonl"),)).read_row(0)[0] == json.loads(text)
 
 
 def test_every_type_of_column_becomes_json(tmp_path):
@@ -295,6 +332,6 @@ def test_every_type_of_column_becomes_json(tmp_path):
     table = pa.table({name: array for name, (array, _) in columns.items()})
     with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    row = open_sources((str(tmp_path / "rows.arrow"),)).read(0)[0]
+    row = open_sources((str(tmp_path / "rows.arrow"),)).read_row(0)[0]
     assert row == {name: value for name, (_, value) in columns.items()}
     json.dumps(row)
