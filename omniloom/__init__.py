@@ -1,3 +1,100 @@
-"""omniloom fine-tunes omni-modal language models on text, images, audio and video."""
+"""omniloom fine-tunes omni-modal language models on text, images, audio and video.
+
+The verbs of the command line as functions. Importing this imports nothing slow; each function imports what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omniloom.config import Config
+    from omniloom.training.metrics import StepMetrics
+    from omniloom.types import BadSample
 
 __version__ = "0.1.0"
+__all__ = ["export", "generate", "load_config", "score", "train"]
+
+
+def load_config(source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """A config from a YAML file, from sections as a dict, or from nothing, with overrides such as `train.steps=100`.
+
+    Raises: ConfigError (a ValueError) that lists every fault.
+    """
+    from omniloom import config
+
+    return config.load_config(source, overrides)
+
+
+def train(
+    config: Config | Mapping[str, Any],
+    *,
+    on_step: Callable[[StepMetrics], None] | None = None,
+    on_end: Callable[[Path], None] | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Train in this process, as one rank or as the one that torchrun made it, and draw the report at the end.
+
+    On the first rank `on_step` is called after each step and `on_end`, with the run directory, when all is written.
+    Returns 0, or 75 where a signal or the time limit stopped the run: the same call goes on. Raises: ValueError for bad
+    input, RunError (a RuntimeError) for what stops a sound run.
+    """
+    from omniloom.run.trainer import run
+    from omniloom.tools.report import write_report
+
+    def end(run_dir: Path) -> None:
+        write_report(run_dir)
+        if on_end is not None:
+            on_end(run_dir)
+
+    return run(load_config(config) if isinstance(config, Mapping) else config, on_step, end, overwrite=overwrite)
+
+
+def score(
+    model: str | Path, data: str | Path, overrides: Sequence[str] = (), *, adapter: str | Path | None = None
+) -> tuple[list[dict[str, Any]], list[BadSample]]:
+    """The loss of every row of a file, as {"id", "num_loss_tokens", "loss"} in order, and the rows that have none.
+
+    `adapter`: a PEFT adapter, to be put on the model. Raises: ValueError.
+    """
+    from omniloom.tools.score import score_rows
+
+    return score_rows(model, data, overrides, adapter=None if adapter is None else str(adapter))
+
+
+def export(source: str | Path, directory: str | Path, *, adapter: bool = False, overwrite: bool = False) -> None:
+    """Write a Hugging Face directory from a run or one of its checkpoints, or with `adapter` the adapters alone.
+
+    Raises: ValueError.
+    """
+    from omniloom.tools.export import export_checkpoint
+
+    export_checkpoint(Path(source), Path(directory), adapter=adapter, overwrite=overwrite)
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    image: Sequence[str | Path] = (),
+    audio: Sequence[str | Path] = (),
+    video: Sequence[str | Path] = (),
+    adapter: str | Path | None = None,
+    max_new_tokens: int = 256,
+    overrides: Sequence[str] = (),
+) -> str:
+    """The greedy answer to a prompt about media files. Raises: ValueError."""
+    from omniloom.tools.generate import answers
+
+    media = {"image": image, "audio": audio, "video": video}
+    (line,) = answers(
+        model,
+        prompt,
+        media,
+        max_new_tokens=max_new_tokens,
+        overrides=overrides,
+        adapter=None if adapter is None else str(adapter),
+    )
+    return line["answer"]
