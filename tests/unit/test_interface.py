@@ -46,5 +46,5 @@ def test_an_unguarded_script_trains_and_scores(tmp_path: Path) -> None:
 
 def test_faults_of_a_dict_are_named_by_their_keys() -> None:
     with pytest.raises(ValueError, match=r"2 faults in the configuration:\n  - .*trian.*did you mean train\?"):
-        omniloom.train({"trian": {}, "train": {"steps": 0})
-    assert omniloom.load_config({"train": {"steps": 3}, ["train.seed=4"]).train.seed == 4
+        omniloom.train({"trian": {}, "train": {"steps": 0}})
+    assert omniloom.load_config({"train": {"steps": 3}}, ["train.seed=4"]).train.seed == 4
