@@ -55,13 +55,19 @@ _TEXT_FIELDS = (
 _EXPERT_FIELDS = ("num_experts_per_tok", "moe_intermediate_size")
 
 
+_WORDS = ("hidden_act", "activation_function")
+_LISTS = ("mrope_section", "deepstack_visual_indexes", "fullatt_block_indexes")
+
+
 class ConfigReader:
     """Reads fields and remembers all that are missing, so that one message names them."""
 
     def __init__(self, model_type: str) -> None:
         self._model_type = model_type
         self._missing: list[str] = []
+        self._wrong: list[str] = []
         self._paths: dict[int, str] = {}
+        self._sections: list[Mapping[str, Any]] = []  # kept, since their paths are known by their ids
 
     def section(self, parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         value = parent.get(key)
@@ -69,14 +75,20 @@ class ConfigReader:
         if not isinstance(value, Mapping):
             self._missing.append(path.removesuffix("."))
             value = {}
+        self._sections.append(value)
         self._paths[id(value)] = path
         return value
 
     def field(self, section: Mapping[str, Any], *keys: str) -> Any:
         """The value under the first of `keys` that is there: later ones are other spellings of the same field."""
         for key in keys:
-            if section.get(key) is not None:
-                return section[key]
+            if (value := section.get(key)) is not None:
+                expected = str if keys[0] in _WORDS else list if keys[0] in _LISTS else int | float
+                if isinstance(value, bool) or not isinstance(value, expected):
+                    kind = "a text" if expected is str else "a list" if expected is list else "a number"
+                    self._wrong.append(f"{self._paths.get(id(section), '')}{key} is {value!r}, expected {kind}")
+                    return 0
+                return value
         self._missing.append(f"{self._paths.get(id(section), '')}{keys[0]}")
         return 0
 
@@ -84,9 +96,10 @@ class ConfigReader:
         return {key: self.field(section, key) for key in keys}
 
     def finish(self) -> None:
-        """Raises: ValueError naming every field that was asked for in vain."""
-        if self._missing:
-            raise ValueError(f"config.json: missing {', '.join(self._missing)} of a {self._model_type} model")
+        """Raises: ValueError naming every field that was asked for in vain or has a value of another kind."""
+        missing = [f"missing {', '.join(self._missing)} of a {self._model_type} model"] if self._missing else []
+        if faults := missing + list(dict.fromkeys(self._wrong)):
+            raise ValueError(f"config.json: {'; '.join(faults)}")
 
     def require(self, rules: Mapping[str, bool]) -> None:
         """Raises: ValueError naming every rule that does not hold."""
@@ -239,7 +252,7 @@ def read_decoder(
     """A decoder with multimodal rotary positions. Raises: ValueError for a rope_type that is not computed here."""
     # Qwen published rope_theta beside rope_scaling; transformers 5 writes both into rope_parameters
     rope = section.get("rope_parameters") or {**(section.get("rope_scaling") or {})}
-    rope = {"rope_theta": section.get("rope_theta"), **rope}
+    rope = reader.section({"rope_scaling": {"rope_theta": section.get("rope_theta"), **rope}}, "rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise ValueError(f"config.json: text_config has rope_type {kind!r}; only default is known")

@@ -342,6 +342,7 @@ def open_processor(
     *,
     vision: VisionDims,
     audio: AudioDims | None,
+    vocab_size: int,
     cost: Cost,
     make_media: Callable[[TowerInputs, Any], FamilyMedia],
     templates: Sequence[str],
@@ -349,15 +350,16 @@ def open_processor(
 ) -> ChatProcessor:
     """A checkpoint's processor, from its files and what its family adds.
 
-    `cost`: see `TowerInputs`. `make_media` gets the towers' inputs and the tokenizer as transformers loads it;
-    `templates` names the family's built-in ones; `past_time`: see `positions.sample_positions`.
+    `vocab_size`: rows of the model's embedding. `cost`: see `TowerInputs`. `make_media` gets the towers' inputs and the
+    tokenizer as transformers loads it; `templates` names the family's built-in ones; `past_time`: see
+    `positions.sample_positions`.
     Raises: ValueError where the checkpoint lacks a file or a field.
     """
     directory, options = Path(checkpoint_dir), ProcessorOptions() if options is None else options
     named = options.template != "auto"
     source, variables = named_source(options.template, templates, directory) if named else (find_source(directory), {})
-    tokenizer = load_tokenizer(directory)
-    settings = read_media_settings(directory, options)
+    tokenizer = load_tokenizer(directory, vocab_size)
+    settings = read_media_settings(directory, options, vision, audio)
     towers = TowerInputs(vision=vision, audio=audio, cost=cost, settings=settings, options=options)
     media = make_media(towers, tokenizer)
     variables = tokenizer.special_tokens_map | variables

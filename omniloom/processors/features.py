@@ -115,20 +115,24 @@ def spread_frames(num_frames: int, count: int, *, first: int = 0, reach_last: bo
     return [first + index for index in indices]
 
 
-def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize uint8 [H, W, 3] to uint8 [height, width, 3]. Source: transformers, PilBackend.resize (PIL bicubic)."""
+def resize(image: NDArray[np.uint8], height: int, width: int, resample: int = 3) -> NDArray[np.uint8]:
+    """Resize uint8 [H, W, 3] to uint8 [height, width, 3] with PIL's filter of that number, bicubic being 3.
+
+    Raises: ValueError for a number that is none of PIL's. Source: transformers, PilBackend.resize.
+    """
     from PIL import Image  # not needed to import a model
 
     if image.shape[:2] == (height, width):
         return image
-    return np.asarray(Image.fromarray(image).resize((width, height), resample=Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(image).resize((width, height), resample=Image.Resampling(resample)))
 
 
 def pixel_patches(
     frames: NDArray[np.uint8],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
     *,
+    rescale: float | None = 1 / 255,
     patch: int,
     temporal_patch: int,
     merge: int,
@@ -152,9 +156,13 @@ def pixel_patches(
     cut = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels, shown, patch * patch)
     pixels = np.empty((len(cut), channels, temporal_patch, patch * patch), np.float32)
     first = pixels[:, :, :shown]
-    np.divide(cut, np.float32(255), out=first)
-    first -= np.array(mean, np.float32)[:, None, None]
-    first /= np.array(std, np.float32)[:, None, None]
+    if rescale == 1 / 255:
+        np.divide(cut, np.float32(255), out=first)
+    else:
+        first[:] = cut if rescale is None else cut * np.float64(rescale)
+    if mean is not None and std is not None:
+        first -= np.array(mean, np.float32)[:, None, None]
+        first /= np.array(std, np.float32)[:, None, None]
     pixels[:, :, shown:] = first[:, :, -1:]
     return torch.from_numpy(pixels.reshape(len(cut), -1))
 

@@ -6,14 +6,17 @@ Reads the small files of a checkpoint directory; the only module of `processors/
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
-def load_tokenizer(checkpoint_dir: str | Path) -> Any:
+def load_tokenizer(checkpoint_dir: str | Path, vocab_size: int) -> Any:
     """The checkpoint's tokenizer as transformers loads it; every family so far has Qwen2's class.
 
-    Raises: ValueError where its files are missing or no JSON.
+    Raises: ValueError where its files are missing or no JSON, and where it has tokens beyond the `vocab_size` rows of
+    the model's embedding.
     """
     from transformers import Qwen2Tokenizer  # AutoTokenizer would read, and complain about, the model's config.json
 
@@ -27,7 +30,17 @@ def load_tokenizer(checkpoint_dir: str | Path) -> Any:
         )
     if (directory / "tokenizer_config.json").is_file():
         read_json(directory / "tokenizer_config.json")
-    return Qwen2Tokenizer.from_pretrained(directory, chat_template=None)  # `chat_template` reads that itself
+    tokenizer = Qwen2Tokenizer.from_pretrained(directory, chat_template=None)  # `chat_template` reads that itself
+    backend = tokenizer.backend_tokenizer
+    ids = {*backend.get_added_tokens_decoder(), *range(vocab_size, backend.get_vocab_size(with_added_tokens=False))}
+    if beyond := sorted(token_id for token_id in ids if token_id >= vocab_size):
+        named = ", ".join(f"{backend.id_to_token(token_id)} (id {token_id})" for token_id in beyond[:3])
+        raise ValueError(
+            f"{directory}: the tokenizer has {len(beyond)} tokens beyond the {vocab_size} rows of the model's "
+            f"embedding: {named}{', ...' if len(beyond) > 3 else ''}; resize the embedding to the tokenizer and save "
+            "the model (transformers: resize_token_embeddings), or take the tokenizer that it was published with"
+        )
+    return tokenizer
 
 
 def find_word(tokenizer: Any, field: str, token_id: int, word: str) -> str:
@@ -41,7 +54,65 @@ def find_word(tokenizer: Any, field: str, token_id: int, word: str) -> str:
     return found
 
 
-def read_processor_config(checkpoint_dir: str | Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """The settings of one feature extractor, and the file that they stand in. Empty where a checkpoint has none."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """Raises: ValueError where it is no number, or is missing and has no default."""
+        value = self.values.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{self.where}: {name}: expected a number, got {value!r}")
+        return value
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        """Raises: ValueError where it is no whole number above 0, or is missing and has no default."""
+        value = self.number(name, default)
+        if value != int(value) or value < 1:
+            raise ValueError(f"{self.where}: {name}: expected a whole number above 0, got {value!r}")
+        return int(value)
+
+    def of_channels(self, name: str) -> tuple[float, float, float]:
+        """Three numbers, one for each colour. Raises: ValueError."""
+        value = self.values.get(name)
+        numbers = [value] * 3 if isinstance(value, int | float) else value
+        if not isinstance(numbers, list) or len(numbers) != 3 or not all(isinstance(n, int | float) for n in numbers):
+            raise ValueError(f"{self.where}: {name}: expected three numbers, one for each colour, got {value!r}")
+        return float(numbers[0]), float(numbers[1]), float(numbers[2])
+
+    def pixels(self, default: tuple[int | None, int | None] = (None, None)) -> tuple[int, int]:
+        """Least and most pixels; min_pixels and max_pixels stand over the edges of `size`. Raises: ValueError."""
+        size = self.section("size")
+        low, high = (
+            self.whole(name) if self.values.get(name) is not None else size.whole(edge, usual)
+            for name, edge, usual in zip(
+                ("min_pixels", "max_pixels"), ("shortest_edge", "longest_edge"), default, strict=True
+            )
+        )
+        return low, high
+
+    def section(self, name: str) -> Section:
+        """Raises: ValueError where it is no JSON object."""
+        value = self.values.get(name) or {}
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.where}: {name}: expected a JSON object, got {value!r}")
+        return Section(values=value, where=f"{self.where}: {name}")
+
+    def demand(self, **expected: Any) -> None:
+        """Raises: ValueError where a setting has another value than the only one that is computed here."""
+        for name, value in expected.items():
+            if (got := self.values.get(name)) is not None and got != value:
+                raise ValueError(
+                    f"{self.where}: {name} is {json.dumps(got)}; only {json.dumps(value)} is computed here, so that "
+                    "training would see other inputs than whoever serves the model"
+                )
+
+
+def read_processor_config(checkpoint_dir: str | Path) -> tuple[Section, Section, Section]:
     """Settings of the image processor, the audio feature extractor and the video processor, whichever there are.
 
     Published checkpoints have the first two in preprocessor_config.json and the third, if at all, in
@@ -51,11 +122,14 @@ def read_processor_config(checkpoint_dir: str | Path) -> tuple[dict[str, Any], d
     directory = Path(checkpoint_dir)
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (directory / name).is_file():
-            settings = read_json(directory / name)
-            video = settings.get("video_processor", {})
-            if not video and (directory / "video_preprocessor_config.json").is_file():
-                video = read_json(directory / "video_preprocessor_config.json")
-            return settings.get("image_processor", settings), settings.get("feature_extractor", settings), video
+            both = Section(values=read_json(directory / name), where=str(directory / name))
+            image, audio, video = (
+                both.section(part) for part in ("image_processor", "feature_extractor", "video_processor")
+            )
+            of_video = directory / "video_preprocessor_config.json"
+            if not video.values and of_video.is_file():
+                video = Section(values=read_json(of_video), where=str(of_video))
+            return image if image.values else both, audio if audio.values else both, video
     raise ValueError(f"{directory}: no preprocessor_config.json; expected a checkpoint in Hugging Face layout")
 
 

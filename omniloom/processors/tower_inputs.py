@@ -8,10 +8,9 @@ of a video where they differ from Qwen2-VL's. Reads no media file: headers and d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,11 @@ from torch import Tensor
 from omniloom.processors.features import (
     log_mel,
     pixel_patches,
-    resize_bicubic,
+    resize,
     sample_frame_indices,
     smart_resize,
 )
-from omniloom.processors.settings import read_processor_config
+from omniloom.processors.settings import Section, read_processor_config
 from omniloom.processors.tower_batches import AudioDims, VisionDims, audio_batch, vision_batch
 from omniloom.types import (
     AudioBatch,
@@ -43,9 +42,18 @@ from omniloom.types import (
 
 Features = tuple[Tensor | None, Tensor | None]  # patches and log-mel frames of a clip
 Cost = Callable[[int, int, Sequence[ClipGeometry]], int]
-# what is done to every picture; `resample` 3 is pillow's bicubic
-PICTURES_ARE = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}
+BICUBIC = 3  # PIL's number of it
 ASKED_SIZE_TOKENS = (4, 16384)  # least and most of a picture whose size a row asks for. Source: qwen-vl-utils
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelRules:
+    """What becomes of the pixels of a picture of its final size."""
+
+    resample: int  # PIL's number of the filter with which it was resized
+    rescale: float | None
+    mean: tuple[float, float, float] | None  # None, as `std`: not normalised
+    std: tuple[float, float, float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,55 +61,53 @@ class MediaSettings:
     """What the checkpoint's feature extractors do, and the bounds in force."""
 
     image_pixels: tuple[int, int]  # least and most
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
-    video: dict[str, Any]  # the video processor's own settings, empty where a checkpoint has none
+    image: PixelRules
+    frames: PixelRules  # of a video
+    video: Section  # the video processor's own settings, empty where a checkpoint has none
     sampling_rate: int = 0  # 0: the checkpoint hears nothing
     hop_length: int = 0
     n_fft: int = 0
 
 
-def read_media_settings(checkpoint_dir: str | Path, options: ProcessorOptions) -> MediaSettings:
-    """Raises: ValueError where the checkpoint lacks a file or a field, or asks for what is not done here."""
-    image, audio, video = read_processor_config(checkpoint_dir)
-
-    def numbers(settings: dict[str, Any], key: str, count: int = 1) -> tuple[Any, ...]:
-        value = settings.get(key)
-        found = tuple(value) if isinstance(value, list) else (value,)
-        if len(found) != count or not all(isinstance(one, int | float) for one in found):
-            wanted = f"{count} numbers" if count > 1 else "a number"
-            got = "nothing" if value is None else repr(value)
-            raise ValueError(
-                f"{checkpoint_dir}: {key} of its preprocessor_config.json: expected {wanted}, got {got}; take the file "
-                "of the published checkpoint"
-            )
-        return found
-
-    size = image.get("size") or {}
-    edges = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
-    low, high = (numbers(size, edge)[0] if edge in size else numbers(image, key)[0] for edge, key in edges)
-    hears = "hop_length" in audio
-    mean, std = numbers(image, "image_mean", 3), numbers(image, "image_std", 3)
-    _check_pictures(image, f"{checkpoint_dir}: the image processor's settings")
-    as_image = {"image_mean": list(mean), "image_std": list(std)}
-    _check_pictures(video, f"{checkpoint_dir}: the video processor's settings", as_image)
+def read_media_settings(
+    checkpoint_dir: str | Path, options: ProcessorOptions, vision: VisionDims, audio: AudioDims | None
+) -> MediaSettings:
+    """Raises: ValueError where the checkpoint lacks a file or a field, or asks for what is not computed here."""
+    of_image, of_sound, of_video = read_processor_config(checkpoint_dir)
+    for section in (of_image, of_video):
+        section.demand(do_resize=True, do_convert_rgb=True)
+        section.demand(
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+        )
+    hears = audio is not None
+    if audio is not None:
+        of_sound.demand(feature_size=audio.num_mel_bins, dither=0.0)
     return MediaSettings(
-        image_pixels=bounds(options.image.min_pixels, options.image.max_pixels, (low, high)),
-        image_mean=mean,
-        image_std=std,
-        video=video,
-        sampling_rate=numbers(audio, "sampling_rate")[0] if hears else 0,
-        hop_length=numbers(audio, "hop_length")[0] if hears else 0,
-        n_fft=numbers(audio, "n_fft")[0] if hears else 0,
+        image_pixels=bounds(options.image.min_pixels, options.image.max_pixels, of_image.pixels()),
+        image=_pixel_rules(of_image),
+        frames=_pixel_rules(Section(values={**of_image.values, **of_video.values}, where=of_video.where)),
+        video=of_video,
+        sampling_rate=of_sound.whole("sampling_rate") if hears else 0,
+        hop_length=of_sound.whole("hop_length") if hears else 0,
+        n_fft=of_sound.whole("n_fft") if hears else 0,
     )
 
 
-def _check_pictures(settings: Mapping[str, Any], where: str, more: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Raises: ValueError for a processor that does something else with pictures than is done here."""
-    for key, expected in {**PICTURES_ARE, **more}.items():
-        value = settings.get(key)
-        if value is not None and value != expected:
-            raise ValueError(f"{where}: {key} is {value!r}, only {expected!r} is done here; set it so, or remove it")
+def _pixel_rules(section: Section) -> PixelRules:
+    normalised, rescaled = (section.values.get(name, True) is not False for name in ("do_normalize", "do_rescale"))
+    resample = section.number("resample", BICUBIC)
+    if resample not in range(6):
+        raise ValueError(
+            f"{section.where}: resample: expected the number of one of PIL's filters, 0 to 5, got {resample!r}"
+        )
+    return PixelRules(
+        resample=int(resample),
+        rescale=section.number("rescale_factor", 1 / 255) if rescaled else None,
+        mean=section.of_channels("image_mean") if normalised else None,
+        std=section.of_channels("image_std") if normalised else None,
+    )
 
 
 def bounds(low: int | None, high: int | None, default: tuple[int, int]) -> tuple[int, int]:
@@ -198,9 +204,8 @@ class TowerInputs:
 
         Source: transformers, Qwen2VLVideoProcessor.
         """
-        size = self.settings.video.get("size") or {}
-        default_pixels = size.get("shortest_edge", default_pixels[0]), size.get("longest_edge", default_pixels[1])
-        pixels = bounds(self.options.video.min_pixels, self.options.video.max_pixels, default_pixels)
+        of_checkpoint = self.settings.video.pixels(default_pixels)
+        pixels = bounds(self.options.video.min_pixels, self.options.video.max_pixels, of_checkpoint)
         options, temporal = source.options, self.vision.temporal_patch_size
         fps, least, most = self.frame_bounds(options, header, min_frames)
         rate = header.fps or fps  # a list of frames without a rate of its own is taken as already sampled
@@ -276,11 +281,13 @@ class TowerInputs:
             raise SampleError(f"{clip.kind}s", f"expected {num_frames} decoded frames as planned, got {got}")
         vision = self.vision
         height, width = grid_thw[1] * vision.patch_size, grid_thw[2] * vision.patch_size
-        resized = [resize_bicubic(frame, height, width) for frame in frames]
+        rules = self.settings.image if clip.kind == "image" else self.settings.frames
+        resized = [resize(frame, height, width, rules.resample) for frame in frames]
         return pixel_patches(
             np.stack(resized) if num_frames > 1 else resized[0][None],
-            self.settings.image_mean,
-            self.settings.image_std,
+            rules.mean,
+            rules.std,
+            rescale=rules.rescale,
             patch=vision.patch_size,
             temporal_patch=vision.temporal_patch_size,
             merge=vision.spatial_merge_size,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omniloom.processors.features import (
     log_mel,
     pixel_patches,
-    resize_bicubic,
+    resize,
     sample_frame_indices,
     smart_resize,
 )
@@ -69,7 +69,7 @@ def test_image_patches_equal_transformers_exactly(patch, merge, height, width):
         image_std=CLIP_STD,
     )
     expected = oracle(image, return_tensors="pt")
-    resized = resize_bicubic(image, *smart_resize(height, width, patch * merge, low, high))
+    resized = resize(image, *smart_resize(height, width, patch * merge, low, high))
     patches = pixel_patches(resized[None], CLIP_MEAN, CLIP_STD, patch=patch, temporal_patch=2, merge=merge)
     assert torch.equal(patches, expected["pixel_values"])
     assert expected["image_grid_thw"].tolist() == [[1, resized.shape[0] // patch, resized.shape[1] // patch]]

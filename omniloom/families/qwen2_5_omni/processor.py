@@ -36,6 +36,7 @@ def make_processor(
         options,
         vision=config.vision,
         audio=config.audio,
+        vocab_size=config.text.vocab_size,
         cost=partial(sample_cost, config.text, config.vision, config.audio),
         make_media=partial(Qwen25OmniMedia, config),
         templates=("qwen2_omni",),

@@ -40,6 +40,7 @@ def make_processor(
         options,
         vision=config.vision,
         audio=None,
+        vocab_size=config.text.vocab_size,
         cost=partial(sample_cost, config.text, config.vision, None),
         make_media=partial(Qwen25VLMedia, config),
         templates=("qwen2_vl",),

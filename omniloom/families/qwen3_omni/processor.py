@@ -37,6 +37,7 @@ def make_processor(
         options,
         vision=config.vision,
         audio=config.audio,
+        vocab_size=config.text.vocab_size,
         cost=partial(sample_cost, config.text, config.vision, config.audio),
         make_media=partial(Qwen3OmniMedia, config),
         templates=("qwen3_omni_nothink", "qwen3_omni"),

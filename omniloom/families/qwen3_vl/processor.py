@@ -42,6 +42,7 @@ def make_processor(
         options,
         vision=config.vision,
         audio=None,
+        vocab_size=config.text.vocab_size,
         cost=partial(sample_cost, config.text, config.vision, None),
         make_media=partial(Qwen3VLMedia, config),
         templates=("qwen3_vl_nothink", "qwen3_vl"),
@@ -89,7 +90,7 @@ class Qwen3VLMedia:
         """Frames from the first to the last, at least four; bounds on the pixels of all of them together."""
         vision, options = self.config.vision, source.options
         temporal, factor = vision.temporal_patch_size, vision.patch_size * vision.spatial_merge_size
-        min_frames = self.towers.settings.video.get("min_frames", MIN_FRAMES)
+        min_frames = self.towers.settings.video.whole("min_frames", MIN_FRAMES)
         fps, least, most = self.towers.frame_bounds(options, header, min_frames)
         rate = header.fps or fps  # a list of frames without a rate of its own is taken as already sampled
         count = max(int(header.num_frames / rate * fps), least)
@@ -128,14 +129,15 @@ class Qwen3VLMedia:
 
     def _pixels(self, asked: ClipOptions, num_frames: int) -> tuple[int, int]:
         """Least and most pixels of all frames together. Ours are given per frame, the checkpoint's for all."""
-        options, size = self.towers.options, self.towers.settings.video.get("size") or {}
+        options, settings = self.towers.options, self.towers.settings.video
+        of_checkpoint = settings.pixels(VIDEO_PIXELS)
         low = options.video.min_pixels if asked.min_pixels is None else asked.min_pixels
         high = options.video.max_pixels if asked.max_pixels is None else asked.max_pixels
-        most = size.get("longest_edge", VIDEO_PIXELS[1]) if high is None else high * num_frames
-        least = size.get("shortest_edge", VIDEO_PIXELS[0]) if low is None else low * num_frames
+        most = of_checkpoint[1] if high is None else high * num_frames
+        least = of_checkpoint[0] if low is None else low * num_frames
         factor = self.config.vision.patch_size * self.config.vision.spatial_merge_size
-        if high is None and self.towers.settings.video.get("cap_pixels_per_frame"):
-            cap = self.towers.settings.video.get("max_video_tokens", MAX_VIDEO_TOKENS) * factor**2
+        if high is None and settings.values.get("cap_pixels_per_frame"):
+            cap = settings.whole("max_video_tokens", MAX_VIDEO_TOKENS) * factor**2
             most = max(min(cap, most // num_frames), int(least * 1.05)) * num_frames
         if asked.total_pixels is not None:  # by qwen-vl-utils, whose bounds are those of each frame
             floor = low if low is not None else MIN_FRAME_TOKENS * factor**2
