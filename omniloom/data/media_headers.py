@@ -157,18 +157,23 @@ def _count_frames(
     container: InputContainer, stream: VideoStream, file: str | bytes, fps: float, limits: MediaLimits
 ) -> tuple[int, float, VideoFrame | None]:
     """Number of frames, their rate by timestamps where packets were counted (0 where there are none), the first one."""
-    times = _PacketTimes()
-    indexed = full_table(container, stream, "video", file)
-    packets = packets_to_end(container, stream, "video", file, times.add, indexed=indexed is not None)
+    times: list[int | None] = []
+
+    def add(packet: Packet) -> None:
+        if not packet.is_discard:
+            times.append(packet.pts)
+
+    table = full_table(container, stream, "video", file)
+    packets = packets_to_end(container, stream, "video", file, add, indexed=table is not None)
     frames = decode_packets(packets, stream, "video", file)
     first = next(frames, None)
-    if indexed is not None:
-        return indexed, 0.0, first
+    if table is not None:
+        return len(table), _mean_rate(table, stream.time_base), first
     name = container.format.name.split(",")[0]
     if name in _PACKET_IS_FRAME and not (name == "avi" and stream.codec_context.name in _PACKED_CODECS):
         for _ in packets:
             pass
-        return times.num_packets, times.rate(stream.time_base), first
+        return len(times), _mean_rate(times, stream.time_base), first
     num_frames = int(first is not None)
     for _ in frames:
         num_frames += 1
@@ -177,27 +182,12 @@ def _count_frames(
     return num_frames, 0.0, first
 
 
-class _PacketTimes:
-    """Counts packets that are shown, and when the first and the last of them are."""
-
-    def __init__(self) -> None:
-        self.num_packets = self._num_timed = 0
-        self._first = self._last = 0
-
-    def add(self, packet: Packet) -> None:
-        if packet.is_discard:
-            return
-        self.num_packets += 1
-        if packet.pts is not None:
-            self._first = min(self._first, packet.pts) if self._num_timed else packet.pts
-            self._last = max(self._last, packet.pts) if self._num_timed else packet.pts
-            self._num_timed += 1
-
-    def rate(self, time_base: Fraction | None) -> float:
-        """Frames per second; 0 where the packets have no times."""
-        if time_base is None or self._num_timed < 2 or self._last == self._first:
-            return 0.0
-        return float((self._num_timed - 1) / ((self._last - self._first) * time_base))
+def _mean_rate(times: list[int | None], time_base: Fraction | None) -> float:
+    """Frames per second by the times of frames; 0 where there are none."""
+    known = [time for time in times if time is not None]
+    if time_base is None or len(known) < 2 or max(known) == min(known):
+        return 0.0
+    return float((len(known) - 1) / ((max(known) - min(known)) * time_base))
 
 
 # ---------------------------------------------------------------------------------------- sound

@@ -77,8 +77,8 @@ def packets_to_end(
         )
 
 
-def full_table(container: InputContainer, stream: Any, kind: MediaKind, file: str | bytes) -> int | None:
-    """Packets that the table of an mp4 or mov counts, without those that its edit list leaves out; None without table.
+def full_table(container: InputContainer, stream: Any, kind: MediaKind, file: str | bytes) -> list[int | None] | None:
+    """Times of the packets in the table of an mp4 or mov, without those that its edit list hides; None without table.
 
     Raises: SampleError where the table leads beyond the end of the file.
     """
@@ -92,7 +92,7 @@ def full_table(container: InputContainer, stream: Any, kind: MediaKind, file: st
         raise SampleError(
             kind, f"{name_of(file)} is truncated: its {stream.type} needs {end} bytes, the file has {size_bytes}"
         )
-    return sum(not entry.is_discard for entry in entries)
+    return [entry.timestamp for entry in entries if not entry.is_discard]
 
 
 def _read_only(container: InputContainer, stream: Any) -> None:

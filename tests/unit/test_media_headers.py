@@ -147,10 +147,11 @@ def test_rotated_videos_are_measured_and_decoded_upright(tmp_path, rotation):
     assert np.abs(frames[0].astype(int) - upright).mean() < 20  # lossy chroma at the edge between the halves
 
 
-def test_a_variable_rate_is_the_mean_rate(tmp_path):
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_a_variable_rate_is_the_mean_rate(tmp_path, name):
     import av
 
-    path = tmp_path / "a.mkv"
+    path = tmp_path / name
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=60, options={"bf": "0"})
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
