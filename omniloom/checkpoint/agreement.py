@@ -6,7 +6,7 @@ fault of all. Works without a process group, too.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -41,23 +41,3 @@ def agree(fault: str | None, group: dist.ProcessGroup | None = None) -> None:
     if faults:
         number, told = faults[0]
         raise ValueError(told if num_ranks(group) == 1 or number == 0 else f"{told} (rank {number})")
-
-
-def gather_to_first(value: T, group: dist.ProcessGroup | None = None) -> list[T] | None:
-    """Every rank's value on the group's rank 0, None elsewhere. Collective over `group`."""
-    if not in_group():
-        return [value]
-    values = [value] * num_ranks(group) if rank(group) == 0 else None
-    dist.gather_object(value, values, group=group, group_dst=0)
-    return values
-
-
-def scatter_from_first(values: list[T] | None, group: dist.ProcessGroup | None = None) -> T:
-    """Rank 0's `values`, one to each rank in order. Collective over `group`."""
-    if not in_group():
-        assert values is not None
-        return values[0]
-    received: list[Any] = [None]
-    dist.scatter_object_list(received, values, group=group, group_src=0)
-    value: T = received[0]
-    return value

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.tensor import DTensor
 
-from omniloom.checkpoint.agreement import agree, gather_to_first, in_group, num_ranks, rank, scatter_from_first
+from omniloom.checkpoint.agreement import agree, gather, in_group, num_ranks, rank
 from omniloom.checkpoint.stored import (
     EXTRAS_NAME,
     MARKER_NAME,
@@ -95,12 +98,10 @@ class Saver:
         self.finish()
         text = json.dumps(extras)  # now, so that a later change of a list does not reach the thread
         planner = _Planner(_local_tensors(state, self._staged))
-        planner.set_up_planner(dict(state), is_coordinator=rank(self.group) == 0)
-        plan = planner.create_local_plan()
         if self._thread is None:
-            self._write(step, planner, plan, text)
+            self._write(step, planner, dict(state), text)
         else:
-            self._pending = self._thread.submit(self._write, step, planner, plan, text)
+            self._pending = self._thread.submit(self._write, step, planner, dict(state), text)
 
     def finish(self) -> None:
         """Wait for a save under way. Raises: its ValueError."""
@@ -114,57 +115,36 @@ class Saver:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _write(self, step: int, planner: _Planner, plan: SavePlan, extras: str) -> None:
+    def _write(self, step: int, planner: _Planner, state: dict[str, Tensor], extras: str) -> None:
         partial = self.root / f"{step_name(step)}.partial"
         first = rank(self.group) == 0
         try:
             agree(_attempt(step, lambda: self._prepare(partial)) if first else None, self.group)
             writer = _Writer(partial, sync_files=True)
-            writer.set_up_storage_writer(first, rank=rank(self.group))
-            plan, metadata = self._plan_together(planner, writer, plan)
-            files: dict[str, dict[str, Any]] = {}
-            results: list[Any] = []
-
-            def write() -> None:
-                results.extend(writer.write_data(plan, planner).wait())
-                mine = partial.glob(f"__{rank(self.group)}_*")
-                files.update({path.name: _describe(path) for path in mine})
-
-            agree(_attempt(step, write), self.group)
-            gathered = gather_to_first((files, results), self.group)
-            fault = None
-            if gathered is not None:
-                assert metadata is not None
-                fault = _attempt(step, lambda: self._commit(partial, step, writer, metadata, gathered, extras))
-            agree(fault, self.group)
+            agree(_attempt(step, lambda: self._save_tensors(writer, planner, state)), self.group)
+            files = {path.name: _describe(path) for path in partial.glob(f"__{rank(self.group)}_*")}
+            files = {name: item for part in gather(files, self.group) for name, item in part.items()}
+            agree(_attempt(step, lambda: self._commit(partial, step, files, extras)) if first else None, self.group)
         except ValueError:
             shutil.rmtree(partial, ignore_errors=True)  # by all: it may be another directory on another node
             raise
 
-    def _plan_together(self, planner: _Planner, writer: _Writer, plan: SavePlan) -> tuple[SavePlan, Metadata | None]:
-        """Rank 0 decides who writes what is held by several, and describes the whole. Collective."""
-        plans, metadata = gather_to_first(writer.prepare_local_plan(plan), self.group), None
-        if plans is not None:
-            plans, metadata = planner.create_global_plan(plans)
-            plans = writer.prepare_global_plan(plans)
-        return planner.finish_plan(scatter_from_first(plans, self.group)), metadata
+    def _save_tensors(self, writer: _Writer, planner: _Planner, state: dict[str, Tensor]) -> None:
+        """Collective. Raises: this rank's own error, of which the other ranks know by now."""
+        # torch warns a process without a group, of which nothing is expected
+        with nullcontext() if in_group() else warnings.catch_warnings(action="ignore"):
+            try:
+                torch_save(state, storage_writer=writer, planner=planner, process_group=self.group)
+            except CheckpointException as failure:
+                if (own := failure.failures.get(rank(self.group))) is not None:
+                    raise own[0] from failure
 
     def _prepare(self, partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    def _commit(
-        self,
-        partial: Path,
-        step: int,
-        writer: _Writer,
-        metadata: Metadata,
-        gathered: list[tuple[dict[str, dict[str, Any]], list[Any]]],
-        extras: str,
-    ) -> None:
-        writer.finish(metadata, [results for _, results in gathered])
+    def _commit(self, partial: Path, step: int, files: dict[str, dict[str, Any]], extras: str) -> None:
         _write_text(partial / EXTRAS_NAME, extras)
-        files = {name: item for part, _ in gathered for name, item in part.items()}
         files |= {name: _describe(partial / name) for name in (METADATA_NAME, EXTRAS_NAME)}
         # as this rank sees them: another node may have written into another directory of the same name
         faults = verify_files(partial, {name: (item["bytes"], item["crc32"]) for name, item in files.items()})
