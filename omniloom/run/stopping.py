@@ -23,6 +23,10 @@ SAME_KEY_SECONDS = 0.25  # a Ctrl-C that reaches a rank twice, from the terminal
 STOPPED = "stopped.json"
 
 
+class StopWanted(Exception):
+    """A rank was asked to stop where work may be left undone; raised on all ranks alike."""
+
+
 class StopRequest:
     """Whether this rank was asked to stop, by a signal or by the time limit. Used as a context manager.
 

@@ -49,7 +49,7 @@ from omniloom.run.records import RunRecords
 from omniloom.run.results import write_results
 from omniloom.run.rows import open_planner, open_rows, open_run, open_stream
 from omniloom.run.state import RunState
-from omniloom.run.stopping import StopRequest, write_stopped
+from omniloom.run.stopping import StopRequest, StopWanted, write_stopped
 from omniloom.training.flops import TrainingWork
 from omniloom.training.lora import keyed_seed
 from omniloom.training.metrics import StepFigures, StepMetrics
@@ -209,6 +209,7 @@ class Trainer:
             report = None  # of an evaluation at this step
             if self.evaluation is not None and eval_every and step % eval_every == 0 and not stop:
                 report, evaluated = self._evaluate(step), step
+                stop = report is None
             self.records.step(figures, loaded, self.work, report)
             if stop or (every and step % every == 0):
                 self._save(step)
@@ -224,6 +225,8 @@ class Trainer:
         self.state.finish()
         if self.evaluation is not None and evaluated != step:
             report = self._evaluate(step)
+            if report is None:
+                return self._leave_early(step)
         self._leave_results(step, report)
         return 0
 
@@ -336,11 +339,22 @@ class Trainer:
         self.watchdog.enter(step, "checkpoint")
         self.state.save(step, self.stream.state_dict())
 
-    def _evaluate(self, step: int) -> EvaluationReport:
+    def _evaluate(self, step: int) -> EvaluationReport | None:
+        """None where a rank was asked to stop meanwhile: what is measured by then is of no use."""
         assert self.evaluation is not None
+
+        def before_pack() -> None:
+            self.watchdog.enter(step, "evaluation")
+            if any(self.layout.exchange(self.stop.reason)):
+                raise StopWanted
+
         self.model.eval()  # without dropout
-        report = self.evaluation.run(self.model, self.pool, lambda: self.watchdog.enter(step, "evaluation"))
-        self.model.train()
+        try:
+            report = self.evaluation.run(self.model, self.pool, before_pack)
+        except StopWanted:
+            return None
+        finally:
+            self.model.train()
         self.records.say(report.describe())
         if self.layout.is_first:
             report.write(self.run_dir, step)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from omniloom.config import Config, load_config, save_config
+from omniloom.exit_codes import STOPPED_EARLY
+from omniloom.run import evaluation
 from omniloom.run.directory import (
     changes_of,
     check_all_done,
@@ -209,3 +215,33 @@ def test_a_run_called_again_leaves_its_record_until_it_is_overwritten(
     assert train("train.steps=3", "train.learning_rate=0.2") == 0
     assert learning_rate_of(run_dir / "config_until_step_00000002.yaml") == 0.1
     assert "train.learning_rate was 0.1, is 0.2" in capsys.readouterr().out
+
+
+def test_a_signal_ends_an_evaluation_and_leaves_the_step_before_it_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "".join(json.dumps({"query": f"{n}?", "response": f"It is {n}."}) + "\n" for n in range(30))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    make_tiny("qwen3_vl", tmp_path / "model", num_words=300)
+    words = [f"model.path={tmp_path / 'model'}", f"data.train={tmp_path / 'rows.jsonl'}", "data.workers=0"]
+    words += [f"data.eval={tmp_path / 'rows.jsonl'}", f"train.run_dir={tmp_path / 'run'}", "train.steps=2"]
+    words += ["train.packs_per_step=1", "data.pack_tokens=32", "model.dtype=float32", "train.eval_every=1"]
+    measured, measure = 0, evaluation.evaluate
+
+    def signalled_at_the_first(*arguments: Any) -> Any:
+        nonlocal measured
+        measured += 1
+        if measured == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        return measure(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "evaluate", signalled_at_the_first)
+        assert run(load_config(None, words)) == STOPPED_EARLY
+    assert measured < 5  # of 30 packs
+    record = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert (record["reason"], record["step"]) == ("SIGTERM", 1)
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    assert run(load_config(None, words)) == 0
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["step"] == 2
