@@ -326,6 +326,8 @@ class Example:
     position_ids: Tensor  # int64 [3, t]
     vision: tuple[VisionClip, ...] = ()
     audio: tuple[AudioClip, ...] = ()
+    # tokens of each of its segments, which do not see one another (answers that are compared, say); empty: it is one
+    segment_lengths: tuple[int, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------- what a model sees
@@ -394,6 +396,8 @@ class PackedBatch:
     vision: VisionBatch | None  # None only where the model has no such tower
     audio: AudioBatch | None
     sample_ids: tuple[str, ...] = ()
+    # on the host: where each sample begins, and the end of the last; a sample may have several segments
+    sample_bounds: tuple[int, ...] = ()
     targets: Mapping[str, Targets] = field(default_factory=dict)  # of losses beside text's, by name
     # of losses whose gradient is attached within the model: what the step's objective multiplies them by
     loss_scales: Mapping[str, float] = field(default_factory=dict)

@@ -160,7 +160,7 @@ def settle(
 
 
 def report_pack(pack: LoadedPack) -> PackReport:
-    starts = pack.batch.segments.cu_seqlens[: len(pack.batch.sample_ids)].tolist()
+    starts = pack.batch.sample_bounds[:-1]
     positions = [position for position, start in enumerate(starts) if bool(pack.batch.is_padding[start])]
     return PackReport(
         index=pack.index,

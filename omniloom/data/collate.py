@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def collate(
     collate_vision: Callable[[Sequence[VisionClip]], VisionBatch | None] | None,
     collate_audio: Callable[[Sequence[AudioClip]], AudioBatch | None] | None,
 ) -> PackedBatch:
-    """Concatenate examples, each a segment of its own, and pad to `pack_tokens`.
+    """Concatenate examples, each of one or more segments of its own, and pad to `pack_tokens`.
 
     `weight_scales[i]` multiplies the loss weights of example i. A collate callable is None where the model has no such
     tower. Media rows keep the order of the examples; their token_index becomes rows of the pack. Labels come shifted
@@ -95,10 +95,11 @@ def collate(
         loss_index=loss_weights.nonzero().flatten(),
         position_ids=position_ids,
         is_padding=is_padding,
-        segments=_segments(starts.tolist(), pack_tokens),
+        segments=_segments([length for example in examples for length in _segment_lengths(example)], pack_tokens),
         vision=collate_vision(vision) if collate_vision is not None else None,
         audio=collate_audio(audio) if collate_audio is not None else None,
         sample_ids=tuple(example.id for example in examples),
+        sample_bounds=tuple(starts.tolist()),
     )
 
 
@@ -110,7 +111,7 @@ def blank_samples(batch: PackedBatch, positions: Sequence[int]) -> PackedBatch:
     """
     if not positions:
         return batch
-    bounds = batch.segments.cu_seqlens.tolist()
+    bounds = batch.sample_bounds
     input_ids, labels, position_ids = batch.input_ids.clone(), batch.labels.clone(), batch.position_ids.clone()
     loss_weights, is_padding = batch.loss_weights.clone(), batch.is_padding.clone()
     for position in positions:
@@ -137,7 +138,7 @@ def blank_samples(batch: PackedBatch, positions: Sequence[int]) -> PackedBatch:
 
 def sample_weight_sums(batch: PackedBatch) -> dict[str, tuple[float, ...]]:
     """What the weights of each loss add up to, sample by sample in the order of `sample_ids`, in float64."""
-    bounds = batch.segments.cu_seqlens.tolist()[: len(batch.sample_ids) + 1]
+    bounds = batch.sample_bounds
     sums = {TEXT: _sum_between(bounds, batch.loss_weights.double())}
     for name, targets in batch.targets.items():
         weights = torch.zeros(batch.loss_weights.shape, dtype=torch.float64)
@@ -158,7 +159,13 @@ def _length(example: Example | FailedSlot) -> int:
     return example.num_tokens if isinstance(example, FailedSlot) else len(example.input_ids)
 
 
-def _segments(starts: list[int], pack_tokens: int) -> Segments:
+def _segment_lengths(example: Example | FailedSlot) -> tuple[int, ...]:
+    several = () if isinstance(example, FailedSlot) else example.segment_lengths
+    return several or (_length(example),)
+
+
+def _segments(lengths: list[int], pack_tokens: int) -> Segments:
+    starts = list(accumulate(lengths, initial=0))
     bounds = starts if starts[-1] == pack_tokens else [*starts, pack_tokens]
     longest = max(end - start for start, end in pairwise(bounds))
     cu_seqlens = torch.full((num_bounds(len(bounds) - 1),), pack_tokens, dtype=torch.int32)
@@ -171,6 +178,8 @@ def check_example(example: Example, num_tokens: int) -> str | None:
     found = len(example.input_ids)
     if found != num_tokens:
         return f"planned as {num_tokens} tokens, encoded as {found}"
+    if example.segment_lengths and sum(example.segment_lengths) != found:
+        return f"its segments {example.segment_lengths} are not its {found} tokens"
     for name, tensor in (("labels", example.labels), ("loss_weights", example.loss_weights)):
         if tensor.shape != (found,):
             return f"{name} has shape {tuple(tensor.shape)}, expected ({found},)"

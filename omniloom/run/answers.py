@@ -56,11 +56,10 @@ def make_room(batch: PackedBatch, num_new: int) -> tuple[PackedBatch, tuple[Ques
     A sample without an answer is not asked. Raises: ValueError where the pack has too few rows; plan with `num_new`
     more tokens per sample.
     """
-    bounds = batch.segments.cu_seqlens.tolist()
     num_tokens = batch.input_ids.shape[0]
     place_of = torch.full((num_tokens,), -1)
     places, questions, starts, room = 0, [], [0], []
-    for position, (low, high) in enumerate(pairwise(bounds[: len(batch.sample_ids) + 1])):
+    for position, (low, high) in enumerate(pairwise(batch.sample_bounds)):
         answer = _last_answer(batch.loss_index[(batch.loss_index >= low) & (batch.loss_index < high)])
         cut = int(answer[0]) + 1 if len(answer) else high
         place_of[low:cut] = torch.arange(places, places + cut - low)
@@ -103,7 +102,8 @@ def _spread(
         steps = torch.arange(1, num_new + 1)
         position_ids[:, first : first + num_new] = batch.position_ids[:, before, None] + steps
         is_padding[first : first + num_new] = False
-    bounds = [*dict.fromkeys((*starts, num_tokens))]
+    moved = (int(place_of[start]) for start in batch.segments.cu_seqlens.tolist() if start < batch.sample_bounds[-1])
+    bounds = [*dict.fromkeys((*moved, starts[-1], num_tokens))]
     cu_seqlens = torch.full_like(batch.segments.cu_seqlens, num_tokens)
     cu_seqlens[: len(bounds)] = torch.tensor(bounds, dtype=torch.int32)
     longest = max(high - low for low, high in pairwise(bounds))
@@ -117,6 +117,7 @@ def _spread(
         position_ids=position_ids,
         is_padding=is_padding,
         segments=Segments(cu_seqlens=cu_seqlens, max_length=longest),
+        sample_bounds=tuple(starts),
         vision=None if vision is None else replace(vision, token_index=place_of[vision.token_index]),
         audio=None if audio is None else replace(audio, token_index=place_of[audio.token_index]),
     )

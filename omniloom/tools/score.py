@@ -80,7 +80,7 @@ def score_pack(net: OmniModel, loaded: LoadedPack) -> Iterator[tuple[int, dict[s
     media = net.encode(batch)
     hidden, _, _ = net.text.run_layers(net.text.embed_rows(batch, media), batch, media)
     assert net.text.loss_head is not None
-    bounds = batch.segments.cu_seqlens.tolist()
+    bounds = batch.sample_bounds
     for position, sample_id in enumerate(batch.sample_ids):
         inside = (batch.loss_index >= bounds[position]) & (batch.loss_index < bounds[position + 1])
         index = batch.loss_index[inside]

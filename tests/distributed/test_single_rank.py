@@ -144,7 +144,8 @@ def with_codes(pack: PackedBatch, seed: int, width: int) -> PackedBatch:
     rows = torch.arange(0, 30, 2)
     weights, values = torch.rand(len(rows), generator=generator), torch.randn(len(rows), width, generator=generator)
     targets = Targets(token_index=rows, weights=weights, values=values)
-    return dataclasses.replace(pack, targets={"codes": targets}, sample_ids=("a", "b", "c"))
+    bounds = tuple(pack.segments.cu_seqlens[:4].tolist())
+    return dataclasses.replace(pack, targets={"codes": targets}, sample_ids=("a", "b", "c"), sample_bounds=bounds)
 
 
 def test_a_third_loss_is_agreed_trained_and_written_by_its_name(layout: Layout, tmp_path) -> None:

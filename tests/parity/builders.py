@@ -385,4 +385,5 @@ def pack(
         vision=vision_batch(vision, config.vision),
         audio=audio_batch(audio, config.audio) if "audio" in spec.modalities else None,
         sample_ids=tuple(str(number) for number in range(len(samples))),
+        sample_bounds=(*starts, used),
     )

@@ -57,7 +57,12 @@ def make_batch(samples, config_json, num_tokens):
     used = [0, *torch.tensor([len(sample.input_ids) for sample in samples]).cumsum(0).tolist()]
     cu_seqlens = torch.full((16,), num_tokens, dtype=torch.int32)
     cu_seqlens[: len(used)] = torch.tensor(used)
-    return replace(batch, sample_ids=names, segments=Segments(cu_seqlens=cu_seqlens, max_length=num_tokens))
+    return replace(
+        batch,
+        sample_ids=names,
+        sample_bounds=tuple(used),
+        segments=Segments(cu_seqlens=cu_seqlens, max_length=num_tokens),
+    )
 
 
 def test_answers_are_those_of_transformers_whatever_shares_the_pack(layout: Layout) -> None:

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omniloom.data.agreement import report_pack
 from omniloom.data.collate import (
     FailedSlot,
     blank_samples,
@@ -13,7 +16,19 @@ from omniloom.data.collate import (
     sample_weight_sums,
     weight_sum,
 )
-from omniloom.types import IGNORE_LABEL, AudioBatch, AudioClip, Example, Segments, VisionBatch, VisionClip
+from omniloom.ops.attention import segment_attention_reference
+from omniloom.types import (
+    IGNORE_LABEL,
+    AudioBatch,
+    AudioClip,
+    BadSample,
+    Example,
+    LoadedPack,
+    PackStats,
+    Segments,
+    VisionBatch,
+    VisionClip,
+)
 
 PACK_TOKENS = 256
 
@@ -138,6 +153,34 @@ def test_a_failed_sample_keeps_its_slot_and_moves_nothing():
         assert torch.equal(whole.input_ids[rows], failed.input_ids[rows])
         assert torch.equal(whole.loss_weights[rows], failed.loss_weights[rows])
     assert failed.sample_ids == whole.sample_ids
+
+
+def test_a_sample_of_two_segments_is_one_sample():
+    """A chosen and a rejected answer, say: counted, weighted and lost together, and blind to one another."""
+    two = replace(make_example(7, 60), segment_lengths=(25, 35))
+    batch = pack([make_example(1, 40), two, make_example(2, 30)], [1.0, 0.5, 1.0])
+    whole = pack([make_example(1, 40), make_example(7, 60), make_example(2, 30)], [1.0, 0.5, 1.0])
+    assert batch.segments.cu_seqlens.tolist()[:6] == [0, 40, 65, 100, 130, PACK_TOKENS]
+    assert batch.segments.max_length == 126
+    assert batch.sample_bounds == whole.sample_bounds == (0, 40, 100, 130)
+    assert sample_weight_sums(batch) == sample_weight_sums(whole)
+    assert check_example(two, 60) is None
+    assert "not its 60 tokens" in check_example(replace(two, segment_lengths=(25, 36)), 60)
+    blanked = blank_samples(batch, [1])
+    assert blanked.is_padding.nonzero().flatten().tolist() == [*range(40, 100), *range(130, PACK_TOKENS)]
+    assert sample_weight_sums(blanked)["text"][1] == 0.0
+    loaded = LoadedPack(
+        index=0,
+        batch=blanked,
+        weight_sum=0.0,
+        stats=PackStats(),
+        bad=(BadSample(file="f", line=1, field="x", reason="y"),),
+    )
+    assert [position for position, _ in report_pack(loaded).bad] == [1]
+    q, k, v = (torch.randn(PACK_TOKENS, 2, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    out = segment_attention_reference(q, k, v, batch.segments, causal=True)
+    k[40:65] += 100.0  # the first segment of the sample
+    assert torch.equal(segment_attention_reference(q, k, v, batch.segments, causal=True)[65:], out[65:])
 
 
 def test_blanking_a_sample_afterwards_gives_what_its_failure_would_have_given():
