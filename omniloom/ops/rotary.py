@@ -98,6 +98,8 @@ def _turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # angles make every product float32; accelerators convert within each kernel, the CPU only by a copy
     first, second = (heads.float() if heads.device.type == "cpu" else heads).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]  # [T, 1, D / 2]
+    if torch.compiler.is_compiling():  # fuses the passes, and takes no `out` with gaps
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
     out = torch.empty_like(heads, memory_format=torch.contiguous_format)
     low, high = out.chunk(2, dim=-1)
     torch.addcmul(first * cos, second, sin, value=-1, out=low)
