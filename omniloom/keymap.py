@@ -9,11 +9,12 @@ the same. `{i}` in a name stands for a whole dot-separated part that is a number
 
     KeyMap(
         rules=(
-            Rename(published="thinker.model.layers.{i}.mlp.gate.weight", ours="text.layers.{i}.moe.router.weight"),
-            Stack(
+            Rule(published="thinker.model.layers.{i}.mlp.gate.weight", ours="text.layers.{i}.moe.router.weight"),
+            Rule(
                 published=("thinker.model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
                            "thinker.model.layers.{i}.mlp.experts.{e}.up_proj.weight"),
                 ours="text.layers.{i}.moe.experts.gate_up",
+                index="e",
             ),
         ),
         carried=("talker.", "code2wav."),
@@ -42,44 +43,30 @@ _COMPUTED = re.compile(r"(.*\.)?(original_inv_freq|inv_freq|position_ids|positio
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rename:
-    """The same tensor under another name."""
+class Rule:
+    """One tensor of ours (for each `{i}`) from a published one, or from as many as `{index}` counts.
 
-    published: str
-    ours: str
+    A `layout` says how the published dims become ours: "transpose" lets the last two change places (published
+    `[..., in, out]`, ours `[..., out, in]`), unless the tensor has the shape `unless`, since transformers 5 saves
+    experts the other way round; "flatten" makes one of all dims after the first, of a convolution's kernel
+    `[C, c, t, h, w]` a matrix `[C, c*t*h*w]`.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Transpose:
-    """The last two dims change places: published `[..., in, out]`, ours `[..., out, in]`.
-
-    A published tensor that has the shape `unless` is taken as it is: transformers 5 saves experts the other way round.
+    With `index`, published tensors are stacked along a new dim 0. With several names, those of one number are first
+    concatenated along their own dim 0: expert `e`'s gate `[I, H]` and up `[I, H]` give row `e` of ours `[E, 2I, H]`.
     """
 
-    published: str
+    published: str | tuple[str, ...]
     ours: str
+    layout: Layout = "same"
     unless: Shape | None = None
+    index: str | None = None
 
+    @property
+    def templates(self) -> tuple[str, ...]:
+        return (self.published,) if isinstance(self.published, str) else self.published
 
-@dataclass(frozen=True, kw_only=True)
-class Flatten:
-    """All dims after the first become one: a convolution kernel `[C, c, t, h, w]` as a matrix `[C, c*t*h*w]`."""
-
-    published: str
-    ours: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stack:
-    """Published tensors numbered by `{index}`, stacked along a new dim 0 of ours.
-
-    With several names, the tensors of one number are first concatenated along their own dim 0: expert `e`'s gate
-    `[I, H]` and up `[I, H]` give row `e` of ours `[E, 2I, H]`.
-    """
-
-    published: tuple[str, ...] | str
-    ours: str
-    index: str = "e"
+    def layout_of(self, shape: Shape) -> Layout:
+        return "same" if shape == self.unless else self.layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +80,6 @@ class Tied:
     published: str
     ours: str
     same_as: str
-
-
-Rule = Rename | Transpose | Flatten | Stack | Tied
 
 
 # ---------------------------------------------------------------------------------------- assemblies
@@ -190,7 +174,7 @@ class KeyMap:
     Rules find every spelling of a name that `canonical_name` knows.
     """
 
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule | Tied, ...]
     carried: tuple[str, ...] = ()
 
     def assemblies(self, shapes: Mapping[str, Shape]) -> dict[str, Assembly]:
@@ -204,9 +188,9 @@ class KeyMap:
         Raises: ValueError listing names that no rule knows, stacks with holes, unlike shapes, and tensors that are
             there twice.
         """
-        forms = [_form(rule) for rule in self.rules if not isinstance(rule, Tied)]
-        finder = _Finder([(template, (number, part)) for number, form in enumerate(forms) for part, template in
-                          enumerate(form.published)])  # fmt: skip
+        rules = [rule for rule in self.rules if isinstance(rule, Rule)]
+        finder = _Finder([(template, (number, part)) for number, rule in enumerate(rules) for part, template in
+                          enumerate(rule.templates)])  # fmt: skip
         groups: dict[tuple[int, str], dict[tuple[int, int], str]] = {}
         unknown, faults = [], []
         carried = tuple(map(canonical_name, self.carried))
@@ -216,9 +200,9 @@ class KeyMap:
             found = finder.find(canonical)
             if found is not None:
                 (number, part), values = found
-                index = forms[number].index
+                index = rules[number].index
                 row = values.pop(index) if index is not None else 0
-                members = groups.setdefault((number, _fill(forms[number].ours, values)), {})
+                members = groups.setdefault((number, _fill(rules[number].ours, values)), {})
                 if (other := members.setdefault((row, part), name)) != name:
                     faults.append(f"{other} and {name} are the same tensor")
             elif not (canonical.startswith(carried) or canonical in tied or _COMPUTED.fullmatch(name)):
@@ -232,7 +216,7 @@ class KeyMap:
                 faults.append(f"{' and '.join(names)} are the same weights")
                 continue
             try:
-                assemblies[ours] = _assemble(forms[number], ours, members, shapes)
+                assemblies[ours] = _assemble(rules[number], ours, members, shapes)
             except ValueError as error:
                 faults.append(str(error))
         if faults:
@@ -254,11 +238,10 @@ class KeyMap:
                 if rule.ours == ours:
                     return self.published_names(rule.same_as)
                 continue
-            form = _form(rule)
-            values = _match(form.ours, ours)
+            values = _match(rule.ours, ours)
             if values is not None:
-                row = {} if form.index is None else {form.index: "*"}
-                return tuple(_fill(template, {**values, **row}) for template in form.published)
+                row = {} if rule.index is None else {rule.index: "*"}
+                return tuple(_fill(template, {**values, **row}) for template in rule.templates)
         return ()
 
     def _with_tied(self, assemblies: dict[str, Assembly]) -> dict[str, Assembly]:
@@ -269,57 +252,33 @@ class KeyMap:
         return assemblies
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Form:
-    """What all rules but `Tied` come down to."""
-
-    published: tuple[str, ...]
-    ours: str
-    layout: Layout = "same"
-    index: str | None = None  # of a stack; without one there is one published name
-    unless: Shape | None = None  # of published tensors that need no laying out
-
-    def layout_of(self, shape: Shape) -> Layout:
-        return "same" if shape == self.unless else self.layout
-
-
-def _form(rule: Rename | Transpose | Flatten | Stack) -> _Form:
-    if isinstance(rule, Stack):
-        published = (rule.published,) if isinstance(rule.published, str) else rule.published
-        return _Form(published=published, ours=rule.ours, index=rule.index)
-    if isinstance(rule, Transpose):
-        return _Form(published=(rule.published,), ours=rule.ours, layout="transpose", unless=rule.unless)
-    layouts: dict[type, Layout] = {Rename: "same", Flatten: "flatten"}
-    return _Form(published=(rule.published,), ours=rule.ours, layout=layouts[type(rule)])
-
-
-def _assemble(form: _Form, ours: str, members: dict[tuple[int, int], str], shapes: Mapping[str, Shape]) -> Assembly:
+def _assemble(rule: Rule, ours: str, members: dict[tuple[int, int], str], shapes: Mapping[str, Shape]) -> Assembly:
     num_rows = 1 + max(row for row, _ in members)
-    if num_rows * len(form.published) != len(members):
-        places = ((row, part) for row in range(num_rows) for part in range(len(form.published)))
+    if num_rows * len(rule.templates) != len(members):
+        places = ((row, part) for row in range(num_rows) for part in range(len(rule.templates)))
         absent = list(islice((place for place in places if place not in members), MAX_LISTED))
         some = next(iter(members))
-        values = _match(canonical_name(form.published[some[1]]), canonical_name(members[some]))
+        values = _match(canonical_name(rule.templates[some[1]]), canonical_name(members[some]))
         assert values is not None
         names = [
-            _fill(form.published[part], values | ({form.index: row} if form.index else {})) for row, part in absent
+            _fill(rule.templates[part], values | ({rule.index: row} if rule.index else {})) for row, part in absent
         ]
         raise ValueError(
-            f"{ours}: {num_rows * len(form.published) - len(members)} of its tensors are missing: {', '.join(names)}"
+            f"{ours}: {num_rows * len(rule.templates) - len(members)} of its tensors are missing: {', '.join(names)}"
         )
     pieces = []
     for row in range(num_rows):
         offset = 0
-        for part in range(len(form.published)):
+        for part in range(len(rule.templates)):
             name = members[row, part]
-            shape, layout = shapes[name], form.layout_of(shapes[name])
-            if len(shape) < (least := 1 if form.index is not None else 0 if layout == "same" else 2):
+            shape, layout = shapes[name], rule.layout_of(shapes[name])
+            if len(shape) < (least := 1 if rule.index is not None else 0 if layout == "same" else 2):
                 raise ValueError(f"{name}: expected at least {least} dims, got shape {_dims(shape)}")
             # parts of a row differ in dim 0 at most, rows not at all
             expected = (*shapes[members[0, part]][:1], *shapes[members[0, 0]][1:])
             if shape != expected:
                 raise ValueError(f"{name}: expected {_dims(expected)} like its neighbours, got {_dims(shape)}")
-            box, stacked = whole(_lay_out(shape, layout)), form.index is not None
+            box, stacked = whole(_lay_out(shape, layout)), rule.index is not None
             if stacked:
                 box = ((row, row + 1), (offset, offset + shape[0]), *box[1:])
                 offset += shape[0]

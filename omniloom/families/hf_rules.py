@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from omniloom.keymap import Flatten, Rename, Rule, Stack, Tied
+from omniloom.keymap import Rule, Tied
 from omniloom.models.decoder import DecoderConfig
 
 
 def linears(published: str, ours: str, names: Mapping[str, str], *, bias: bool) -> list[Rule]:
-    """Renames of modules with a weight and, if `bias`, a bias: published module name -> ours."""
+    """Rules of modules with a weight and, if `bias`, a bias: published module name -> ours."""
     kinds = ("weight", "bias") if bias else ("weight",)
     return [
-        Rename(published=f"{published}.{theirs}.{kind}", ours=f"{ours}.{mine}.{kind}")
+        Rule(published=f"{published}.{theirs}.{kind}", ours=f"{ours}.{mine}.{kind}")
         for theirs, mine in names.items()
         for kind in kinds
     ]
@@ -29,9 +29,9 @@ def vision_rules(tower: str, *, merger: Mapping[str, str], deepstack: str) -> li
         "mlp.linear_fc2": "mlp.fc2",
     }
     return [
-        Flatten(published=f"{tower}.patch_embed.proj.weight", ours="vision.patch_embed.weight"),
-        Rename(published=f"{tower}.patch_embed.proj.bias", ours="vision.patch_embed.bias"),
-        Rename(published=f"{tower}.pos_embed.weight", ours="vision.pos_embed.weight"),
+        Rule(layout="flatten", published=f"{tower}.patch_embed.proj.weight", ours="vision.patch_embed.weight"),
+        Rule(published=f"{tower}.patch_embed.proj.bias", ours="vision.patch_embed.bias"),
+        Rule(published=f"{tower}.pos_embed.weight", ours="vision.pos_embed.weight"),
         *linears(f"{tower}.blocks.{{i}}", "vision.layers.{i}", block, bias=True),
         *linears(f"{tower}.merger", "vision.merger", merger, bias=True),
         *linears(f"{tower}.{deepstack}.{{i}}", "vision.deepstack.{i}", merger, bias=True),
@@ -44,7 +44,7 @@ def window_vision_rules(tower: str, *, attention: Mapping[str, str]) -> list[Rul
     parts |= {f"mlp.{name}": f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
     block, merger = f"{tower}.blocks.{{i}}", f"{tower}.merger"
     return [
-        Flatten(published=f"{tower}.patch_embed.proj.weight", ours="vision.patch_embed.weight"),
+        Rule(layout="flatten", published=f"{tower}.patch_embed.proj.weight", ours="vision.patch_embed.weight"),
         *linears(block, "vision.layers.{i}", {"norm1": "norm1", "norm2": "norm2"}, bias=False),
         *linears(block, "vision.layers.{i}", parts, bias=True),
         *linears(merger, "vision.merger", {"ln_q": "norm"}, bias=False),
@@ -70,7 +70,7 @@ def audio_layer_rules(tower: str) -> list[Rule]:
     ]
 
 
-def decoder_rules(model: str, head: str, config: DecoderConfig) -> list[Rule]:
+def decoder_rules(model: str, head: str, config: DecoderConfig) -> list[Rule | Tied]:
     """The decoder but for its experts. `model` holds embedding, layers and norm; `head` is the head's module."""
     theirs, ours = f"{model}.layers.{{i}}", "text.layers.{i}"
     attention = {name: f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -83,21 +83,21 @@ def decoder_rules(model: str, head: str, config: DecoderConfig) -> list[Rule]:
     embed, last = "text.embed.weight", "text.loss_head.head.weight"
     tie = config.tie_word_embeddings
     return [
-        Rename(published=f"{model}.embed_tokens.weight", ours=embed),
+        Rule(published=f"{model}.embed_tokens.weight", ours=embed),
         *linears(f"{theirs}.self_attn", ours, attention, bias=True),
         *linears(theirs, ours, norms, bias=False),
         *linears(
             theirs, ours, {f"mlp.{name}": f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}, bias=False
         ),
-        Rename(published=f"{model}.norm.weight", ours="text.loss_head.norm.weight"),
+        Rule(published=f"{model}.norm.weight", ours="text.loss_head.norm.weight"),
         Tied(published=f"{head}.weight", ours=last, same_as=embed)
         if tie
-        else Rename(published=f"{head}.weight", ours=last),
+        else Rule(published=f"{head}.weight", ours=last),
     ]
 
 
 def router_rule(model: str) -> Rule:
-    return Rename(published=f"{model}.layers.{{i}}.mlp.gate.weight", ours="text.layers.{i}.moe.router.weight")
+    return Rule(published=f"{model}.layers.{{i}}.mlp.gate.weight", ours="text.layers.{i}.moe.router.weight")
 
 
 def expert_rules(model: str) -> list[Rule]:
@@ -105,8 +105,8 @@ def expert_rules(model: str) -> list[Rule]:
     theirs, ours = f"{model}.layers.{{i}}.mlp.experts", "text.layers.{i}.moe.experts"
     single = f"{theirs}.{{e}}"
     return [
-        Stack(published=(f"{single}.gate_proj.weight", f"{single}.up_proj.weight"), ours=f"{ours}.gate_up"),
-        Stack(published=f"{single}.down_proj.weight", ours=f"{ours}.down"),
-        Rename(published=f"{theirs}.gate_up_proj", ours=f"{ours}.gate_up"),
-        Rename(published=f"{theirs}.down_proj", ours=f"{ours}.down"),
+        Rule(index="e", published=(f"{single}.gate_proj.weight", f"{single}.up_proj.weight"), ours=f"{ours}.gate_up"),
+        Rule(index="e", published=f"{single}.down_proj.weight", ours=f"{ours}.down"),
+        Rule(published=f"{theirs}.gate_up_proj", ours=f"{ours}.gate_up"),
+        Rule(published=f"{theirs}.down_proj", ours=f"{ours}.down"),
     ]

@@ -33,15 +33,19 @@ from omniloom.checkpoint.dcp import (
 )
 from omniloom.checkpoint.export import export
 from omniloom.checkpoint.hf import gather_full, load_model, open_checkpoint
-from omniloom.keymap import KeyMap, Rename, Stack
+from omniloom.keymap import KeyMap, Rule
 
 NUM_EXPERTS, INNER, HIDDEN = 4, 6, 8
 KEY_MAP = KeyMap(
     rules=(
-        Rename(published="thinker.embed.weight", ours="embed.weight"),
-        Rename(published="thinker.norm.weight", ours="norm.weight"),
-        Rename(published="thinker.wide.weight", ours="wide.weight"),
-        Stack(published=("thinker.experts.{e}.gate.weight", "thinker.experts.{e}.up.weight"), ours="experts.gate_up"),
+        Rule(published="thinker.embed.weight", ours="embed.weight"),
+        Rule(published="thinker.norm.weight", ours="norm.weight"),
+        Rule(published="thinker.wide.weight", ours="wide.weight"),
+        Rule(
+            index="e",
+            published=("thinker.experts.{e}.gate.weight", "thinker.experts.{e}.up.weight"),
+            ours="experts.gate_up",
+        ),
     ),
     carried=("talker.",),
 )

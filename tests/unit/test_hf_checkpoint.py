@@ -16,21 +16,22 @@ from torch import nn
 from omniloom.checkpoint.export import export
 from omniloom.checkpoint.hf import check_dtypes, gather_full, load_model, open_checkpoint, refuse_quantised
 from omniloom.checkpoint.tensor_files import INDEX_NAME
-from omniloom.keymap import Flatten, KeyMap, Rename, Stack, Tied, Transpose
+from omniloom.keymap import KeyMap, Rule, Tied
 
 HIDDEN, INNER, NUM_EXPERTS = 6, 4, 3
 KEY_MAP = KeyMap(
     rules=(
-        Rename(published="thinker.embed.weight", ours="embed.weight"),
+        Rule(published="thinker.embed.weight", ours="embed.weight"),
         Tied(published="thinker.lm_head.weight", ours="head.weight", same_as="embed.weight"),
-        Rename(published="thinker.layers.{i}.norm.weight", ours="layers.{i}.norm.weight"),
-        Rename(published="thinker.layers.{i}.scale", ours="layers.{i}.scale"),
-        Transpose(published="thinker.layers.{i}.turned", ours="layers.{i}.turned"),
-        Stack(
+        Rule(published="thinker.layers.{i}.norm.weight", ours="layers.{i}.norm.weight"),
+        Rule(published="thinker.layers.{i}.scale", ours="layers.{i}.scale"),
+        Rule(layout="transpose", published="thinker.layers.{i}.turned", ours="layers.{i}.turned"),
+        Rule(
+            index="e",
             published=("thinker.layers.{i}.experts.{e}.gate.weight", "thinker.layers.{i}.experts.{e}.up.weight"),
             ours="layers.{i}.gate_up",
         ),
-        Flatten(published="thinker.visual.patch.weight", ours="vision.patch.weight"),
+        Rule(layout="flatten", published="thinker.visual.patch.weight", ours="vision.patch.weight"),
     ),
     carried=("talker.",),
 )

@@ -5,20 +5,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.keymap import Flatten, KeyMap, Rename, Stack, Tied, Transpose
+from omniloom.keymap import KeyMap, Rule, Tied
 
 RULES = KeyMap(
     rules=(
-        Rename(published="thinker.layers.{i}.norm.weight", ours="text.layers.{i}.norm.weight"),
-        Rename(published="thinker.layers.{i}.mlp.0.bias", ours="text.layers.{i}.mlp.first.bias"),
-        Transpose(published="thinker.layers.{i}.turned", ours="text.layers.{i}.turned"),
-        Flatten(published="thinker.patch.weight", ours="vision.patch.weight"),
-        Stack(
+        Rule(published="thinker.layers.{i}.norm.weight", ours="text.layers.{i}.norm.weight"),
+        Rule(published="thinker.layers.{i}.mlp.0.bias", ours="text.layers.{i}.mlp.first.bias"),
+        Rule(layout="transpose", published="thinker.layers.{i}.turned", ours="text.layers.{i}.turned"),
+        Rule(layout="flatten", published="thinker.patch.weight", ours="vision.patch.weight"),
+        Rule(
+            index="e",
             published=("thinker.layers.{i}.experts.{e}.gate.weight", "thinker.layers.{i}.experts.{e}.up.weight"),
             ours="text.layers.{i}.experts.gate_up",
         ),
-        Stack(published="thinker.layers.{i}.experts.{e}.down.weight", ours="text.layers.{i}.experts.down"),
-        Rename(published="thinker.embed.weight", ours="text.embed.weight"),
+        Rule(index="e", published="thinker.layers.{i}.experts.{e}.down.weight", ours="text.layers.{i}.experts.down"),
+        Rule(published="thinker.embed.weight", ours="text.embed.weight"),
         Tied(published="thinker.head.weight", ours="text.head.weight", same_as="text.embed.weight"),
     ),
     carried=("talker.", "code2wav."),
@@ -132,9 +133,9 @@ def test_every_spelling_of_a_name_is_found_and_two_at_once_are_refused():
     spellings = ("thinker.visual.{}", "visual.{}", "model.visual.{}", "thinker.model.visual.{}")
     rules = KeyMap(
         rules=(
-            Rename(published="thinker.visual.norm.weight", ours="vision.norm.weight"),
-            Stack(published="thinker.visual.{e}.down.weight", ours="vision.down"),
-            Rename(published="thinker.visual.down", ours="vision.down"),
+            Rule(published="thinker.visual.norm.weight", ours="vision.norm.weight"),
+            Rule(index="e", published="thinker.visual.{e}.down.weight", ours="vision.down"),
+            Rule(published="thinker.visual.down", ours="vision.down"),
         ),
         carried=("thinker.visual.unused.",),
     )

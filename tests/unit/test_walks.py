@@ -14,7 +14,7 @@ import torch
 import omniloom
 from omniloom.checkpoint.hf import gather_full
 from omniloom.config import load_config
-from omniloom.keymap import KeyMap, Rename
+from omniloom.keymap import KeyMap, Rule
 from omniloom.parallel.mesh import Degrees, build_layout, close_distributed, init_distributed
 from omniloom.run.opening import build_model, load_weights, open_workshop
 from omniloom.run.results import export_model
@@ -64,7 +64,7 @@ def test_a_parameter_passes_twelve_files_at_most_from_safetensors_to_export(tmp_
         if isinstance(value, KeyMap):
             return sees(value.rules)
         if isinstance(value, list | tuple):  # of rules, for any layer
-            return any(isinstance(rule, Rename) and rule.ours in rules for rule in value)
+            return any(isinstance(rule, Rule) and rule.ours in rules for rule in value)
         return isinstance(value, torch.Tensor) and any(value is tensor for tensor in tensors)
 
     def walk() -> None:

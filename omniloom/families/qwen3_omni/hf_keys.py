@@ -11,7 +11,7 @@ from omniloom.families.hf_rules import (
     vision_rules,
 )
 from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
-from omniloom.keymap import KeyMap, Rename
+from omniloom.keymap import KeyMap, Rule
 
 CARRIED = ("talker.", "code2wav.")
 
@@ -30,7 +30,7 @@ def key_map(config: Qwen3OmniConfig) -> KeyMap:
         rules=(
             *vision_rules("thinker.visual", merger=merger, deepstack="merger_list"),
             *linears(audio, "audio", ends, bias=True),
-            Rename(published=f"{audio}.conv_out.weight", ours="audio.stem.out.weight"),
+            Rule(published=f"{audio}.conv_out.weight", ours="audio.stem.out.weight"),
             *audio_layer_rules(audio),
             *decoder_rules(model, "thinker.lm_head", config.text),
             router_rule(model),
