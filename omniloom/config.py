@@ -37,6 +37,9 @@ from omniloom.types import (
 )
 
 Dtype = Literal["bf16", "float32"]
+Format = Literal[
+    "auto", "sharegpt", "messages", "openai", "anthropic", "alpaca", "llava", "multimodal_tool", "query_response"
+]
 
 
 class ConfigError(ValueError):
@@ -75,12 +78,40 @@ class AudioConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FieldNames:
+    """Names of a row's fields and roles where they differ from the formats' own; the guides' `attr`."""
+
+    messages: Annotated[str | None, "the list of turns"] = None
+    role_tag: Annotated[str | None, "a turn's role"] = None
+    content_tag: Annotated[str | None, "a turn's content"] = None
+    user_tag: Annotated[str | None, "the role of the user"] = None
+    assistant_tag: Annotated[str | None, "the role of the assistant"] = None
+    observation_tag: Annotated[str | None, "the role of a tool's answer"] = None
+    function_tag: Annotated[str | None, "the role of a tool call"] = None
+    system_tag: Annotated[str | None, "the role of the system prompt"] = None
+    system: Annotated[str | None, "the system prompt beside the turns"] = None
+    tools: Annotated[str | None, "the tools"] = None
+    images: Annotated[str | None, "the images"] = None
+    videos: Annotated[str | None, "the videos"] = None
+    audios: Annotated[str | None, "the sounds"] = None
+    prompt: Annotated[str | None, "the instruction of an alpaca row"] = None
+    query: Annotated[str | None, "the question, or the input of an alpaca row"] = None
+    response: Annotated[str | None, "the answer"] = None
+    history: Annotated[str | None, "earlier questions and answers"] = None
+    formatting: Annotated[Format | None, "the format, where the guides name it"] = None
+    ranking: Annotated[bool | str | None, "of preference data, which are not trained here"] = None
+    chosen: Annotated[bool | str | None, "of preference data, which are not trained here"] = None
+    rejected: Annotated[bool | str | None, "of preference data, which are not trained here"] = None
+    kto_tag: Annotated[bool | str | None, "of preference data, which are not trained here"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSource:
     """A file of rows with options of its own, each in place of that of the data section; null takes the section's."""
 
     path: Annotated[str, "the file"] = ""
-    format: Annotated[str | None, "in place of data.format"] = None
-    attr: Annotated[dict[str, str | bool | None] | None, "in place of data.attr"] = None
+    format: Annotated[Format | None, "in place of data.format"] = None
+    attr: Annotated[FieldNames | None, "in place of data.attr, whole"] = None
     max_samples: Annotated[Count | None, "in place of data.max_samples"] = None
     media_dir: Annotated[str | None, "in place of data.media_dir"] = None
     template: Annotated[str | None, "in place of data.template"] = None
@@ -96,10 +127,8 @@ class DataConfig(ProcessorOptions):
     train: Annotated[tuple[str | DataSource, ...], "files of training rows, or records of a path with options"] = ()
     eval: Annotated[tuple[str | DataSource, ...], "files of evaluation rows, as train"] = ()
     split: Annotated[Share, "share of the training rows held out for evaluation where `eval` is empty"] = 0.0
-    format: Annotated[str, "of the rows; auto detects it row by row"] = "auto"
-    attr: Annotated[dict[str, str | bool | None], "field names of rows, as in the guides' `attr`"] = field(
-        default_factory=dict
-    )
+    format: Annotated[Format, "of the rows; auto detects it row by row"] = "auto"
+    attr: FieldNames = field(default_factory=FieldNames)
     max_samples: Annotated[Count | None, "per data set: the first N rows only"] = None
     media_dir: Annotated[str | None, "where relative media paths start; null is the folder of each data file"] = None
     allow_outside_media_dir: Annotated[bool, "read media that lie outside the media folder"] = False
@@ -275,14 +304,20 @@ def override_config(config: Config, overrides: Sequence[str], *, verb: str, take
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The tree as plain YAML types, for `config.yaml` beside a run."""
     tree: dict[str, Any] = _copy(dataclasses.asdict(config))
-    # an empty lora section would be refused when it is read again
-    tree["policy"] = {name: {k: v for k, v in rule.items() if v is not None} for name, rule in tree["policy"].items()}
-    for name in ("train", "eval"):  # nor would the empty sections of a source
-        tree["data"][name] = [
-            {k: v for k, v in entry.items() if v is not None} if isinstance(entry, dict) else entry
-            for entry in tree["data"][name]
-        ]
+    data = tree["data"]
+    data["attr"] = _without_nulls(data["attr"])
+    for name in ("train", "eval"):  # an empty section would be refused when it is read again
+        data[name] = [_without_nulls(entry) if isinstance(entry, dict) else entry for entry in data[name]]
+    tree["policy"] = {name: _without_nulls(rule) for name, rule in tree["policy"].items()}
     return tree
+
+
+def _without_nulls(section: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value is not None
+    }
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -461,6 +496,8 @@ def _read(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
         return found
     else:
         hint = "; put it in quotes" if kind is str and value is not None else ""
+        if origin is Literal and isinstance(value, str):
+            hint = suggest(value, map(str, arguments), among="")
         faults.append(f"{path}: expected {_describe(kind)}, got {'null' if value is None else repr(value)}{hint}")
     return None
 
@@ -566,10 +603,17 @@ def _contradictions(config: Config) -> list[str]:
     ):
         if both:
             faults.append(f"{one} and {other} are both set; keep one")
+    attrs = {"data.attr": data.attr}
     for name, entries in (("train", data.train), ("eval", data.eval)):
         for index, entry in enumerate(entries):
             if isinstance(entry, DataSource) and not entry.path:
                 faults.append(f"data.{name}.{index}.path: not set; name the file of the source")
+            if isinstance(entry, DataSource) and entry.attr is not None:
+                attrs[f"data.{name}.{index}.attr"] = entry.attr
+    for path, attr in attrs.items():
+        for name in ("ranking", "chosen", "rejected", "kto_tag"):
+            if value := getattr(attr, name):
+                faults.append(f"{path}.{name}: preference data are not trained here; expected null, got {value}")
     for low, high, of in (
         ("train.min_learning_rate", "train.learning_rate", (train.min_learning_rate, train.learning_rate)),
         ("data.image.min_pixels", "data.image.max_pixels", (data.image.min_pixels, data.image.max_pixels)),

@@ -7,24 +7,15 @@ row says is kept whole: text beside tool calls, the order of parallel calls, rea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import fields, replace
+from typing import Any, Literal, get_args
 
-from omniloom.config import DataConfig
-from omniloom.data.row_media import KINDS, MediaRules, RowMedia, as_clips, join_sound, names_clip
+from omniloom.config import DataConfig, FieldNames, Format
+from omniloom.data.row_media import KINDS, RowMedia, as_clips, join_sound, names_clip
 from omniloom.data.tool_calls import parse_tool_calls, parse_tools, tool_call_part, write_json
-from omniloom.types import Conversation, MediaKind, Part, Role, SampleError, Turn, suggest
+from omniloom.types import Conversation, MediaKind, Part, Role, SampleError, Turn
 
-FORMATS = (
-    "sharegpt",
-    "messages",
-    "openai",
-    "anthropic",
-    "alpaca",
-    "llava",
-    "multimodal_tool",
-    "query_response",
-)
+FORMATS: tuple[str, ...] = get_args(Format)[1:]
 _TurnKind = Literal["system", "user", "assistant", "tool", "tool_call"]
 _ROLES: dict[str, _TurnKind] = {
     "system": "system",
@@ -53,73 +44,7 @@ _DIALOGUE_KEYS = ("messages", "conversations", "conversation")
 _PAIR_KEYS = ("instruction", "prompt", "input", "output", "query", "response", "history")
 _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios", "use_audio_in_video")
 _ROW_KEYS = {*_DIALOGUE_KEYS, *_PAIR_KEYS, *_MEDIA_KEYS, "tools", "system", "id", "weight"}
-_PREFERENCE_KEYS = ("ranking", "chosen", "rejected", "kto_tag")  # of the guides' `attr`, for training of another kind
 _LARGEST_WEIGHT = 1e30  # sums of them stay within float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class FieldNames:
-    """Names of a row's fields and roles where they differ from the formats' own; the guides' `attr`."""
-
-    messages: str | None = None
-    role_tag: str | None = None
-    content_tag: str | None = None
-    user_tag: str | None = None
-    assistant_tag: str | None = None
-    observation_tag: str | None = None
-    function_tag: str | None = None
-    system_tag: str | None = None
-    system: str | None = None
-    tools: str | None = None
-    images: str | None = None
-    videos: str | None = None
-    audios: str | None = None
-    prompt: str | None = None
-    query: str | None = None
-    response: str | None = None
-    history: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowOptions:
-    """Everything but the row that `parse_row` depends on."""
-
-    format: str = "auto"
-    names: FieldNames = field(default_factory=FieldNames)
-    media: MediaRules = field(default_factory=MediaRules)
-    needs_answer: bool = True  # to train on; not where the model is to give it
-
-
-def row_options(config: DataConfig) -> RowOptions:
-    """The part of the data config that concerns rows. Raises: ValueError for an unknown format or attr name."""
-    known = [item.name for item in fields(FieldNames)]
-    names: dict[str, str] = {}
-    for name, value in config.attr.items():
-        if name in _PREFERENCE_KEYS:
-            if value:
-                raise ValueError(f"data.attr.{name}: preference data are not trained here, expected null, got {value}")
-        elif name not in (*known, "formatting"):
-            raise ValueError(f"data.attr.{name}: unknown name{suggest(name, known)}")
-        elif isinstance(value, bool):
-            raise ValueError(f"data.attr.{name}: expected the name that the rows use, or null, got {value!r}")
-        elif value is not None:
-            names[name] = value
-    formatting = names.pop("formatting", "auto")  # where the guides name the format
-    for key, name in (("data.format", config.format), ("data.attr.formatting", formatting)):
-        if name not in ("auto", *FORMATS):
-            raise ValueError(f"{key}: unknown format {name!r}{suggest(name, FORMATS, among='expected auto or one of')}")
-    return RowOptions(
-        format=formatting if config.format == "auto" else config.format,
-        names=FieldNames(**names),
-        media=MediaRules(
-            media_dir=config.media_dir,
-            allow_outside_media_dir=config.allow_outside_media_dir,
-            allow_urls=config.allow_urls,
-            use_audio=config.video.use_audio,
-            frame_list_fps=config.video.fps,
-            unplaced=config.unplaced_media,
-        ),
-    )
 
 
 # ---------------------------------------------------------------------------------------- detection
@@ -142,19 +67,24 @@ def detect_format(row: Mapping[str, Any], names: FieldNames | None = None) -> st
     )
 
 
-def describe_format(row: Mapping[str, Any], options: RowOptions) -> str:
+def describe_format(row: Mapping[str, Any], options: DataConfig) -> str:
     """One line for the log: a row's format, the keys it is read from and those that nothing reads.
 
     Raises: SampleError where no format fits.
     """
-    found = options.format == "auto"
-    name = detect_format(row, options.names) if found else options.format
-    renamed = {value for item in fields(FieldNames) if (value := getattr(options.names, item.name)) is not None}
+    set_by_hand = _format_of(options)
+    name = detect_format(row, options.attr) if set_by_hand is None else set_by_hand
+    renamed = {value for item in fields(FieldNames) if (value := getattr(options.attr, item.name)) is not None}
     present = [str(key) for key, value in row.items() if value is not None]
     read = [key for key in present if key in _ROW_KEYS or key in renamed]
     ignored = [key for key in present if key not in read]
-    line = f"format {name} ({'detected' if found else 'set by data.format'}), read from {', '.join(read)}"
+    line = f"format {name} ({'detected' if set_by_hand is None else 'set by data.format'}), read from {', '.join(read)}"
     return line + (f"; not read: {', '.join(ignored)}" if ignored else "")
+
+
+def _format_of(options: DataConfig) -> str | None:
+    """The format that the config names, in its own key or where the guides do."""
+    return next((name for name in (options.format, options.attr.formatting) if name not in (None, "auto")), None)
 
 
 def _detect_dialogue(row: Mapping[str, Any], turns: Any, names: FieldNames) -> str:
@@ -179,15 +109,18 @@ def _detect_dialogue(row: Mapping[str, Any], turns: Any, names: FieldNames) -> s
 # ---------------------------------------------------------------------------------------- parsing
 
 
-def parse_row(row: Mapping[str, Any], *, file: str, line: int, options: RowOptions) -> Conversation:
+def parse_row(
+    row: Mapping[str, Any], *, file: str, line: int, options: DataConfig, needs_answer: bool = True
+) -> Conversation:
     """Turn one row into a conversation. Raises: SampleError that names the field and what is wrong with it."""
-    names = options.names
-    name = detect_format(row, names) if options.format == "auto" else options.format
-    messages = _pairs(row, name, options) if name in ("alpaca", "query_response") else _messages(row, name, names)
+    names = options.attr
+    name = _format_of(options) or detect_format(row, names)
+    paired = name in ("alpaca", "query_response")
+    messages = _pairs(row, name, names, needs_answer) if paired else _messages(row, name, names)
     media = RowMedia(
         {kind: _clips_beside(row, getattr(names, f"{kind}s"), kind) for kind in KINDS},
         file=file,
-        rules=options.media,
+        rules=options,
         use_audio=row.get("use_audio_in_video"),
         typed=any(_blocks(_find(message, names.content_tag, "content", "value")) for message in messages),
     )
@@ -199,7 +132,7 @@ def parse_row(row: Mapping[str, Any], *, file: str, line: int, options: RowOptio
     if system and any(turn.role == "system" for turn in turns[1:2]):
         raise SampleError("system", "the row has both a system field and a system turn; keep one")
     turns = media.place_rest(turns)
-    if options.needs_answer and not any(turn.role == "assistant" and turn.parts for turn in turns):
+    if needs_answer and not any(turn.role == "assistant" and turn.parts for turn in turns):
         raise SampleError("messages", "no assistant answer in the row: there is nothing to train on")
     source = f"{file}:{line}"
     conversation = Conversation(
@@ -233,9 +166,8 @@ def _clips_beside(row: Mapping[str, Any], renamed: str | None, kind: MediaKind) 
     return [clip for key in row if key in (kind, f"{kind}s") for clip in as_clips(kind, row[key])]
 
 
-def _pairs(row: Mapping[str, Any], name: str, options: RowOptions) -> list[Mapping[str, Any]]:
+def _pairs(row: Mapping[str, Any], name: str, names: FieldNames, needs_answer: bool) -> list[Mapping[str, Any]]:
     """The instruction and query/response formats written as messages, history first."""
-    names = options.names
     question, answer = _pair_keys(row, name, names)
     prompt = _words(row, question)
     extra = _find(row, names.query, "input") if name == "alpaca" else None
@@ -252,7 +184,7 @@ def _pairs(row: Mapping[str, Any], name: str, options: RowOptions) -> list[Mappi
     messages.append({"role": "user", "content": prompt})
     if row.get(answer) is not None:
         messages.append({"role": "assistant", "content": _words(row, answer)})
-    elif options.needs_answer:
+    elif needs_answer:
         has = ", ".join(map(str, row))
         raise SampleError(answer, f"no answer to train on, the row has only {has}; data.attr.response maps other names")
     return messages

@@ -12,10 +12,11 @@ import binascii
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 from urllib.parse import unquote
 
+from omniloom.config import DataConfig
 from omniloom.data.clip_options import SAYS_NOTHING, clip_options
 from omniloom.types import MediaKind, MediaSource, Part, SampleError, Turn
 
@@ -34,30 +35,18 @@ _PATH = re.compile("[^\0\ud800-\udfff]*")
 _BYTES_KEYS = ("bytes", "base64", "data")
 
 
-@dataclass(frozen=True, kw_only=True)
-class MediaRules:
-    """Where media may come from, and what holds for clips that say nothing themselves."""
-
-    media_dir: str | None = None  # None: the folder of the data file
-    allow_outside_media_dir: bool = False
-    allow_urls: bool = False
-    use_audio: bool = False  # interleave the sound of videos
-    frame_list_fps: float = 2.0  # rate at which a video given as a list of images is taken to be sampled
-    unplaced: Literal["error", "front"] = "error"  # clips of a kind for which the text has no placeholder at all
-
-
 class RowMedia:
     """The clips of one row, handed out in the order in which the text asks for them."""
 
     def __init__(
-        self, lists: Mapping[MediaKind, list[Any]], *, file: str, rules: MediaRules, use_audio: Any, typed: bool
+        self, lists: Mapping[MediaKind, list[Any]], *, file: str, rules: DataConfig, use_audio: Any, typed: bool
     ) -> None:
         """`typed`: the content is a list of typed blocks, where clips have blocks of their own."""
         self._folder = os.path.abspath(rules.media_dir if rules.media_dir is not None else os.path.dirname(file))
         self._rules = rules
         if use_audio is not None and not isinstance(use_audio, bool):
             raise SampleError("use_audio_in_video", f"expected true or false, got {use_audio!r}")
-        self._use_audio = rules.use_audio if use_audio is None else use_audio
+        self._use_audio = rules.video.use_audio if use_audio is None else use_audio
         self._items = lists
         self._num_taken = dict.fromkeys(KINDS, 0)
         # in typed content <image> is only a word, unless there is a list beside it whose clips want a place
@@ -99,7 +88,7 @@ class RowMedia:
         front: list[Part] = []
         for kind in KINDS:
             num_taken, num_clips = self._num_taken[kind], len(self._items[kind])
-            if num_taken == 0 and self._rules.unplaced == "front" and asked is not None:
+            if num_taken == 0 and self._rules.unplaced_media == "front" and asked is not None:
                 front += [self.next_clip(kind) for _ in range(num_clips)]
             elif num_taken != num_clips:
                 way = "" if num_taken else ", or set data.unplaced_media=front to put them before the first question"
@@ -133,7 +122,7 @@ class RowMedia:
         if not item:
             raise SampleError(field, "expected a list of frames, got an empty list")
         frames = tuple(self._frame(frame, f"{field}[{index}]") for index, frame in enumerate(item))
-        rate = options.fps or self._rules.frame_list_fps
+        rate = options.fps or self._rules.video.fps
         return Part(kind=kind, media=replace(media, frames=frames, options=replace(options, fps=rate)))
 
     def _frame(self, item: Any, field: str) -> str:

@@ -228,7 +228,7 @@ def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
     """Leaves by dotted key; lists are leaves, empty sections and nulls of rules are nothing."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and f"{path}{key}" != "data.attr":
+        if isinstance(value, dict):
             found |= _flat(value, f"{path}{key}.")
         elif value is not None or not path.startswith("policy."):
             found[f"{path}{key}"] = list(value) if isinstance(value, tuple) else value

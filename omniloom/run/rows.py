@@ -12,7 +12,7 @@ import torch
 from omniloom.config import Config, ConfigError, DataConfig, DataSource
 from omniloom.data.agreement import PlanningRanks
 from omniloom.data.extent_cache import ExtentCache, fingerprint_of
-from omniloom.data.formats import RowOptions, describe_format, parse_row, row_options
+from omniloom.data.formats import describe_format, parse_row
 from omniloom.data.loader import Loader
 from omniloom.data.media import MediaLimits
 from omniloom.data.media_decode import decode_clip
@@ -96,7 +96,7 @@ def describe_files(source: Sources, config: Config) -> list[str]:
     for index in first_rows[:DESCRIBED_FILES]:
         file, _ = source.locate(index)
         try:
-            options = row_options(options_of(config.data, source.entries[source.find(index)[0]]))
+            options = options_of(config.data, source.entries[source.find(index)[0]])
             lines.append(f"{file}: {describe_format(source.read_row(index)[0], options)}")
         except SampleError as error:
             lines.append(f"{file}: its first row is bad: {error}")
@@ -153,15 +153,15 @@ class OpenRows:
         processor = spec_named(self.family_name).make_processor(self.model_dir, self.family, data)
         limits = MediaLimits(data=data, sampling_rate=processor.towers.settings.sampling_rate or SILENT_RATE)
         return SourceReader(
-            parse=partial(self._parse, options=replace(row_options(data), needs_answer=self.needs_answer)),
+            parse=partial(self._parse, options=data),
             read_header=partial(read_header, limits=limits),
             decode=partial(decode_clip, limits=limits),
             processor=processor,
             fingerprint=fingerprint_of(self.model_dir, self.family, self.modalities, planned),
         )
 
-    def _parse(self, row: Row, file: str, line: int, *, options: RowOptions) -> Conversation:
-        conversation = parse_row(row, file=file, line=line, options=options)
+    def _parse(self, row: Row, file: str, line: int, *, options: DataConfig) -> Conversation:
+        conversation = parse_row(row, file=file, line=line, options=options, needs_answer=self.needs_answer)
         for turn in conversation.turns:
             for part in turn.parts:
                 kinds = [part.kind] if part.media is not None else []

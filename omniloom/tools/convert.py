@@ -16,7 +16,7 @@ from typing import Any
 
 from omniloom.config import DataConfig
 from omniloom.data.clip_options import option_words
-from omniloom.data.formats import FORMATS, parse_row, row_options
+from omniloom.data.formats import FORMATS, parse_row
 from omniloom.data.sources import open_sources
 from omniloom.types import Conversation, MediaSource, Part, SampleError, Turn, VideoConfig, suggest
 
@@ -57,9 +57,7 @@ def convert_file(kind: str, source: Path, target: Path, *, media_dir: Path | Non
 def convert_row(row: dict[str, Any], file: str, line: int, kind: str, media_dir: Path, folder: Path) -> dict[str, Any]:
     """A row of format `kind` as one of the messages form, for a file in `folder`. Raises: SampleError."""
     usual, other = (
-        parse_row(
-            row, file=file, line=line, options=row_options(replace(config, format=kind, media_dir=str(media_dir)))
-        )
+        parse_row(row, file=file, line=line, options=replace(config, format=kind, media_dir=str(media_dir)))
         for config in (_USUAL, _OTHER)
     )
     _require_files(usual)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from omniloom.config import Config, ParallelConfig, config_from_words
-from omniloom.data.formats import describe_format, row_options
+from omniloom.data.formats import describe_format
 from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner, check_pack_counts, plan_options
 from omniloom.data.rows import SourceReader, clips_of
@@ -117,7 +117,7 @@ def preview_rows(words: Sequence[str], num_rows: int) -> None:
         print("── {}:{}".format(*source.locate(row)))
         try:
             raw, file, line = source.read_row(row)
-            print(describe_format(raw, row_options(options_of(config.data, source.entries[source.find(row)[0]]))))
+            print(describe_format(raw, options_of(config.data, source.entries[source.find(row)[0]])))
             print(_describe(reader.reader_of(row), raw, file, line))
         except SampleError as error:
             print(f"bad row: {error}")

@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from omniloom.config import DataConfig
 from omniloom.data.clip_options import clip_options
-from omniloom.data.formats import RowOptions, parse_row
+from omniloom.data.formats import parse_row
 from omniloom.data.media import MediaLimits
 from omniloom.data.media_decode import decode_audio, decode_clip, decode_video_frames
 from omniloom.data.media_headers import frame_span, read_header
@@ -19,7 +20,7 @@ LIMITS = MediaLimits()
 
 def sources_of(content, **lists):
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
-    conversation = parse_row({"messages": messages, **lists}, file="f", line=1, options=RowOptions())
+    conversation = parse_row({"messages": messages, **lists}, file="f", line=1, options=DataConfig())
     return [part.media for part in conversation.turns[0].parts if part.media is not None]
 
 

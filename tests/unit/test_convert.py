@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniloom.config import DataConfig
-from omniloom.data.formats import FORMATS, parse_row, row_options
+from omniloom.data.formats import FORMATS, parse_row
 from omniloom.tools.convert import convert_file, convert_row
 from omniloom.types import Conversation, SampleError, VideoConfig
 
@@ -118,7 +118,7 @@ def rows_of(draw: st.DrawFn, name: str) -> dict:
 
 
 def read(row: dict, file: Path, config: DataConfig) -> Conversation:
-    return replace(parse_row(row, file=str(file), line=1, options=row_options(config)), source="")
+    return replace(parse_row(row, file=str(file), line=1, options=config), source="")
 
 
 @pytest.fixture(scope="module")

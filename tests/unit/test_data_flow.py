@@ -150,7 +150,8 @@ def test_options_of_a_source_are_its_own(checkpoint, tmp_path):
     assert found[0].clips[0].grid_thw == (1, 40, 40)
     assert "<think>" in text_of(reader, 1, found[1])
     assert "<think>" not in text_of(reader, 0, found[0])
-    assert planned_options(workshop)["data.train.1.attr"] == own["attr"]
+    planned = planned_options(workshop)
+    assert {name: planned[f"data.train.1.attr.{name}"] for name in own["attr"]} == own["attr"]
     assert "data.train.1.media_dir" not in planned_options(workshop)
     for wrong, words in (
         ({"attr": {}}, "data.train.1.path: not set"),

@@ -9,17 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.config import DataConfig, load_config
+from omniloom.config import DataConfig, FieldNames, load_config
 from omniloom.data.formats import (
     FORMATS,
-    FieldNames,
-    RowOptions,
     describe_format,
     detect_format,
     parse_row,
-    row_options,
 )
-from omniloom.data.row_media import MediaRules
 from omniloom.data.sources import open_sources
 from omniloom.processors.chat_template import ChatTemplate, named_source
 from omniloom.processors.rendering import Renderer
@@ -34,7 +30,8 @@ ANSWER = {"role": "assistant", "content": "yes"}
 
 
 def parse(row, **options):
-    return parse_row(row, file="data/rows.json", line=7, options=RowOptions(**options))
+    needs_answer = options.pop("needs_answer", True)
+    return parse_row(row, file="data/rows.json", line=7, options=DataConfig(**options), needs_answer=needs_answer)
 
 
 def words(conversation):
@@ -162,10 +159,10 @@ def test_plain_formats_are_detected_and_read():
 
 def test_the_detected_mapping_reads_as_one_line():
     row = {"id": 1, "image": "a.jpg", "conversations": [{"from": "gpt", "value": "a"}], "source": "x", "tools": None}
-    assert describe_format(row, RowOptions()) == (
+    assert describe_format(row, DataConfig()) == (
         "format llava (detected), read from id, image, conversations; not read: source"
     )
-    options = row_options(DataConfig(format="messages", attr={"messages": "talk"}))
+    options = DataConfig(format="messages", attr=FieldNames(messages="talk"))
     assert describe_format({"talk": []}, options) == "format messages (set by data.format), read from talk"
 
 
@@ -201,28 +198,29 @@ def test_renamed_fields_and_roles_are_found():
         "system": None,
         "videos": None,
     }
-    options = row_options(DataConfig(attr=attr))
+    options = load_config({"data": {"attr": attr}}).data
     conversation = parse_row(row, file="f.json", line=1, options=options)
     assert words(conversation) == [("user", [("image", "1.png"), ("text", "a")]), ("assistant", [("text", "b")])]
     assert conversation.tools == (WRAPPED,)
-    with pytest.raises(ValueError, match=r"role_tga.*did you mean role_tag"):
-        row_options(DataConfig(attr={"role_tga": "who"}))
-    with pytest.raises(ValueError, match="did you mean sharegpt"):
-        row_options(DataConfig(format="sharegtp"))
-    assert row_options(DataConfig(attr={"formatting": "multimodal_tool"})).format == "multimodal_tool"
-    with pytest.raises(ValueError, match=r"data\.attr\.formatting: unknown format 'sharegtp'; did you mean sharegpt"):
-        row_options(DataConfig(attr={"formatting": "sharegtp"}))
+    for section, fault in (
+        ({"attr": {"role_tga": "who"}}, r"data\.attr\.role_tga: unknown key; did you mean data\.attr\.role_tag\?"),
+        ({"format": "sharegtp"}, r"data\.format: expected auto or .* got 'sharegtp'; did you mean sharegpt\?"),
+        ({"attr": {"formatting": "sharegtp"}}, r"data\.attr\.formatting: .*did you mean sharegpt\?"),
+        ({"attr": {"images": False}}, r"data\.attr\.images: expected text, got False"),
+        ({"attr": {"ranking": True}}, r"data\.attr\.ranking: preference data are not trained here"),
+        ({"train": [{"path": "x", "attr": {"chosen": "y"}}]}, r"data\.train\.0\.attr\.chosen: preference data"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            load_config({"data": section})
 
 
-def test_every_key_of_the_guides_attr_is_taken_or_refused_in_words():
+def test_every_key_of_the_guides_attr_is_taken():
     plain = dict.fromkeys(("system", "images", "videos", "chosen", "rejected", "kto_tag", "formatting"))
     config = load_config(None, [f"data.attr={json.dumps({**plain, 'ranking': False, 'audios': 'audios'})}"])
-    assert row_options(config.data) == RowOptions(names=FieldNames(audios="audios"))
-    for attr in ({"ranking": True}, {"chosen": "better"}):
-        with pytest.raises(ValueError, match="preference data are not trained here"):
-            row_options(DataConfig(attr=attr))
-    with pytest.raises(ValueError, match=r"data\.attr\.images: expected the name that the rows use"):
-        row_options(DataConfig(attr={"images": False}))
+    assert config.data.attr == FieldNames(audios="audios", ranking=False)
+    row = {"messages": [{"role": "user", "content": "q"}, ANSWER]}
+    named = DataConfig(attr=FieldNames(formatting="multimodal_tool"))
+    assert "format multimodal_tool (set by data.format)" in describe_format(row, named)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +442,7 @@ def test_unbalanced_placeholders_name_both_counts():
 
 
 def test_clips_without_a_placeholder_go_before_the_first_question_where_asked_for():
-    front = RowOptions(media=MediaRules(unplaced="front"))
+    front = DataConfig(unplaced_media="front")
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "<image>q"}]
     row = {"messages": [*turns, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]}
     row |= {"images": ["i"], "audios": "a.wav", "videos": ["v", "w"]}
@@ -497,12 +495,10 @@ def test_file_uris_are_paths(tmp_path):
         "FILE://localhost{}/a%20b#1.png",
         "file://a%20b#1.png",
     ):
-        (source,) = media_of(
-            user_row("<image>", images=[uri.format(tmp_path)]), media=MediaRules(media_dir=str(tmp_path))
-        )
+        (source,) = media_of(user_row("<image>", images=[uri.format(tmp_path)]), media_dir=str(tmp_path))
         assert Path(source.path).is_file(), uri
     outside = user_row("<image>", images=["file:///etc/%70asswd"])
-    assert "outside the media folder" in failure(outside, media=MediaRules(media_dir=str(tmp_path)))
+    assert "outside the media folder" in failure(outside, media_dir=str(tmp_path))
 
 
 BEGINNINGS = (
@@ -530,9 +526,9 @@ def test_bare_base64_of_a_media_file_is_the_file_itself(beginning, tmp_path):
 
 def test_a_file_that_exists_is_no_base64(tmp_path):
     name = base64.b64encode(b"\x89PNG not really").decode()
-    assert media_of(user_row("<image>", images=[name]), media=MediaRules(media_dir=str(tmp_path)))[0].data is not None
+    assert media_of(user_row("<image>", images=[name]), media_dir=str(tmp_path))[0].data is not None
     (tmp_path / name).write_bytes(b"x")
-    assert media_of(user_row("<image>", images=[name]), media=MediaRules(media_dir=str(tmp_path)))[0].path is not None
+    assert media_of(user_row("<image>", images=[name]), media_dir=str(tmp_path))[0].path is not None
 
 
 def test_a_typed_block_without_a_payload_marks_a_place():
@@ -563,11 +559,11 @@ def test_bytes_data_uris_and_base64_are_the_file_itself():
 
 
 def test_a_list_of_frames_is_one_video_at_the_sampling_rate():
-    rules = MediaRules(frame_list_fps=3.0)
-    (video,) = media_of(user_row("<video>", videos=[["1.jpg", "2.jpg"]]), media=rules)
+    rules = {"video": VideoConfig(fps=3.0)}
+    (video,) = media_of(user_row("<video>", videos=[["1.jpg", "2.jpg"]]), **rules)
     assert [Path(frame).name for frame in video.frames] == ["1.jpg", "2.jpg"]
     assert (video.path, video.options.fps) == (None, 3.0)
-    (video,) = media_of(user_row([{"type": "video", "video": ["1.jpg", b"raw"], "fps": 1}]), media=rules)
+    (video,) = media_of(user_row([{"type": "video", "video": ["1.jpg", b"raw"], "fps": 1}]), **rules)
     assert video.options.fps == 1
     assert video.frames[1] == "data:;base64," + base64.b64encode(b"raw").decode()
     assert "only a video may be a list" in failure(user_row("<image>", images=[["1.jpg"]]))
@@ -595,12 +591,12 @@ def test_sound_is_joined_to_its_video_only_where_interleaving_is_asked_for():
     assert words(parse(row))[0][1] == [("video", "v.mp4"), ("audio", "a.mp3"), ("text", "q")]
     for joined in (
         parse({**row, "use_audio_in_video": True}),
-        parse(row, media=MediaRules(use_audio=True)),
-        parse_row(row, file="f", line=1, options=row_options(DataConfig(video=VideoConfig(use_audio=True)))),
+        parse(row, video=VideoConfig(use_audio=True)),
+        parse_row(row, file="f", line=1, options=DataConfig(video=VideoConfig(use_audio=True))),
     ):
         video, text = joined.turns[0].parts
         assert (video.media.use_audio, Path(video.media.sound.path).name, text.text) == (True, "a.mp3", "q")
-    assert len(parse({**row, "use_audio_in_video": False}, media=MediaRules(use_audio=True)).turns[0].parts) == 3
+    assert len(parse({**row, "use_audio_in_video": False}, video=VideoConfig(use_audio=True)).turns[0].parts) == 3
 
 
 def test_sound_that_does_not_follow_directly_stays_a_clip_of_its_own():
@@ -629,23 +625,23 @@ def test_paths_stay_under_the_media_folder_unless_allowed(tmp_path):
     (tmp_path / "inside.png").write_bytes(b"x")
     rules = {"media_dir": str(tmp_path / "alias")}  # the folder itself may be a link
     for good in ("a.png", "./b/../a.png", str(inside / "a.png"), f"file://{inside}/a.png"):
-        assert media_of(user_row("<image>", images=[good]), media=MediaRules(**rules))
+        assert media_of(user_row("<image>", images=[good]), **rules)
     for bad in ("../out/secret.png", str(outside / "secret.png"), "link.png", "folder/secret.png", "../inside.png"):
         row = user_row("<image>", images=[bad])
-        assert "outside the media folder" in failure(row, media=MediaRules(**rules))
-        (source,) = media_of(row, media=MediaRules(**rules, allow_outside_media_dir=True))
+        assert "outside the media folder" in failure(row, **rules)
+        (source,) = media_of(row, **rules, allow_outside_media_dir=True)
         assert Path(source.path).is_file()
-    assert "NUL" in failure(user_row("<image>", images=["a\0b"]), media=MediaRules(**rules))
+    assert "NUL" in failure(user_row("<image>", images=["a\0b"]), **rules)
     row = user_row("<video>", videos=[["a.png", "../out/secret.png"]])
-    assert "videos[0][1]" in failure(row, media=MediaRules(**rules))
+    assert "videos[0][1]" in failure(row, **rules)
 
 
 def test_urls_are_refused_unless_allowed():
     for url in ("http://example.com/a.png", "HTTPS://example.com/a.png", "s3://bucket/a.png"):
         assert "data.allow_urls" in failure(user_row("<image>", images=[url]))
-    (source,) = media_of(user_row("<image>", images=["https://example.com/a.png"]), media=MediaRules(allow_urls=True))
+    (source,) = media_of(user_row("<image>", images=["https://example.com/a.png"]), allow_urls=True)
     assert source.path == "https://example.com/a.png"
-    assert "expected an http" in failure(user_row("<image>", images=["ftp://a/b"]), media=MediaRules(allow_urls=True))
+    assert "expected an http" in failure(user_row("<image>", images=["ftp://a/b"]), allow_urls=True)
 
 
 # ---------------------------------------------------------------------------------------- bad rows
@@ -730,7 +726,7 @@ def test_the_real_demo_rows_parse():
         source = open_sources((str(path),))
         for index in range(len(source)):
             row, file, line = source.read_row(index)
-            conversation = parse_row(row, file=file, line=line, options=RowOptions())
+            conversation = parse_row(row, file=file, line=line, options=DataConfig())
             for turn in conversation.turns:
                 for part in turn.parts:
                     assert part.media is None or Path(part.media.path).is_file()
