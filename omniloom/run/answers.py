@@ -41,7 +41,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class AnswerScores:
     """How answers compare with what was expected, over rows; error rates are None where no row has sound."""
 
     num_answers: int
@@ -164,7 +164,7 @@ def answer_pack(
     ]
 
 
-def compare(pairs: Sequence[tuple[str, str]], spoken: Sequence[tuple[str, str]]) -> Agreement:
+def compare(pairs: Sequence[tuple[str, str]], spoken: Sequence[tuple[str, str]]) -> AnswerScores:
     """Exact match over `pairs` (expected, answer), error rates over `spoken`, those of rows with sound.
 
     Rates are edits over the length of what was expected, all rows together. Source: jiwer.
@@ -177,7 +177,7 @@ def compare(pairs: Sequence[tuple[str, str]], spoken: Sequence[tuple[str, str]])
         expected, answers = [pair[0] for pair in spoken], [pair[1] for pair in spoken]
         character_error_rate, word_error_rate = jiwer.cer(expected, answers), jiwer.wer(expected, answers)
     exact = sum(expected.strip() == answer.strip() for expected, answer in pairs)
-    return Agreement(
+    return AnswerScores(
         num_answers=len(pairs),
         exact_match=exact / max(len(pairs), 1),
         character_error_rate=character_error_rate,

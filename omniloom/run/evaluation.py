@@ -28,7 +28,7 @@ from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.step import evaluate
 from omniloom.processors.rendering import split_reasoning
-from omniloom.run.answers import Agreement, answer_pack, compare
+from omniloom.run.answers import AnswerScores, answer_pack, compare
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import clips_of_rank, open_rows
 from omniloom.types import TEXT, BadSample, Extent, LoadedPack, PackPlan, PlannedSample, StepPlan
@@ -42,7 +42,7 @@ class EvaluationReport:
     loss_by_modality: Mapping[str, float]  # text's, of the modalities that were measured
     num_rows: int
     num_bad: int  # rows that could not be read
-    answers: Agreement | None = None
+    answers: AnswerScores | None = None
     rows: tuple[dict[str, Any], ...] = ()  # id, modality, question, media, expected and answer of each row answered
 
     def figures(self) -> dict[str, float]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from omniloom.run.directory import finished_step
 from omniloom.run.stopping import STOPPED
-from omniloom.training.metrics import EXPERT_LOAD
+from omniloom.training.metrics import EXPERT_LOAD, lines_of, parse_line, read_lines
 
 Line = Mapping[str, Any]
 
@@ -23,11 +23,11 @@ class RunFiles:
     directory: Path
     config_text: str | None
     config: dict[str, Any]
-    metrics: list[Line]
-    bad_samples: list[Line]
+    metrics: Sequence[Line]
+    bad_samples: Sequence[Line]
     expert_load: Line | None  # the last line
-    trainable: list[Line]
-    samples: list[Line]
+    trainable: Sequence[Line]
+    samples: Sequence[Line]
     summary: dict[str, Any]
     checkpoints: list[str]
     is_exported: bool
@@ -52,16 +52,18 @@ def read_run(run: Path) -> RunFiles:
     except yaml.YAMLError:
         config = None
     answers = sorted((run / "answers").glob(f"step_{'[0-9]' * 8}.jsonl"))[-1:]
-    newest_loads = deque(_texts(run / EXPERT_LOAD), maxlen=2)  # the last may be half written
+    newest_loads = deque(lines_of(run / EXPERT_LOAD), maxlen=2)  # the last may be half written
     return RunFiles(
         directory=run,
         config_text=config_text,
         config=config if isinstance(config, dict) else {},
-        metrics=[line for line in _lines(metrics_path) if is_number(line.get("step"))],
-        bad_samples=list(_lines(run / "bad_samples.jsonl")),
-        expert_load=next(filter(None, map(_parse, reversed(newest_loads))), None),
+        metrics=[line for line in read_lines(metrics_path) if is_number(line.get("step"))],
+        bad_samples=read_lines(run / "bad_samples.jsonl"),
+        expert_load=next(filter(None, map(parse_line, reversed(newest_loads))), None),
         trainable=[row for row in _read_json(run / "trainable.json", []) if isinstance(row, dict)],
-        samples=[{"step": int(file.stem.removeprefix("step_")), **line} for file in answers for line in _lines(file)],
+        samples=[
+            {"step": int(file.stem.removeprefix("step_")), **line} for file in answers for line in read_lines(file)
+        ],
         summary=_read_json(run / "summary.json", {}),
         checkpoints=sorted(path.name for path in (run / "checkpoints").glob("step_*") if path.is_dir()),
         is_exported=(run / "hf" / "config.json").is_file(),
@@ -78,25 +80,6 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 def points_of(metrics: Sequence[Line], key: str) -> list[tuple[float, float]]:
     """(step, value) of the lines that have a number under this key."""
     return [(float(line["step"]), float(line[key])) for line in metrics if is_number(line.get(key))]
-
-
-def _texts(path: Path) -> Iterator[str]:
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from file
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a JSONL file; a line that is broken is skipped."""
-    yield from (line for line in map(_parse, _texts(path)) if line is not None)
-
-
-def _parse(text: str) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return line if isinstance(line, dict) else None
 
 
 def _read_json(path: Path, absent: Any) -> Any:

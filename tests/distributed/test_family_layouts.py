@@ -10,7 +10,7 @@ import pytest
 
 from omniloom.families.registry import SPECS
 from omniloom.tools.tiny import make_tiny
-from omniloom.training.metrics import read_metrics
+from omniloom.training.metrics import read_lines
 from tests.media_rows import write_media_rows
 
 STEPS = 6
@@ -39,7 +39,7 @@ def curve(family: str, model: Path, rows: Path, nproc: int) -> list[dict]:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    return read_metrics(run_dir / "metrics.jsonl")
+    return read_lines(run_dir / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,7 +23,7 @@ from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distribu
 from omniloom.parallel.step import Objective, evaluate, run_packs
 from omniloom.run.opening import build_model, open_workshop
 from omniloom.tools.tiny import make_tiny
-from omniloom.training.metrics import MetricsLog, StepFigures, StepMetrics, read_metrics
+from omniloom.training.metrics import MetricsLog, StepFigures, StepMetrics, read_lines
 from omniloom.types import (
     BadSample,
     Extent,
@@ -185,6 +185,6 @@ def test_a_third_loss_is_agreed_trained_and_written_by_its_name(layout: Layout, 
     log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
     log.write(StepMetrics(**{**dict.fromkeys(names, 0), "loss": figures.loss, "other_losses": others}))
     log.close()
-    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
     assert line["codes_loss"] == pytest.approx(means["codes"].item(), rel=1e-6)
     assert line["loss"] == pytest.approx(means["text"].item(), rel=1e-6)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from omniloom.tools.tiny import make_tiny
-from omniloom.training.metrics import read_metrics
+from omniloom.training.metrics import read_lines
 from tests.mixed_rows import write_rows
 
 STEPS = 20
@@ -48,8 +48,8 @@ def curves(tmp_path_factory) -> dict[str, list[dict]]:
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
-        loads = {line["step"]: line["tokens"] for line in read_metrics(run_dir / "expert_load.jsonl")}
-        lines = read_metrics(run_dir / "metrics.jsonl")
+        loads = {line["step"]: line["tokens"] for line in read_lines(run_dir / "expert_load.jsonl")}
+        lines = read_lines(run_dir / "metrics.jsonl")
         found[name] = [line | {"expert_load": loads.get(line["step"])} for line in lines]
         bad = (run_dir / "bad_samples.jsonl").read_text()
         assert "missing.png" in bad

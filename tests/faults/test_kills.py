@@ -17,7 +17,7 @@ import torch
 
 from omniloom.checkpoint.stored import find_latest, load_tensors
 from omniloom.exit_codes import LOST_RANK
-from omniloom.training.metrics import read_metrics
+from omniloom.training.metrics import read_lines
 from tests.faults.conftest import write_rows
 from tests.faults.run_server import ROOT, Hook, Run, RunServer, read_events, wait_for
 
@@ -43,7 +43,7 @@ def tensors_of(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def assert_same_end(run_dir: Path, expected: Path) -> None:
-    lines, expected_lines = (read_metrics(path / "metrics.jsonl") for path in (run_dir, expected))
+    lines, expected_lines = (read_lines(path / "metrics.jsonl") for path in (run_dir, expected))
     assert [[line.get(key) for key in EXACT] for line in lines] == [
         [line.get(key) for key in EXACT] for line in expected_lines
     ]
@@ -165,11 +165,11 @@ def kill_ranks_of_two(server: RunServer, words: list[str], run_dir: Path, folder
 
 def kill_launcher(words: list[str], run_dir: Path) -> None:
     """Kill the process that started two ranks once they have done a step; they must not outlive it."""
-    before = len(read_metrics(run_dir / "metrics.jsonl"))
+    before = len(read_lines(run_dir / "metrics.jsonl"))
     command = [sys.executable, "-m", "omniloom.cli", "train", "--nproc", "2", *words]
     launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        wait_for(lambda: len(read_metrics(run_dir / "metrics.jsonl")) > before or launcher.poll() is not None, "a step")
+        wait_for(lambda: len(read_lines(run_dir / "metrics.jsonl")) > before or launcher.poll() is not None, "a step")
         assert launcher.poll() is None, f"the run was over: {launcher.returncode}"
         ranks = children_of(launcher.pid)
         assert len(ranks) == 2

@@ -19,7 +19,7 @@ from omniloom.config import load_config
 from omniloom.data.sources import open_sources
 from omniloom.tools.generate import answer, load_model, open_reader, read_prompts
 from omniloom.tools.tiny import make_tiny
-from omniloom.training.metrics import read_metrics
+from omniloom.training.metrics import read_lines
 
 REAL = Path(__file__).parents[3] / "shared" / "real"
 FILES = [REAL / f"mllm_{name}demo.json" for name in ("", "audio_", "video_", "video_audio_")]
@@ -67,7 +67,7 @@ def trained(request, model, tmp_path_factory) -> Path:
     arguments = words(model, run_dir)
     process = start(arguments, request.param)
     deadline = time.monotonic() + 400
-    while len(read_metrics(run_dir / "metrics.jsonl")) < STEPS // 2:
+    while len(read_lines(run_dir / "metrics.jsonl")) < STEPS // 2:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the run did not reach its half"
         time.sleep(0.1)
@@ -83,7 +83,7 @@ def trained(request, model, tmp_path_factory) -> Path:
 
 
 def test_real_media_are_learnt_through_a_kill_and_a_resume(trained) -> None:
-    metrics = read_metrics(trained / "metrics.jsonl")
+    metrics = read_lines(trained / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(STEPS))
     assert metrics[-1]["loss"] < 0.1
     first = metrics[0]

@@ -17,7 +17,7 @@ from omniloom.config import DataConfig
 from omniloom.data.sources import open_sources
 from omniloom.tools.generate import answer, load_model, open_reader, read_prompts
 from omniloom.tools.tiny import make_tiny
-from omniloom.training.metrics import read_metrics
+from omniloom.training.metrics import read_lines
 
 SHARED = Path(__file__).parents[3] / "shared"
 GLAIVE = SHARED / "real" / "glaive_toolcall_zh_100.json"
@@ -80,7 +80,7 @@ def trained(rows, tmp_path_factory) -> Path:
 
 
 def test_tool_calls_are_learnt_and_made(rows, trained) -> None:
-    metrics = read_metrics(trained / "metrics.jsonl")
+    metrics = read_lines(trained / "metrics.jsonl")
     assert sum(line["num_bad_samples"] for line in metrics) == 0
     assert metrics[-1]["loss"] < 0.01
     data = DataConfig(unplaced_media="front", allow_outside_media_dir=True)

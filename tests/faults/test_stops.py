@@ -21,7 +21,7 @@ from PIL import Image
 from omniloom.checkpoint.dcp import RNG
 from omniloom.checkpoint.stored import find_latest, load_tensors, open_stored
 from omniloom.exit_codes import HUNG, STOPPED_EARLY
-from omniloom.training.metrics import read_metrics
+from omniloom.training.metrics import read_lines
 from tests.faults.run_server import ROOT, Hook, read_events, wait_for
 from tests.faults.test_kills import (
     assert_each_row_once,
@@ -33,7 +33,7 @@ from tests.faults.test_kills import (
 
 
 def losses(run_dir: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run_dir / "metrics.jsonl")]
+    return [line["loss"] for line in read_lines(run_dir / "metrics.jsonl")]
 
 
 def newest_step(run_dir: Path) -> int:
@@ -61,7 +61,7 @@ def test_a_signal_to_any_rank_leaves_a_checkpoint_from_which_the_run_goes_on(
     memory = Hook(step=1, action="allocate", target="900_000_000", rank=num_ranks - 1)
     stopped = server.run(words, tmp_path, num_ranks=num_ranks, hooks=[hook, memory])
     assert set(stopped.wait()) == {STOPPED_EARLY}, stopped.tail()
-    peaks = [line["peak_memory_bytes"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    peaks = [line["peak_memory_bytes"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")]
     assert peaks[3] - peaks[0] > 400_000_000  # the largest of any rank
     record = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert record["reason"] == name
@@ -348,7 +348,7 @@ def test_a_file_deleted_after_planning_costs_its_sample_on_all_ranks_and_is_list
     listed = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
     assert len(listed) == 1
     assert "19.png" in json.dumps(listed)
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert sum(line["num_bad_samples"] for line in lines) == 1
     assert sum(line["num_samples"] for line in lines) == 23
     assert np.isfinite([line["loss"] for line in lines]).all()

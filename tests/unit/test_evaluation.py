@@ -15,7 +15,7 @@ from omniloom.run.trainer import run
 from omniloom.tools.generate import answer, load_model, open_reader, read_prompts
 from omniloom.tools.score import score_file
 from omniloom.tools.tiny import make_tiny
-from omniloom.training.metrics import read_metrics
+from omniloom.training.metrics import read_lines
 from omniloom.types import ClipGeometry, Extent, PlannedSample
 from tests.mixed_rows import write_rows
 
@@ -49,7 +49,7 @@ def answers_of(folder: Path, step: int) -> list[dict[str, str]]:
 
 
 def test_every_evaluation_leaves_its_figures(finished: Path) -> None:
-    lines = {line["step"] + 1: line for line in read_metrics(finished / "run" / "metrics.jsonl")}
+    lines = {line["step"] + 1: line for line in read_lines(finished / "run" / "metrics.jsonl")}
     assert {step for step, line in lines.items() if "eval_loss" in line} == {4, 8}
     last = json.loads((finished / "run" / "evaluation.json").read_text())
     assert last["step"] == 8

@@ -14,7 +14,7 @@ from omniloom.training.metrics import (
     StepFigures,
     StepMetrics,
     is_load_kept,
-    read_metrics,
+    read_lines,
 )
 from omniloom.types import RunError
 
@@ -35,7 +35,7 @@ def test_resuming_drops_the_steps_that_will_be_taken_again(tmp_path) -> None:
     log = MetricsLog(tmp_path, first_step=3, tensorboard=False)
     log.write(line(3))
     log.close()
-    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [entry["step"] for entry in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def test_lines_hold_the_documented_keys_and_no_nulls(tmp_path) -> None:
@@ -118,4 +118,4 @@ def test_a_disk_that_is_full_is_one_clear_error(tmp_path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     log.close()
-    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [0]
+    assert [entry["step"] for entry in read_lines(tmp_path / "metrics.jsonl")] == [0]

@@ -15,7 +15,7 @@ from omniloom.tools.migrate.draft import READERS, read_rules
 from omniloom.tools.migrate.shell import is_open, read_script
 from omniloom.tools.migrate.write import MigrateError, migrate
 from omniloom.tools.tiny import make_tiny
-from omniloom.training.metrics import read_metrics
+from omniloom.training.metrics import read_lines
 
 SCRIPT = r"""#!/bin/bash
 source /usr/local/Ascend/ascend-toolkit/set_env.sh
@@ -235,7 +235,7 @@ def test_the_files_of_every_guide_give_a_config_that_trains(guide: str, project:
     tree["checkpoint"] = {"export": False}
     assert run(load_config(tree)) == 0
     run_dir = Path(tree["train"].get("run_dir", "runs/train"))
-    assert [line["step"] for line in read_metrics(run_dir / "metrics.jsonl")] == [0, 1]
+    assert [line["step"] for line in read_lines(run_dir / "metrics.jsonl")] == [0, 1]
 
 
 def test_every_line_says_where_it_came_from(project: Path) -> None:

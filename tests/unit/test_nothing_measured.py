@@ -16,7 +16,7 @@ from omniloom.checkpoint.stored import load_tensors, open_stored
 from omniloom.config import load_config
 from omniloom.run.trainer import run
 from omniloom.tools.tiny import make_tiny
-from omniloom.training.metrics import read_metrics
+from omniloom.training.metrics import read_lines
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_step_and_an_evaluation_whose_rows_all_fail_measure_nothing(
     ]
     with pytest.raises(ValueError, match=r"evaluation measured nothing: 2 of 2 held-out rows could not be read"):
         run(load_config(None, words))
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     (step,) = [line["step"] for line in lines if line["loss"] is None]
     assert 0 < step < len(lines) - 1
     assert f"step {step + 1} trained nothing: 1 of its 1 samples could not be read" in capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_a_step_and_an_evaluation_whose_rows_all_fail_measure_nothing(
     (tmp_path / "torn.png").write_bytes(picture())
     assert run(load_config(None, words)) == 0
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["eval_loss.image"] > 0
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == lines
+    assert read_lines(tmp_path / "run" / "metrics.jsonl") == lines
 
 
 def test_held_out_rows_of_no_use_are_said_before_training_and_listed(tmp_path: Path, model: Path) -> None:
