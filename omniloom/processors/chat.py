@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from omniloom.processors.chat_template import ChatTemplate, find_source, named_source
+from omniloom.processors.messages import MEDIA_KINDS
 from omniloom.processors.positions import sample_positions, text_block
-from omniloom.processors.rendering import MEDIA_KINDS, Renderer
+from omniloom.processors.rendering import Renderer
 from omniloom.processors.settings import load_tokenizer
 from omniloom.processors.tower_batches import AudioDims, VisionDims
 from omniloom.processors.tower_inputs import Cost, Features, TowerInputs, read_media_settings

@@ -8,27 +8,19 @@ their outputs, so that most need a single run. Knows no tokenizer and no media s
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import json
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
-from omniloom.processors.chat_template import ChatTemplate, Message
-from omniloom.types import Conversation, Part, ProcessorOptions, SampleError, Turn
+from omniloom.processors.chat_template import ChatTemplate
+from omniloom.processors.messages import Leaf, collect, messages_of
+from omniloom.processors.turn_places import Places, Shape, TurnFinder, shape_of
+from omniloom.types import Conversation, Part, ProcessorOptions, Turn
 
-MEDIA_KINDS = ("image", "video", "audio")
 KEPT_SHAPES = 512
-
-_EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
-_WORD_OR_TAG = re.compile(r"<[^<>]*>|([^\W\d_]{2,})")
-_Anchor = tuple[int, int]  # which of a shape's literals, and how far into it
-_CALL = re.compile(r'\{"name": ("(?:[^"\\]|\\.)*"), "arguments": ')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +41,8 @@ class Renderer:
         """
         self.template = template
         self._options = options
-        self._end_of_turn = end_of_turn
-        self._shapes: OrderedDict[tuple[Any, ...], _Shape] = OrderedDict()
-        self._opening, self._ending = "", ""
-        self._opening, self._ending = self._find_frame()
+        self._finder = TurnFinder(template, trains_empty_think=options.enable_thinking, end_of_turn=end_of_turn)
+        self._shapes: OrderedDict[tuple[Any, ...], Shape] = OrderedDict()
 
     def render(self, conversation: Conversation) -> Rendered:
         """The conversation's text and what is learned of it.
@@ -65,14 +55,14 @@ class Renderer:
         """
         turns = self._turns(conversation)
         tools = tuple(json.loads(tool) for tool in conversation.tools)
-        leaves: list[_Leaf] = []
-        text = self.template.write(self._messages(turns, _collect(leaves)), tools)
-        key = (tools and conversation.tools, *(_shape_of(turn) for turn in turns))
+        leaves: list[Leaf] = []
+        text = self.template.write(messages_of(turns, self.template, collect(leaves)), tools)
+        key = (tools and conversation.tools, *(shape_of(turn) for turn in turns))
         shape = self._shapes.get(key)
         places = shape.places(text, leaves) if shape is not None else None
         if places is None:
-            places = self._search(turns, tools, text, leaves)
-            if (found := _Shape.of(text, places)) is not None:
+            places = self._finder.find(turns, tools, text, leaves)
+            if (found := Shape.of(text, places)) is not None:
                 self._shapes[key] = found
                 if len(self._shapes) > KEPT_SHAPES:
                     self._shapes.popitem(last=False)
@@ -80,7 +70,7 @@ class Renderer:
 
     def prompt(self, conversation: Conversation) -> str:
         """The conversation's text, up to where the answer to it begins. Raises: as `render`."""
-        messages = self._messages(self._turns(conversation), attrgetter("text"))
+        messages = messages_of(self._turns(conversation), self.template, attrgetter("text"))
         return self.template.write(messages, [json.loads(tool) for tool in conversation.tools], generation_prompt=True)
 
     # ------------------------------------------------------------------------------------ messages
@@ -110,217 +100,15 @@ class Renderer:
     def _written_call(self, call: Part) -> str:
         question = Turn(role="user", parts=(Part(kind="text", text="question"),))
         turns = (question, Turn(role="assistant", parts=(replace(call, weight=None),)))
-        leaves: list[_Leaf] = []
-        text = self.template.write(self._messages(turns, _collect(leaves)))
-        place = self._search(turns, (), text, leaves).turns[1]
+        leaves: list[Leaf] = []
+        text = self.template.write(messages_of(turns, self.template, collect(leaves)))
+        place = self._finder.find(turns, (), text, leaves).turns[1]
         assert place is not None
-        return text[slice(*place)].removesuffix(self._ending)
-
-    def _messages(self, turns: Sequence[Turn], put: Callable[[_Leaf], str]) -> list[Message]:
-        """The turns as templates take them, with what `put` makes of every piece of text that is not blank."""
-        forms, words = self.template.forms, self.template.media_words
-
-        def place(text: str, turn: int, part: int, *, is_json: bool = False) -> str:
-            return put(_Leaf(text=text, turn=turn, part=part, is_json=is_json)) if text.strip() else text
-
-        messages: list[Message] = []
-        for index, turn in enumerate(turns):
-            message: Message = {"role": turn.role}
-            said: list[dict[str, str]] = []
-            reasoning = "\n".join(part.text for part in turn.parts if part.kind == "reasoning")
-            if reasoning:
-                first = next(i for i, part in enumerate(turn.parts) if part.kind == "reasoning")
-                message["reasoning_content"] = message["thinking"] = place(reasoning, index, first)
-            calls: list[dict[str, Any]] = []
-            for number, part in enumerate(turn.parts):
-                if part.kind in MEDIA_KINDS:
-                    typed = forms[turn.role] == "typed" and part.kind in self.template.typed_media
-                    said.append({"type": part.kind, part.kind: "clip"} if typed else _text(words[part.kind]))
-                elif part.kind == "text":
-                    said.append(_text(place(part.text, index, number)))
-                elif turn.role != "assistant":
-                    raise SampleError("messages", f"only an assistant's turn may hold a {part.kind}")
-                elif part.kind == "tool_call":
-                    calls.append(self._call(part, index, number, place))
-            string = forms[turn.role] == "string"
-            message["content"] = "".join(item["text"] for item in said) if string else said
-            if calls:
-                message["tool_calls"] = calls
-            messages.append(message)
-        return messages
-
-    def _call(self, part: Part, index: int, number: int, place: Callable[..., str]) -> dict[str, Any]:
-        call = json.loads(part.text)
-        if not isinstance(call, dict):
-            raise SampleError("messages", f"expected a tool call as a JSON object, got {part.text[:60]!r}")
-        arguments, spelled = call.get("arguments", {}), _spelling_of_arguments(part.text)
-        name = place(str(call.get("name", "")), index, number)
-        if spelled is not None and self.template.keeps_spelling and spelled != _spell(arguments):
-            arguments = place(spelled, index, number)
-        else:
-            arguments = json.loads(place(_spell(arguments), index, number, is_json=True))
-        return {"type": "function", "function": call | {"name": name, "arguments": arguments}}
-
-    # ------------------------------------------------------------------------------------ where it went
-
-    def _find_frame(self) -> tuple[str, str]:
-        """What an answer follows, and what ends it, as the template writes them around words of ours."""
-        question, answer = "7310561", "7310569"
-        turns = tuple(
-            Turn(role=role, parts=(Part(kind="text", text=text),))
-            for role, text in (("system", "7310560"), ("user", question), ("assistant", answer))
-        )
-        try:
-            turns, written = turns[1:], self._write(turns[1:])
-        except SampleError:  # some demand a system turn
-            written = self._write(turns)
-        before, after = written.partition(question)[2].split(answer, 1)
-        try:
-            asked, opened = self._write(turns[:-1]), self._write(turns[:-1], generation_prompt=True)
-        except SampleError:
-            asked = opened = ""
-        opening = opened[len(asked) :] if opened.startswith(asked) else ""
-        if not opening.strip():  # the template has none: what stands before an answer, but for what ends a turn
-            opening = before.removeprefix(after) if after.strip() else before
-        end = self._end_of_turn
-        ending = after[: after.index(end) + len(end)] if end and end in after else after.rstrip()
-        return opening, ending
-
-    def _write(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> str:
-        return self.template.write(self._messages(turns, attrgetter("text")), generation_prompt=generation_prompt)
-
-    def _search(self, turns: Sequence[Turn], tools: Sequence[Any], text: str, leaves: Sequence[_Leaf]) -> _Places:
-        """Where the turns are in `text`, by marks that change nothing else of it."""
-        marks = _Marks(text, len(leaves))
-        for mark in (marks.around, marks.inside, marks.nowhere):
-            messages = self._messages(turns, mark)
-            try:
-                marked = self.template.write(messages, tools, generation_marks=marks.of_generation)
-            except SampleError:  # a template may refuse what the marks make of the words
-                continue
-            if marks.read(marked) == text:
-                break
-        else:
-            raise SampleError(
-                "messages",
-                f"what trains cannot be found in what the chat template writes: its generation blocks do not come out "
-                f"as they are written ({self.template.where}): {text[-200:]!r}",
-            )
-        if mark == marks.around:
-            for index, turn in enumerate(turns):
-                said = [number for number, leaf in enumerate(leaves) if leaf.turn == index]
-                words = any(part.kind != "reasoning" and part.text.strip() for part in turn.parts)
-                if turn.role == "assistant" and words and not any(number in marks.found for number in said):
-                    reason = f"the chat template leaves out this answer ({self.template.where})"
-                    raise SampleError(f"messages[{index}]", reason)
-        extents = [marks.extent(number, leaf, text) for number, leaf in enumerate(leaves)]
-        places = self._place_turns(turns, tools, text, leaves, extents)
-        if self.template.has_generation_marks:
-            places = _within(places, turns, marks.generated)
-        return replace(places, leaves=marks.exact_extents(leaves, extents, text))
-
-    def _place_turns(
-        self,
-        turns: Sequence[Turn],
-        tools: Sequence[Any],
-        text: str,
-        leaves: Sequence[_Leaf],
-        extents: Sequence[tuple[int, int] | None],
-    ) -> _Places:
-        of_turn = [_hull(extents[n] for n, leaf in enumerate(leaves) if leaf.turn == i) for i in range(len(turns))]
-        found: list[tuple[int, int] | None] = []
-        cuts: list[tuple[tuple[int, int], ...]] = []
-        done = 0
-        for index, turn in enumerate(turns):
-            words = of_turn[index]
-            later = [there[0] for there in of_turn[index + 1 :] if there is not None and there[0] >= done]
-            following = min(later, default=len(text))
-            place = None
-            if turn.role == "assistant":
-                start = self._opened(text, done, words[0] if words else following)
-                if start is None and words is not None:
-                    start = words[0]
-                if start is None:
-                    raise SampleError(
-                        f"messages[{index}]",
-                        f"this answer is not found in what the chat template writes ({self.template.where}): "
-                        f"{text[done : done + 200]!r}",
-                    )
-                has_reasoning = any(part.kind == "reasoning" for part in turn.parts)
-                if (
-                    not self._options.enable_thinking
-                    and not has_reasoning
-                    and (empty := _EMPTY_THINK.match(text, start))
-                ):
-                    start = empty.end()
-                last = max(words[1] if words else start, start)
-                place = start, last + self._length_of_ending(text[last:following], turns[: index + 1], tools)
-            elif words is not None:
-                ends = self._ending and text.startswith(self._ending, words[1])
-                place = words[0], words[1] + (len(self._ending) if ends else 0)
-            found.append(place)
-            cuts.append(self._cuts(turn, index, text, leaves, extents))
-            done = max(done, place[1]) if place else done
-        return _Places(turns=tuple(found), cuts=tuple(cuts))
-
-    def _opened(self, text: str, start: int, end: int) -> int | None:
-        """Where an answer begins between two places: past its opening, or past the lines of it that are there."""
-        lines = [match.end() for match in re.finditer(r"\n|(?=<think>)", self._opening)]
-        for length in (len(self._opening), *reversed(lines)):
-            opening = self._opening[:length]
-            if opening.strip() and (at := text.find(opening, start, end)) >= 0:
-                return at + length
-        return None
-
-    def _length_of_ending(self, rest: str, turns: Sequence[Turn], tools: Sequence[Any]) -> int:
-        """How much of what follows an answer's last word, up to the next turn's first, still belongs to the answer."""
-        end, ending = self._end_of_turn, self._ending
-        if end and end in rest:
-            return rest.index(end) + len(end)
-        if ending and rest.startswith(ending):
-            return len(ending)
-        marks = _Marks(rest, 1 << 10)
-        try:  # were the conversation over here, all that follows would be the answer's
-            alone = self.template.write(self._messages(turns, marks.around), tools)
-        except SampleError:
-            alone = ""
-        length = _length_in_common(rest, marks.after_last(alone).rstrip())
-        return length or (rest.index(ending) + len(ending) if ending and ending in rest else 0)
-
-    def _cuts(
-        self,
-        turn: Turn,
-        index: int,
-        text: str,
-        leaves: Sequence[_Leaf],
-        extents: Sequence[tuple[int, int] | None],
-    ) -> tuple[tuple[int, int], ...]:
-        """Where parts of an own weight begin: (place, part), for each part but the first."""
-        if all(part.weight is None for part in turn.parts):
-            return ()
-        ordered = sorted(
-            (place, leaf.part) for leaf, place in zip(leaves, extents, strict=True) if place and leaf.turn == index
-        )
-        cuts = []
-        for (before, part), (after, next_part) in itertools.pairwise(ordered):
-            if part != next_part:
-                opens = turn.parts[next_part].kind == "tool_call" and text[before[1] : after[0]].endswith(
-                    self._call_opening
-                )
-                cuts.append((after[0] - (len(self._call_opening) if opens else 0), next_part))
-        return tuple(cuts)
-
-    @cached_property
-    def _call_opening(self) -> str:
-        """What the template writes between an answer's words and the name of the function that it calls."""
-        call = Part(kind="tool_call", text='{"name": "f8201947", "arguments": {}}')
-        question = Turn(role="user", parts=(Part(kind="text", text="7310561"),))
-        answer = Turn(role="assistant", parts=(Part(kind="text", text="7310569"), call))
-        return self._write((question, answer)).partition("7310569")[2].partition("f8201947")[0]
+        return text[slice(*place)].removesuffix(self._finder.ending)
 
     # ------------------------------------------------------------------------------------ weights
 
-    def _weigh(self, turns: Sequence[Turn], places: _Places, length: int) -> tuple[tuple[int, float], ...]:
+    def _weigh(self, turns: Sequence[Turn], places: Places, length: int) -> tuple[tuple[int, float], ...]:
         outside = 1.0 if self._options.train_on_prompt else 0.0
         last_answer = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
         runs: list[tuple[int, float]] = []
@@ -344,264 +132,6 @@ class Renderer:
                 runs.append((place[1], weight))
             done = place[1]
         return (*runs, (length, outside))
-
-
-# ---------------------------------------------------------------------------------------- pieces of text
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Leaf:
-    """A piece of a conversation's text as it goes into a message."""
-
-    text: str
-    turn: int
-    part: int
-    is_json: bool = False  # arguments of a call: the template gets the value, and writes it in a way of its own
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Places:
-    """What was found in a template's output, as offsets of characters."""
-
-    turns: tuple[tuple[int, int] | None, ...]  # from where an answer begins to past the end of the turn
-    cuts: tuple[tuple[tuple[int, int], ...], ...]  # per turn: where a part of an own weight begins, and which
-    leaves: tuple[tuple[int, int] | None, ...] | None = None  # exact, None where left out; None where not known
-
-
-def _collect(leaves: list[_Leaf]) -> Callable[[_Leaf], str]:
-    def put(leaf: _Leaf) -> str:
-        leaves.append(leaf)
-        return leaf.text
-
-    return put
-
-
-def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
-
-
-def _spell(value: Any) -> str:
-    """JSON as chat templates write it."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _spelling_of_arguments(call: str) -> str | None:
-    """The arguments of a call's JSON, letter by letter."""
-    if (match := _CALL.match(call)) is None:
-        return None
-    _, end = json.JSONDecoder().raw_decode(call, match.end())
-    return call[match.end() : end]
-
-
-def _shape_of(turn: Turn) -> tuple[Any, ...]:
-    weighted = any(part.weight is not None for part in turn.parts)
-    return (turn.role, weighted, *((part.kind, None if part.text.strip() else part.text) for part in turn.parts))
-
-
-def _length_in_common(one: str, other: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _hull(extents: Iterable[tuple[int, int] | None]) -> tuple[int, int] | None:
-    there = [extent for extent in extents if extent is not None]
-    return (min(start for start, _ in there), max(end for _, end in there)) if there else None
-
-
-def _within(places: _Places, turns: Sequence[Turn], generated: Sequence[tuple[int, int]]) -> _Places:
-    """Answers as the template's generation blocks bound them; their ends of turn are trained in any case."""
-    found = list(places.turns)
-    before = 0
-    for index, (turn, place) in enumerate(zip(turns, places.turns, strict=True)):
-        if turn.role == "assistant" and place is not None:
-            inside = _hull(span for span in generated if span[0] < place[1] and span[1] > before)
-            found[index] = None if inside is None else (inside[0], max(inside[1], place[1]))
-        before = before if place is None else place[1]
-    return replace(places, turns=tuple(found))
-
-
-class _Marks:
-    """Numbers put around pieces of text, by which these are found again in what a template makes of them.
-
-    A mark is digits, which no template changes; it begins with a 9 and has no other before its number, so that digits
-    around it cannot be taken for a part of it.
-    """
-
-    def __init__(self, text: str, count: int) -> None:
-        self._prefix = next(p for n in itertools.count(0o12345670) if (p := f"9{n:o}") not in text)
-        self._pattern = re.compile(self._prefix + r"(\d{5})")
-        self._next = 0
-        self._offsets: dict[int, tuple[int, int]] = {}  # of a leaf's two marks in its own text
-        self._several: set[int] = set()  # leaves with a pair of marks for each of their strings
-        self.of_generation = (self._mark(2 * count), self._mark(2 * count + 1))
-        self._count = count
-        self.found: dict[int, tuple[int, int]] = {}  # of a leaf's marks in the text that was read
-        self.generated: list[tuple[int, int]] = []
-
-    def _mark(self, number: int) -> str:
-        return f"{self._prefix}{number:05d}"
-
-    # ---- writing: a function for `put` each, called for one leaf after another
-
-    def around(self, leaf: _Leaf) -> str:
-        """Around all but blanks at the ends, which a template may trim."""
-        text = leaf.text
-        return self._put(leaf, len(text) - len(text.lstrip()), len(text.rstrip()))
-
-    def inside(self, leaf: _Leaf) -> str:
-        """Inside the first and the last word, so that what a template looks for (a tag, a beginning) stays whole."""
-        words = [match.span() for match in _WORD_OR_TAG.finditer(leaf.text) if match[1]]
-        return self._put(leaf, words[0][0] + 1, words[-1][1] - 1) if words else self.nowhere(leaf)
-
-    def nowhere(self, leaf: _Leaf) -> str:
-        self._next += 1
-        return leaf.text
-
-    def _put(self, leaf: _Leaf, first: int, last: int) -> str:
-        begin, end = self._mark(2 * self._next), self._mark(2 * self._next + 1)
-        self._offsets[self._next] = first, last
-        self._next += 1
-        if leaf.is_json:
-            self._several.add(self._next - 1)
-            return _spell(_mark_strings(json.loads(leaf.text), begin, end))
-        return f"{leaf.text[:first]}{begin}{leaf.text[first:last]}{end}{leaf.text[last:]}"
-
-    # ---- reading
-
-    def read(self, marked: str) -> str:
-        """The text without marks; where they were is noted, and the next leaf to be marked is the first again."""
-        self._next, self.found, self.generated = 0, {}, []
-        pieces = self._pattern.split(marked)
-        position, begun = 0, 0
-        begun_leaves: set[int] = set()  # a template may write a piece twice: its first place is taken
-        for piece, number in itertools.zip_longest(pieces[::2], map(int, pieces[1::2])):
-            position += len(piece)
-            if number is None:
-                break
-            leaf, is_end = divmod(number, 2)
-            if leaf == self._count:
-                begun = begun if is_end else position
-                self.generated += [(begun, position)] if is_end else []
-            elif leaf not in self.found or leaf in self._several or leaf in begun_leaves:
-                self.found[leaf] = self.found.get(leaf, (position, position))[0], position
-                (begun_leaves.discard if is_end else begun_leaves.add)(leaf)
-        return "".join(pieces[::2])
-
-    def after_last(self, marked: str) -> str:
-        return self._pattern.split(marked)[-1]
-
-    def extent(self, number: int, leaf: _Leaf, text: str) -> tuple[int, int] | None:
-        """Where a leaf's words are, without blanks at the ends; None where no mark of it was seen."""
-        if number not in self.found:
-            return None
-        first, last = self.found[number]
-        words = leaf.text.strip()
-        start = first - (self._offsets[number][0] - (len(leaf.text) - len(leaf.text.lstrip())))
-        if not leaf.is_json and start >= 0 and text.startswith(words, start):
-            return start, start + len(words)
-        return first, last
-
-    def exact_extents(
-        self, leaves: Sequence[_Leaf], extents: Sequence[tuple[int, int] | None], text: str
-    ) -> tuple[tuple[int, int] | None, ...] | None:
-        """Where all that is written of each leaf stands, None for one left out; None altogether where that is open."""
-        exact: list[tuple[int, int] | None] = []
-        for number, (leaf, extent) in enumerate(zip(leaves, extents, strict=True)):
-            if extent is None and number in self._offsets and not leaf.is_json:
-                exact.append(None)
-                continue
-            if leaf.is_json or extent is None:
-                if text.count(leaf.text) > 1:
-                    return None
-                starts = [text.find(leaf.text)]
-                variants = [leaf.text]
-            else:
-                variants = _variants(leaf.text)
-                blanks = [len(variant) - len(variant.lstrip()) for variant in variants]
-                starts = [extent[0] - num for num in blanks]
-            fitting = (
-                (at, at + len(v)) for at, v in zip(starts, variants, strict=True) if at >= 0 and text.startswith(v, at)
-            )
-            place = next(fitting, None)
-            if place is None and extent is not None:
-                return None
-            exact.append(place)
-        return tuple(exact)
-
-
-def _variants(text: str) -> list[str]:
-    """A piece of text as templates may write it: as it is, or with blanks or newlines at its ends trimmed."""
-    if not (text[0].isspace() or text[-1].isspace()):
-        return [text]
-    return [text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Shape:
-    """How a template writes conversations of one shape: its own words between theirs, and where turns lie in them."""
-
-    literals: tuple[str, ...]  # one more than `order`
-    order: tuple[int, ...]  # leaves as they follow one another in the output
-    turns: tuple[tuple[_Anchor, _Anchor] | None, ...]
-    cuts: tuple[tuple[tuple[_Anchor, int], ...], ...]
-
-    @classmethod
-    def of(cls, text: str, places: _Places) -> _Shape | None:
-        """None where something found lies within a piece of the conversation, or two of these overlap."""
-        if places.leaves is None:
-            return None
-        there = sorted((place, number) for number, place in enumerate(places.leaves) if place is not None)
-        starts = [0, *(place[1] for place, _ in there)]
-        ends = [*(place[0] for place, _ in there), len(text)]
-        if any(start > end for start, end in zip(starts, ends, strict=True)):
-            return None
-
-        def anchor(place: int) -> _Anchor:
-            index = bisect.bisect_left(ends, place)
-            return index, place - starts[index]
-
-        shape = cls(
-            literals=tuple(text[start:end] for start, end in zip(starts, ends, strict=True)),
-            order=tuple(number for _, number in there),
-            turns=tuple(None if place is None else (anchor(place[0]), anchor(place[1])) for place in places.turns),
-            cuts=tuple(tuple((anchor(cut), part) for cut, part in cuts) for cuts in places.cuts),
-        )
-        anchors = [end for turn in shape.turns if turn is not None for end in turn]
-        anchors += [cut for cuts in shape.cuts for cut, _ in cuts]
-        return shape if all(offset >= 0 for _, offset in anchors) else None
-
-    def places(self, text: str, leaves: Sequence[_Leaf]) -> _Places | None:
-        """Where turns are in another output of this shape; None where it is not made of these words, to the letter."""
-        literals = self.literals
-        if not text.startswith(literals[0]):
-            return None
-        starts, at = [0], len(literals[0])
-        for index, number in enumerate(self.order, 1):
-            for variant in _variants(leaves[number].text):
-                if text.startswith(variant, at) and text.startswith(literals[index], at + len(variant)):
-                    break
-            else:
-                return None
-            starts.append(at + len(variant))
-            at = starts[-1] + len(literals[index])
-        if at != len(text):
-            return None
-        return _Places(
-            turns=tuple(
-                None if turn is None else (starts[turn[0][0]] + turn[0][1], starts[turn[1][0]] + turn[1][1])
-                for turn in self.turns
-            ),
-            cuts=tuple(tuple((starts[cut[0]] + cut[1], part) for cut, part in cuts) for cuts in self.cuts),
-        )
-
-
-def _mark_strings(value: Any, begin: str, end: str) -> Any:
-    if isinstance(value, str) and value.strip():
-        return begin + value + end
-    if isinstance(value, list):
-        return [_mark_strings(item, begin, end) for item in value]
-    if isinstance(value, dict):
-        return {key: _mark_strings(item, begin, end) for key, item in value.items()}
-    return value
 
 
 def split_reasoning(answer: str) -> tuple[str, str]:

@@ -581,3 +581,11 @@ def test_built_in_templates_are_named_and_those_of_other_families_refused(tmp_pa
     source, variables = named_source("qwen3_omni", ("qwen3_omni",), tmp_path)
     made = Renderer(ChatTemplate(source, variables, {}, WORDS), ProcessorOptions(), "<|im_end|>")
     assert made.render(HELLO).text == oracle(THINKING, HELLO)
+
+
+def test_a_turn_that_shows_no_marks_hides_no_other():
+    call = Part(kind="tool_call", text='{"name": "f", "arguments": {}}')
+    answers = (("assistant", "<|im_end|>"), ("assistant", [Part(kind="text", text="x<think>b</think>"), call]))
+    text = trained(THINKING, say(*answers))
+    assert text.startswith("<|im_start|>assistant\n‹<|im_end|><|im_end|>›\n<|im_start|>assistant\n‹")
+    assert text.count("‹") == 2
