@@ -24,7 +24,7 @@ the same. `{i}` in a name stands for a whole dot-separated part that is a number
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -208,7 +208,7 @@ class KeyMap:
             elif not (canonical.startswith(carried) or canonical in tied or _COMPUTED.fullmatch(name)):
                 unknown.append(name)
         if unknown:
-            faults.append(f"no rule for {_listed(unknown)}")
+            faults.append(f"no rule for {listed(unknown)}")
         assemblies: dict[str, Assembly] = {}
         for (number, ours), members in groups.items():
             if ours in assemblies:
@@ -220,7 +220,7 @@ class KeyMap:
             except ValueError as error:
                 faults.append(str(error))
         if faults:
-            raise ValueError("tensors do not fit the model family: " + _joined(faults))
+            raise ValueError("tensors do not fit the model family: " + listed(faults, "; "))
         return self._with_tied(assemblies)
 
     def second_names(self, shapes: Mapping[str, Shape]) -> dict[str, str]:
@@ -348,14 +348,10 @@ def _fill(template: str, values: Mapping[str, int | str]) -> str:
     return ".".join(str(values[part[1:-1]]) if part[:1] == "{" else part for part in template.split("."))
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
-
-
-def _joined(faults: list[str]) -> str:
-    more = f"; and {len(faults) - MAX_LISTED} more faults" if len(faults) > MAX_LISTED else ""
-    return "; ".join(faults[:MAX_LISTED]) + more
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+    """The first items, and how many there are beyond them: for messages."""
+    more = f"{separator.replace(',', '')}and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return separator.join(items[:MAX_LISTED]) + more
 
 
 def _dims(shape: Shape) -> str:

@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor
 
 from omniloom.checkpoint.agreement import agree, rank
 from omniloom.checkpoint.hf import local_region
-from omniloom.checkpoint.tensor_files import DTYPES, MAX_LISTED, HFCheckpoint, TensorEntry, read_header, read_json
+from omniloom.checkpoint.tensor_files import DTYPES, HFCheckpoint, TensorEntry, read_header, read_json
 from omniloom.config import LoraConfig
-from omniloom.keymap import Assembly, Shape, canonical_name
+from omniloom.keymap import Assembly, Shape, canonical_name, listed
 from omniloom.types import Adapter
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -483,8 +483,7 @@ def _check_fit(
         if abs(scaling - adapter.scaling) > 1e-6 * scaling:
             faults.append(f"{name} is scaled by {scaling:g}, here by {adapter.scaling:g}")
     if faults:
-        more = f"\n  and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
         raise ValueError(
             f"model.adapter: {stored.directory} does not fit the model and its policy; it needs lora with "
-            f"{stored.needs}:\n  " + "\n  ".join(faults[:MAX_LISTED]) + more
+            f"{stored.needs}:\n  " + listed(faults, "\n  ")
         )

@@ -45,7 +45,7 @@ from omniloom.checkpoint.stored import (
     step_name,
     verify_files,
 )
-from omniloom.checkpoint.tensor_files import MAX_LISTED
+from omniloom.keymap import listed
 
 __all__ = [
     "Saver",
@@ -150,7 +150,7 @@ class Saver:
         faults = verify_files(partial, {name: (item["bytes"], item["crc32"]) for name, item in files.items()})
         if faults:
             raise OSError(
-                f"rank 0 does not find in {partial} what other ranks wrote ({'; '.join(faults[:MAX_LISTED])}); "
+                f"rank 0 does not find in {partial} what other ranks wrote ({listed(faults, '; ')}); "
                 "train.run_dir must be one directory that all nodes see"
             )
         sequence = 1 + max((number for number, _ in self._committed()), default=0)
@@ -294,9 +294,8 @@ def stored_names(stored: StoredCheckpoint, known: Collection[str]) -> list[str]:
     """
     names = [name.removeprefix(MODEL) for name in stored.shapes if name.startswith(MODEL)]
     if foreign := [name for name in names if name not in known]:
-        more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
         raise ValueError(
-            f"{stored.directory} is a checkpoint of another model or policy: it holds {', '.join(foreign[:8])}{more}, "
+            f"{stored.directory} is a checkpoint of another model or policy: it holds {listed(foreign)}, "
             "which this run has not; go on with the config it was made with, or start anew with --overwrite"
         )
     return names
@@ -325,9 +324,8 @@ def load_optimizer_state(
     absent = [name for name in wanted if name not in stored_keys]
     if absent:
         raise ValueError(
-            f"{stored.directory} has no optimizer state for {', '.join(absent[:8])}"
-            f"{f' and {len(absent) - 8} more' if len(absent) > 8 else ''}; was it saved with another policy, or with "
-            "checkpoint.save_optimizer=false? checkpoint.load_optimizer=false starts with fresh moments"
+            f"{stored.directory} has no optimizer state for {listed(absent)}; was it saved with another policy, or "
+            "with checkpoint.save_optimizer=false? checkpoint.load_optimizer=false starts with fresh moments"
         )
     state: dict[int, dict[str, Tensor]] = {}
     for name, parameter in wanted.items():

@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 
 from omniloom.checkpoint.agreement import agree, rank
 from omniloom.checkpoint.tensor_files import DTYPES, INDEX_NAME, HFCheckpoint, TensorEntry
-from omniloom.keymap import Assembly, KeyMap
+from omniloom.keymap import Assembly, KeyMap, listed
 
 MARKER_NAME = "omniloom_export.json"
 # not .pt: Qwen2.5-Omni cannot be loaded without the voices in its spk_dict.pt
@@ -106,9 +106,7 @@ def _plan(
 ) -> _Plan:
     unknown = [name for name in (*names, *dropped) if name not in assemblies]
     if unknown:
-        raise ValueError(
-            f"{source.directory} has no tensors for {', '.join(unknown[:8])}; is it the model trained here?"
-        )
+        raise ValueError(f"{source.directory} has no tensors for {listed(unknown)}; is it the model trained here?")
     second = key_map.second_names(source.shapes)
     filled: dict[str, list[str]] = {}
     owner: dict[str, str] = {}  # a tied name of ours has the same pieces: write them once

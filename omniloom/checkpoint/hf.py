@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from omniloom.checkpoint.tensor_files import DTYPES, MAX_LISTED, HFCheckpoint, open_checkpoint
-from omniloom.keymap import Assembly, Box, KeyMap, Read, Tied, whole
+from omniloom.checkpoint.tensor_files import DTYPES, HFCheckpoint, open_checkpoint
+from omniloom.keymap import Assembly, Box, KeyMap, Read, Tied, listed, whole
 
 __all__ = ["HFCheckpoint", "check_names", "load_model", "local_region", "open_checkpoint", "read_tensor"]
 
@@ -82,8 +82,7 @@ def check_names(
         if name not in shapes and name not in unbuilt and name not in second:
             faults.append(f"extra {assembly.pieces[0].published}: by config.json the model has no {name}")
     if faults:
-        more = f"\n  and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
-        raise ValueError("checkpoint and model do not fit:\n  " + "\n  ".join(faults[:MAX_LISTED]) + more)
+        raise ValueError("checkpoint and model do not fit:\n  " + listed(faults, "\n  "))
 
 
 def refuse_quantised(checkpoint: HFCheckpoint, config_json: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from omniloom.checkpoint.agreement import gather, num_ranks, rank
-from omniloom.checkpoint.tensor_files import MAX_LISTED
+from omniloom.keymap import listed
 
 MARKER_NAME = "COMMITTED"
 EXTRAS_NAME = "extras.json"
@@ -124,7 +124,7 @@ def open_stored(path: str | Path, *, group: ProcessGroup | None = None) -> Store
     mine = dict(sorted(marker["files"].items())[rank(group) :: num_ranks(group)])
     faults = sorted({fault for part in gather(verify_files(directory, mine), group) for fault in part})
     if faults:
-        raise ValueError(f"{directory} is damaged: " + "; ".join(faults[:MAX_LISTED]))
+        raise ValueError(f"{directory} is damaged: " + listed(faults, "; "))
     return StoredCheckpoint(
         directory=directory,
         step=marker["step"],
@@ -253,10 +253,7 @@ def load_tensors(stored: StoredCheckpoint, tensors: Mapping[str, Tensor]) -> Non
         if name in shapes and shapes[name] != tuple(tensor.shape):
             faults.append(f"{name} has shape {list(shapes[name])} there, {list(tensor.shape)} here")
     if faults:
-        more = f" and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
-        raise ValueError(
-            f"{stored.directory} is a checkpoint of another model or policy: " + "; ".join(faults[:MAX_LISTED]) + more
-        )
+        raise ValueError(f"{stored.directory} is a checkpoint of another model or policy: " + listed(faults, "; "))
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader = FileSystemReader(stored.directory)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from omniloom.keymap import Box, Shape, whole
+from omniloom.keymap import Box, Shape, listed, whole
 from omniloom.types import suggest
 
 DTYPES = {
@@ -37,7 +37,6 @@ DTYPES = {
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-MAX_LISTED = 8
 BUFFER_BYTES = 32 << 20
 
 
@@ -106,8 +105,7 @@ def open_checkpoint(directory: str | Path) -> HFCheckpoint:
     if index is not None and not faults:
         faults = _compare_with_index(index["weight_map"], entries)
     if faults:
-        more = f"\n  and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
-        raise ValueError(f"{directory} is not a whole checkpoint:\n  " + "\n  ".join(faults[:MAX_LISTED]) + more)
+        raise ValueError(f"{directory} is not a whole checkpoint:\n  " + listed(faults, "\n  "))
     return HFCheckpoint(directory=directory, entries=entries, metadata=metadata, index=index)
 
 
