@@ -405,7 +405,7 @@ class PackedBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MediaRows:
+class TowerRows:
     """Tower outputs in tower-row order, not yet scattered. None where the model has no such tower."""
 
     vision: Tensor | None  # [M_v + null rows, hidden]

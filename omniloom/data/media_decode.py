@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from omniloom.data.media import MediaLimits, clip_file, find_stream, name_of, open_container, open_image
+from omniloom.data.media_files import MediaLimits, clip_file, find_stream, name_of, open_container, open_image
 from omniloom.data.packets import decode_packets
 from omniloom.types import ClipGeometry, ClipOptions, DecodedClip, MediaKind, MediaSource, SampleError
 

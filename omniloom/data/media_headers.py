@@ -13,7 +13,8 @@ from fractions import Fraction
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from omniloom.data.media import (
+from omniloom.data.media_decode import resampled_length, sound_of, sound_span
+from omniloom.data.media_files import (
     MediaLimits,
     check_pixels,
     clip_file,
@@ -24,7 +25,6 @@ from omniloom.data.media import (
     read_bytes,
     size_of,
 )
-from omniloom.data.media_decode import resampled_length, sound_of, sound_span
 from omniloom.data.packets import SampleCounter, decode_packets, full_table, packets_to_end, pcm_frame_bytes
 from omniloom.types import ClipOptions, MediaHeader, MediaKind, MediaSource, SampleError
 

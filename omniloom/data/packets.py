@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from omniloom.data.media import name_of
+from omniloom.data.media_files import name_of
 from omniloom.types import MediaKind, SampleError
 
 if TYPE_CHECKING:

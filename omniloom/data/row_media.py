@@ -2,7 +2,7 @@
 
 Owns the rules of where media may lie (under the media folder, no URLs, unless allowed) and the count of placeholders
 against clips. Opens nothing: whether a file exists and what it
-holds is `media`'s to say.
+holds is `media_files`' to say.
 """
 
 from __future__ import annotations

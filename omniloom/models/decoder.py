@@ -18,7 +18,7 @@ from omniloom.models.moe import MoE
 from omniloom.ops.auxiliary_loss import attach_loss
 from omniloom.ops.cross_entropy import linear_cross_entropy
 from omniloom.ops.rotary import Rotary, SectionLayout, multimodal_rotary
-from omniloom.types import ROUTER, TEXT, Kernel, LossTerms, MediaRows, PackedBatch, Segments
+from omniloom.types import ROUTER, TEXT, Kernel, LossTerms, PackedBatch, Segments, TowerRows
 
 Want = Literal["loss", "logits", "best_tokens"]
 
@@ -154,7 +154,7 @@ class Decoder(nn.Module):
             self.loss_head.head.weight = self.embed.weight
 
     def forward(
-        self, batch: PackedBatch, media: MediaRows, hidden: Tensor | None = None, *, want: Want = "loss"
+        self, batch: PackedBatch, media: TowerRows, hidden: Tensor | None = None, *, want: Want = "loss"
     ) -> LossTerms | Tensor:
         """The loss terms of a pack; or the logits of every row, float32 [T, V]; or the likeliest next token of the rows
         in `loss_index`, int64 [L].
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
         text = self.loss_head(hidden[index], batch.labels[index], batch.loss_weights[index], batch.draw_key)
         return LossTerms(sums={TEXT: text, **sums}, expert_counts=counts)
 
-    def embed_rows(self, batch: PackedBatch, media: MediaRows) -> Tensor:
+    def embed_rows(self, batch: PackedBatch, media: TowerRows) -> Tensor:
         """Token embeddings, with media rows in the places of their tokens: [T, C]."""
         assert self.embed is not None, "this stage has no embedding"
         hidden = self.embed(batch.input_ids)
@@ -189,7 +189,7 @@ class Decoder(nn.Module):
         return hidden
 
     def run_layers(
-        self, hidden: Tensor, batch: PackedBatch, media: MediaRows
+        self, hidden: Tensor, batch: PackedBatch, media: TowerRows
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The layers that are here, in order.
 

@@ -1,6 +1,6 @@
 """A model that reads text, images, video and sound: towers, decoder, and the order of their work.
 
-Pure tensor functions of a `PackedBatch`. Towers and decoder meet only in `MediaRows`, so that between `encode` and
+Pure tensor functions of a `PackedBatch`. Towers and decoder meet only in `TowerRows`, so that between `encode` and
 `decode` rows may be exchanged, detached and have their gradients sent back.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from omniloom.models.audio import AudioTower, AudioTowerConfig
 from omniloom.models.decoder import Decoder, DecoderConfig
 from omniloom.models.vision import VisionTower, VisionTowerConfig
-from omniloom.types import Kernels, LossTerms, MediaRows, PackedBatch
+from omniloom.types import Kernels, LossTerms, PackedBatch, TowerRows
 
 
 class OmniModel(nn.Module):
@@ -21,7 +21,7 @@ class OmniModel(nn.Module):
         self.audio = audio
         self.text = text
 
-    def encode(self, batch: PackedBatch) -> MediaRows:
+    def encode(self, batch: PackedBatch) -> TowerRows:
         """One call of each tower that is built, on all of the batch's media and its null segments."""
         vision, deepstack, audio = None, (), None
         if self.vision is not None:
@@ -30,15 +30,15 @@ class OmniModel(nn.Module):
         if self.audio is not None:
             assert batch.audio is not None, "the model has an audio tower: the batch needs at least a null segment"
             audio = self.audio(batch.audio, batch.draw_key)
-        return MediaRows(vision=vision, deepstack=deepstack, audio=audio)
+        return TowerRows(vision=vision, deepstack=deepstack, audio=audio)
 
-    def decode(self, batch: PackedBatch, media: MediaRows) -> LossTerms:
+    def decode(self, batch: PackedBatch, media: TowerRows) -> LossTerms:
         return self.text(batch, media)
 
     def forward(self, batch: PackedBatch) -> LossTerms:
         return self.decode(batch, self.encode(batch))
 
-    def best_tokens(self, batch: PackedBatch, media: MediaRows) -> Tensor:
+    def best_tokens(self, batch: PackedBatch, media: TowerRows) -> Tensor:
         """The likeliest next token of the rows in `loss_index`: int64 [L]."""
         return self.text(batch, media, want="best_tokens")
 

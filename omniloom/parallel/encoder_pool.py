@@ -23,7 +23,7 @@ from omniloom.parallel.mesh import Layout
 from omniloom.parallel.segments import SegmentSizes, measure_audio, measure_vision, rebuild_audio, rebuild_vision
 from omniloom.parallel.staging import to_device
 from omniloom.sharding import ShardingPlan
-from omniloom.types import AudioBatch, MediaRows, PackedBatch, PackPlan, VisionBatch
+from omniloom.types import AudioBatch, PackedBatch, PackPlan, TowerRows, VisionBatch
 
 SLACK = 0.1  # of the mean load: what a rank may carry beyond it before a segment's features are moved elsewhere
 
@@ -298,8 +298,8 @@ class EncoderPool:
         return exchange_rows(leaving, route.unit_send, route.unit_receive, self.group) if route.moves else leaving
 
     def send_rows(
-        self, media: PackedBatch, rows: MediaRows, plan: PoolPlan
-    ) -> tuple[VisionBatch | None, AudioBatch | None, MediaRows]:
+        self, media: PackedBatch, rows: TowerRows, plan: PoolPlan
+    ) -> tuple[VisionBatch | None, AudioBatch | None, TowerRows]:
         """Tower rows to the owners of their tokens. Collective over the pool: one all-to-all per tower.
 
         Returns the media batches with this rank's own token rows as `token_index`, and the rows that fill them,
@@ -313,7 +313,7 @@ class EncoderPool:
         if audio is not None and rows.audio is not None and plan.audio is not None:
             (audio_rows,) = self._exchange([rows.audio], plan.audio)
             audio = replace(audio, token_index=_on(plan.audio.token_index, rows.audio))
-        return vision, audio, MediaRows(vision=vision_rows, deepstack=tuple(deepstack), audio=audio_rows)
+        return vision, audio, TowerRows(vision=vision_rows, deepstack=tuple(deepstack), audio=audio_rows)
 
     def _exchange(self, levels: list[Tensor], route: TowerRoute) -> list[Tensor]:
         order = _on(route.row_order, levels[0])
@@ -321,7 +321,7 @@ class EncoderPool:
         landed = exchange_rows(leaving, route.row_send, route.row_receive, self.group)
         return [level.contiguous() for level in landed.split([level.shape[1] for level in levels], dim=1)]
 
-    def return_gradients(self, rows: MediaRows, gradients: MediaRows, plan: PoolPlan) -> MediaRows:
+    def return_gradients(self, rows: TowerRows, gradients: TowerRows, plan: PoolPlan) -> TowerRows:
         """Gradients of received rows back to the towers that made them: shaped like `rows`, zero for the rest.
 
         Collective over the pool: one all-to-all per tower.
@@ -335,7 +335,7 @@ class EncoderPool:
         if rows.audio is not None and plan.audio is not None:
             assert gradients.audio is not None, "rows without gradients"
             (audio,) = self._return([rows.audio], [gradients.audio], plan.audio)
-        return MediaRows(vision=vision, deepstack=deepstack, audio=audio)
+        return TowerRows(vision=vision, deepstack=deepstack, audio=audio)
 
     def _return(self, likes: list[Tensor], gradients: list[Tensor], route: TowerRoute) -> list[Tensor]:
         order = _on(route.row_order, likes[0])

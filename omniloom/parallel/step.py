@@ -20,7 +20,7 @@ from omniloom.parallel.fsdp import set_all_reduce
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.recompute import activations_on_host
 from omniloom.parallel.staging import to_device
-from omniloom.types import LossTerms, MediaRows, PackedBatch
+from omniloom.types import LossTerms, PackedBatch, TowerRows
 
 
 class EncodeDecode(Protocol):
@@ -29,11 +29,11 @@ class EncodeDecode(Protocol):
     vision: nn.Module | None
     audio: nn.Module | None
 
-    def encode(self, batch: PackedBatch) -> MediaRows: ...
+    def encode(self, batch: PackedBatch) -> TowerRows: ...
 
-    def decode(self, batch: PackedBatch, media: MediaRows) -> LossTerms: ...
+    def decode(self, batch: PackedBatch, media: TowerRows) -> LossTerms: ...
 
-    def best_tokens(self, batch: PackedBatch, media: MediaRows) -> Tensor: ...
+    def best_tokens(self, batch: PackedBatch, media: TowerRows) -> Tensor: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
 
@@ -137,14 +137,14 @@ def evaluate(model: EncodeDecode, batch: PackedBatch, layout: Layout, pool: Enco
 @torch.no_grad()
 def prepare(
     model: EncodeDecode, batch: PackedBatch, layout: Layout, pool: EncoderPool | None = None
-) -> tuple[PackedBatch, MediaRows]:
+) -> tuple[PackedBatch, TowerRows]:
     """This rank's tokens of a pack and their media rows, for several calls of `best_tokens`. Collective."""
     return deliver(encode_share(model, batch, layout, pool), layout, pool)
 
 
 @torch.no_grad()
 def best_tokens(
-    model: EncodeDecode, batch: PackedBatch, prepared: tuple[PackedBatch, MediaRows], layout: Layout
+    model: EncodeDecode, batch: PackedBatch, prepared: tuple[PackedBatch, TowerRows], layout: Layout
 ) -> dict[int, int]:
     """The likeliest next token of the rows in `loss_index` that are this rank's, by row of the whole pack.
 
@@ -164,7 +164,7 @@ class EncodedShare:
 
     text: PackedBatch  # the whole pack, media left out; on the device where nothing is shared, else on the host
     media: PackedBatch  # what was encoded here, on the device
-    rows: MediaRows
+    rows: TowerRows
     plan: PoolPlan | None
 
 
@@ -181,7 +181,7 @@ def encode_share(model: EncodeDecode, batch: PackedBatch, layout: Layout, pool: 
     return EncodedShare(text=text, media=media, rows=model.encode(media), plan=plan)
 
 
-def deliver(share: EncodedShare, layout: Layout, pool: EncoderPool | None) -> tuple[PackedBatch, MediaRows]:
+def deliver(share: EncodedShare, layout: Layout, pool: EncoderPool | None) -> tuple[PackedBatch, TowerRows]:
     """This rank's tokens, on the device, and the media rows that belong to them, detached."""
     if pool is None or share.plan is None:
         return share.text, map_rows(Tensor.detach, share.rows)
@@ -190,14 +190,14 @@ def deliver(share: EncodedShare, layout: Layout, pool: EncoderPool | None) -> tu
     return replace(local, vision=vision, audio=audio), rows
 
 
-def list_rows(rows: MediaRows) -> list[Tensor]:
+def list_rows(rows: TowerRows) -> list[Tensor]:
     """Every tensor of rows that is there, in a fixed order."""
     return [row for row in (rows.vision, *rows.deepstack, rows.audio) if row is not None]
 
 
-def map_rows(change: Callable[[Tensor], Tensor], rows: MediaRows) -> MediaRows:
+def map_rows(change: Callable[[Tensor], Tensor], rows: TowerRows) -> TowerRows:
     """`change` applied to every tensor of rows that is there."""
-    return MediaRows(
+    return TowerRows(
         vision=None if rows.vision is None else change(rows.vision),
         deepstack=tuple(change(level) for level in rows.deepstack),
         audio=None if rows.audio is None else change(rows.audio),

@@ -1,7 +1,7 @@
 """From a conversation to sizes and tensors: what every family's processor does alike.
 
 Owns tokenizing the rendered text in one go, labels from character offsets, clip expansion, positions, and the promise
-that `measure` and `encode` count the same. A family adds its `FamilyMedia`: how clips are written as tokens. Reads no
+that `measure` and `encode` count the same. A family adds its `FamilyClips`: how clips are written as tokens. Reads no
 media file: headers and decoded arrays are handed in. Used by loader workers (built there
 from a picklable factory) and by generation.
 """
@@ -24,7 +24,7 @@ from omniloom.processors.positions import sample_positions, text_block
 from omniloom.processors.rendering import Renderer
 from omniloom.processors.settings import load_tokenizer
 from omniloom.processors.tower_batches import AudioDims, VisionDims
-from omniloom.processors.tower_inputs import Cost, Features, TowerInputs, read_media_settings
+from omniloom.processors.tower_inputs import Cost, Features, TowerInputs, read_extractors
 from omniloom.types import (
     IGNORE_LABEL,
     AudioBatch,
@@ -68,7 +68,7 @@ def sound_layout(token_id: int, num_tokens: int) -> ClipLayout:
     return ClipLayout(ids=ids, block=text_block(num_tokens), vision_rows=rows[:0], audio_rows=rows)
 
 
-class FamilyMedia(Protocol):
+class FamilyClips(Protocol):
     """What a family knows of its media: how they are written as tokens."""
 
     pad_ids: frozenset[int]
@@ -100,7 +100,7 @@ class ChatProcessor:
         *,
         tokenizer: Any,
         renderer: Renderer,
-        media: FamilyMedia,
+        media: FamilyClips,
         towers: TowerInputs,
         past_time: bool = True,
     ) -> None:
@@ -345,7 +345,7 @@ def open_processor(
     audio: AudioDims | None,
     vocab_size: int,
     cost: Cost,
-    make_media: Callable[[TowerInputs, Any], FamilyMedia],
+    make_media: Callable[[TowerInputs, Any], FamilyClips],
     templates: Sequence[str],
     past_time: bool = True,
 ) -> ChatProcessor:
@@ -360,7 +360,7 @@ def open_processor(
     named = options.template != "auto"
     source, variables = named_source(options.template, templates, directory) if named else (find_source(directory), {})
     tokenizer = load_tokenizer(directory, vocab_size)
-    settings = read_media_settings(directory, options, vision, audio)
+    settings = read_extractors(directory, options, vision, audio)
     towers = TowerInputs(vision=vision, audio=audio, cost=cost, settings=settings, options=options)
     media = make_media(towers, tokenizer)
     variables = tokenizer.special_tokens_map | variables

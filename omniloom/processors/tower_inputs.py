@@ -57,7 +57,7 @@ class PixelRules:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MediaSettings:
+class ExtractorSettings:
     """What the checkpoint's feature extractors do, and the bounds in force."""
 
     image_pixels: tuple[int, int]  # least and most
@@ -69,9 +69,9 @@ class MediaSettings:
     n_fft: int = 0
 
 
-def read_media_settings(
+def read_extractors(
     checkpoint_dir: str | Path, options: ProcessorOptions, vision: VisionDims, audio: AudioDims | None
-) -> MediaSettings:
+) -> ExtractorSettings:
     """Raises: ValueError where the checkpoint lacks a file or a field, or asks for what is not computed here."""
     of_image, of_sound, of_video = read_processor_config(checkpoint_dir)
     for section in (of_image, of_video):
@@ -84,7 +84,7 @@ def read_media_settings(
     hears = audio is not None
     if audio is not None:
         of_sound.demand(feature_size=audio.num_mel_bins, dither=0.0)
-    return MediaSettings(
+    return ExtractorSettings(
         image_pixels=bounds(options.image.min_pixels, options.image.max_pixels, of_image.pixels()),
         image=_pixel_rules(of_image),
         frames=_pixel_rules(Section(values={**of_image.values, **of_video.values}, where=of_video.where)),
@@ -125,7 +125,7 @@ class TowerInputs:
         vision: VisionDims,
         audio: AudioDims | None,
         cost: Cost,
-        settings: MediaSettings,
+        settings: ExtractorSettings,
         options: ProcessorOptions,
     ) -> None:
         """`cost`: estimated forward FLOPs / 1e6 of tokens, tokens with a loss, and clips, in decoder and towers."""

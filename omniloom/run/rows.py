@@ -14,8 +14,8 @@ from omniloom.data.agreement import PlanningRanks
 from omniloom.data.extent_cache import ExtentCache, fingerprint_of
 from omniloom.data.formats import describe_format, parse_row
 from omniloom.data.loader import Loader
-from omniloom.data.media import MediaLimits
 from omniloom.data.media_decode import decode_clip
+from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import read_header
 from omniloom.data.planner import Planner, plan_options
 from omniloom.data.rows import RowReader, SourceReader

@@ -29,13 +29,13 @@ from omniloom.types import (
     Extent,
     LoadedPack,
     LossTerms,
-    MediaRows,
     PackedBatch,
     PackPlan,
     PackStats,
     PlannedSample,
     StepPlan,
     Targets,
+    TowerRows,
 )
 
 
@@ -132,7 +132,7 @@ def test_bfloat16_compute_keeps_masters_and_gradients_in_float32(layout: Layout)
 class WithCodes(OmniModel):
     """A model with a loss of its own: how far embedded rows are from what the pack has for them."""
 
-    def decode(self, batch: PackedBatch, media: MediaRows) -> LossTerms:
+    def decode(self, batch: PackedBatch, media: TowerRows) -> LossTerms:
         terms, targets = super().decode(batch, media), batch.targets["codes"]
         rows = self.text.embed_rows(batch, media)[targets.token_index]
         sums = {**terms.sums, "codes": (targets.weights * (rows - targets.values).square().mean(dim=1)).sum()}

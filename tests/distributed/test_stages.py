@@ -18,7 +18,7 @@ from omniloom.models.fusion import OmniModel
 from omniloom.parallel.recompute import Kept, recompute_blocks
 from omniloom.parallel.step import Objective, list_rows, map_rows
 from omniloom.training.lora import install_lora, keyed_seed
-from omniloom.types import LossTerms, MediaRows, PackedBatch
+from omniloom.types import LossTerms, PackedBatch, TowerRows
 
 CASE = Case(dims=Dims(num_layers=4, vision_depth=3, deepstack=(0, 2)), seed=7)
 FIRST_OF_SECOND = 1  # so that a level of deepstack rows belongs to each stage
@@ -56,7 +56,7 @@ def cut(text: Decoder) -> tuple[Decoder, Decoder]:
 class Stages:
     """The state of one run over the packs: what each stage holds between a forward and its backward."""
 
-    def __init__(self, stages: tuple[Decoder, Decoder], packs: list[PackedBatch], media: list[MediaRows]) -> None:
+    def __init__(self, stages: tuple[Decoder, Decoder], packs: list[PackedBatch], media: list[TowerRows]) -> None:
         self.stages, self.packs, self.media = stages, packs, media
         self.handed: dict[int, tuple[Tensor, Tensor]] = {}  # rows as they left the first stage, and as they arrived
         self.terms: dict[tuple[int, int], LossTerms] = {}

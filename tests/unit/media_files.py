@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from omniloom.config import DataConfig
-from omniloom.data.media import MediaLimits
+from omniloom.data.media_files import MediaLimits
 
 # file name, audio codec; names tell the container
 AUDIO_FILES = [

@@ -9,8 +9,8 @@ import pytest
 from omniloom.config import DataConfig
 from omniloom.data.clip_options import clip_options
 from omniloom.data.formats import parse_row
-from omniloom.data.media import MediaLimits
 from omniloom.data.media_decode import decode_audio, decode_clip, decode_video_frames
+from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import frame_span, read_header
 from omniloom.types import ClipGeometry, ClipOptions, MediaSource, SampleError
 from tests.unit.media_files import limits_of, tone, truth_of_video, write_audio, write_streams, write_video

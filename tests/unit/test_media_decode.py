@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from omniloom.data.media import MediaLimits
 from omniloom.data.media_decode import decode_audio, decode_clip, decode_image, decode_video_frames, resampled_length
+from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import read_header
 from omniloom.processors.features import sample_frame_indices
 from omniloom.types import ClipGeometry, MediaSource, SampleError

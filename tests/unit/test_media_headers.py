@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from omniloom.config import load_config
-from omniloom.data.media import MediaLimits
 from omniloom.data.media_decode import decode_audio, decode_clip, decode_image, decode_video_frames, resampled_length
+from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import read_header
 from omniloom.data.packets import decode_packets
 from omniloom.run.opening import open_workshop

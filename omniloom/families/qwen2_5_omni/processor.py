@@ -44,7 +44,7 @@ def make_processor(
 
 
 class Qwen25OmniMedia:
-    """The family's `FamilyMedia`."""
+    """The family's `FamilyClips`."""
 
     def __init__(self, config: Qwen25OmniConfig, towers: TowerInputs, tokenizer: Any) -> None:
         self.config = config

@@ -49,7 +49,7 @@ def make_processor(
 
 
 class Qwen25VLMedia:
-    """The family's `FamilyMedia`."""
+    """The family's `FamilyClips`."""
 
     def __init__(self, config: Qwen25VLConfig, towers: TowerInputs, tokenizer: Any) -> None:
         self.config = config

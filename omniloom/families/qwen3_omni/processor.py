@@ -45,7 +45,7 @@ def make_processor(
 
 
 class Qwen3OmniMedia:
-    """The family's `FamilyMedia`."""
+    """The family's `FamilyClips`."""
 
     def __init__(self, config: Qwen3OmniConfig, towers: TowerInputs, tokenizer: Any) -> None:
         self.config = config

@@ -77,7 +77,7 @@ class PictureTokens:
 
 
 class Qwen3VLMedia:
-    """The family's `FamilyMedia`."""
+    """The family's `FamilyClips`."""
 
     def __init__(self, config: Qwen3VLConfig, towers: TowerInputs, tokenizer: Any) -> None:
         self.config = config
