@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from omniloom.data.dataclass_json import from_json, to_json
-from omniloom.types import Conversation, Extent, MediaSource
+from omniloom.types import Conversation, Extent
 
 _log = logging.getLogger(__name__)
 _VERSION = 2  # raise it when the meaning of an Extent's fields changes
@@ -58,7 +58,8 @@ def extent_key(conversation: Conversation, fingerprint: str) -> str | None:
     record = dataclasses.asdict(dataclasses.replace(conversation, id="", source=""))
     text = json.dumps(record, sort_keys=True, default=_hash_bytes)
     stamps = []
-    clips = media_of(conversation)
+    parts = (part for turn in conversation.turns for part in turn.parts)
+    clips = [part.media for part in parts if part.media is not None]
     for media in (*clips, *(clip.sound for clip in clips if clip.sound is not None)):
         for path in (media.path, *(media.frames or ())):
             if path is None:
@@ -69,11 +70,6 @@ def extent_key(conversation: Conversation, fingerprint: str) -> str | None:
                 return None
             stamps.append((path, stat.st_size, stat.st_mtime_ns))
     return hashlib.sha256(json.dumps([_VERSION, fingerprint, text, stamps]).encode()).hexdigest()
-
-
-def media_of(conversation: Conversation) -> list[MediaSource]:
-    """The clips of a conversation, in order."""
-    return [part.media for turn in conversation.turns for part in turn.parts if part.media is not None]
 
 
 class ExtentCache:

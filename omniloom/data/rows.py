@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from omniloom.data.collate import FailedSlot, check_example, collate, weight_sum
-from omniloom.data.extent_cache import ExtentCache, extent_key, media_of
+from omniloom.data.extent_cache import ExtentCache, extent_key
 from omniloom.data.sources import Sources
 from omniloom.types import (
     AudioBatch,
@@ -185,14 +185,14 @@ class RowReader:
         self, sample: PlannedSample, position: int, decode_clips: frozenset[tuple[int, int]] | None
     ) -> Example:
         reader, conversation = self.reader_of(sample.row), self.conversation(sample.row)
-        media, clips = media_of(conversation), sample.extent.clips
+        media, clips = clips_of(conversation), sample.extent.clips
         if len(media) != len(clips):
             raise SampleError(
                 "media", f"the row has {len(media)} clips, {len(clips)} were planned; did the file change?"
             )
         decoded = tuple(
             reader.decode(one, clip) if decode_clips is None or (position, number) in decode_clips else None
-            for number, (one, clip) in enumerate(zip(media, clips, strict=True))
+            for number, ((one, _), clip) in enumerate(zip(media, clips, strict=True))
         )
         example = reader.processor.encode(conversation, clips, decoded)
         fault = check_example(example, sample.extent.num_tokens)
