@@ -14,7 +14,7 @@ from torch import nn
 from omniloom.config import MemoryConfig, ParallelConfig
 from omniloom.parallel.context import UlyssesCore, check_heads
 from omniloom.parallel.expert import ExpertDispatch, LocalWeights, SumOverGroup
-from omniloom.parallel.fsdp import FsdpOptions, match_modules, shard_parameters
+from omniloom.parallel.fsdp import match_modules, shard_parameters
 from omniloom.parallel.mesh import Degrees, Layout
 from omniloom.parallel.recompute import Kept, recompute_blocks
 from omniloom.sharding import ShardingPlan
@@ -77,13 +77,7 @@ def apply_parallelism(
     if memory.compile:
         for name in match_modules(model, plan.blocks):
             model.get_submodule(name).compile()
-    options = FsdpOptions(
-        compute_dtype=compute_dtype,
-        reshard_after_forward=parallel.reshard_after_forward,
-        prefetch=parallel.prefetch,
-        cpu_offload=parallel.cpu_offload,
-    )
-    shard_parameters(model, layout, plan, options)
+    shard_parameters(model, layout, plan, parallel, compute_dtype)
 
 
 def _agreed(layout: Layout, plan: ShardingPlan) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -18,16 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from omniloom.config import ParallelConfig
 from omniloom.parallel.mesh import Layout
 from omniloom.sharding import ShardingPlan
-
-
-@dataclass(frozen=True, kw_only=True)
-class FsdpOptions:
-    compute_dtype: torch.dtype  # of gathered parameters; gradients are reduced in float32
-    reshard_after_forward: bool | int = True
-    prefetch: int = 1
-    cpu_offload: bool = False
 
 
 def match_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -40,8 +33,12 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
     return len(parts) == len(pattern) and all(map(fnmatch.fnmatchcase, parts, pattern))
 
 
-def shard_parameters(model: nn.Module, layout: Layout, plan: ShardingPlan, options: FsdpOptions) -> None:
+def shard_parameters(
+    model: nn.Module, layout: Layout, plan: ShardingPlan, parallel: ParallelConfig, compute_dtype: torch.dtype
+) -> None:
     """Shard every parameter of `model` in place; afterwards all are DTensors. Collective over all ranks.
+
+    Parameters are gathered in `compute_dtype`, gradients reduced in float32.
 
     Experts go to `layout.expert` and `layout.expert_fsdp`, everything else to `layout.fsdp`. Roots that the model
     was built without are passed over. Raises: ValueError where the number of experts does not divide.
@@ -49,25 +46,25 @@ def shard_parameters(model: nn.Module, layout: Layout, plan: ShardingPlan, optio
     A single rank that computes in the parameters' own float32 has nothing to gather, cast or offload: there they stay
     plain, which saves a twentieth of a step of small models.
     """
-    if layout.world_size == 1 and options.compute_dtype == torch.float32 and not options.cpu_offload:
+    if layout.world_size == 1 and compute_dtype == torch.float32 and not parallel.cpu_offload:
         return
     modules = dict(model.named_modules())
     if layout.expert is not None:
         for name in match_modules(model, plan.experts):
             _divide_experts(modules[name], layout.expert, name)
-            _wrap([modules[name]], layout, options, of_experts=True)
+            _wrap([modules[name]], layout, parallel, compute_dtype, of_experts=True)
     wrapped: dict[str, list[FSDPModule]] = {root: [] for root in plan.roots}
     for name in match_modules(model, plan.blocks):
-        wrapped[name.split(".")[0]].append(_wrap([modules[name]], layout, options))
+        wrapped[name.split(".")[0]].append(_wrap([modules[name]], layout, parallel, compute_dtype))
     for patterns in plan.groups:
         if names := match_modules(model, patterns):
             # what forward uses last, backward uses first: the head stays gathered between the two
-            options_of_group = replace(options, reshard_after_forward=False) if patterns is plan.groups[-1] else options
-            _wrap([modules[name] for name in names], layout, options_of_group)
+            of_group = replace(parallel, reshard_after_forward=False) if patterns is plan.groups[-1] else parallel
+            _wrap([modules[name] for name in names], layout, of_group, compute_dtype)
     for root, blocks in wrapped.items():
         if root in modules:
-            _wrap([modules[root]], layout, options)
-            _set_prefetch(blocks, options.prefetch)
+            _wrap([modules[root]], layout, parallel, compute_dtype)
+            _set_prefetch(blocks, parallel.prefetch)
     loose = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     assert not loose, f"no root of the sharding plan {plan.roots} holds {', '.join(loose[:5])}"
 
@@ -87,14 +84,21 @@ def _divide_experts(experts: nn.Module, mesh: DeviceMesh, name: str) -> None:
         experts.register_parameter(key, nn.Parameter(divided, requires_grad=parameter.requires_grad))
 
 
-def _wrap(modules: list[nn.Module], layout: Layout, options: FsdpOptions, *, of_experts: bool = False) -> FSDPModule:
+def _wrap(
+    modules: list[nn.Module],
+    layout: Layout,
+    parallel: ParallelConfig,
+    compute_dtype: torch.dtype,
+    *,
+    of_experts: bool = False,
+) -> FSDPModule:
     """One all-gather for all parameters of `modules` that no earlier call took."""
     mesh = layout.expert_fsdp if of_experts else layout.fsdp
     assert mesh is not None, "experts are not divided in this layout"
     num_shards = mesh.size(mesh.ndim - 1)
     # of one rank there are no groups; `resolve_degrees` has refused what divides no other mesh
-    reshard = options.reshard_after_forward if num_shards > 1 else True
-    low = None if options.compute_dtype == torch.float32 else options.compute_dtype
+    reshard = parallel.reshard_after_forward if num_shards > 1 else True
+    low = None if compute_dtype == torch.float32 else compute_dtype
     sharded = fully_shard(
         modules if len(modules) > 1 else modules[0],
         mesh=mesh,
@@ -103,7 +107,7 @@ def _wrap(modules: list[nn.Module], layout: Layout, options: FsdpOptions, *, of_
         # inputs stay as they are: loss weights must not be rounded to bfloat16
         mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy(pin_memory=layout.device.type != "cpu")
-        if options.cpu_offload
+        if parallel.cpu_offload
         else OffloadPolicy(),
     )
     first = sharded[0] if isinstance(sharded, list) else sharded

@@ -12,13 +12,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from omniloom.config import DataConfig
+from omniloom.config import DataConfig, Format
 from omniloom.data.clip_options import option_words
 from omniloom.data.formats import FORMATS, parse_row
 from omniloom.data.sources import open_sources
-from omniloom.types import Conversation, MediaSource, Part, SampleError, Turn, VideoConfig, suggest
+from omniloom.types import Conversation, MediaKind, MediaSource, Part, SampleError, Turn, VideoConfig, suggest
 
 _USUAL = DataConfig(allow_urls=True, allow_outside_media_dir=True)
 # what a row leaves to the config of a run is what reads otherwise under another
@@ -56,8 +56,9 @@ def convert_file(kind: str, source: Path, target: Path, *, media_dir: Path | Non
 
 def convert_row(row: dict[str, Any], file: str, line: int, kind: str, media_dir: Path, folder: Path) -> dict[str, Any]:
     """A row of format `kind` as one of the messages form, for a file in `folder`. Raises: SampleError."""
+    named = cast(Format, kind)
     usual, other = (
-        parse_row(row, file=file, line=line, options=replace(config, format=kind, media_dir=str(media_dir)))
+        parse_row(row, file=file, line=line, options=replace(config, format=named, media_dir=str(media_dir)))
         for config in (_USUAL, _OTHER)
     )
     _require_files(usual)
@@ -119,8 +120,8 @@ class _TurnWriter:
         if part.media is None:
             name = "thinking" if part.kind == "reasoning" else "text"
             return [{"type": name, name: part.text}]
-        clip = part.media
-        options = option_words(part.kind, clip.options)
+        clip, kind = part.media, cast(MediaKind, part.kind)
+        options = option_words(kind, clip.options)
         if part.kind == "video":
             other = next(self._others)
             if clip.use_audio == other.use_audio:
@@ -167,6 +168,7 @@ def _require_files(conversation: Conversation) -> None:
     for clip in _clips(conversation):
         for one in (clip, *([clip.sound] if clip.sound is not None else [])):
             for path in (one.path, *(one.frames or ())):
-                is_elsewhere = path is None or path.startswith(("data:", "http://", "https://"))
-                if not is_elsewhere and not os.path.isfile(path):
+                if path is None or path.startswith(("data:", "http://", "https://")):
+                    continue
+                if not os.path.isfile(path):
                     raise SampleError("media", f"{path} does not exist")

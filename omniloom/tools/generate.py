@@ -146,6 +146,7 @@ def add_adapter(model: Any, workshop: Workshop) -> None:
 
     def find(name: str) -> torch.nn.Parameter:
         end = name_in_memory(workshop.assemblies[name])
+        found: torch.nn.Parameter
         (found,) = (weight for theirs, weight in held.items() if theirs == end or theirs.endswith(f".{end}"))
         return found
 
@@ -316,7 +317,7 @@ def _split_answer(conversation: Conversation) -> tuple[Conversation, str]:
 
 def _batches(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
     """Indexes of prompts that can share a call, alike in length, since padding is computed too."""
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}
     for index, prompt in enumerate(prompts):
         # arguments that hold for a whole call, such as whether videos sound
         whole = tuple(sorted((key, value) for key, value in prompt.inputs.items() if not hasattr(value, "shape")))

@@ -47,7 +47,7 @@ def _launch(arguments: list[str], nproc: int) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
-    ranks: list[subprocess.Popen] = []
+    ranks: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes] | None] = []
     for rank in range(nproc):
         log = None if rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
@@ -78,7 +78,7 @@ def _launch(arguments: list[str], nproc: int) -> int:
     return _explain([process.returncode for process in ranks], logs, ended_here)
 
 
-def _wait_for_all(ranks: list[subprocess.Popen]) -> set[int]:
+def _wait_for_all(ranks: list[subprocess.Popen[bytes]]) -> set[int]:
     """Wait for all; once one fails the others get a grace period. Returns the ranks that had to be killed."""
     deadline = math.inf
     killed: set[int] = set()
