@@ -77,21 +77,27 @@ def line_chart(
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
-    for tick in ticks_y:
-        _, y = place(low_x, tick)
-        text = fmt(10**tick if log else tick, unit)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
-    for tick in _ticks(low_x, high_x, 5, whole=True) if high_x > low_x else [low_x]:
-        if low_x <= tick <= high_x:
-            x, _ = place(tick, low_y)
-            anchor = "end" if x > WIDTH - 24 else "middle"
-            text = fmt(tick, "count")
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 5}" text-anchor="{anchor}">{text}</text>')
+    parts += _grid(ticks_y, place, lambda tick: fmt(10**tick if log else tick, unit))
+    ticks_x = _ticks(low_x, high_x, 5, whole=True) if high_x > low_x else [low_x]
+    parts += [_mark(place(tick, low_y)[0], fmt(tick, "count")) for tick in ticks_x if low_x <= tick <= high_x]
     for item in series:
         parts += _draw(item, place)
     parts.append("</svg>")
     return "".join(parts)
+
+
+def _grid(ticks: Sequence[float], place: Place, write: Callable[[float], str]) -> list[str]:
+    parts = []
+    for tick in ticks:
+        _, y = place(0.0, tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{write(tick)}</text>')
+    return parts
+
+
+def _mark(x: float, text: str) -> str:
+    anchor = "end" if x > WIDTH - 24 else "middle"
+    return f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 5}" text-anchor="{anchor}">{text}</text>'
 
 
 def heat_map(rows: Sequence[Sequence[float]], *, label: str) -> str:

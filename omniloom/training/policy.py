@@ -60,17 +60,14 @@ def resolve_policy(
     """
     present = sorted(set(components.values()))
     _check_rules(rules, present, roots, known, tied or {})
+    has_adapters = any(rule.lora for rule in rules.values())
     merged = {component: _merge(rules, component) for component in present}
-    if any(rule.lora for rule in rules.values()):
-        merged = {
-            component: replace(rule, freeze=True) if _is_silent(rule) else rule for component, rule in merged.items()
-        }
     policies = {}
     for name, component in components.items():
         rule = merged[component]
         policies[name] = ParameterPolicy(
             component=component,
-            trainable=not rule.freeze and rule.lora is None,
+            trainable=not rule.freeze and rule.lora is None and not (has_adapters and _is_silent(rule)),
             learning_rate=learning_rate if rule.learning_rate is None else rule.learning_rate,
             weight_decay=weight_decay if rule.weight_decay is None else rule.weight_decay,
             lora=rule.lora,

@@ -171,12 +171,17 @@ def test_neutral_changes_are_not_told_and_damaged_records_change_nothing(tmp_pat
     assert find_finished(tmp_path, config_of()) is None
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("qwen3_vl", tmp_path_factory.mktemp("tiny") / "model", num_words=300)
+
+
 def contents_of(run_dir: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != "run.lock"}
 
 
 def test_a_run_called_again_leaves_its_record_until_it_is_overwritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"query": f"{n}?", "response": f"It is {n}."}) + "\n" for n in range(20))
@@ -186,14 +191,13 @@ def test_a_run_called_again_leaves_its_record_until_it_is_overwritten(
 
     def train(*words: str, overwrite: bool = False) -> int:
         usual = [
-            f"model.path={tmp_path / 'model'}",
+            f"model.path={model}",
             f"data.train={tmp_path / 'rows.jsonl'}",
             f"train.run_dir={run_dir}",
         ]
         usual += ["train.steps=2", "train.packs_per_step=1", "data.pack_tokens=64", "data.workers=0"]
         return run(load_config(None, [*usual, "model.dtype=float32", *words]), overwrite=overwrite)
 
-    make_tiny("qwen3_vl", tmp_path / "model", num_words=300)
     assert train() == 0
     before = contents_of(run_dir)
     assert train() == 0
@@ -218,12 +222,11 @@ def test_a_run_called_again_leaves_its_record_until_it_is_overwritten(
 
 
 def test_a_signal_ends_an_evaluation_and_leaves_the_step_before_it_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = "".join(json.dumps({"query": f"{n}?", "response": f"It is {n}."}) + "\n" for n in range(30))
     (tmp_path / "rows.jsonl").write_text(rows)
-    make_tiny("qwen3_vl", tmp_path / "model", num_words=300)
-    words = [f"model.path={tmp_path / 'model'}", f"data.train={tmp_path / 'rows.jsonl'}", "data.workers=0"]
+    words = [f"model.path={model}", f"data.train={tmp_path / 'rows.jsonl'}", "data.workers=0"]
     words += [f"data.eval={tmp_path / 'rows.jsonl'}", f"train.run_dir={tmp_path / 'run'}", "train.steps=2"]
     words += ["train.packs_per_step=1", "data.pack_tokens=32", "model.dtype=float32", "train.eval_every=1"]
     measured, measure = 0, evaluation.evaluate
