@@ -204,11 +204,18 @@ def test_a_run_killed_at_random_moments_always_finds_a_whole_newest_checkpoint(t
     newest = 0
     forker = start(SAVING, tmp_path)
     assert forker.stdout.readline() == "ready\n"
+    pause = None  # seconds until a first save is whole, on this machine and now
     for trial in range(20):
         forker.stdin.write(f"{trial % 2 == 1}\n")
         forker.stdin.flush()
         child = int(forker.stdout.readline())
-        time.sleep(0.1 + rng.random() * 0.2)
+        if pause is None:
+            started = time.monotonic()
+            while not list(tmp_path.glob("checkpoints/step_*[0-9]/COMMITTED")):
+                time.sleep(0.01)
+            pause = time.monotonic() - started
+        else:
+            time.sleep(pause * (0.5 + 1.5 * rng.random()))
         os.kill(child, signal.SIGKILL)
         assert forker.stdout.readline() == "dead\n"
         stored, notes = find_latest(tmp_path)
