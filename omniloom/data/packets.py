@@ -45,20 +45,20 @@ def packets_to_end(
 ) -> Iterator[Packet]:
     """Packets of one stream up to the end of the file, each one handed to `add` as well.
 
-    Unless a table has told what the file holds, the end that its header claims, which may be that of another stream, is
-    compared with where the last packet of all streams ends. Raises: SampleError where the file ends well before.
+    Unless a table has told what the file holds, the end that its header claims is compared with what there is.
+    Raises: SampleError where the file ends well before.
     """
-    claims = False
     if indexed:
         _read_only(container, stream)
-    else:
-        claims = container.format.name.split(",")[0] in _CLAIMS_DURATION and container.duration is not None
-    if not claims:
-        for packet in container.demux(stream):
-            if packet.size:
-                add(packet)
-            yield packet
-        return
+    claims = container.format.name.split(",")[0] in _CLAIMS_DURATION and container.duration is not None
+    for packet in container.demux(stream) if indexed or not claims else _to_claimed_end(container, stream, kind, file):
+        if packet.size:
+            add(packet)
+        yield packet
+
+
+def _to_claimed_end(container: InputContainer, stream: Any, kind: MediaKind, file: str | bytes) -> Iterator[Packet]:
+    """Packets of one stream, of a file whose header says when the last packet of all its streams ends."""
     ends: dict[Any, int] = {}
     for packet in container.demux():
         time = packet.pts if packet.pts is not None else packet.dts
@@ -66,8 +66,6 @@ def packets_to_end(
             end = time + (packet.duration or 0)
             ends[packet.stream] = max(end, ends.get(packet.stream, end))
         if packet.stream.index == stream.index:
-            if packet.size:
-                add(packet)
             yield packet
     found = max((float(end * other.time_base) for other, end in ends.items() if other.time_base), default=0.0)
     claimed = (container.duration or 0) / 1e6
