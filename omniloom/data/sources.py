@@ -150,6 +150,10 @@ def _open_file(path: str, max_samples: int | None) -> Source:
         raise ValueError(f"{path} is a directory, expected a data file{hint}")
     if not file.exists():
         raise ValueError(f"no such data file: {path}{_nearest(file)}")
+    if not file.is_file():
+        raise ValueError(
+            f"{path} is a pipe or a device, expected a file, since rows are read in any order; save it first"
+        )
     try:
         with file.open("rb") as handle:
             head = handle.read(4096)

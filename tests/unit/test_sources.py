@@ -215,6 +215,12 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path, content, words)
     assert str(path) in str(caught.value)
 
 
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="is a pipe or a device, expected a file"):
+        open_sources((str(tmp_path / "rows.jsonl"),))
+
+
 def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"a": 1}')
     with pytest.raises(ValueError, match=r"no such data file: .*train.json; did you mean .*train\.jsonl"):
