@@ -21,7 +21,7 @@ class ShardingPlan:
     expert_products: tuple[str, ...] = ()  # parameter-free: (rows, stacked weights..., offsets)
     router_choices: tuple[str, ...] = ()  # parameter-free: probabilities to expert_index; never made anew in backward
     router_counts: tuple[str, ...] = ()  # parameter-free: reduces a pack's expert counts over who shares the pack
-    attention_cores: tuple[str, ...] = ()  # parameter-free: (q, k, v, segments), decoder only
+    attention_cores: tuple[str, ...] = ()  # parameter-free: (q, k, v, segments, norms), decoder only
     num_attention_heads: int = 1
     num_key_value_heads: int = 1
     num_experts: int = 0

@@ -99,7 +99,7 @@ class DecoderLayer(nn.Module):
         hidden = hidden + self.attention(self.attention_norm(hidden), rotary, segments, draw_key)
         if self.moe is None:
             assert self.mlp is not None
-            return (hidden + self.mlp(self.mlp_norm(hidden), draw_key),)
+            return (hidden + self.mlp(hidden, draw_key, self.mlp_norm),)
         out, router_loss, counts = self.moe(self.mlp_norm(hidden), is_padding, draw_key)
         return hidden + out, router_loss, counts
 

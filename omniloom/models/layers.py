@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omniloom.ops.attention import segment_attention
+from omniloom.ops.attention import HeadNorms, segment_attention
 from omniloom.ops.gated_mlp import gated_mlp
 from omniloom.ops.norm import rms_norm
 from omniloom.ops.rotary import Rotary, apply_rotary
@@ -59,9 +59,9 @@ class AttentionCore(nn.Module):
         self.causal = causal
         self.kernel: Kernel = kernel
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        """q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]."""
-        return segment_attention(q, k, v, segments, causal=self.causal, kernel=self.kernel)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, norms: HeadNorms | None = None) -> Tensor:
+        """q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]; `norms` are applied to q and k first."""
+        return segment_attention(q, k, v, segments, causal=self.causal, kernel=self.kernel, norms=norms)
 
 
 class Attention(nn.Module):
@@ -96,11 +96,13 @@ class Attention(nn.Module):
         q = self.q_proj(hidden, draw_key).unflatten(-1, heads)  # [T, H, D]
         k = self.k_proj(hidden, draw_key).unflatten(-1, heads)  # [T, Hkv, D]
         v = self.v_proj(hidden, draw_key).unflatten(-1, heads)
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
+            assert rotary is not None, "heads that are normed are turned too"
+            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, rotary)
+        elif rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        return self.o_proj(self.core(q, k, v, segments).flatten(1), draw_key)
+        return self.o_proj(self.core(q, k, v, segments, norms).flatten(1), draw_key)
 
 
 class FusedAttention(nn.Module):
@@ -130,10 +132,14 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
         self.is_plain = activation == "silu" and not bias
 
-    def forward(self, hidden: Tensor, draw_key: int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, draw_key: int | None = None, norm: RMSNorm | None = None) -> Tensor:
+        """hidden [T, C] -> [T, C]; `norm` is applied to it first."""
         projections = (self.gate_proj, self.up_proj, self.down_proj)
         if self.is_plain and all(isinstance(projection, nn.Linear) for projection in projections):  # no adapters
-            return gated_mlp(hidden, *(projection.weight for projection in projections))
+            of_norm = () if norm is None else (norm.weight, norm.eps)
+            return gated_mlp(hidden, *(projection.weight for projection in projections), *of_norm)
+        if norm is not None:
+            hidden = norm(hidden)
         inner = self.act(self.gate_proj(hidden, draw_key)) * self.up_proj(hidden, draw_key)
         return self.down_proj(inner, draw_key)
 

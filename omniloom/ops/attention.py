@@ -14,10 +14,14 @@ Kernels, chosen by name and never fallen back from:
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from omniloom.ops.norm import normalise, normalise_backward, rms_norm
+from omniloom.ops.rotary import Rotary, apply_rotary, turn
 from omniloom.types import Kernel, Segments
 
 EAGER_QUERY_BLOCK = 1024  # rows whose scores against all keys are held at a time
@@ -38,7 +42,30 @@ def resolve_kernel(kernel: Kernel, device_type: str, dtype: torch.dtype) -> Kern
     return kernel
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool, kernel: Kernel) -> Tensor:
+class HeadNorms(NamedTuple):
+    """What becomes of query and key heads before they meet, where a family norms them: the norm, then the turn."""
+
+    q_weight: Tensor  # [D]
+    k_weight: Tensor  # [D]
+    eps: float
+    rotary: Rotary
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q [T, H, D], k [T, Hkv, D], normed and turned; differentiable."""
+        q, k = rms_norm(q, self.q_weight, self.eps), rms_norm(k, self.k_weight, self.eps)
+        return apply_rotary(q, self.rotary), apply_rotary(k, self.rotary)
+
+
+def segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    *,
+    causal: bool,
+    kernel: Kernel,
+    norms: HeadNorms | None = None,
+) -> Tensor:
     """Scaled dot-product attention of each segment with itself.
 
     Args:
@@ -46,19 +73,15 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, ca
         k, v: [T, Hkv, D], H a multiple of Hkv; not repeated in memory.
         segments: bounds over T; rows past the last bound are not allowed.
         causal: a row sees itself and the rows before it in its segment; else the whole segment.
+        norms: applied to q and k first. What they make is not kept for backward, but made again.
 
     Returns: [T, H, D]. Raises: ValueError if the kernel cannot run here.
     """
     kernel = resolve_kernel(kernel, q.device.type, q.dtype)
-    if kernel == "flash":
-        # imported here: the module loads CUDA-only pieces that a CPU run has no use for
-        from torch.nn.attention.varlen import varlen_attn
-
-        bounds, longest = segments.cu_seqlens, segments.max_length
-        window = (-1, 0) if causal else (-1, -1)
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window, enable_gqa=True)
-    operation = _cpu_attention if kernel == "sdpa" else _eager_attention
-    return operation(q, k, v, segments.cu_seqlens, causal)[0]
+    of_norms = (
+        (0.0,) if norms is None else (norms.eps, norms.q_weight, norms.k_weight, norms.rotary.cos, norms.rotary.sin)
+    )
+    return _Attention.apply(kernel, causal, segments.max_length, segments.cu_seqlens, q, k, v, *of_norms)
 
 
 def segment_attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool) -> Tensor:
@@ -187,7 +210,74 @@ def _eager_scores(q: Tensor, k: Tensor, start: int, cu_seqlens: Tensor, causal: 
     return scores.masked_fill_(~_allowed(queries, keys, cu_seqlens, causal), -torch.inf)
 
 
-# ---------------------------------------------------------------------------------------- registration
+# ---------------------------------------------------------------------------------------- all kernels
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: Kernel,
+        causal: bool,
+        longest: int,
+        bounds: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        eps: float,
+        *norms: Tensor,
+    ) -> Tensor:
+        """`norms` are the weights of q and k, cosines and sines; or nothing."""
+        heads = (q, k)
+        if norms:
+            q_weight, k_weight, cos, sin = norms
+            heads = (turn(normalise(q, q_weight, eps)[0], cos, sin), turn(normalise(k, k_weight, eps)[0], cos, sin))
+        if kernel == "flash":
+            window = [-1, 0] if causal else [-1, -1]
+            out, *kept = _flash()._varlen_attn(
+                *heads, v, bounds, bounds, longest, longest, causal, None, window, enable_gqa=True
+            )
+        else:
+            out, *kept = (_cpu_attention if kernel == "sdpa" else _eager_attention)(*heads, v, bounds, causal)
+        ctx.save_for_backward(q, k, v, bounds, out, *kept, *norms)
+        ctx.settings = kernel, causal, longest, eps, len(kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, causal, longest, eps, num_kept = ctx.settings
+        q, k, v, bounds, out, *others = ctx.saved_tensors
+        kept, norms = others[:num_kept], others[num_kept:]
+        heads, scales = [q, k], []
+        if norms:
+            *weights, cos, sin = norms
+            for place, weight in enumerate(weights):
+                normed, scale = normalise(heads[place], weight, eps)
+                heads[place] = turn(normed, cos, sin)
+                scales.append(scale)
+        if kernel == "flash":
+            window = [-1, 0] if causal else [-1, -1]
+            log_sums, random = kept
+            grads = _flash()._varlen_attn_backward(
+                grad, *heads, v, out, log_sums, bounds, bounds, longest, longest, causal, random, None, window
+            )
+        else:
+            operation = _cpu_attention_backward if kernel == "sdpa" else _eager_attention_backward
+            grads = operation(grad.contiguous(), *heads, v, out, *kept, bounds, causal)
+        if not norms:
+            return None, None, None, None, *grads, None
+        q_grad, q_weight_grad = normalise_backward(turn(grads[0], cos, -sin), q, weights[0], scales[0])
+        k_grad, k_weight_grad = normalise_backward(turn(grads[1], cos, -sin), k, weights[1], scales[1])
+        return None, None, None, None, q_grad, k_grad, grads[2], None, q_weight_grad, k_weight_grad, None, None
+
+
+def _flash() -> Any:
+    """PyTorch's varlen flash attention as two operators: its public function keeps whatever it is given."""
+    # imported here: the module loads CUDA-only pieces that a CPU run has no use for
+    import torch.nn.attention.varlen
+
+    return torch.ops.torch_attn
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -201,24 +291,7 @@ def _fake_attention_backward(
     return dq, dk, dv
 
 
-def _save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, causal = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
-    ctx.causal = causal
-    ctx.set_materialize_grads(False)  # the second output has no gradient, and zeros in its shape cost a pass
-
-
-def _register(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> None:
-    def differentiate(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None, None, None
-        q, k, v, out, log_sums, cu_seqlens = ctx.saved_tensors
-        return *backward(grad.contiguous(), q, k, v, out, log_sums, cu_seqlens, ctx.causal), None, None
-
-    forward.register_fake(_fake_attention)
-    backward.register_fake(_fake_attention_backward)
-    forward.register_autograd(differentiate, setup_context=_save_for_backward)
-
-
-_register(_cpu_attention, _cpu_attention_backward)
-_register(_eager_attention, _eager_attention_backward)
+for _operation in (_cpu_attention, _eager_attention):
+    _operation.register_fake(_fake_attention)
+for _operation in (_cpu_attention_backward, _eager_attention_backward):
+    _operation.register_fake(_fake_attention_backward)

@@ -6,8 +6,9 @@ time through all their steps, so that what is between the steps stays in the cac
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -17,8 +18,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
     """
-    if x.device.type != "cpu":
-        return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -33,33 +32,49 @@ BLOCK_ELEMENTS = 2**17  # of the rows that go through all steps together: half a
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = x.flatten(0, -2)
-        out, scale = torch.empty_like(rows), rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
-        wide_weight = weight.float()
-        for block in _blocks(rows):
-            wide = rows[block].float()
-            # faster by far than the mean of the squares
-            root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-            scale[block] = root
-            out[block] = (wide * root).mul_(wide_weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out, scale = normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return out.view(x.shape)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        rows, upstream, wide_weight = x.flatten(0, -2), grad.flatten(0, -2), weight.float()
-        rows_grad, weight_grad = torch.empty_like(rows), torch.zeros_like(wide_weight)
-        for block in _blocks(rows):
-            normed, wide = rows[block].float() * scale[block], upstream[block].float()
-            product = normed * wide
-            weight_grad += product.sum(dim=0)
-            along = (product @ wide_weight).div_(-x.shape[-1])  # the part that would only change the length of x
-            wide = wide * wide_weight
-            rows_grad[block] = wide.addcmul_(normed, along[:, None]).mul_(scale[block])
-        return rows_grad.view(x.shape), weight_grad.to(weight.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *normalise_backward(grad, *ctx.saved_tensors), None
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What `rms_norm` returns, and 1 / root mean square of each row, float32 [..., 1]; outside autograd."""
+    if x.device.type != "cpu":
+        # what torch.nn.functional.rms_norm calls; only here does it give the scale
+        return torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
+    rows = x.flatten(0, -2)
+    out, scale = torch.empty_like(rows), rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
+    wide_weight = weight.float()
+    for block in _blocks(rows):
+        wide = rows[block].float()
+        # faster by far than the mean of the squares
+        root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale[block] = root
+        out[block] = (wide * root).mul_(wide_weight)
+    return out.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight from that of what `normalise` returned; `scale` is its second result."""
+    if x.device.type != "cpu":
+        return torch.ops.aten._fused_rms_norm_backward(grad, x, weight.shape, scale, weight, [True, True])
+    rows, upstream, wide_weight = x.flatten(0, -2), grad.flatten(0, -2), weight.float()
+    scale = scale.view(-1, 1)
+    rows_grad, weight_grad = torch.empty_like(rows), torch.zeros_like(wide_weight)
+    for block in _blocks(rows):
+        normed, wide = rows[block].float() * scale[block], upstream[block].float()
+        product = normed * wide
+        weight_grad += product.sum(dim=0)
+        along = (product @ wide_weight).div_(-x.shape[-1])  # the part that would only change the length of x
+        wide = wide * wide_weight
+        rows_grad[block] = wide.addcmul_(normed, along[:, None]).mul_(scale[block])
+    return rows_grad.view(x.shape), weight_grad.to(weight.dtype)
 
 
 def _blocks(rows: Tensor) -> list[slice]:

@@ -85,16 +85,17 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(heads, cos, sin)
+        return turn(heads, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        return turn(grad, cos, -sin), None, None
 
 
-def _turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What `apply_rotary` returns, outside autograd; with -sin it turns back."""
     # angles make every product float32; accelerators convert within each kernel, the CPU only by a copy
     first, second = (heads.float() if heads.device.type == "cpu" else heads).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]  # [T, 1, D / 2]

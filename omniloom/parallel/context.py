@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -61,6 +62,9 @@ def check_heads(num_heads: int, num_key_value_heads: int, degree: int) -> None:
     assert num_heads % num_key_value_heads == 0, f"{num_heads} heads over {num_key_value_heads} key-value heads"
 
 
+PrepareHeads = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of q and k
+
+
 class UlyssesCore(nn.Module):
     """Wraps an attention core: local tokens and all heads outside, all tokens and local heads inside.
 
@@ -74,7 +78,9 @@ class UlyssesCore(nn.Module):
         self.core = core
         self.group = group
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, norms: PrepareHeads | None = None) -> Tensor:
+        if norms is not None:  # each rank those of its own tokens
+            q, k = norms(q, k)
         degree = self.group.size()
         check_heads(q.shape[1], k.shape[1], degree)
         repeats = math.lcm(k.shape[1], degree) // k.shape[1]

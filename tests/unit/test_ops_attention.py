@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniloom.ops import attention
-from omniloom.ops.attention import resolve_kernel, segment_attention, segment_attention_reference
+from omniloom.ops.attention import HeadNorms, resolve_kernel, segment_attention, segment_attention_reference
+from omniloom.ops.rotary import Rotary
 from omniloom.types import Segments
 
 CPU_KERNELS = ("eager", "sdpa")
@@ -50,6 +51,28 @@ def test_output_and_gradients_equal_the_reference(lengths, key_value_heads, grou
         strict=True,
     ):
         torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_norms_within_equal_norms_before_and_are_not_kept(kernel, frozen):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (random_heads(17, heads, 8, generator) for heads in (4, 2, 2))
+    weights = [(1 + 0.1 * torch.randn(8, generator=generator)).requires_grad_(not frozen) for _ in range(2)]
+    angles = torch.randn(17, 4, generator=generator)
+    norms = HeadNorms(*weights, 1e-6, Rotary(cos=angles.cos(), sin=angles.sin()))
+    segments, kept = segments_of([5, 8, 4]), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = segment_attention(q, k, v, segments, causal=True, kernel=kernel, norms=norms)
+    assert {id(tensor) for tensor in kept if tensor.shape in (q.shape, k.shape)} == {id(q), id(k), id(v), id(out)}
+    wanted = segment_attention(*norms(q, k), v, segments, causal=True, kernel=kernel)
+    assert torch.equal(out, wanted)
+    leaves = [q, k, v] if frozen else [q, k, v, *weights]
+    upstream = torch.randn(out.shape, generator=generator)
+    for got, reference in zip(
+        torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(wanted, leaves, upstream), strict=True
+    ):
+        assert torch.equal(got, reference)
 
 
 def test_blocks_of_queries_in_the_eager_kernel_do_not_show(monkeypatch):
@@ -103,11 +126,19 @@ def test_runs_of_equal_segments_become_one_call():
     assert attention._equal_runs(bounds) == [(0, 3, 4), (12, 2, 3), (18, 1, 4)]
 
 
-@pytest.mark.parametrize("operation", [attention._cpu_attention, attention._eager_attention])
-def test_the_op_is_registered_so_that_compilers_may_rely_on_it(operation):
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (attention._cpu_attention, attention._cpu_attention_backward),
+        (attention._eager_attention, attention._eager_attention_backward),
+    ],
+)
+def test_both_ops_are_registered_so_that_compilers_may_rely_on_them(forward, backward):
     generator = torch.Generator().manual_seed(4)
-    q, k, v = (random_heads(10, heads, 8, generator) for heads in (4, 2, 2))
-    torch.library.opcheck(operation, (q, k, v, segments_of([4, 6]).cu_seqlens, True))
+    q, k, v = (random_heads(10, heads, 8, generator).detach() for heads in (4, 2, 2))
+    others = segments_of([4, 6]).cu_seqlens, True
+    torch.library.opcheck(forward, (q, k, v, *others))
+    torch.library.opcheck(backward, (torch.ones_like(q), q, k, v, *forward(q, k, v, *others), *others))
 
 
 def test_kernels_are_chosen_by_name_and_never_fallen_back_from():

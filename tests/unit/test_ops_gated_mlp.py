@@ -7,6 +7,7 @@ import torch
 
 from omniloom.ops import gated_mlp as module
 from omniloom.ops.gated_mlp import gated_mlp, gated_mlp_reference
+from omniloom.ops.norm import rms_norm
 
 
 def make(num_rows: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -35,6 +36,21 @@ def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(frozen):
     gated_mlp(*tensors).square().sum().backward()
     for number, (tensor, grad) in enumerate(zip(tensors, wanted, strict=True)):
         assert tensor.grad is None if number == frozen else torch.allclose(tensor.grad, grad)
+
+
+@pytest.mark.parametrize("frozen", [None, 0, 4])
+def test_a_norm_within_gives_what_one_before_gives(frozen, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 4 * 9)
+    tensors = [*make(11, torch.float32), torch.linspace(0.5, 1.5, 5).requires_grad_()]
+    if frozen is not None:
+        tensors[frozen].requires_grad_(False)
+    x, *weights, norm = tensors
+    got, wanted = gated_mlp(x, *weights, norm, 1e-6), gated_mlp_reference(rms_norm(x, norm, 1e-6), *weights)
+    torch.testing.assert_close(got, wanted)
+    leaves, upstream = [tensor for tensor in tensors if tensor.requires_grad], torch.randn(got.shape)
+    grads = [torch.autograd.grad(out, leaves, upstream) for out in (got, wanted)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 def test_bfloat16_is_as_close_as_its_rounding():
