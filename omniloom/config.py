@@ -488,8 +488,7 @@ def _read(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
     elif dataclasses.is_dataclass(kind):
         faults.append(f"{path}: expected a section with keys, got {value!r}")
     elif origin is dict and isinstance(value, Mapping):  # a component's rule that says nothing is no rule
-        return {str(key): _read(arguments[1], item or None if kind == _RULES else item, f"{path}.{key}", faults)
-                for key, item in value.items()}  # fmt: skip
+        return {str(key): _read(arguments[1], item or None, f"{path}.{key}", faults) for key, item in value.items()}
     elif origin is tuple and isinstance(value, str | list | tuple):
         return _read_tuple(arguments, _split(value) if isinstance(value, str) else value, path, faults)
     elif (found := _read_plain(kind, value)) is not None:
@@ -500,9 +499,6 @@ def _read(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
             hint = suggest(value, map(str, arguments), among="")
         faults.append(f"{path}: expected {_describe(kind)}, got {'null' if value is None else repr(value)}{hint}")
     return None
-
-
-_RULES = dict[str, PolicyRule]
 
 
 def _outside(limits: Range, value: float) -> str | None:
@@ -621,7 +617,19 @@ def _contradictions(config: Config) -> list[str]:
     ):
         if of[0] is not None and of[1] is not None and of[0] > of[1]:
             faults.append(f"{low} ({of[0]:g}) is above {high} ({of[1]:g})")
-    for name, rule in config.policy.items():
+    faults += _rule_contradictions(config.policy)
+    shards = config.parallel.context * config.parallel.tensor
+    if data.pack_tokens % shards:
+        faults.append(
+            f"data.pack_tokens: {data.pack_tokens} does not divide by parallel.context x parallel.tensor = "
+            f"{shards}; the next that does is {-(-data.pack_tokens // shards) * shards}"
+        )
+    return faults
+
+
+def _rule_contradictions(rules: Mapping[str, PolicyRule]) -> list[str]:
+    faults = []
+    for name, rule in rules.items():
         if rule.lora is not None and rule.freeze is False:
             faults.append(f"policy.{name}: lora trains in place of the weights, freeze: false trains them; keep one")
         if rule.lora is not None and rule.lora.modules == ():
@@ -633,10 +641,4 @@ def _contradictions(config: Config) -> list[str]:
                 faults.append(
                     f"policy.{name}.lora.modules: {entry!r} is neither a name nor a regular expression: {error}"
                 )
-    shards = config.parallel.context * config.parallel.tensor
-    if data.pack_tokens % shards:
-        faults.append(
-            f"data.pack_tokens: {data.pack_tokens} does not divide by parallel.context x parallel.tensor = "
-            f"{shards}; the next that does is {-(-data.pack_tokens // shards) * shards}"
-        )
     return faults
