@@ -221,7 +221,9 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    recompute: Annotated[Literal["none", "full"] | Count, "activations computed anew; n is every n-th block"] = "none"
+    recompute: Annotated[
+        Literal["none", "selective", "full"] | Count, "activations computed anew; n is every n-th block"
+    ] = "none"
     offload_activations: Annotated[bool, "keep activations in host memory until backward"] = False
     loss_chunk_tokens: Annotated[Count | Literal["auto"], "tokens whose logits are held at once"] = "auto"
     compile: Annotated[bool, "compile the blocks"] = False

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class ShardingPlan:
     roots: tuple[str, ...]  # modules entered by a call of their own: the towers and the decoder
-    blocks: tuple[str, ...]  # each match is sharded by itself, and is what recompute applies to; in execution order
+    blocks: tuple[str, ...]  # each match is sharded by itself, and in execution order
+    layer_calls: tuple[str, ...] = ()  # parameter-free, one in each root: (index, layer, inputs...); recompute's place
     # further groups, each gathered as one, the one that forward uses last at the end; tied weights share a group:
     # (("text.embed", "text.loss_head"),)
     groups: tuple[tuple[str, ...], ...] = ()
     experts: tuple[str, ...] = ()  # modules whose every parameter is stacked [E, ...]
     dispatches: tuple[str, ...] = ()  # parameter-free: (hidden, expert_index, expert_weights, experts)
     expert_products: tuple[str, ...] = ()  # parameter-free: (rows, stacked weights..., offsets)
-    router_choices: tuple[str, ...] = ()  # parameter-free: probabilities to expert_index; never made anew in backward
     router_counts: tuple[str, ...] = ()  # parameter-free: reduces a pack's expert counts over who shares the pack
     attention_cores: tuple[str, ...] = ()  # parameter-free: (q, k, v, segments, norms), decoder only
     num_attention_heads: int = 1

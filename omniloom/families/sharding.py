@@ -18,11 +18,11 @@ def standard_sharding(
     return ShardingPlan(
         roots=(*towers, "text"),
         blocks=tuple(f"{part}.layers.*" for part in (*towers, "text")),
+        layer_calls=tuple(f"{part}.call" for part in (*towers, "text")),
         groups=tied if text.tie_word_embeddings else (("text.embed",), ("text.loss_head",)),
         experts=(f"{moe}.experts",) if moe else (),
         dispatches=(f"{moe}.dispatch",) if moe else (),
         expert_products=(f"{moe}.experts.product",) if moe else (),
-        router_choices=(f"{moe}.router.choose",) if moe else (),
         router_counts=(f"{moe}.reduce_counts",) if moe else (),
         attention_cores=("text.layers.*.attention.core",),
         num_attention_heads=text.num_attention_heads,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omniloom.models.layers import ACTIVATIONS, MLP, Attention, Linear
+from omniloom.models.layers import ACTIVATIONS, MLP, Attention, LayerCall, Linear
 from omniloom.types import AudioBatch, Kernel, Segments
 
 NORM_EPS = 1e-5
@@ -184,6 +184,7 @@ class AudioTower(nn.Module):
         self.config = config
         self.stem = WhisperStem(config) if config.downsample_hidden_size is None else AudioStem(config)
         self.layers = nn.ModuleList([AudioBlock(config, kernel) for _ in range(config.encoder_layers)])
+        self.call = LayerCall()
         self.norm = nn.LayerNorm(config.d_model, eps=NORM_EPS)
         self.projector = AudioProjector(config)
 
@@ -191,8 +192,8 @@ class AudioTower(nn.Module):
         """Rows [A, output_dim], pooled rows [B, output_dim]."""
         chunks = self.stem(batch.features, batch.chunk_frames, draw_key)  # [num_chunks, chunk_rows, d_model]
         hidden = chunks.flatten(0, 1)[batch.valid_index]  # [A, d_model]
-        for layer in self.layers:
-            hidden = layer(hidden, batch.segments, draw_key)
+        for index, layer in enumerate(self.layers):
+            hidden = self.call(index, layer, hidden, batch.segments, draw_key)
         if batch.pool_index is not None:
             hidden = hidden[batch.pool_index].mean(dim=1)  # [B, d_model]
         return self.projector(self.norm(hidden), draw_key)

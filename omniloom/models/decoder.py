@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from omniloom.models.layers import Attention, GatedMLP, Linear, RMSNorm
+from omniloom.models.layers import Attention, GatedMLP, LayerCall, Linear, RMSNorm
 from omniloom.models.moe import MoE
 from omniloom.ops.auxiliary_loss import attach_loss
 from omniloom.ops.cross_entropy import linear_cross_entropy
@@ -149,6 +149,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict(
             {str(layer): DecoderLayer(config, layer, kernel) for layer in range(config.num_hidden_layers)}
         )
+        self.call = LayerCall()
         self.loss_head: LossHead | None = LossHead(config, loss_chunk_tokens)
         if config.tie_word_embeddings:
             self.loss_head.head.weight = self.embed.weight
@@ -206,7 +207,8 @@ class Decoder(nn.Module):
         router_scale = batch.loss_scales.get(ROUTER, 0.0)
         router_losses, counts = [], []
         for name, layer in self.layers.items():
-            hidden, *of_router = layer(hidden, rotary, batch.segments, batch.is_padding, batch.draw_key)
+            inputs = (hidden, rotary, batch.segments, batch.is_padding, batch.draw_key)
+            hidden, *of_router = self.call(int(name), layer, *inputs)
             if of_router:
                 router_loss = of_router[0] / self.config.num_moe_layers  # its share of the mean over layers
                 if router_scale:

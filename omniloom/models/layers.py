@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,13 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor, draw_key: int | None = None) -> Tensor:
         return super().forward(input)
+
+
+class LayerCall(nn.Module):
+    """Calls a layer. Without parameters, so that a call that recomputes can take its place."""
+
+    def forward(self, index: int, layer: Callable[..., Any], *inputs: object) -> Any:
+        return layer(*inputs)
 
 
 class AttentionCore(nn.Module):

@@ -1,8 +1,8 @@
 """Mixture of experts: the router's choice, stacked experts, and what brings tokens to them.
 
-`dispatch`, `experts.product`, `reduce_counts` and `router.choose` have no parameters: expert parallelism replaces the
-first two, parallelism over tokens the third, recompute the last. Everything is computed from that one choice, so a
-recomputing backward that keeps it cannot send a token elsewhere.
+`dispatch`, `experts.product` and `reduce_counts` have no parameters: expert parallelism replaces the first two,
+parallelism over tokens the last. Everything is computed from the router's one choice, so a recomputing backward that
+keeps it cannot send a token elsewhere.
 
 Padding rows take experts in turn, so that they crowd none, and their results are left out by selection: multiplying by
 zero would let through what grouped GEMM leaves uninitialised (NaN x 0 is NaN).
@@ -21,31 +21,19 @@ from omniloom.ops.gated_experts import Copies, gated_experts, routed_experts
 from omniloom.ops.grouped_gemm import group_multiple, sort_by_group
 
 
-class TopK(nn.Module):
-    """The choice itself, without parameters, so that a recomputing backward can keep it instead of choosing again."""
-
-    def __init__(self, num_experts_per_tok: int) -> None:
-        super().__init__()
-        self.num_experts_per_tok = num_experts_per_tok
-
-    def forward(self, probabilities: Tensor) -> Tensor:
-        """[T, E] -> int64 [T, K], most probable first."""
-        return probabilities.topk(self.num_experts_per_tok, dim=-1).indices
-
-
 class Router(nn.Module):
     """Softmax over all experts in float32, then the K most probable."""
 
     def __init__(self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, norm_topk_prob: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
-        self.choose = TopK(num_experts_per_tok)
+        self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [T, C] -> probabilities float32 [T, E], expert_index int64 [T, K], expert_weights [T, K]."""
         probabilities = F.linear(hidden, self.weight).softmax(dim=-1, dtype=torch.float32)
-        expert_index = self.choose(probabilities.detach())
+        expert_index = probabilities.detach().topk(self.num_experts_per_tok, dim=-1).indices
         expert_weights = probabilities.gather(1, expert_index)
         if self.norm_topk_prob:
             expert_weights = expert_weights / expert_weights.sum(dim=-1, keepdim=True)

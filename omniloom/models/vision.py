@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from omniloom.models.layers import ACTIVATIONS, MLP, Attention, FusedAttention, GatedMLP, Linear, RMSNorm
+from omniloom.models.layers import ACTIVATIONS, MLP, Attention, FusedAttention, GatedMLP, LayerCall, Linear, RMSNorm
 from omniloom.ops.rotary import Rotary, axial_rotary
 from omniloom.types import Kernel, Segments, VisionBatch
 
@@ -129,6 +129,7 @@ class VisionTower(nn.Module):
         if config.num_position_embeddings:
             self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList([VisionBlock(config, kernel) for _ in range(config.depth)])
+        self.call = LayerCall()
         self.deepstack = nn.ModuleList([PatchMerger(config, norm_merged=True) for _ in config.deepstack_visual_indexes])
         self.merger = PatchMerger(config, norm_merged=False)
 
@@ -144,7 +145,7 @@ class VisionTower(nn.Module):
         levels = []
         for index, layer in enumerate(self.layers):
             seen = windows if self.config.sees_windows(index) else batch.segments
-            hidden = layer(hidden, rotary, seen, draw_key)
+            hidden = self.call(index, layer, hidden, rotary, seen, draw_key)
             if index in self.config.deepstack_visual_indexes:
                 levels.append(self.deepstack[len(levels)](hidden, draw_key))
         return self.merger(hidden, draw_key), tuple(levels)

@@ -16,7 +16,7 @@ from omniloom.parallel.context import UlyssesCore, check_heads
 from omniloom.parallel.expert import ExpertDispatch, LocalWeights, SumOverGroup
 from omniloom.parallel.fsdp import match_modules, shard_parameters
 from omniloom.parallel.mesh import Degrees, Layout
-from omniloom.parallel.recompute import Kept, recompute_blocks
+from omniloom.parallel.recompute import recompute_layers
 from omniloom.sharding import ShardingPlan
 
 
@@ -68,23 +68,14 @@ def apply_parallelism(
             model.set_submodule(name, ExpertDispatch(plan.num_experts, group))
         for name in match_modules(model, plan.expert_products):
             model.set_submodule(name, LocalWeights(model.get_submodule(name)))
-    for name in match_modules(model, (*plan.router_choices, *_agreed(layout, plan))):
-        model.set_submodule(name, Kept(model.get_submodule(name)))
-    for root in plan.roots:
-        blocks = [model.get_submodule(name) for name in match_modules(model, plan.blocks) if name.split(".")[0] == root]
-        said = {None: memory.recompute, True: "full", False: "none"}[(recompute or {}).get(root)]
-        recompute_blocks(blocks, said)
+    for name in match_modules(model, plan.layer_calls):
+        root = name.split(".")[0]
+        how = {None: memory.recompute, True: "full", False: "none"}[(recompute or {}).get(root)]
+        recompute_layers(model.get_submodule(root), how, routes=any(e.startswith(f"{root}.") for e in plan.experts))
     if memory.compile:
         for name in match_modules(model, plan.blocks):
             model.get_submodule(name).compile()
     shard_parameters(model, layout, plan, parallel, compute_dtype)
-
-
-def _agreed(layout: Layout, plan: ShardingPlan) -> list[str]:
-    """Submodules whose results cost a word with other ranks, and would again in a recomputing backward."""
-    counts = list(plan.router_counts) if layout.degrees.context > 1 else []
-    sizes = [f"{name}.sizes" for name in plan.dispatches] if layout.degrees.expert > 1 else []
-    return counts + sizes
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:

@@ -92,3 +92,53 @@ def scatter_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def gather_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[t * n, h, D] (every token, a slice of the heads) -> [t, h * n, D]; the inverse of `scatter_heads`."""
     return _SwapHeadsForTokens.apply(x, group, False)
+
+
+# ---------------------------------------------------------------------------------------- as operations of torch
+#
+# What a recomputing backward must not do again is found by its name as an operation; and as one, a compiled layer
+# takes it as a whole. Operations know groups by name.
+
+
+@torch.library.custom_op("omniloom::exchange_sizes", mutates_args=())
+def _exchange_sizes(counts: Tensor, group_name: str) -> tuple[Tensor, Tensor]:
+    here = exchange_counts(counts, group_of(group_name)).clone()
+    return here, torch.stack([counts.sum(dim=1), here.sum(dim=1)]).cpu()
+
+
+@torch.library.custom_op("omniloom::sum_over_group", mutates_args=())
+def _sum_over_group(counts: Tensor, group_name: str) -> Tensor:
+    total = counts.clone()
+    dist.all_reduce(total, group=group_of(group_name))
+    return total
+
+
+@_exchange_sizes.register_fake
+def _(counts: Tensor, group_name: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(counts), torch.empty(2, counts.shape[0], dtype=counts.dtype)
+
+
+@_sum_over_group.register_fake
+def _(counts: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(counts)
+
+
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group of this name. Torch has no public way back from a name that its own operations are given."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def exchange_sizes(counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[int], list[int]]:
+    """Tell the ranks of `group` how many rows they will get: the one wait of the host in a layer with experts.
+
+    counts int64 [n, E / n], row r for rank r -> the same from each rank, rows to send to each, rows to receive from
+    each. Collective over `group`: one all-to-all.
+    """
+    here, sizes = torch.ops.omniloom.exchange_sizes(counts, group.group_name)
+    send, receive = sizes.tolist()
+    return here, send, receive
+
+
+def sum_over_group(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Add up integers over `group`; no gradient passes. Collective: one all-reduce."""
+    return torch.ops.omniloom.sum_over_group(counts, group.group_name)

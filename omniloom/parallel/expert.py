@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from omniloom.ops.grouped_gemm import combine_copies, gather_copies, permute_rows, sort_by_group
-from omniloom.parallel.collectives import all_to_all_rows, exchange_counts
+from omniloom.parallel.collectives import all_to_all_rows, exchange_sizes, sum_over_group
 
 
 class ExpertDispatch(nn.Module):
@@ -29,7 +29,6 @@ class ExpertDispatch(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.group = group
-        self.sizes = ExchangeSizes(group)
 
     def forward(
         self, hidden: Tensor, expert_index: Tensor, expert_weights: Tensor, experts: Callable[..., Tensor]
@@ -37,7 +36,7 @@ class ExpertDispatch(nn.Module):
         """hidden [T, C] local, expert_index and expert_weights [T, K] -> weighted sums [T, C]."""
         num_copies = expert_index.shape[1]
         order, inverse, counts = sort_by_group(expert_index.flatten(), self.num_experts)
-        here, send, receive = self.sizes(counts.view(self.group.size(), -1))
+        here, send, receive = exchange_sizes(counts.view(self.group.size(), -1), self.group)
         rows = all_to_all_rows(gather_copies(hidden, order, inverse, num_copies), send, receive, self.group)
         local_expert = torch.arange(here.shape[1], device=hidden.device).repeat(here.shape[0])
         local_expert = local_expert.repeat_interleave(here.flatten(), output_size=sum(receive))
@@ -45,23 +44,6 @@ class ExpertDispatch(nn.Module):
         computed = experts(permute_rows(rows, gathered, scattered), local_counts.cumsum(0).to(torch.int32))
         rows = all_to_all_rows(permute_rows(computed, scattered, gathered), receive, send, self.group)
         return combine_copies(rows, expert_weights, order, inverse)
-
-
-class ExchangeSizes(nn.Module):
-    """Tells the ranks of a group how many rows they will get. A module, so that a recomputing backward can keep it."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.group = group
-
-    def forward(self, counts: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """counts int64 [n, E / n], row r for rank r -> the same from each rank, rows to send, rows to receive.
-
-        The one copy to the host in a layer: all-to-all wants its sizes there.
-        """
-        here = exchange_counts(counts, self.group)
-        send, receive = torch.stack([counts.sum(dim=1), here.sum(dim=1)]).tolist()
-        return here, send, receive
 
 
 class LocalWeights(nn.Module):
@@ -85,6 +67,4 @@ class SumOverGroup(nn.Module):
         self.group = group
 
     def forward(self, counts: Tensor) -> Tensor:
-        total = counts.detach().clone()
-        dist.all_reduce(total, group=self.group)
-        return total
+        return sum_over_group(counts.detach(), self.group)

@@ -1,76 +1,85 @@
 """Trading compute for memory: blocks recomputed in backward, and saved activations kept on the host.
 
-Hook-based, so that modules and parameter names stay as they are. A router's choice of experts is kept, not made again:
-two choices that differ in the last bit would send rows to different experts.
+Recompute takes the place of the calls of layers, so that modules and parameter names stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._composable import checkpoint
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
+Recompute = Literal["none", "selective", "full"] | int
 OFFLOAD_MIN_BYTES = 2**20  # smaller tensors cost more to move than they free
 
 
-class Kept(nn.Module):
-    """Wraps a submodule whose results a recomputing backward takes over from the forward pass instead of making anew.
+# Operations by their names, or parts of them. A router's choice, and what ranks told each other of it, is never made
+# anew: two choices that differ in the last bit would send rows to different experts, and asking again costs a wait.
+ROUTING = ("aten.topk.default", "omniloom.exchange_sizes.default", "omniloom.sum_over_group.default")
+COSTLY = ("attention", "varlen_attn", "grouped_mm", "routed_experts")  # what most of a layer's time goes to
 
-    For results without gradient: choices, and sizes that were agreed on with other ranks.
-    """
 
-    def __init__(self, inner: nn.Module) -> None:
+class RecomputingCall(nn.Module):
+    """In place of a call of layers: recomputes every n-th of them in backward, counted from the first."""
+
+    def __init__(self, every: int, saved: Sequence[str]) -> None:
+        """`saved` names operations whose results are taken over from the forward pass."""
         super().__init__()
-        self.inner = inner
-        self._results: list[Any] | None = None
-        self._repeats = False
+        self.every = every
+        self.saved = tuple(saved)
 
-    def forward(self, *inputs: Any) -> Any:
-        if self._results is None:
-            return self.inner(*inputs)
-        if self._repeats:
-            return self._results.pop(0)
-        result = self.inner(*inputs)
-        self._results.append(result)
-        return result
-
-    @contextmanager
-    def using(self, results: list[Any], *, repeats: bool) -> Iterator[None]:
-        self._results, self._repeats = results, repeats
-        try:
-            yield
-        finally:
-            self._results = None
+    def forward(self, index: int, layer: nn.Module, *inputs: object) -> Any:
+        if index % self.every:
+            return layer(*inputs)
+        # dropout is keyed by pack and module, never by global random state, so none needs to be kept
+        contexts = partial(_contexts, self.saved, layer) if self.saved else noop_context_fn
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def recompute_blocks(blocks: list[nn.Module], how: Literal["none", "full"] | int) -> None:
-    """Recompute in backward: no block, every block, or every n-th one, counted from the first."""
-    if how == "none":
-        return
-    every = 1 if how == "full" else how
-    for block in blocks[::every]:
-        kept = tuple(module for module in block.modules() if isinstance(module, Kept))
-        # dropout is keyed by step and module, never by global random state, so none needs to be kept
-        checkpoint(block, context_fn=partial(_contexts, kept), preserve_rng_state=False)
-
-
-def _contexts(kept: tuple[Kept, ...]) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """What surrounds one forward pass of a block and its repetition."""
-    results: list[list[Any]] = [[] for _ in kept]
-    return _surround(kept, results, repeats=False), _surround(kept, results, repeats=True)
+def _contexts(saved: Sequence[str], layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What surrounds the forward pass of a layer, and its repetition."""
+    forward, again = create_selective_checkpoint_contexts(partial(_save_named, saved))
+    return forward, _after_gathering(layer, again)
 
 
 @contextmanager
-def _surround(kept: tuple[Kept, ...], results: list[list[Any]], *, repeats: bool) -> Iterator[None]:
-    with ExitStack() as stack:
-        for module, own in zip(kept, results, strict=True):
-            stack.enter_context(module.using(own, repeats=repeats))
+def _after_gathering(layer: nn.Module, again: AbstractContextManager) -> Iterator[None]:
+    """Gather the experts within `layer` first: torch refuses what a repetition does and the forward pass did not, where
+    they were gathered before the layer began."""
+    for module in layer.modules():
+        if module is not layer and isinstance(module, FSDPModule):
+            module.unshard()
+    with again:
         yield
+
+
+def _save_named(
+    names: Sequence[str], _context: object, operation: object, *_: object, **__: object
+) -> CheckpointPolicy:
+    is_named = any(name in str(operation) for name in names)
+    return CheckpointPolicy.MUST_SAVE if is_named else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recompute_layers(root: nn.Module, how: Recompute, *, routes: bool) -> None:
+    """Recompute in backward what layers of `root` keep: of none, of each, of every n-th; or of each but what is costly.
+
+    `routes`: some of the layers have experts.
+    """
+    if how == "none":
+        return
+    saved = (*(ROUTING if routes else ()), *(COSTLY if how == "selective" else ()))
+    root.call = RecomputingCall(how if isinstance(how, int) else 1, saved)
 
 
 @contextmanager

@@ -200,6 +200,8 @@ class Record(TorchDispatchMode):
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if name in GATHERS:
             self.note("gather", _gathered_for())
+        elif name == "exchange_sizes":  # one operation: the exchange, and the copy to the host that is waited for
+            self.note("wait", _asker())
         elif name in EXCHANGES:
             self.note("exchange", _asker())
         elif name in ("_to_copy", "copy_"):
@@ -229,9 +231,10 @@ class _Planning:
 
 
 def _read_list(tensor: FakeTensor) -> list:
-    """What `tensor.tolist()` gives: one wait of the host."""
+    """What `tensor.tolist()` gives: one wait of the host, unless it is there already."""
     assert _current is not None, "a device tensor is read outside of any record"
-    _current.note("wait", _asker())
+    if tensor.device.type != "cpu":
+        _current.note("wait", _asker())
     shape = list(tensor.shape)
     value: Any = 0.0 if tensor.is_floating_point() else _current.rows // shape[-1]
     for size in reversed(shape):

@@ -49,7 +49,7 @@ def build_fake_cuda(directory: Path) -> Path:
 
 
 ON_CUDA = ("context_experts_full_recompute",)
-SIZES, MOVE = "parallel/expert.py:ExchangeSizes.forward", "parallel/staging.py:to_device.<locals>.move"
+SIZES, MOVE = "parallel/collectives.py:exchange_sizes", "parallel/staging.py:to_device.<locals>.move"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build a device type `cuda`")
 each_step = pytest.mark.parametrize(
     ("kind", "name"),

@@ -16,10 +16,12 @@ from omniloom.config import MemoryConfig, ParallelConfig, load_config
 from omniloom.data.agreement import report_pack, settle
 from omniloom.families.qwen3_omni.sharding import sharding
 from omniloom.models.fusion import OmniModel
+from omniloom.models.layers import LayerCall
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed
+from omniloom.parallel.recompute import RecomputingCall
 from omniloom.parallel.step import Objective, evaluate, run_packs
 from omniloom.run.opening import build_model, open_workshop
 from omniloom.tools.tiny import make_tiny
@@ -73,17 +75,13 @@ def test_one_rank_gives_what_a_plain_model_gives(layout: Layout) -> None:
     assert model.get_parameter("vision.patch_embed.weight").grad is None
 
 
-def test_a_policy_recomputes_its_root_and_no_other(layout: Layout, tmp_path, monkeypatch) -> None:
-    made: dict[int, str | int] = {}
-    monkeypatch.setattr(
-        "omniloom.parallel.apply.recompute_blocks",
-        lambda blocks, how: made.update({id(block): how for block in blocks}),
-    )
+def test_a_policy_recomputes_its_root_and_no_other(layout: Layout, tmp_path) -> None:
     make_tiny("qwen3_vl", tmp_path / "model")
     words = [f"model.path={tmp_path / 'model'}", "memory.recompute=2", "policy.text.recompute=false"]
     model, _ = build_model(open_workshop(load_config(None, words)), layout)
-    assert {made[id(layer)] for layer in model.text.layers.values()} == {"none"}
-    assert {made[id(layer)] for layer in model.vision.layers} == {2}
+    assert type(model.text.call) is LayerCall
+    assert isinstance(model.vision.call, RecomputingCall)
+    assert model.vision.call.every == 2
 
 
 def test_groups_made_later_wait_as_long_as_the_job_does(layout: Layout) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from omniloom.config import LoraConfig
 from omniloom.models.decoder import Decoder
 from omniloom.models.fusion import OmniModel
-from omniloom.parallel.recompute import Kept, recompute_blocks
+from omniloom.parallel.recompute import recompute_layers
 from omniloom.parallel.step import Objective, list_rows, map_rows
 from omniloom.training.lora import install_lora, keyed_seed
 from omniloom.types import LossTerms, PackedBatch, TowerRows
@@ -46,10 +46,7 @@ def cut(text: Decoder) -> tuple[Decoder, Decoder]:
     for name in list(text.layers):
         del (first if int(name) >= FIRST_OF_SECOND else second).layers[name]
     for stage in (first, second):
-        for name, module in list(stage.named_modules()):
-            if name.endswith("router.choose"):
-                stage.set_submodule(name, Kept(module))
-        recompute_blocks(list(stage.layers.values()), "full")
+        recompute_layers(stage, "full", routes=True)
     return first, second
 
 
