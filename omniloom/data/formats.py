@@ -128,7 +128,7 @@ def parse_row(
     system = _find(row, names.system, "system")
     if system:
         turns.append(Turn(role="system", parts=tuple(_content(system, "system", media))))
-    turns += _TurnReader(names, media).read(messages)
+    turns += _TurnReader(names, media).read_turns(messages)
     if system and any(turn.role == "system" for turn in turns[1:2]):
         raise SampleError("system", "the row has both a system field and a system turn; keep one")
     turns = media.place_rest(turns)
@@ -226,7 +226,7 @@ class _TurnReader:
         )
         self._roles = _ROLES | {tag: kind for tag, kind in tags if tag}
 
-    def read(self, messages: list[Mapping[str, Any]]) -> list[Turn]:
+    def read_turns(self, messages: list[Mapping[str, Any]]) -> list[Turn]:
         turns: list[Turn] = []
         previous: _TurnKind | None = None
         for index, message in enumerate(messages):
