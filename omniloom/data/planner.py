@@ -224,7 +224,14 @@ class Planner:
         num_read = sum(cursors)
         samples, bad = self._measure_window(rows, position)
         bad_in_epoch = position.bad_in_epoch + len(bad)
-        self._judge(bad, bad_in_epoch, len(rows), num_read, position.window)
+        _judge(
+            self.options,
+            bad,
+            bad_in_epoch=bad_in_epoch,
+            num_rows=len(rows),
+            num_rows_in_epoch=num_read,
+            window=position.window,
+        )
         ends_epoch = num_read == self.order.epoch_rows(position.epoch)
         # A part of an epoch that ends the run stays open: a resumption with more epochs goes on in its middle.
         closes_epoch = num_read == self.order.num_rows
@@ -293,38 +300,45 @@ class Planner:
             return BadSample(file=file, line=line, field="labels", reason="no answer to train on")
         return extent
 
-    def _judge(
-        self, bad: tuple[BadSample, ...], bad_in_epoch: int, num_rows: int, num_rows_in_epoch: int, window: int
-    ) -> None:
-        """Stop where too much is lost. Raises: PlanError."""
-        overlong = [row for row in bad if isinstance(row, _Overlong)]
-        limit = self.options.pack_tokens
-        if window == 0 and overlong and len(bad) == num_rows:
-            shortest = min(row.num_tokens for row in overlong)
-            raise PlanError(
-                f"data.pack_tokens={limit} is smaller than every sample: the shortest of the first {num_rows} rows has "
-                f"{shortest} tokens; raise data.pack_tokens to at least that",
-                bad,
-            )
-        if overlong and self.options.overlong == "error":
-            first = overlong[0]
-            raise PlanError(
-                f"{first.file}:{first.line}: {first.reason}, and data.overlong is error; raise data.pack_tokens, or "
-                "set data.overlong to drop or shrink",
-                bad,
-            )
-        if num_rows < self.options.window:  # too few for a verdict of their own: a tail, or the first of a run
-            num_bad, num_rows = bad_in_epoch, num_rows_in_epoch
-        else:
-            num_bad = len(bad)
-        if num_bad > self.options.max_bad_fraction * num_rows:
-            share = f"{num_bad} of {num_rows} rows are bad, more than data.max_bad_fraction="
-            raise PlanError(_describe_bad(bad, share + f"{self.options.max_bad_fraction:g} allows"), bad)
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Overlong(BadSample):
     num_tokens: int
+
+
+def _judge(
+    options: PlanOptions,
+    bad: tuple[BadSample, ...],
+    *,
+    bad_in_epoch: int,
+    num_rows: int,
+    num_rows_in_epoch: int,
+    window: int,
+) -> None:
+    """Stop where too much is lost. Raises: PlanError."""
+    overlong = [row for row in bad if isinstance(row, _Overlong)]
+    limit = options.pack_tokens
+    if window == 0 and overlong and len(bad) == num_rows:
+        shortest = min(row.num_tokens for row in overlong)
+        raise PlanError(
+            f"data.pack_tokens={limit} is smaller than every sample: the shortest of the first {num_rows} rows has "
+            f"{shortest} tokens; raise data.pack_tokens to at least that",
+            bad,
+        )
+    if overlong and options.overlong == "error":
+        first = overlong[0]
+        raise PlanError(
+            f"{first.file}:{first.line}: {first.reason}, and data.overlong is error; raise data.pack_tokens, or "
+            "set data.overlong to drop or shrink",
+            bad,
+        )
+    if num_rows < options.window:  # too few for a verdict of their own: a tail, or the first of a run
+        num_bad, num_rows = bad_in_epoch, num_rows_in_epoch
+    else:
+        num_bad = len(bad)
+    if num_bad > options.max_bad_fraction * num_rows:
+        share = f"{num_bad} of {num_rows} rows are bad, more than data.max_bad_fraction="
+        raise PlanError(_describe_bad(bad, share + f"{options.max_bad_fraction:g} allows"), bad)
 
 
 # ---------------------------------------------------------------------------------------- around the planner
