@@ -78,7 +78,7 @@ def component_of(parameter_name: str) -> str:
     """
     parts = parameter_name.split(".")
     if parts[0] == "text":
-        if "moe" in parts:
+        if "moe" in parts and "shared" not in parts:
             return "text.experts" if "experts" in parts else "text.router"
         if parts[1] == "embed":
             return "text.embed"

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omniloom.models.layers import GatedMLP, Linear
 from omniloom.ops.gated_experts import Copies, gated_experts, routed_experts
 from omniloom.ops.grouped_gemm import group_multiple, sort_by_group
 
@@ -115,6 +116,19 @@ class LocalDispatch(nn.Module):
         return experts(hidden, counts.cumsum(0).to(torch.int32), Copies(slot, row, expert_weights))
 
 
+class SharedExpert(nn.Module):
+    """A feed-forward that every token takes beside its experts, weighed by a gate of its own."""
+
+    def __init__(self, *, hidden_size: int, intermediate_size: int, activation: str) -> None:
+        super().__init__()
+        self.mlp = GatedMLP(hidden_size=hidden_size, intermediate_size=intermediate_size, activation=activation)
+        self.gate = Linear(hidden_size, 1, bias=False)
+
+    def forward(self, hidden: Tensor, draw_key: int | None = None) -> Tensor:
+        """hidden [T, C] -> [T, C]."""
+        return self.gate(hidden, draw_key).sigmoid() * self.mlp(hidden, draw_key)
+
+
 class MoE(nn.Module):
     def __init__(
         self,
@@ -125,6 +139,7 @@ class MoE(nn.Module):
         num_experts: int,
         num_experts_per_tok: int,
         norm_topk_prob: bool,
+        shared: SharedExpert | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -142,6 +157,7 @@ class MoE(nn.Module):
             intermediate_size=intermediate_size,
             activation=activation,
         )
+        self.shared = shared
 
     def forward(self, hidden: Tensor, is_padding: Tensor, draw_key: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [T, C], is_padding bool [T] -> [T, C], router loss float32 [], counts of these rows int64 [E]."""
@@ -152,4 +168,5 @@ class MoE(nn.Module):
         in_turn = torch.arange(expert_index.numel(), device=hidden.device).view_as(expert_index) % self.num_experts
         expert_index = torch.where(is_padding[:, None], in_turn, expert_index)
         out = self.dispatch(hidden, expert_index, expert_weights, partial(self.experts, draw_key=draw_key))
-        return out.masked_fill(is_padding[:, None], 0.0), router_loss, counts
+        out = out.masked_fill(is_padding[:, None], 0.0)
+        return out if self.shared is None else out + self.shared(hidden, draw_key), router_loss, counts
