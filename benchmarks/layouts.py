@@ -40,8 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from omniloom.checkpoint.hf import local_region
 from omniloom.config import MemoryConfig, ParallelConfig
 from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
-from omniloom.families.qwen3_omni.model import build
-from omniloom.families.qwen3_omni.sharding import sharding
+from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, materialize
 from omniloom.parallel.device import peak_memory_bytes, synchronize
@@ -192,11 +191,11 @@ def place(parallel: dict, layout_port: int, rank: int) -> Layout:
 
 def make_model(config: Qwen3OmniConfig, layout: Layout, parallel: dict) -> OmniModel:
     with torch.device("meta"):
-        model = build(config)
+        model = SPEC.build(config)
     apply_parallelism(
         model,
         layout,
-        sharding(config),
+        SPEC.sharding(config),
         parallel=ParallelConfig(**parallel),
         memory=MemoryConfig(),
         compute_dtype=torch.float32,
@@ -227,7 +226,7 @@ def measure_layout(rank: int, port: int, size: Size, parallel: dict, num_steps: 
     pack = make_pack(config, seed=layout.data_rank, num_tokens=size.tokens_per_rank * layout.degrees.context)
     before = peak_memory_bytes(layout.device)
     model = make_model(config, layout, parallel)
-    pool = EncoderPool(layout, sharding(config), "group")
+    pool = EncoderPool(layout, SPEC.sharding(config), "group")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
     objective = Objective(
         coefficients={"text": 1.0},
@@ -285,7 +284,7 @@ def measure_encoding(rank: int, port: int, size: Size, parallel: dict, with_pool
     )
     model = make_model(config, layout, parallel)
     scope = ParallelConfig(**parallel).encoder_pool
-    pool = EncoderPool(layout, sharding(config), scope) if with_pool else None
+    pool = EncoderPool(layout, SPEC.sharding(config), scope) if with_pool else None
     with torch.no_grad():
         encode_share(model, pack, layout, pool)
         layout.barrier()

@@ -7,7 +7,7 @@ A row of a data file becomes a `Conversation`; its sizes are an `Extent`; the pl
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -328,6 +328,35 @@ class Example:
     audio: tuple[AudioClip, ...] = ()
     # tokens of each of its segments, which do not see one another (answers that are compared, say); empty: it is one
     segment_lengths: tuple[int, ...] = ()
+
+
+class Processor(Protocol):
+    """What loading uses of a family's processor; `processors.chat.ChatProcessor` is the one there is."""
+
+    def measure(
+        self,
+        conversation: Conversation,
+        headers: tuple[MediaHeader, ...],
+        clips: tuple[ClipGeometry, ...] | None = None,
+    ) -> Extent:
+        """Exact sizes from text and headers; `clips` where they were shrunk. Raises: SampleError."""
+
+    def shrink(
+        self, conversation: Conversation, headers: tuple[MediaHeader, ...], max_tokens: int
+    ) -> tuple[ClipGeometry, ...] | None:
+        """The largest clips with which the sample has at most `max_tokens`, or None."""
+
+    def encode(
+        self,
+        conversation: Conversation,
+        clips: tuple[ClipGeometry, ...],
+        decoded: tuple[DecodedClip | None, ...],
+    ) -> Example:
+        """The sample as tensors; None in `decoded` for a clip that another rank decodes. Raises: SampleError."""
+
+    def collate_vision(self, clips: Sequence[VisionClip]) -> VisionBatch | None: ...
+
+    def collate_audio(self, clips: Sequence[AudioClip]) -> AudioBatch | None: ...
 
 
 # ---------------------------------------------------------------------------------------- what a model sees

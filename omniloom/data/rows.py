@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from omniloom.data.collate import FailedSlot, check_example, collate, weight_sum
 from omniloom.data.extent_cache import ExtentCache, extent_key
 from omniloom.data.sources import Sources
 from omniloom.types import (
-    AudioBatch,
-    AudioClip,
     BadSample,
     ClipGeometry,
     Conversation,
@@ -29,41 +27,14 @@ from omniloom.types import (
     PackPlan,
     PackStats,
     PlannedSample,
+    Processor,
     Row,
     SampleError,
-    VisionBatch,
-    VisionClip,
 )
 
 
 class RowFault(RuntimeError):
     """A fault of this package that a row brought to light. It ends the run: filed as a bad row, it would be lost."""
-
-
-class Processor(Protocol):
-    """The part of a family's processor that loading uses."""
-
-    def measure(
-        self,
-        conversation: Conversation,
-        headers: tuple[MediaHeader, ...],
-        clips: tuple[ClipGeometry, ...] | None = None,
-    ) -> Extent: ...
-
-    def shrink(
-        self, conversation: Conversation, headers: tuple[MediaHeader, ...], max_tokens: int
-    ) -> tuple[ClipGeometry, ...] | None: ...
-
-    def encode(
-        self,
-        conversation: Conversation,
-        clips: tuple[ClipGeometry, ...],
-        decoded: tuple[DecodedClip | None, ...],
-    ) -> Example: ...
-
-    def collate_vision(self, clips: Sequence[VisionClip]) -> VisionBatch | None: ...
-
-    def collate_audio(self, clips: Sequence[AudioClip]) -> AudioBatch | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)

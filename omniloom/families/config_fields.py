@@ -181,8 +181,8 @@ def _given(reader: ConfigReader, section: Mapping[str, Any], key: str) -> Sequen
 def _num_position_embeddings(reader: ConfigReader, section: Mapping[str, Any]) -> int:
     # Qwen published for Qwen3-Omni the side of the image that the learned positions cover instead
     if section.get("num_position_embeddings") is None and section.get("image_size") and section.get("patch_size"):
-        return (section["image_size"] // section["patch_size"]) ** 2
-    return reader.field(section, "num_position_embeddings")
+        return int(section["image_size"] // section["patch_size"]) ** 2
+    return int(reader.field(section, "num_position_embeddings"))
 
 
 def vision_rules(vision: VisionTowerConfig, text: DecoderConfig) -> dict[str, bool]:

@@ -1,4 +1,4 @@
-"""How a model out of the shared parts may be sharded. A family's `sharding.py` adds what is its own."""
+"""How a model out of the shared parts may be sharded."""
 
 from __future__ import annotations
 

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from omniloom.families.sharding import standard_sharding
 from omniloom.keymap import KeyMap
-from omniloom.models.fusion import OmniModel
+from omniloom.models.audio import AudioTowerConfig
+from omniloom.models.decoder import DecoderConfig
+from omniloom.models.fusion import OmniModel, compose
+from omniloom.models.vision import VisionTowerConfig
 from omniloom.sharding import ShardingPlan
 from omniloom.types import Kernels
 
+if TYPE_CHECKING:
+    from omniloom.processors.chat import ChatProcessor
 
-class Build(Protocol):
-    def __call__(
-        self,
-        config: Any,
-        *,
-        modalities: tuple[str, ...] = ...,
-        kernels: Kernels | None = ...,
-        loss_chunk_tokens: int | None = ...,
-    ) -> OmniModel: ...
+
+class FamilyConfig(Protocol):
+    """What all families' configs have; the rest is their own."""
+
+    @property
+    def vision(self) -> VisionTowerConfig: ...
+    @property
+    def audio(self) -> AudioTowerConfig | None: ...
+    @property
+    def text(self) -> DecoderConfig: ...
 
 
 class ReduceConfig(Protocol):
@@ -45,11 +52,33 @@ class ModelSpec:
     components: tuple[str, ...]  # the policy's names, whether built or not
     read_config: Callable[[Mapping[str, Any]], Any]  # config.json -> the family's config
     reduce_config: ReduceConfig  # config.json of fewer layers
-    build: Build
     key_map: Callable[[Any], KeyMap]
-    sharding: Callable[[Any], ShardingPlan]
-    component_of: Callable[[str], str]  # parameter name -> component
-    make_processor: Callable[..., Any]  # (checkpoint_dir, config, options) -> ChatProcessor
+    make_processor: Callable[..., ChatProcessor]  # of (checkpoint_dir, config, options)
+
+    def build(
+        self,
+        config: FamilyConfig,
+        *,
+        modalities: tuple[str, ...] | None = None,
+        kernels: Kernels | None = None,
+        loss_chunk_tokens: int | None = None,
+    ) -> OmniModel:
+        """The model out of the shared parts, with the towers of `modalities`; None builds all that the family has."""
+        return compose(
+            vision=config.vision,
+            audio=config.audio,
+            text=config.text,
+            modalities=self.modalities if modalities is None else modalities,
+            kernels=kernels,
+            loss_chunk_tokens=loss_chunk_tokens,
+        )
+
+    def component_of(self, parameter_name: str) -> str:
+        """The policy component of one of our parameter names. Raises: ValueError for a name that belongs to none."""
+        return component_of(parameter_name)
+
+    def sharding(self, config: FamilyConfig) -> ShardingPlan:
+        return standard_sharding(vision=config.vision, audio=config.audio, text=config.text)
 
 
 COMPONENTS = (

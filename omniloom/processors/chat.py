@@ -9,10 +9,11 @@ from a picklable factory) and by generation.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,14 @@ from omniloom.processors.positions import sample_positions, text_block
 from omniloom.processors.rendering import Renderer
 from omniloom.processors.settings import load_tokenizer
 from omniloom.processors.tower_batches import AudioDims, VisionDims
-from omniloom.processors.tower_inputs import Cost, Features, TowerInputs, read_extractors
+from omniloom.processors.tower_inputs import (
+    Cost,
+    Features,
+    TowerInputs,
+    read_extractors,
+    sound_inputs,
+    vision_inputs,
+)
 from omniloom.types import (
     IGNORE_LABEL,
     AudioBatch,
@@ -68,28 +76,38 @@ def sound_layout(token_id: int, num_tokens: int) -> ClipLayout:
     return ClipLayout(ids=ids, block=text_block(num_tokens), vision_rows=rows[:0], audio_rows=rows)
 
 
-class FamilyClips(Protocol):
+class FamilyClips(ABC):
     """What a family knows of its media: how they are written as tokens."""
 
-    pad_ids: frozenset[int]
-    pads: Mapping[str, str]  # the token that stands for a clip, by kind
-    words: Mapping[str, str]  # the same in its wrappers, as templates write it
+    def __init__(
+        self, towers: TowerInputs, *, ids: Mapping[str, int], pads: Mapping[str, str], words: Mapping[str, str]
+    ) -> None:
+        """`ids` and `pads`: the token that stands for a clip, by kind; `words`: the same in its wrappers."""
+        self.towers = towers
+        self.ids, self.pads, self.words = ids, pads, words
+        self.pad_ids = frozenset(ids.values())
 
+    @abstractmethod
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
         """Planned size; `scale` below 1 lowers pixels and frames. Raises: SampleError for what cannot be."""
 
+    @abstractmethod
+    def layouts(self, clip: ClipGeometry) -> tuple[ClipLayout, ...]:
+        """The tokens that take the place of each pad token of the clip's placeholder."""
+
     def placeholder(self, clip: ClipGeometry) -> str:
         """What becomes of the clip's pad token: text with one pad token for each of its layouts."""
+        return self.pads[clip.kind]
 
     def held(self, clip: ClipGeometry) -> str:
         """The token after the clip's pad that its last layout holds itself, if one does."""
-
-    def layouts(self, clip: ClipGeometry) -> tuple[ClipLayout, ...]: ...
+        return ""
 
     def generation_inputs(
         self, input_ids: Tensor, clips: Sequence[ClipGeometry], features: Sequence[Features]
     ) -> dict[str, Any]:
         """Media arguments of transformers' `generate`, by their names there; `input_ids` int64 [t]."""
+        return vision_inputs(clips, features) | sound_inputs(clips, features)
 
 
 class ChatProcessor:
@@ -294,7 +312,8 @@ class ChatProcessor:
         assert len(pads) == len(layouts), (len(pads), len(layouts))
         vision_rows: list[list[np.ndarray]] = [[] for _ in clips]
         audio_rows: list[list[np.ndarray]] = [[] for _ in clips]
-        id_parts, weight_parts, runs, done, length = [], [], [], 0, 0
+        id_parts, weight_parts, done, length = [], [], 0, 0
+        runs: list[int | np.ndarray] = []
         for pad, (clip, layout) in zip(pads, layouts, strict=True):
             length += int(pad) - done
             vision_rows[clip].append(layout.vision_rows + length)

@@ -51,7 +51,7 @@ def find_word(tokenizer: Any, field: str, token_id: int, word: str) -> str:
             f"{tokenizer.name_or_path}: {field} of config.json is {token_id}, expected the token {word}, but the "
             f"tokenizer has {found!r} there; take tokenizer and config.json from the same checkpoint"
         )
-    return found
+    return word
 
 
 @dataclass(frozen=True, kw_only=True)

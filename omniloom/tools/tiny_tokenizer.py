@@ -52,7 +52,7 @@ def write_tokenizer(
 
     tokenizer.save(str(directory / "tokenizer.json"))
     tokenizer.model.save(str(directory))  # vocab.json and merges.txt
-    ids: dict[str, int] = {text: tokenizer.token_to_id(text) for text in (*tokens, *ROLE_WORDS)}
+    ids = {text: tokenizer.encode(text).ids[0] for text in (*tokens, *ROLE_WORDS)}
     config = {
         "add_bos_token": False,
         "add_prefix_space": False,

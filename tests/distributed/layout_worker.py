@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from omniloom.config import MemoryConfig, ParallelConfig
 from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
-from omniloom.families.qwen3_omni.sharding import sharding
+from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, materialize
 from omniloom.parallel.encoder_pool import EncoderPool
@@ -173,7 +173,7 @@ class Layouts:
 
 def set_up(case: Case, parallel: ParallelConfig, memory: MemoryConfig, layouts: Layouts) -> Setup:
     config = make_config(case.dims)
-    plan = sharding(config)
+    plan = SPEC.sharding(config)
     layout, pool = layouts.get(parallel, plan)
     if case.holds_values:
         model = make_reference(case)

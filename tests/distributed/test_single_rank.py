@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from omniloom.config import MemoryConfig, ParallelConfig, load_config
 from omniloom.data.agreement import report_pack, settle
-from omniloom.families.qwen3_omni.sharding import sharding
+from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.fusion import OmniModel
 from omniloom.models.layers import LayerCall
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
@@ -51,7 +51,7 @@ def test_one_rank_gives_what_a_plain_model_gives(layout: Layout) -> None:
     case = Case(frozen=("vision.patch_embed",))
     reference = run_reference(case)
     config = make_config(case.dims)
-    plan = sharding(config)
+    plan = SPEC.sharding(config)
     with torch.device("meta"):
         model = make_model(config)
     freeze(model, case.frozen)
@@ -98,7 +98,7 @@ def test_gradients_that_are_not_finite_are_seen_and_left_alone(layout: Layout) -
 
 
 def test_a_model_that_cannot_be_divided_is_refused_at_once(layout: Layout) -> None:
-    plan = sharding(make_config(Dims(num_experts=6, heads=4)))
+    plan = SPEC.sharding(make_config(Dims(num_experts=6, heads=4)))
     wide = dataclasses.replace(layout, degrees=Degrees(context=3, expert=4))
     with pytest.raises(ValueError) as caught:
         check_plan(plan, wide.degrees)
@@ -112,7 +112,7 @@ def test_bfloat16_compute_keeps_masters_and_gradients_in_float32(layout: Layout)
     case = Case(dims=Dims(moe_width=13))
     reference = run_reference(case)
     config = make_config(case.dims)
-    plan = sharding(config)
+    plan = SPEC.sharding(config)
     with torch.device("meta"):
         model = make_model(config)
     parallel, memory = ParallelConfig(), MemoryConfig()

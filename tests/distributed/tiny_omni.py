@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
-from omniloom.families.qwen3_omni.model import build
+from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.audio import AudioTowerConfig
 from omniloom.models.decoder import DecoderConfig
 from omniloom.models.fusion import OmniModel
@@ -119,7 +119,7 @@ def make_config(dims: Dims) -> Qwen3OmniConfig:
 
 def make_model(config: Qwen3OmniConfig) -> OmniModel:
     """On the current default device, values undefined."""
-    return build(config)
+    return SPEC.build(config)
 
 
 def random_weights(config: Qwen3OmniConfig, seed: int) -> dict[str, torch.Tensor]:

@@ -5,72 +5,37 @@ Source: transformers, processing_qwen2_5_omni.py, and get_rope_index of modeling
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from omniloom.families.cost import sample_cost
+from omniloom.families.processor import open_family_processor
 from omniloom.families.qwen2_5_omni.config import Qwen25OmniConfig
-from omniloom.processors.chat import ChatProcessor, ClipLayout, open_processor, sound_layout, vision_layout
+from omniloom.processors.chat import ClipLayout, FamilyClips, sound_layout, vision_layout
 from omniloom.processors.positions import merge_by_chunks, text_block, vision_block
-from omniloom.processors.tower_inputs import Features, TowerInputs, sound_inputs, vision_inputs
-from omniloom.types import ClipGeometry, MediaHeader, MediaSource, ProcessorOptions
+from omniloom.processors.tower_inputs import TowerInputs
+from omniloom.types import ClipGeometry, MediaHeader, MediaSource
 
 # per frame; no file of a published checkpoint says it. Source: transformers, Qwen2_5OmniProcessor.videos_kwargs
 VIDEO_PIXELS = (128 * 28 * 28, 768 * 28 * 28)
 
 
-def make_processor(
-    checkpoint_dir: str | Path, config: Qwen25OmniConfig, options: ProcessorOptions | None = None
-) -> ChatProcessor:
-    """The checkpoint's processor; `functools.partial` of this is the factory that loader workers get.
-
-    Raises: ValueError where the checkpoint lacks a file or a field.
-    """
-    return open_processor(
-        checkpoint_dir,
-        options,
-        vision=config.vision,
-        audio=config.audio,
-        vocab_size=config.text.vocab_size,
-        cost=partial(sample_cost, config.text, config.vision, config.audio),
-        make_media=partial(Qwen25OmniMedia, config),
-        templates=("qwen2_omni",),
-    )
-
-
-class Qwen25OmniMedia:
-    """The family's `FamilyClips`."""
-
+class Qwen25OmniMedia(FamilyClips):
     def __init__(self, config: Qwen25OmniConfig, towers: TowerInputs, tokenizer: Any) -> None:
+        ids = {"image": config.image_token_id, "video": config.video_token_id, "audio": config.audio_token_id}
+        pads = {kind: str(tokenizer.convert_ids_to_tokens(token_id)) for kind, token_id in ids.items()}
+        start = tokenizer.convert_ids_to_tokens(config.vision_start_token_id)
+        words = {kind: start + pads[kind] + tokenizer.vision_eos_token for kind in ("image", "video")}
+        start = tokenizer.convert_ids_to_tokens(config.audio_start_token_id)
+        words["audio"] = start + pads["audio"] + tokenizer.audio_eos_token
+        super().__init__(towers, ids=ids, pads=pads, words=words)
         self.config = config
-        self.towers = towers
-        self.pad_ids = frozenset((config.image_token_id, config.video_token_id, config.audio_token_id))
-        self.pads = {
-            "image": tokenizer.convert_ids_to_tokens(config.image_token_id),
-            "video": tokenizer.convert_ids_to_tokens(config.video_token_id),
-            "audio": tokenizer.convert_ids_to_tokens(config.audio_token_id),
-        }
-        vision_start, audio_start = tokenizer.convert_ids_to_tokens(
-            [config.vision_start_token_id, config.audio_start_token_id]
-        )
-        self._vision_end = tokenizer.vision_eos_token
-        self.words = {
-            "image": vision_start + self.pads["image"] + tokenizer.vision_eos_token,
-            "video": vision_start + self.pads["video"] + tokenizer.vision_eos_token,
-            "audio": audio_start + self.pads["audio"] + tokenizer.audio_eos_token,
-        }
+        self._vision_end = str(tokenizer.vision_eos_token)
         self._end_ids = tokenizer.convert_tokens_to_ids([tokenizer.audio_eos_token, tokenizer.vision_eos_token])
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
         return self.towers.video_geometry(source, header, scale, VIDEO_PIXELS)
-
-    def placeholder(self, clip: ClipGeometry) -> str:
-        return self.pads[clip.kind]
 
     def held(self, clip: ClipGeometry) -> str:
         """Of a video with sound both ends share a position, so they are part of its layout."""
@@ -105,7 +70,5 @@ class Qwen25OmniMedia:
         )
         return (layout,)
 
-    def generation_inputs(
-        self, input_ids: Tensor, clips: Sequence[ClipGeometry], features: Sequence[Features]
-    ) -> dict[str, Any]:
-        return vision_inputs(clips, features) | sound_inputs(clips, features)
+
+make_processor = partial(open_family_processor, Qwen25OmniMedia, ("qwen2_omni",))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omniloom.families.qwen2_5_omni.config import MODEL_TYPE, read_config, reduce_config
 from omniloom.families.qwen2_5_omni.hf_keys import key_map
-from omniloom.families.qwen2_5_omni.model import build
-from omniloom.families.qwen2_5_omni.sharding import sharding
-from omniloom.families.spec import COMPONENTS, OMNI, ModelSpec, component_of
+from omniloom.families.spec import COMPONENTS, OMNI, ModelSpec
+
+if TYPE_CHECKING:
+    from omniloom.processors.chat import ChatProcessor
 
 
-def _make_processor(*arguments: Any) -> Any:
+def _make_processor(*arguments: Any) -> ChatProcessor:
     # imported at use: tokenizers come with transformers, which a bare GPU machine may lack
     from omniloom.families.qwen2_5_omni.processor import make_processor
 
@@ -26,9 +27,6 @@ SPEC = ModelSpec(
     components=tuple(name for name in COMPONENTS if name not in ("text.router", "text.experts", "vision.deepstack")),
     read_config=read_config,
     reduce_config=reduce_config,
-    build=build,
     key_map=key_map,
-    sharding=sharding,
-    component_of=component_of,
     make_processor=_make_processor,
 )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omniloom.families.qwen2_5_vl.config import MODEL_TYPE, read_config
 from omniloom.families.qwen2_5_vl.hf_keys import key_map
 from omniloom.families.qwen3_vl.spec import SPEC as QWEN3_VL
 
+if TYPE_CHECKING:
+    from omniloom.processors.chat import ChatProcessor
 
-def make_processor(*arguments: Any) -> Any:
+
+def make_processor(*arguments: Any) -> ChatProcessor:
     # imported at use: tokenizers come with transformers, which a bare GPU machine may lack
     from omniloom.families.qwen2_5_vl.processor import make_processor
 

@@ -5,77 +5,37 @@ Source: transformers, processing_qwen3_omni_moe.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from omniloom.families.cost import sample_cost
+from omniloom.families.processor import open_family_processor
 from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
-from omniloom.processors.chat import ChatProcessor, ClipLayout, open_processor, sound_layout, vision_layout
+from omniloom.processors.chat import ClipLayout, FamilyClips, sound_layout, vision_layout
 from omniloom.processors.positions import merge_by_time, text_block, vision_block
 from omniloom.processors.settings import find_word
-from omniloom.processors.tower_inputs import Features, TowerInputs, sound_inputs, vision_inputs
-from omniloom.types import ClipGeometry, MediaHeader, MediaSource, ProcessorOptions
+from omniloom.processors.tower_inputs import TowerInputs
+from omniloom.types import ClipGeometry, MediaHeader, MediaSource
 
 # per frame; no file of a published checkpoint says it. Source: transformers, Qwen3OmniMoeProcessor.videos_kwargs
 VIDEO_PIXELS = (128 * 32 * 32, 768 * 32 * 32)
 
 
-def make_processor(
-    checkpoint_dir: str | Path, config: Qwen3OmniConfig, options: ProcessorOptions | None = None
-) -> ChatProcessor:
-    """The checkpoint's processor; `functools.partial` of this is the factory that loader workers get.
-
-    Raises: ValueError where the checkpoint lacks a file or a field.
-    """
-    return open_processor(
-        checkpoint_dir,
-        options,
-        vision=config.vision,
-        audio=config.audio,
-        vocab_size=config.text.vocab_size,
-        cost=partial(sample_cost, config.text, config.vision, config.audio),
-        make_media=partial(Qwen3OmniMedia, config),
-        templates=("qwen3_omni_nothink", "qwen3_omni"),
-    )
-
-
-class Qwen3OmniMedia:
-    """The family's `FamilyClips`."""
-
+class Qwen3OmniMedia(FamilyClips):
     def __init__(self, config: Qwen3OmniConfig, towers: TowerInputs, tokenizer: Any) -> None:
+        ids = {"image": config.image_token_id, "video": config.video_token_id, "audio": config.audio_token_id}
+        pads = {kind: find_word(tokenizer, f"{kind}_token_id", ids[kind], f"<|{kind}_pad|>") for kind in ids}
+        start = find_word(tokenizer, "vision_start_token_id", config.vision_start_token_id, "<|vision_start|>")
+        words = {kind: start + pads[kind] + tokenizer.vision_eos_token for kind in ("image", "video")}
+        start = find_word(tokenizer, "audio_start_token_id", config.audio_start_token_id, "<|audio_start|>")
+        words["audio"] = start + pads["audio"] + tokenizer.audio_eos_token
+        super().__init__(towers, ids=ids, pads=pads, words=words)
         self.config = config
-        self.towers = towers
-        self.pad_ids = frozenset((config.image_token_id, config.video_token_id, config.audio_token_id))
-        self.pads = {
-            kind: find_word(tokenizer, f"{kind}_token_id", token_id, f"<|{kind}_pad|>")
-            for kind, token_id in (
-                ("image", config.image_token_id),
-                ("video", config.video_token_id),
-                ("audio", config.audio_token_id),
-            )
-        }
-        vision_start = find_word(tokenizer, "vision_start_token_id", config.vision_start_token_id, "<|vision_start|>")
-        audio_start = find_word(tokenizer, "audio_start_token_id", config.audio_start_token_id, "<|audio_start|>")
-        self.words = {
-            "image": vision_start + self.pads["image"] + tokenizer.vision_eos_token,
-            "video": vision_start + self.pads["video"] + tokenizer.vision_eos_token,
-            "audio": audio_start + self.pads["audio"] + tokenizer.audio_eos_token,
-        }
         self._audio_end_token_id = tokenizer.convert_tokens_to_ids(tokenizer.audio_eos_token)
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
         return self.towers.video_geometry(source, header, scale, VIDEO_PIXELS)
-
-    def placeholder(self, clip: ClipGeometry) -> str:
-        return self.pads[clip.kind]
-
-    def held(self, clip: ClipGeometry) -> str:
-        return ""
 
     def layouts(self, clip: ClipGeometry) -> tuple[ClipLayout, ...]:
         """One block of tokens per clip; a video with sound has its audio wrappers inside the block."""
@@ -103,7 +63,5 @@ class Qwen3OmniMedia:
         )
         return (layout,)
 
-    def generation_inputs(
-        self, input_ids: Tensor, clips: Sequence[ClipGeometry], features: Sequence[Features]
-    ) -> dict[str, Any]:
-        return vision_inputs(clips, features) | sound_inputs(clips, features)
+
+make_processor = partial(open_family_processor, Qwen3OmniMedia, ("qwen3_omni_nothink", "qwen3_omni"))

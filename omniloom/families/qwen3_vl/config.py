@@ -25,6 +25,7 @@ class Qwen3VLConfig:
 
     vision: VisionTowerConfig
     text: DecoderConfig
+    audio: None = None
     image_token_id: int
     video_token_id: int
     vision_start_token_id: int

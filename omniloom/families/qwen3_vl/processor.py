@@ -8,20 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omniloom.families.cost import sample_cost
+from omniloom.families.processor import open_family_processor
 from omniloom.families.qwen3_vl.config import Qwen3VLConfig
-from omniloom.processors.chat import ChatProcessor, ClipLayout, open_processor, vision_layout
+from omniloom.processors.chat import ClipLayout, FamilyClips, vision_layout
 from omniloom.processors.features import smart_resize_video, spread_frames
 from omniloom.processors.positions import vision_block
 from omniloom.processors.settings import find_word
 from omniloom.processors.tower_inputs import Features, TowerInputs, vision_inputs
-from omniloom.types import ClipGeometry, ClipOptions, MediaHeader, MediaSource, ProcessorOptions
+from omniloom.types import ClipGeometry, ClipOptions, MediaHeader, MediaSource
 
 # of transformers' Qwen3VLVideoProcessor, where a checkpoint has no file of its own
 VIDEO_PIXELS = (128 * 32 * 32, 768 * 32 * 32)  # of all frames together
@@ -30,30 +29,10 @@ MAX_VIDEO_TOKENS = 768  # per frame, where a checkpoint asks for that cap
 MIN_FRAME_TOKENS = 128  # of qwen-vl-utils
 
 
-def make_processor(
-    checkpoint_dir: str | Path, config: Qwen3VLConfig, options: ProcessorOptions | None = None
-) -> ChatProcessor:
-    """The checkpoint's processor; `functools.partial` of this is the factory that loader workers get.
+class PictureMedia(FamilyClips):
+    """Images and videos, in a family that hears nothing."""
 
-    Raises: ValueError where the checkpoint lacks a file or a field.
-    """
-    return open_processor(
-        checkpoint_dir,
-        options,
-        vision=config.vision,
-        audio=None,
-        vocab_size=config.text.vocab_size,
-        cost=partial(sample_cost, config.text, config.vision, None),
-        make_media=partial(Qwen3VLMedia, config),
-        templates=("qwen3_vl_nothink", "qwen3_vl"),
-    )
-
-
-class PictureTokens:
-    """The tokens that stand for images and videos, in a family that hears nothing."""
-
-    def __init__(self, config: Qwen3VLConfig, tokenizer: Any) -> None:
-        self.ids = {"image": config.image_token_id, "video": config.video_token_id}
+    def __init__(self, config: Qwen3VLConfig, towers: TowerInputs, tokenizer: Any) -> None:
         start, image, video, end = (
             find_word(tokenizer, field, token_id, word)
             for field, token_id, word in (
@@ -63,8 +42,12 @@ class PictureTokens:
                 ("vision_end_token_id", config.vision_end_token_id, "<|vision_end|>"),
             )
         )
-        self.pads = {"image": image, "video": video}
-        self.words = {kind: start + pad + end for kind, pad in self.pads.items()}
+        super().__init__(
+            towers,
+            ids={"image": config.image_token_id, "video": config.video_token_id},
+            pads={"image": image, "video": video},
+            words={"image": start + image + end, "video": start + video + end},
+        )
 
     def generation_inputs(
         self, input_ids: Tensor, clips: Sequence[ClipGeometry], features: Sequence[Features]
@@ -76,15 +59,10 @@ class PictureTokens:
         return {"mm_token_type_ids": kinds[None]} | vision_inputs(clips, features)
 
 
-class Qwen3VLMedia:
-    """The family's `FamilyClips`."""
-
+class Qwen3VLMedia(PictureMedia):
     def __init__(self, config: Qwen3VLConfig, towers: TowerInputs, tokenizer: Any) -> None:
+        super().__init__(config, towers, tokenizer)
         self.config = config
-        self.towers = towers
-        self.tokens = PictureTokens(config, tokenizer)
-        self.pad_ids, self.pads, self.words = frozenset(self.tokens.ids.values()), self.tokens.pads, self.tokens.words
-        self.generation_inputs = self.tokens.generation_inputs
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
         """Frames from the first to the last, at least four; bounds on the pixels of all of them together."""
@@ -151,9 +129,6 @@ class Qwen3VLMedia:
             return self.pads["image"]
         return "".join(f"<{seconds:.1f} seconds>{self.words['video']}" for seconds in self.timestamps(clip))
 
-    def held(self, clip: ClipGeometry) -> str:
-        return ""
-
     def timestamps(self, clip: ClipGeometry) -> list[float]:
         """Seconds at the middle of each temporal grid, between its first frame and its last."""
         frames, temporal = clip.frame_indices, self.config.vision.temporal_patch_size
@@ -166,4 +141,7 @@ class Qwen3VLMedia:
         assert clip.grid_thw is not None
         num_grids, height, width = clip.grid_thw
         block = vision_block((1, height, width), self.config.vision.spatial_merge_size, 0.0, 0.0)
-        return (vision_layout(self.tokens.ids[clip.kind], block),) * num_grids
+        return (vision_layout(self.ids[clip.kind], block),) * num_grids
+
+
+make_processor = partial(open_family_processor, Qwen3VLMedia, ("qwen3_vl_nothink", "qwen3_vl"))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omniloom.families.qwen3_vl.config import read_config, reduce_config
 from omniloom.families.qwen3_vl.hf_keys import key_map
-from omniloom.families.qwen3_vl.model import build
-from omniloom.families.qwen3_vl.sharding import sharding
-from omniloom.families.spec import SEEING, SEEING_COMPONENTS, ModelSpec, component_of
+from omniloom.families.spec import SEEING, SEEING_COMPONENTS, ModelSpec
+
+if TYPE_CHECKING:
+    from omniloom.processors.chat import ChatProcessor
 
 
-def make_processor(*arguments: Any) -> Any:
+def make_processor(*arguments: Any) -> ChatProcessor:
     # imported at use: tokenizers come with transformers, which a bare GPU machine may lack
     from omniloom.families.qwen3_vl.processor import make_processor
 
@@ -26,9 +27,6 @@ SPEC = ModelSpec(
     components=tuple(name for name in SEEING_COMPONENTS if name not in ("text.router", "text.experts")),
     read_config=read_config,
     reduce_config=reduce_config,
-    build=build,
     key_map=key_map,
-    sharding=sharding,
-    component_of=component_of,
     make_processor=make_processor,
 )
