@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniloom.processors.chat_template import ChatTemplate, find_source, named_source
-from omniloom.processors.messages import MEDIA_KINDS
+from omniloom.processors.chat_template import MEDIA_KINDS, ChatTemplate, find_source, named_source
 from omniloom.processors.positions import sample_positions, text_block
 from omniloom.processors.rendering import Renderer
 from omniloom.processors.settings import load_tokenizer

@@ -8,17 +8,19 @@ their outputs, so that most need a single run. Knows no tokenizer and no media s
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
-from omniloom.processors.chat_template import ChatTemplate
-from omniloom.processors.messages import Leaf, collect, messages_of
-from omniloom.processors.turn_places import Places, Shape, TurnFinder, shape_of
-from omniloom.types import Conversation, Part, ProcessorOptions, Turn
+from omniloom.processors.chat_template import ChatTemplate, Leaf, collect, messages_of, spell
+from omniloom.types import Conversation, Part, ProcessorOptions, Role, SampleError, Turn
 
 KEPT_SHAPES = 512
 
@@ -138,3 +140,415 @@ def split_reasoning(answer: str) -> tuple[str, str]:
     """A generated answer as (reasoning, words); no reasoning where the model has not finished one."""
     reasoning, _, words = answer.rpartition("</think>")
     return reasoning.strip().removeprefix("<think>").strip(), words.strip()
+
+
+# ---------------------------------------------------------------------------------------- where turns are
+
+_EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
+_WORD_OR_TAG = re.compile(r"<[^<>]*>|([^\W\d_]{2,})")
+_Anchor = tuple[int, int]  # which of a shape's literals, and how far into it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """What was found in a template's output, as offsets of characters."""
+
+    turns: tuple[tuple[int, int] | None, ...]  # from where an answer begins to past the end of the turn
+    cuts: tuple[tuple[tuple[int, int], ...], ...]  # per turn: where a part of an own weight begins, and which
+    leaves: tuple[tuple[int, int] | None, ...] | None = None  # exact, None where left out; None where not known
+
+
+class TurnFinder:
+    """Finds turns in the outputs of one template."""
+
+    def __init__(self, template: ChatTemplate, *, trains_empty_think: bool, end_of_turn: str | None) -> None:
+        """`trains_empty_think`: else an empty <think> block that the template writes is no part of an answer.
+
+        `end_of_turn`: the tokenizer's token for it, if it has one.
+        """
+        self.template = template
+        self._trains_empty_think = trains_empty_think
+        self._end_of_turn = end_of_turn
+        self._opening, self.ending = self._find_frame()
+
+    def _find_frame(self) -> tuple[str, str]:
+        """What an answer follows, and what ends it, as the template writes them around words of ours."""
+        question, answer = "7310561", "7310569"
+        roles: tuple[Role, ...] = ("system", "user", "assistant")
+        turns = tuple(
+            Turn(role=role, parts=(Part(kind="text", text=text),))
+            for role, text in zip(roles, ("7310560", question, answer), strict=True)
+        )
+        try:
+            turns, written = turns[1:], self._write(turns[1:])
+        except SampleError:  # some demand a system turn
+            written = self._write(turns)
+        before, after = written.partition(question)[2].split(answer, 1)
+        try:
+            asked, opened = self._write(turns[:-1]), self._write(turns[:-1], generation_prompt=True)
+        except SampleError:
+            asked = opened = ""
+        opening = opened[len(asked) :] if opened.startswith(asked) else ""
+        if not opening.strip():  # the template has none: what stands before an answer, but for what ends a turn
+            opening = before.removeprefix(after) if after.strip() else before
+        end = self._end_of_turn
+        ending = after[: after.index(end) + len(end)] if end and end in after else after.rstrip()
+        return opening, ending
+
+    def _write(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> str:
+        return self.template.write(
+            messages_of(turns, self.template, attrgetter("text")), generation_prompt=generation_prompt
+        )
+
+    def find(self, turns: Sequence[Turn], tools: Sequence[Any], text: str, leaves: Sequence[Leaf]) -> Places:
+        """Where the turns are in `text`, by marks that change nothing else of it."""
+        marks = _Marks(text, len(leaves))
+
+        def stays(mark: Callable[[Leaf], str], turn: int | None = None) -> bool:
+            marks.begin(turn)
+            messages = messages_of(turns, self.template, mark)
+            try:
+                return marks.read(self.template.write(messages, tools, generation_marks=marks.of_generation))
+            except SampleError:  # a template may refuse what the marks make of the words
+                return False
+
+        if not stays(marks.around):  # something looks at the words, so turn by turn
+            for number in range(len(turns)):
+                if not stays(marks.around, number):
+                    stays(marks.inside, number)
+            if not stays(marks.nowhere):
+                raise SampleError(
+                    "messages",
+                    "what trains cannot be found in what the chat template writes: its generation blocks do not come "
+                    f"out as they are written ({self.template.where}): {text[-200:]!r}",
+                )
+        for index, turn in enumerate(turns):
+            said = [number for number, leaf in enumerate(leaves) if leaf.turn == index]
+            words = any(part.kind != "reasoning" and part.text.strip() for part in turn.parts)
+            if turn.role == "assistant" and words and all(number in marks.left_out for number in said):
+                reason = f"the chat template leaves out this answer ({self.template.where})"
+                raise SampleError(f"messages[{index}]", reason)
+        extents = [marks.extent(number, leaf, text) for number, leaf in enumerate(leaves)]
+        places = self._place_turns(turns, tools, text, leaves, extents)
+        if self.template.has_generation_marks:
+            places = _within(places, turns, marks.generated)
+        return replace(places, leaves=marks.exact_extents(leaves, extents, text))
+
+    def _place_turns(
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Any],
+        text: str,
+        leaves: Sequence[Leaf],
+        extents: Sequence[tuple[int, int] | None],
+    ) -> Places:
+        of_turn = [_hull(extents[n] for n, leaf in enumerate(leaves) if leaf.turn == i) for i in range(len(turns))]
+        found: list[tuple[int, int] | None] = []
+        cuts: list[tuple[tuple[int, int], ...]] = []
+        done = 0
+        for index, turn in enumerate(turns):
+            words = of_turn[index]
+            later = [there[0] for there in of_turn[index + 1 :] if there is not None and there[0] >= done]
+            following = min(later, default=len(text))
+            place = None
+            if turn.role == "assistant":
+                start = self._opened(text, done, words[0] if words else following)
+                if start is None and words is not None:
+                    start = words[0]
+                if start is None:
+                    raise SampleError(
+                        f"messages[{index}]",
+                        f"this answer is not found in what the chat template writes ({self.template.where}): "
+                        f"{text[done : done + 200]!r}",
+                    )
+                has_reasoning = any(part.kind == "reasoning" for part in turn.parts)
+                if not self._trains_empty_think and not has_reasoning and (empty := _EMPTY_THINK.match(text, start)):
+                    start = empty.end()
+                last = max(words[1] if words else start, start)
+                place = start, last + self._length_of_ending(text[last:following], turns[: index + 1], tools)
+            elif words is not None:
+                ends = self.ending and text.startswith(self.ending, words[1])
+                place = words[0], words[1] + (len(self.ending) if ends else 0)
+            found.append(place)
+            cuts.append(self._cuts(turn, index, text, leaves, extents))
+            done = max(done, place[1]) if place else done
+        return Places(turns=tuple(found), cuts=tuple(cuts))
+
+    def _opened(self, text: str, start: int, end: int) -> int | None:
+        """Where an answer begins between two places: past its opening, or past the lines of it that are there."""
+        lines = [match.end() for match in re.finditer(r"\n|(?=<think>)", self._opening)]
+        for length in (len(self._opening), *reversed(lines)):
+            opening = self._opening[:length]
+            if opening.strip() and (at := text.find(opening, start, end)) >= 0:
+                return at + length
+        return None
+
+    def _length_of_ending(self, rest: str, turns: Sequence[Turn], tools: Sequence[Any]) -> int:
+        """How much of what follows an answer's last word, up to the next turn's first, still belongs to the answer."""
+        end, ending = self._end_of_turn, self.ending
+        if end and end in rest:
+            return rest.index(end) + len(end)
+        if ending and rest.startswith(ending):
+            return len(ending)
+        marks = _Marks(rest, 1 << 10)
+        try:  # were the conversation over here, all that follows would be the answer's
+            alone = self.template.write(messages_of(turns, self.template, marks.around), tools)
+        except SampleError:
+            alone = ""
+        length = _length_in_common(rest, marks.after_last(alone).rstrip())
+        return length or (rest.index(ending) + len(ending) if ending and ending in rest else 0)
+
+    def _cuts(
+        self,
+        turn: Turn,
+        index: int,
+        text: str,
+        leaves: Sequence[Leaf],
+        extents: Sequence[tuple[int, int] | None],
+    ) -> tuple[tuple[int, int], ...]:
+        """Where parts of an own weight begin: (place, part), for each part but the first."""
+        if all(part.weight is None for part in turn.parts):
+            return ()
+        ordered = sorted(
+            (place, leaf.part) for leaf, place in zip(leaves, extents, strict=True) if place and leaf.turn == index
+        )
+        cuts = []
+        for (before, part), (after, next_part) in itertools.pairwise(ordered):
+            if part != next_part:
+                opens = turn.parts[next_part].kind == "tool_call" and text[before[1] : after[0]].endswith(
+                    self._call_opening
+                )
+                cuts.append((after[0] - (len(self._call_opening) if opens else 0), next_part))
+        return tuple(cuts)
+
+    @cached_property
+    def _call_opening(self) -> str:
+        """What the template writes between an answer's words and the name of the function that it calls."""
+        call = Part(kind="tool_call", text='{"name": "f8201947", "arguments": {}}')
+        question = Turn(role="user", parts=(Part(kind="text", text="7310561"),))
+        answer = Turn(role="assistant", parts=(Part(kind="text", text="7310569"), call))
+        return self._write((question, answer)).partition("7310569")[2].partition("f8201947")[0]
+
+
+def _length_in_common(one: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _hull(extents: Iterable[tuple[int, int] | None]) -> tuple[int, int] | None:
+    there = [extent for extent in extents if extent is not None]
+    return (min(start for start, _ in there), max(end for _, end in there)) if there else None
+
+
+def _within(places: Places, turns: Sequence[Turn], generated: Sequence[tuple[int, int]]) -> Places:
+    """Answers as the template's generation blocks bound them; their ends of turn are trained in any case."""
+    found = list(places.turns)
+    before = 0
+    for index, (turn, place) in enumerate(zip(turns, places.turns, strict=True)):
+        if turn.role == "assistant" and place is not None:
+            inside = _hull(span for span in generated if span[0] < place[1] and span[1] > before)
+            found[index] = None if inside is None else (inside[0], max(inside[1], place[1]))
+        before = before if place is None else place[1]
+    return replace(places, turns=tuple(found))
+
+
+class _Marks:
+    """Numbers put around pieces of text, by which these are found again in what a template makes of them.
+
+    A mark is digits, which no template changes; it begins with a 9 and has no other before its number, so that digits
+    around it cannot be taken for a part of it.
+    """
+
+    def __init__(self, text: str, count: int) -> None:
+        """`text`: what a template makes of `count` pieces without marks."""
+        self._text, self._count = text, count
+        self._prefix = next(p for n in itertools.count(0o12345670) if (p := f"9{n:o}") not in text)
+        self._pattern = re.compile(self._prefix + r"(\d{5})")
+        self.of_generation = (self._mark(2 * count), self._mark(2 * count + 1))
+        self.found: dict[int, tuple[int, int]] = {}  # where a leaf's marks were, in `text`
+        self.left_out: set[int] = set()  # leaves whose marks did not come out, though all else stayed
+        self.generated: list[tuple[int, int]] = []
+        self._offsets: dict[int, tuple[int, int]] = {}  # of a leaf's two marks in its own text
+        self._several: set[int] = set()  # leaves with a pair of marks for each of their strings
+        self.begin(None)
+
+    def begin(self, turn: int | None) -> None:
+        """The next leaf to be marked is the first one, and only those of one turn are, if one is given."""
+        self._next, self._turn = 0, turn
+        self._put_now: dict[int, tuple[int, int]] = {}
+
+    def _mark(self, number: int) -> str:
+        return f"{self._prefix}{number:05d}"
+
+    # ---- writing: a function for `put` each, called for one leaf after another
+
+    def around(self, leaf: Leaf) -> str:
+        """Around all but blanks at the ends, which a template may trim."""
+        text = leaf.text
+        return self._put(leaf, len(text) - len(text.lstrip()), len(text.rstrip()))
+
+    def inside(self, leaf: Leaf) -> str:
+        """Inside the first and the last word, so that what a template looks for (a tag, a beginning) stays whole."""
+        words = [match.span() for match in _WORD_OR_TAG.finditer(leaf.text) if match[1]]
+        return self._put(leaf, words[0][0] + 1, words[-1][1] - 1) if words else self.nowhere(leaf)
+
+    def nowhere(self, leaf: Leaf) -> str:
+        self._next += 1
+        return leaf.text
+
+    def _put(self, leaf: Leaf, first: int, last: int) -> str:
+        if self._turn not in (None, leaf.turn):
+            return self.nowhere(leaf)
+        begin, end = self._mark(2 * self._next), self._mark(2 * self._next + 1)
+        self._put_now[self._next] = first, last
+        self._next += 1
+        if leaf.is_json:
+            self._several.add(self._next - 1)
+            return spell(_mark_strings(json.loads(leaf.text), begin, end))
+        return f"{leaf.text[:first]}{begin}{leaf.text[first:last]}{end}{leaf.text[last:]}"
+
+    # ---- reading
+
+    def read(self, marked: str) -> bool:
+        """Whether the text is the same but for its marks; if so, where they are is noted."""
+        pieces = self._pattern.split(marked)
+        if "".join(pieces[::2]) != self._text:
+            return False
+        self.generated = []
+        position, begun = 0, 0
+        found: dict[int, tuple[int, int]] = {}
+        open_leaves: set[int] = set()  # a template may write a piece twice: its first place is taken
+        for piece, number in zip(pieces[::2], map(int, pieces[1::2]), strict=False):
+            position += len(piece)
+            leaf, is_end = divmod(number, 2)
+            if leaf == self._count:
+                begun = begun if is_end else position
+                self.generated += [(begun, position)] if is_end else []
+            elif leaf not in found or leaf in self._several or leaf in open_leaves:
+                found[leaf] = found.get(leaf, (position, position))[0], position
+                (open_leaves.discard if is_end else open_leaves.add)(leaf)
+        self.found |= found
+        self._offsets |= self._put_now
+        self.left_out |= self._put_now.keys() - found.keys() - self._several
+        return True
+
+    def after_last(self, marked: str) -> str:
+        return self._pattern.split(marked)[-1]
+
+    def extent(self, number: int, leaf: Leaf, text: str) -> tuple[int, int] | None:
+        """Where a leaf's words are, without blanks at the ends; None where no mark of it was seen."""
+        if number not in self.found:
+            return None
+        first, last = self.found[number]
+        words = leaf.text.strip()
+        start = first - (self._offsets[number][0] - (len(leaf.text) - len(leaf.text.lstrip())))
+        if not leaf.is_json and start >= 0 and text.startswith(words, start):
+            return start, start + len(words)
+        return first, last
+
+    def exact_extents(
+        self, leaves: Sequence[Leaf], extents: Sequence[tuple[int, int] | None], text: str
+    ) -> tuple[tuple[int, int] | None, ...] | None:
+        """Where all that is written of each leaf stands, None for one left out; None altogether where that is open."""
+        exact: list[tuple[int, int] | None] = []
+        for number, (leaf, extent) in enumerate(zip(leaves, extents, strict=True)):
+            if number in self.left_out:
+                exact.append(None)
+                continue
+            if leaf.is_json or extent is None:
+                if text.count(leaf.text) > 1:
+                    return None
+                starts = [text.find(leaf.text)]
+                variants = [leaf.text]
+            else:
+                variants = _variants(leaf.text)
+                blanks = [len(variant) - len(variant.lstrip()) for variant in variants]
+                starts = [extent[0] - num for num in blanks]
+            fitting = (
+                (at, at + len(v)) for at, v in zip(starts, variants, strict=True) if at >= 0 and text.startswith(v, at)
+            )
+            place = next(fitting, None)
+            if place is None and extent is not None:
+                return None
+            exact.append(place)
+        return tuple(exact)
+
+
+def _mark_strings(value: Any, begin: str, end: str) -> Any:
+    if isinstance(value, str) and value.strip():
+        return begin + value + end
+    if isinstance(value, list):
+        return [_mark_strings(item, begin, end) for item in value]
+    if isinstance(value, dict):
+        return {key: _mark_strings(item, begin, end) for key, item in value.items()}
+    return value
+
+
+def _variants(text: str) -> list[str]:
+    """A piece of text as templates may write it: as it is, or with blanks or newlines at its ends trimmed."""
+    if not (text[0].isspace() or text[-1].isspace()):
+        return [text]
+    return [text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How a template writes conversations of one shape: its own words between theirs, and where turns lie in them."""
+
+    literals: tuple[str, ...]  # one more than `order`
+    order: tuple[int, ...]  # leaves as they follow one another in the output
+    turns: tuple[tuple[_Anchor, _Anchor] | None, ...]
+    cuts: tuple[tuple[tuple[_Anchor, int], ...], ...]
+
+    @classmethod
+    def of(cls, text: str, places: Places) -> Shape | None:
+        """None where something found lies within a piece of the conversation, or two of these overlap."""
+        if places.leaves is None:
+            return None
+        there = sorted((place, number) for number, place in enumerate(places.leaves) if place is not None)
+        starts = [0, *(place[1] for place, _ in there)]
+        ends = [*(place[0] for place, _ in there), len(text)]
+        if any(start > end for start, end in zip(starts, ends, strict=True)):
+            return None
+
+        def anchor(place: int) -> _Anchor:
+            index = bisect.bisect_left(ends, place)
+            return index, place - starts[index]
+
+        shape = cls(
+            literals=tuple(text[start:end] for start, end in zip(starts, ends, strict=True)),
+            order=tuple(number for _, number in there),
+            turns=tuple(None if place is None else (anchor(place[0]), anchor(place[1])) for place in places.turns),
+            cuts=tuple(tuple((anchor(cut), part) for cut, part in cuts) for cuts in places.cuts),
+        )
+        anchors = [end for turn in shape.turns if turn is not None for end in turn]
+        anchors += [cut for cuts in shape.cuts for cut, _ in cuts]
+        return shape if all(offset >= 0 for _, offset in anchors) else None
+
+    def places(self, text: str, leaves: Sequence[Leaf]) -> Places | None:
+        """Where turns are in another output of this shape; None where it is not made of these words, to the letter."""
+        literals = self.literals
+        if not text.startswith(literals[0]):
+            return None
+        starts, at = [0], len(literals[0])
+        for index, number in enumerate(self.order, 1):
+            for variant in _variants(leaves[number].text):
+                if text.startswith(variant, at) and text.startswith(literals[index], at + len(variant)):
+                    break
+            else:
+                return None
+            starts.append(at + len(variant))
+            at = starts[-1] + len(literals[index])
+        if at != len(text):
+            return None
+        return Places(
+            turns=tuple(
+                None if turn is None else (starts[turn[0][0]] + turn[0][1], starts[turn[1][0]] + turn[1][1])
+                for turn in self.turns
+            ),
+            cuts=tuple(tuple((starts[cut[0]] + cut[1], part) for cut, part in cuts) for cuts in self.cuts),
+        )
+
+
+def shape_of(turn: Turn) -> tuple[Any, ...]:
+    weighted = any(part.weight is not None for part in turn.parts)
+    return (turn.role, weighted, *((part.kind, None if part.text.strip() else part.text) for part in turn.parts))
