@@ -35,7 +35,7 @@ from mixed_rows import write_rows
 from padding import write_padded_steps
 
 from omniloom.config import Config, load_config
-from omniloom.data.planner import Planner, plan_options
+from omniloom.data.planner import Planner
 from omniloom.data.rows import RowReader
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.rows import open_data, open_rows
@@ -112,7 +112,7 @@ def _plan(config: Config, workshop: Workshop) -> tuple[RowReader, list[StepPlan]
     reader = open_rows(workshop, source, cache=False)()
     planner = Planner(
         num_rows=len(source),
-        options=plan_options(config),
+        config=config,
         measure=lambda rows: reader.measure(rows, {}, lambda row: None),
         locate=source.locate,
     )

@@ -14,19 +14,22 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from omniloom.config import Config
+from omniloom.config import Config, DataConfig, TrainConfig
 from omniloom.data.agreement import PlanningRanks
 from omniloom.data.dataclass_json import from_json, to_json
 from omniloom.data.packing import pack_window, plan_steps
-from omniloom.data.row_order import PlanOptions, PlanPosition, RowOrder
+from omniloom.data.row_order import PlanPosition, RowOrder
 from omniloom.types import BadSample, Extent, PackPlan, PlannedSample, StepPlan
 
 Measure = Callable[[list[int]], list[Extent | BadSample]]
 
-_FREE_OPTIONS = ("steps", "epochs", "max_bad_fraction")  # may change between a checkpoint and its resumption
+_FIXED = {  # keys that decide the plan: they may not change between a checkpoint and its resumption
+    "data": ("pack_tokens", "window", "shuffle", "overlong"),
+    "train": ("packs_per_step", "seed", "loss"),
+}
 _STATE_VERSION = 2
 
 
@@ -36,21 +39,6 @@ class PlanError(ValueError):
     def __init__(self, message: str, bad_rows: tuple[BadSample, ...] = ()) -> None:
         super().__init__(message)
         self.bad_rows = bad_rows
-
-
-def plan_options(config: Config) -> PlanOptions:
-    return PlanOptions(
-        pack_tokens=config.data.pack_tokens,
-        packs_per_step=config.train.packs_per_step,
-        window=config.data.window,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        loss=config.train.loss,
-        overlong=config.data.overlong,
-        max_bad_fraction=config.data.max_bad_fraction,
-        steps=config.train.steps,
-        epochs=config.train.epochs,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +70,15 @@ class Planner:
         self,
         *,
         rows_per_source: Sequence[int],
-        options: PlanOptions,
+        config: Config,
         measure: Measure,
         locate: Callable[[int], tuple[str, int]],
         ranks: PlanningRanks | None = None,
         data_fingerprint: str = "",
         row_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.options = options
-        self.order = RowOrder(rows_per_source, options)
+        self.config = config
+        self.order = RowOrder(rows_per_source, config)
         self.data_fingerprint = data_fingerprint
         self.row_options = dict(row_options or {})
         self._measure = measure
@@ -155,7 +143,7 @@ class Planner:
 
     @property
     def _has_step(self) -> bool:
-        return bool(self._steps) and (self.options.steps is None or self._steps[0].step < self.options.steps)
+        return bool(self._steps) and (self.config.train.steps is None or self._steps[0].step < self.config.train.steps)
 
     @property
     def unreported_bad_rows(self) -> tuple[BadSample, ...]:
@@ -164,8 +152,8 @@ class Planner:
 
     def progress(self, step: StepPlan) -> float:
         """Share of the run that is done after `step`, from 0 to 1."""
-        if self.options.steps is not None:
-            return min(1.0, (step.step + 1) / self.options.steps)
+        if self.config.train.steps is not None:
+            return min(1.0, (step.step + 1) / self.config.train.steps)
         assert self.order.total_rows is not None
         return step.rows_planned / self.order.total_rows
 
@@ -187,7 +175,11 @@ class Planner:
         farewell.join(max(0.0, deadline - time.monotonic()))
 
     def _fixed_options(self) -> dict[str, Any]:
-        fixed = {name: value for name, value in asdict(self.options).items() if name not in _FREE_OPTIONS}
+        fixed = {
+            f"{section}.{key}": getattr(getattr(self.config, section), key)
+            for section, keys in _FIXED.items()
+            for key in keys
+        }
         return {
             "rows_per_source": list(self.order.rows_per_source),
             "data_fingerprint": self.data_fingerprint,
@@ -225,7 +217,7 @@ class Planner:
         samples, bad = self._measure_window(rows, position)
         bad_in_epoch = position.bad_in_epoch + len(bad)
         _judge(
-            self.options,
+            self.config.data,
             bad,
             bad_in_epoch=bad_in_epoch,
             num_rows=len(rows),
@@ -241,17 +233,17 @@ class Planner:
         packs, carried = pack_window(
             [*position.carried, *samples],
             num_carried=len(position.carried),
-            pack_tokens=self.options.pack_tokens,
-            packs_per_step=self.options.packs_per_step,
+            pack_tokens=self.config.data.pack_tokens,
+            packs_per_step=self.config.train.packs_per_step,
             leave_nothing=ends_epoch,
         )
         steps = plan_steps(
             packs,
-            packs_per_step=self.options.packs_per_step,
+            packs_per_step=self.config.train.packs_per_step,
             first_step=position.step,
             rows_before=position.rows_planned + len(bad),
             bad_rows=position.unreported + bad,
-            loss=self.options.loss,
+            loss=self.config.train.loss,
         )
         self._ranks.compare(lambda: [self._fixed_options(), to_json(steps), to_json(carried)])
         after = PlanPosition(
@@ -285,9 +277,9 @@ class Planner:
     def _fit(self, row: int, extent: Extent | BadSample) -> Extent | BadSample:
         if isinstance(extent, BadSample):
             return extent
-        if extent.num_tokens > self.options.pack_tokens:
+        if extent.num_tokens > self.config.data.pack_tokens:
             file, line = self._locate(row)
-            limit = f"more than data.pack_tokens={self.options.pack_tokens}"
+            limit = f"more than data.pack_tokens={self.config.data.pack_tokens}"
             return _Overlong(
                 file=file,
                 line=line,
@@ -307,7 +299,7 @@ class _Overlong(BadSample):
 
 
 def _judge(
-    options: PlanOptions,
+    options: DataConfig,
     bad: tuple[BadSample, ...],
     *,
     bad_in_epoch: int,
@@ -383,10 +375,11 @@ def plan_all(
 
     For evaluation and scoring: no shuffling, token weights, no limit on bad rows.
     """
-    options = PlanOptions(
-        pack_tokens=pack_tokens, packs_per_step=1, window=window, shuffle=False, max_bad_fraction=1.0, epochs=1.0
+    config = Config(
+        data=DataConfig(pack_tokens=pack_tokens, window=window, shuffle=False, max_bad_fraction=1.0),
+        train=TrainConfig(packs_per_step=1, epochs=1.0),
     )
-    planner = Planner(rows_per_source=(num_rows,), options=options, measure=measure, locate=locate, ranks=ranks)
+    planner = Planner(rows_per_source=(num_rows,), config=config, measure=measure, locate=locate, ranks=ranks)
     packs: list[PackPlan] = []
     bad: list[BadSample] = []
     while (step := planner.next_step()) is not None:

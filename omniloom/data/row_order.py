@@ -4,7 +4,7 @@ A function of the sources' sizes, the seed and the options; knows no row's conte
 an order and a cursor of its own: an epoch mixes them in proportion to their sizes, so that a source's next row does not
 depend on how far the others are.
 
-Windows have `PlanOptions.window` rows; the first three of a run have an eighth, a quarter and half of that, so that
+Windows have `data.window` rows; the first three of a run have an eighth, a quarter and half of that, so that
 training starts at once.
 """
 
@@ -13,30 +13,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
 
 import numpy as np
 from numpy import int64
 from numpy.typing import NDArray
 
+from omniloom.config import Config
 from omniloom.types import BadSample, PlannedSample
 
 _FIRST_WINDOWS = (8, 4, 2)  # divisors of the window size for the first windows of a run
 _LEAST_WINDOW = 64  # rows, unless the window itself is smaller: fewer say nothing about the share of bad ones
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    pack_tokens: int
-    packs_per_step: int
-    window: int = 2048  # rows
-    seed: int = 0
-    shuffle: bool = True
-    loss: Literal["token", "sample", "sqrt", "batch"] = "token"
-    overlong: Literal["drop", "shrink", "error"] = "drop"  # "shrink" is done by `measure`; what stays too long drops
-    max_bad_fraction: float = 0.05
-    steps: int | None = None
-    epochs: float | None = None  # one epoch where `steps` is not set either
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,22 +54,22 @@ class _EpochOrder:
 class RowOrder:
     """The rows of every window of a run. Row numbers count through all sources, one after another."""
 
-    def __init__(self, rows_per_source: Sequence[int], options: PlanOptions) -> None:
+    def __init__(self, rows_per_source: Sequence[int], config: Config) -> None:
         self.rows_per_source = tuple(rows_per_source)
         self.num_rows = sum(rows_per_source)
         if self.num_rows < 1:
             raise ValueError("data.train: expected at least one row, got none; name a file that has samples")
-        self._options = options
+        self._config = config
         self._starts = [0, *accumulate(rows_per_source)]
-        epochs = options.epochs or 1.0
-        self.total_rows = None if options.steps is not None else round(epochs * self.num_rows)
+        epochs = config.train.epochs or 1.0
+        self.total_rows = None if config.train.steps is not None else round(epochs * self.num_rows)
         if self.total_rows == 0:
             raise ValueError(f"train.epochs: {epochs:g} epochs of {self.num_rows} rows are not one row; raise it")
         self._cached: _EpochOrder | None = None
 
     def at_end(self, position: PlanPosition) -> bool:
-        if self._options.steps is not None:
-            return position.step >= self._options.steps
+        if self._config.train.steps is not None:
+            return position.step >= self._config.train.steps
         return position.num_read >= self.epoch_rows(position.epoch)
 
     def epoch_rows(self, epoch: int) -> int:
@@ -94,7 +80,7 @@ class RowOrder:
 
     def next_window(self, position: PlanPosition) -> tuple[list[int], tuple[int, ...]]:
         """The rows of the window that begins at a position, and the sources' cursors after it."""
-        size = self._options.window
+        size = self._config.data.window
         if position.window < len(_FIRST_WINDOWS):
             size = max(size // _FIRST_WINDOWS[position.window], min(size, _LEAST_WINDOW))
         start = position.num_read
@@ -115,8 +101,8 @@ class RowOrder:
 
     def _epoch_order(self, epoch: int) -> _EpochOrder:
         if self._cached is None or self._cached.epoch != epoch:
-            seed, sizes = self._options.seed, self.rows_per_source
-            if not self._options.shuffle:
+            seed, sizes = self._config.train.seed, self.rows_per_source
+            if not self._config.data.shuffle:
                 self._cached = _EpochOrder(
                     epoch=epoch, source_of=None, rows_of=tuple(np.arange(size, dtype=np.int64) for size in sizes)
                 )

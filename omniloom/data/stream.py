@@ -88,7 +88,7 @@ class StepStream:
         clips_of: Callable[[PackPlan], frozenset[tuple[int, int]] | None] = lambda _: None,
         stage: Callable[[PackedBatch], PackedBatch] = lambda batch: batch,
     ) -> None:
-        warning = check_pack_counts(planner.options.packs_per_step, data_world)
+        warning = check_pack_counts(planner.config.train.packs_per_step, data_world)
         if warning is not None and data_rank == 0:
             _log.warning("%s", warning)
         self._planner = planner
@@ -101,7 +101,7 @@ class StepStream:
         self._budget = _FailureBudget(planner)
         self._state = planner.state
         self._stop = threading.Event()
-        packs_per_rank = -(-planner.options.packs_per_step // data_world)
+        packs_per_rank = -(-planner.config.train.packs_per_step // data_world)
         self._depth = 1 + max(1, -(-prefetch_packs // packs_per_rank))  # steps being loaded
         self._ready: queue.Queue[_Ready | BaseException | None] = queue.Queue(maxsize=1)
         self._thread: threading.Thread | None = None
@@ -239,7 +239,7 @@ class StepStream:
         except RuntimeError as broken:  # the exchange itself: a rank is gone
             return cause or broken
         assert isinstance(item, _Planned)
-        agreement, kept = settle(item.plan, packs, gathered, pack_means=self._planner.options.loss == "batch")
+        agreement, kept = settle(item.plan, packs, gathered, pack_means=self._planner.config.train.loss == "batch")
         kept = tuple(replace(pack, batch=self._stage(pack.batch)) for pack in kept)
         return _Ready(plan=item.plan, state=item.state, packs=kept, agreement=agreement)
 
@@ -256,8 +256,8 @@ class _FailureBudget:
     """Stops the run where too many samples fail after planning, by the same rule as bad rows of a window."""
 
     def __init__(self, planner: Planner) -> None:
-        self._share = planner.options.max_bad_fraction
-        self._window = planner.options.window
+        self._share = planner.config.data.max_bad_fraction
+        self._window = planner.config.data.window
         self._num_samples = 0
         self._num_failed = 0
 

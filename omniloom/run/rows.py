@@ -17,7 +17,7 @@ from omniloom.data.loader import Loader
 from omniloom.data.media_decode import decode_clip
 from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import read_header
-from omniloom.data.planner import Planner, plan_options
+from omniloom.data.planner import Planner
 from omniloom.data.rows import RowReader, SourceReader
 from omniloom.data.sources import Sources, open_sources
 from omniloom.data.stream import BadSampleFile, StepStream
@@ -231,7 +231,7 @@ def open_planner(workshop: Workshop, layout: Layout, rows: Sources, loader: Load
     """The planner of a run's training rows, measured by `loader`."""
     return Planner(
         rows_per_source=rows.sizes,
-        options=plan_options(workshop.config),
+        config=workshop.config,
         measure=loader.measure,
         locate=rows.locate,
         data_fingerprint=rows.fingerprint,

@@ -15,7 +15,7 @@ import torch
 from omniloom.config import Config, ParallelConfig, config_from_words
 from omniloom.data.formats import describe_format
 from omniloom.data.loader import Loader
-from omniloom.data.planner import Planner, check_pack_counts, plan_options
+from omniloom.data.planner import Planner, check_pack_counts
 from omniloom.data.rows import SourceReader, clips_of
 from omniloom.data.sources import Sources
 from omniloom.run.directory import check_start, find_finished
@@ -130,7 +130,7 @@ def show_plan(words: Sequence[str], num_steps: int) -> None:
     with _loader(config, workshop, source) as loader:
         planner = Planner(
             rows_per_source=source.sizes,
-            options=plan_options(config),
+            config=config,
             measure=loader.measure,
             locate=source.locate,
             data_fingerprint=source.fingerprint,

@@ -10,7 +10,7 @@ import torch
 
 from omniloom.config import config_to_dict, load_config
 from omniloom.data.loader import Loader
-from omniloom.data.planner import Planner, plan_options
+from omniloom.data.planner import Planner
 from omniloom.data.sources import open_sources
 from omniloom.data.stream import StepStream
 from omniloom.run.opening import open_workshop
@@ -43,9 +43,7 @@ def load_all(checkpoint: Path, files: list[Path], run_dir: Path, *words: str) ->
     source = open_sources(config.data.train)
     open_reader = open_rows(open_workshop(config), source)
     loader = Loader(open_reader, workers=config.data.workers)
-    planner = Planner(
-        rows_per_source=source.sizes, options=plan_options(config), measure=loader.measure, locate=source.locate
-    )
+    planner = Planner(rows_per_source=source.sizes, config=config, measure=loader.measure, locate=source.locate)
     with StepStream(planner, loader) as stream:
         return list(stream)
 

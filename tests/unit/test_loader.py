@@ -21,7 +21,6 @@ from omniloom.data.agreement import PlanningRanks, RanksStopped, agree
 from omniloom.data.extent_cache import ExtentCache, extent_key, fingerprint_of
 from omniloom.data.loader import Loader
 from omniloom.data.planner import PlanError, Planner
-from omniloom.data.row_order import PlanOptions
 from omniloom.data.rows import RowFault, RowReader, SourceReader
 from omniloom.data.sources import Sources
 from omniloom.data.stream import BadSampleFile, StepStream
@@ -49,6 +48,7 @@ from omniloom.types import (
     VisionBatch,
     VisionClip,
 )
+from tests.plan_config import plan_config
 
 PACK_TOKENS = 256
 NUM_ROWS = 120
@@ -170,7 +170,7 @@ def sample(row: int, rows: RowReader | None = None) -> PlannedSample:
 def make_stream(loader: Loader, *, state=None, bad_samples=None, **changes) -> StepStream:
     options = {"pack_tokens": PACK_TOKENS, "packs_per_step": 4, "window": 64, "max_bad_fraction": 0.5, **changes}
     planner = Planner(
-        rows_per_source=(NUM_ROWS,), options=PlanOptions(**options), measure=loader.measure, locate=Numbers().locate
+        rows_per_source=(NUM_ROWS,), config=plan_config(**options), measure=loader.measure, locate=Numbers().locate
     )
     if state is not None:
         planner.load_state_dict(state)
@@ -543,7 +543,7 @@ def run_ranks(
         options = {"pack_tokens": PACK_TOKENS, "window": 64, "max_bad_fraction": 0.5, "epochs": 1.0, **changes}
         planner = Planner(
             rows_per_source=(NUM_ROWS,),
-            options=PlanOptions(packs_per_step=packs_per_step, **options),
+            config=plan_config(packs_per_step=packs_per_step, **options),
             measure=loader.measure,
             locate=Numbers().locate,
             ranks=PlanningRanks(exchange=meeting.exchange("plan", rank), rank=rank, world_size=world_size),

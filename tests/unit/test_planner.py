@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omniloom.config import Config
 from omniloom.data.agreement import PlanningRanks, RanksStopped
 from omniloom.data.planner import (
     PlanError,
@@ -15,8 +16,9 @@ from omniloom.data.planner import (
     check_pack_counts,
     plan_all,
 )
-from omniloom.data.row_order import PlanOptions, PlanPosition, RowOrder, shuffled_rows
+from omniloom.data.row_order import PlanPosition, RowOrder, shuffled_rows
 from omniloom.types import BadSample, ClipGeometry, Extent
+from tests.plan_config import plan_config
 
 
 def extent_of(row: int, longest: int = 900) -> Extent:
@@ -39,12 +41,12 @@ def measure_all(rows):
     return [extent_of(row) for row in rows]
 
 
-def options(**changes) -> PlanOptions:
-    return PlanOptions(**{"pack_tokens": 1024, "packs_per_step": 4, "window": 128, "epochs": 1.0, **changes})
+def options(**changes) -> Config:
+    return plan_config(**{"pack_tokens": 1024, "packs_per_step": 4, "window": 128, "epochs": 1.0, **changes})
 
 
 def make(num_rows=400, measure=measure_all, **changes) -> Planner:
-    return Planner(rows_per_source=(num_rows,), options=options(**changes), measure=measure, locate=locate)
+    return Planner(rows_per_source=(num_rows,), config=options(**changes), measure=measure, locate=locate)
 
 
 def drain(planner: Planner, limit: int = 10_000) -> list:
@@ -83,7 +85,7 @@ def plan_on_ranks(world_size: int, measures, **changes) -> list:
     def run(rank: int) -> None:
         planner = Planner(
             rows_per_source=(400,),
-            options=options(**changes),
+            config=options(**changes),
             measure=measures[rank],
             locate=locate,
             ranks=PlanningRanks(exchange=meeting.exchange(rank), rank=rank, world_size=world_size),
@@ -140,7 +142,7 @@ def test_ranks_that_measure_differently_by_chance_of_environment_fail_loudly():
     def run(rank):
         planner = Planner(
             rows_per_source=(400,),
-            options=options(),
+            config=options(),
             measure=measure_all,
             locate=locate,
             ranks=PlanningRanks(exchange=exchanges[rank], rank=rank, world_size=2),
@@ -211,7 +213,7 @@ def test_lowered_epochs_end_the_run():
 def test_each_source_has_an_order_and_a_cursor_of_its_own():
     """What a source gives next depends neither on the other sources nor on how far they are."""
     alone = [row for _, row in rows_of(drain(make(300, epochs=2.0, shuffle=True)))]
-    planner = Planner(rows_per_source=(300, 100), options=options(epochs=2.0), measure=measure_all, locate=locate)
+    planner = Planner(rows_per_source=(300, 100), config=options(epochs=2.0), measure=measure_all, locate=locate)
     mixed = rows_of(drain(planner))
     assert sorted(mixed) == [(epoch, row) for epoch in range(2) for row in range(400)]
     order, after = RowOrder((300, 100), options(window=128)), PlanPosition(window=5)
@@ -276,7 +278,7 @@ def test_resume_names_the_options_that_changed_what_rows_become():
     def run(fingerprint="rows", **row_options) -> Planner:
         return Planner(
             rows_per_source=(400,),
-            options=options(),
+            config=options(),
             measure=measure_all,
             locate=locate,
             data_fingerprint=fingerprint,
