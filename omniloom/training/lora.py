@@ -128,8 +128,9 @@ class LoraExperts(nn.Module):
             return out
         lora_a, lora_b = getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
         lora_a, lora_b = lora_a.to(rows.dtype), lora_b.to(rows.dtype)
-        low: Tensor = self.product(self.product(self.dropouts[name](rows, draw_key), lora_a, offsets), lora_b, offsets)
-        return out + self.scalings[name] * low
+        low: Tensor = self.product(self.dropouts[name](rows, draw_key), lora_a, offsets)
+        # scaled while it is narrow, and added in place: passes over all rows at full width cost as much as products
+        return out.add_(self.product(self.scalings[name] * low, lora_b, offsets))
 
 
 def choose_adapted(
