@@ -103,8 +103,8 @@ def turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
     out = torch.empty_like(heads, memory_format=torch.contiguous_format)
     low, high = out.chunk(2, dim=-1)
-    low.copy_(torch.addcmul(first * cos, second, sin, value=-1))  # not `out=`, which compilers refuse for such a view
-    high.copy_(torch.addcmul(second * cos, first, sin))
+    torch.addcmul(first * cos, second, sin, value=-1, out=low)
+    torch.addcmul(second * cos, first, sin, out=high)
     return out
 
 
