@@ -63,7 +63,7 @@ def option_words(kind: MediaKind, options: ClipOptions) -> dict[str, Any]:
 
 def _number(value: Any, field: str, name: str) -> float | int:
     least = "0 or more" if name == "start_seconds" else "more than 0"
-    shown = str(value)[:60]
+    shown = repr(value)[:60]
     fits = not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < 1e18
     if not fits or (not value and name != "start_seconds"):
         raise SampleError(field, f"expected a number, {least}, got {shown}")
