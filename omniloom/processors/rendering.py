@@ -169,10 +169,10 @@ class TurnFinder:
         self.template = template
         self._trains_empty_think = trains_empty_think
         self._end_of_turn = end_of_turn
-        self._opening, self.ending = self._find_frame()
+        self._openings, self.ending = self._find_frame()
 
-    def _find_frame(self) -> tuple[str, str]:
-        """What an answer follows, and what ends it, as the template writes them around words of ours."""
+    def _find_frame(self) -> tuple[list[str], str]:
+        """What an answer follows, with its own first lines, and what ends it, as written around words of ours."""
         question, answer = "7310561", "7310569"
         roles: tuple[Role, ...] = ("system", "user", "assistant")
         turns = tuple(
@@ -193,7 +193,8 @@ class TurnFinder:
             opening = before.removeprefix(after) if after.strip() else before
         end = self._end_of_turn
         ending = after[: after.index(end) + len(end)] if end and end in after else after.rstrip()
-        return opening, ending
+        lines = {opening, *(opening[: match.end()] for match in re.finditer(r"\n|(?=<think>)", opening))}
+        return [line for line in lines if line.strip() and (line == opening or line not in asked)], ending
 
     def _write(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> str:
         return self.template.write(
@@ -275,13 +276,12 @@ class TurnFinder:
         return Places(turns=tuple(found), cuts=tuple(cuts))
 
     def _opened(self, text: str, start: int, end: int) -> int | None:
-        """Where an answer begins between two places: past its opening, or past the lines of it that are there."""
-        lines = [match.end() for match in re.finditer(r"\n|(?=<think>)", self._opening)]
-        for length in (len(self._opening), *reversed(lines)):
-            opening = self._opening[:length]
-            if opening.strip() and (at := text.find(opening, start, end)) >= 0:
-                return at + length
-        return None
+        """Where the first answer between two places begins: past its opening, or past the lines of it that are there.
+
+        An answer without words ends nowhere that is known, so there may be others before `end`.
+        """
+        found = [(at, -len(opening)) for opening in self._openings if (at := text.find(opening, start, end)) >= 0]
+        return min(found)[0] - min(found)[1] if found else None
 
     def _length_of_ending(self, rest: str, turns: Sequence[Turn], tools: Sequence[Any]) -> int:
         """How much of what follows an answer's last word, up to the next turn's first, still belongs to the answer."""

@@ -583,6 +583,18 @@ def test_built_in_templates_are_named_and_those_of_other_families_refused(tmp_pa
     assert made.render(HELLO).text == oracle(THINKING, HELLO)
 
 
+IMAGE_ALONE = ("user", [Part(kind="image", media=MediaSource(path="x"))])
+
+
+@pytest.mark.parametrize("between", [(), (("user", ""),), (IMAGE_ALONE,)], ids=["nothing", "no words", "an image"])
+def test_an_answer_without_words_is_not_taken_for_a_later_one_that_opens_thinking(between):
+    text = trained(ALTERED["opens thinking"][0], say(("user", "q"), ("assistant", ""), *between, ("assistant", "b")))
+    opening = "<|im_start|>assistant\n"
+    assert f"q<|im_end|>\n{opening}‹<|im_end|>›\n" in text
+    assert text.endswith(f"{opening}<think>\n‹\n</think>\n\nb<|im_end|>›\n")
+    assert text.count("‹") == 2
+
+
 def test_a_turn_that_shows_no_marks_hides_no_other():
     call = Part(kind="tool_call", text='{"name": "f", "arguments": {}}')
     answers = (("assistant", "<|im_end|>"), ("assistant", [Part(kind="text", text="x<think>b</think>"), call]))
