@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.families.registry import find_spec
 from omniloom.families.spec import COMPONENTS
+from omniloom.ops.rotary import Rotary
 from omniloom.types import Kernels
 from tests.parity import builders
 
@@ -259,7 +260,9 @@ def test_fewer_heads_in_the_weights_are_fewer_heads_in_the_layer():
     attention = SPEC.build(SPEC.read_config(config_json)).text.layers["0"].attention
     batch = builders.pack([], config_json, num_tokens=6)
     hidden = torch.randn(6, text["hidden_size"], generator=torch.Generator().manual_seed(0))
-    whole = attention(hidden, None, batch.segments)
+    angles = torch.arange(6.0)[:, None] * torch.ones(attention.head_dim // 2)
+    rotary = Rotary(cos=angles.cos(), sin=angles.sin())
+    whole = attention(hidden, rotary, batch.segments)
     total = torch.zeros_like(whole)
     for half in range(2):
         shard = copy.deepcopy(attention)
@@ -267,7 +270,7 @@ def test_fewer_heads_in_the_weights_are_fewer_heads_in_the_layer():
             linear = getattr(shard, name)
             linear.weight = torch.nn.Parameter(linear.weight.detach().chunk(2, dim=0)[half])
         shard.o_proj.weight = torch.nn.Parameter(shard.o_proj.weight.detach().chunk(2, dim=1)[half])
-        total = total + shard(hidden, None, batch.segments)
+        total = total + shard(hidden, rotary, batch.segments)
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-6)
 
 
