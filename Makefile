@@ -5,6 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+PARALLEL := -n 2 --dist loadfile  # two processes; the tests of one file share what they build
 
 .PHONY: test test-full demo lint setup clean
 
@@ -23,10 +24,10 @@ lint: setup
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not full"
 
 test-full: setup
-	$(BIN)/python -m pytest -m full
+	$(BIN)/python -m pytest $(PARALLEL) -m full
 
 demo: setup
 	$(BIN)/omniloom demo
