@@ -88,7 +88,7 @@ def smallest_router_gap(model: OmniModel, batch: PackedBatch) -> float:
     gaps = [float("inf")]
 
     def record(router, _, outputs):
-        count = router.choose.num_experts_per_tok
+        count = router.num_experts_per_tok
         if count < outputs[0].shape[1]:
             ranked = outputs[0][~batch.is_padding].sort(dim=-1, descending=True).values
             gaps.append(float((ranked[:, count - 1] - ranked[:, count]).min()))

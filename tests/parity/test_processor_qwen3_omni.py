@@ -420,7 +420,7 @@ def test_image_patches_are_those_of_the_published_image_processor(checkpoint, pr
         temporal_patch_size=2,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
-        size={"shortest_edge": OPTIONS.image_min_pixels, "longest_edge": OPTIONS.image_max_pixels},
+        size={"shortest_edge": OPTIONS.image.min_pixels, "longest_edge": OPTIONS.image.max_pixels},
     )
     conversation = one_turn(Part(kind="image", media=MediaSource(path="x")))
     for width, height in ((64, 64), (130, 77), (33, 190)):

@@ -14,7 +14,7 @@ from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.layers import LayerCall
 from omniloom.parallel import collectives  # noqa: F401  defines two of the operations
 from omniloom.parallel.recompute import COSTLY, ROUTING, RecomputingCall, activations_on_host, recompute_layers
-from omniloom.types import MediaRows
+from omniloom.types import TowerRows
 from tests.parity import builders
 
 
@@ -108,7 +108,7 @@ def test_layers_with_experts_recompute_compiled_and_not(how: str | int, compiled
         model.zero_grad()
         rows = hidden.clone().requires_grad_()
         batch_of_words = dataclasses.replace(batch, is_padding=is_padding, loss_scales={"router": 0.5})
-        out, _, _ = model.text.run_layers(rows, batch_of_words, MediaRows(vision=None, deepstack=(), audio=None))
+        out, _, _ = model.text.run_layers(rows, batch_of_words, TowerRows(vision=None, deepstack=(), audio=None))
         out.square().sum().backward()
         return [rows.grad, *(p.grad for p in model.text.layers.parameters())]
 
