@@ -195,8 +195,10 @@ def _samples_of(container: InputContainer, stream: AudioStream) -> Callable[[Pac
         return lambda packet: _opus_samples(bytes(packet))
     if bytes_each := pcm_frame_bytes(stream):
         return lambda packet: packet.size // bytes_each
+    if codec == "flac":
+        return lambda packet: _flac_samples(bytes(packet))
     by_sample = stream.time_base == Fraction(1, rate) if rate > 0 else False
-    if codec in ("flac", "alac") and by_sample and container.format.name.startswith("mov"):
+    if codec == "alac" and by_sample and container.format.name.startswith("mov"):
         return lambda packet: packet.duration or 0
     return None
 
@@ -208,6 +210,20 @@ def pcm_frame_bytes(stream: AudioStream) -> int:
         return context.channels
     bits = codec.removeprefix("pcm_")[1:].rstrip("lebp") if codec.startswith(("pcm_s", "pcm_u", "pcm_f")) else ""
     return int(bits) // 8 * context.channels if bits.isdecimal() else 0
+
+
+def _flac_samples(packet: bytes) -> int:
+    """Samples of one frame. Source: RFC 9639, section 9.1: sync, sizes, a number coded like UTF-8, the odd size."""
+    if len(packet) < 7:
+        return 0
+    code = packet[2] >> 4
+    if code >= 8:
+        return 256 << (code - 8)
+    if code < 6:
+        return 192 if code == 1 else 576 << (code - 2)
+    coded = 8 - (packet[4] ^ 0xFF).bit_length()  # bytes of the number: leading ones, none meaning one
+    place = 4 + max(coded, 1)
+    return int.from_bytes(packet[place : place + code - 5], "big") + 1
 
 
 def _opus_samples(packet: bytes) -> int:
