@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from omniloom.families.decoder import DecoderConfig
 from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
 from omniloom.models.audio import AudioTowerConfig, audio_batch
-from omniloom.models.decoder import DecoderConfig
 from omniloom.models.vision import VisionTowerConfig, vision_batch
 from omniloom.types import PackedBatch, Segments, VisionClip
 
@@ -123,9 +123,7 @@ def make_pack(
         loss_index=torch.arange(num_tokens),
         position_ids=(torch.arange(num_tokens) % SAMPLE_TOKENS).expand(3, -1).contiguous(),
         is_padding=torch.zeros(num_tokens, dtype=torch.bool),
-        segments=Segments(
-            cu_seqlens=torch.arange(0, num_tokens + 1, SAMPLE_TOKENS, dtype=torch.int32), max_length=SAMPLE_TOKENS
-        ),
+        segments=Segments.from_lengths([SAMPLE_TOKENS] * (num_tokens // SAMPLE_TOKENS)),
         vision=vision_batch(clips, config.vision),
         audio=audio_batch([], config.audio),
     )

@@ -292,8 +292,8 @@ def measure_encoding(rank: int, port: int, size: Size, parallel: dict, with_pool
         share = encode_share(model, pack, layout, pool)
         synchronize(layout.device)
         own_seconds, wall = time.thread_time() - own, time.perf_counter() - begin
-    bounds = share.media.vision.segments.cu_seqlens.cpu().numpy().astype(np.int64)
-    lengths = np.diff(np.unique(bounds))[:-1]  # without the null segment
+    bounds = share.media.vision.segments.bounds
+    lengths = np.diff(bounds)[:-1]  # without the null segment
     encoded = Encoded(
         segment_cost=int((lengths + lengths * lengths // ATTENTION_SCALE).sum()),
         num_clips=2 if rank == 0 else 0,

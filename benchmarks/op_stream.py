@@ -24,6 +24,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -272,7 +273,7 @@ def _segments(batch: PackedBatch) -> dict[tuple[int, int], list[int]]:
         sources.append(batch.audio.segments)
     for segments in sources:
         if segments is not None:
-            lengths = [length for length in segments.cu_seqlens.diff().tolist() if length]
+            lengths = [high - low for low, high in pairwise(segments.bounds)]
             key = (sum(lengths), segments.cu_seqlens.shape[0])
             assert found.get(key, lengths) == lengths, f"two kinds of segments look alike: {key}"
             found[key] = lengths

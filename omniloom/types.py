@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 if TYPE_CHECKING:  # the config and the command line import this file before it is known that torch is needed
@@ -364,13 +365,25 @@ class Processor(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Segments:
-    """Bounds of the independent stretches of a packed dimension.
+    """Bounds of the independent stretches of a packed dimension, on the device and, for who cannot wait for it, here.
 
     `cu_seqlens` may be longer than the number of segments: its tail repeats the last bound (empty segments).
     """
 
     cu_seqlens: Tensor  # int32 [S + 1], from 0 to the packed length
+    bounds: tuple[int, ...]  # the same on the host, without empty segments: rising from 0 to the packed length
     max_length: int
+
+    @staticmethod
+    def from_lengths(lengths: Iterable[int], *, num_bounds: int = 0) -> Segments:
+        """Segments of these lengths, empty ones left out; `num_bounds` is the least length of `cu_seqlens`."""
+        import torch  # whoever has segments has it
+
+        kept = [length for length in lengths if length]
+        bounds = tuple(accumulate(kept, initial=0))
+        filling = [bounds[-1]] * (num_bounds - len(bounds))
+        cu_seqlens = torch.tensor([*bounds, *filling], dtype=torch.int32)
+        return Segments(cu_seqlens=cu_seqlens, bounds=bounds, max_length=max(kept, default=0))
 
 
 @dataclass(frozen=True, kw_only=True)

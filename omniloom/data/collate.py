@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -165,12 +165,8 @@ def _segment_lengths(example: Example | FailedSlot) -> tuple[int, ...]:
 
 
 def _segments(lengths: list[int], pack_tokens: int) -> Segments:
-    starts = list(accumulate(lengths, initial=0))
-    bounds = starts if starts[-1] == pack_tokens else [*starts, pack_tokens]
-    longest = max(end - start for start, end in pairwise(bounds))
-    cu_seqlens = torch.full((num_bounds(len(bounds) - 1),), pack_tokens, dtype=torch.int32)
-    cu_seqlens[: len(bounds)] = torch.tensor(bounds, dtype=torch.int32)
-    return Segments(cu_seqlens=cu_seqlens, max_length=longest)
+    filled = [*lengths, pack_tokens - sum(lengths)]
+    return Segments.from_lengths(filled, num_bounds=num_bounds(len([length for length in filled if length])))
 
 
 def check_example(example: Example, num_tokens: int) -> str | None:

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from omniloom.families.decoder import DecoderConfig
 from omniloom.models.audio import AudioTowerConfig
-from omniloom.models.decoder import DecoderConfig
 from omniloom.models.layers import ACTIVATIONS
 from omniloom.models.vision import VisionTowerConfig
 from omniloom.ops.rotary import SectionLayout

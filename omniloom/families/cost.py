@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from omniloom.families.decoder import DecoderConfig
 from omniloom.models.audio import AudioTowerConfig
-from omniloom.models.decoder import DecoderConfig
 from omniloom.models.vision import VisionTowerConfig
 from omniloom.types import ClipGeometry
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from omniloom.families.decoder import DecoderConfig
 from omniloom.keymap import Rule, Tied
-from omniloom.models.decoder import DecoderConfig
 
 
 def linears(published: str, ours: str, names: Mapping[str, str], *, bias: bool) -> list[Rule]:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from omniloom.families.decoder import DecoderConfig, make_decoder
 from omniloom.families.sharding import standard_sharding
 from omniloom.keymap import KeyMap
-from omniloom.models.audio import AudioTowerConfig
-from omniloom.models.decoder import DecoderConfig
-from omniloom.models.fusion import OmniModel, compose
-from omniloom.models.vision import VisionTowerConfig
+from omniloom.models.audio import AudioTower, AudioTowerConfig
+from omniloom.models.decoder import Decoder
+from omniloom.models.fusion import OmniModel
+from omniloom.models.vision import VisionTower, VisionTowerConfig
 from omniloom.sharding import ShardingPlan
 from omniloom.types import Kernels
 
@@ -54,6 +55,7 @@ class ModelSpec:
     reduce_config: ReduceConfig  # config.json of fewer layers
     key_map: Callable[[Any], KeyMap]
     make_processor: Callable[..., ChatProcessor]  # of (checkpoint_dir, config, options)
+    make_decoder: Callable[..., Decoder] = make_decoder  # of (config.text, kernel=, loss_chunk_tokens=)
 
     def build(
         self,
@@ -63,14 +65,18 @@ class ModelSpec:
         kernels: Kernels | None = None,
         loss_chunk_tokens: int | None = None,
     ) -> OmniModel:
-        """The model out of the shared parts, with the towers of `modalities`; None builds all that the family has."""
-        return compose(
-            vision=config.vision,
-            audio=config.audio,
-            text=config.text,
-            modalities=self.modalities if modalities is None else modalities,
-            kernels=kernels,
-            loss_chunk_tokens=loss_chunk_tokens,
+        """The model on the current default device, weights not yet read, with the towers of `modalities`.
+
+        None builds all that the family has.
+        """
+        wanted = self.modalities if modalities is None else modalities
+        kernels = kernels or Kernels()
+        sees, hears = "image" in wanted or "video" in wanted, "audio" in wanted
+        audio = config.audio if hears else None
+        return OmniModel(
+            vision=VisionTower(config.vision, kernel=kernels.vision) if sees else None,
+            audio=None if audio is None else AudioTower(audio, kernel=kernels.audio),
+            text=self.make_decoder(config.text, kernel=kernels.text, loss_chunk_tokens=loss_chunk_tokens),
         )
 
     def component_of(self, parameter_name: str) -> str:

@@ -1,96 +1,49 @@
 """The text decoder: embedding, layers, loss head, and where media rows enter.
 
 Cuttable: `embed`, `layers` (keyed by global index) and `loss_head` may each be absent, as a pipeline stage has it;
-`forward` composes what is there and parameter names never change. Family configs decide dims; nothing here reads a
-checkpoint or knows a rank.
+`forward` composes what is there and parameter names never change. Families make the layers, of whatever kind; nothing
+here reads a checkpoint or knows a rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from omniloom.models.layers import Attention, GatedMLP, LayerCall, Linear, RMSNorm
-from omniloom.models.moe import MoE
+from omniloom.models.layers import LayerCall, Linear, RMSNorm
 from omniloom.ops.auxiliary_loss import attach_loss
 from omniloom.ops.cross_entropy import linear_cross_entropy
-from omniloom.ops.rotary import Rotary, SectionLayout, multimodal_rotary
-from omniloom.types import ROUTER, TEXT, Kernel, LossTerms, PackedBatch, Segments, TowerRows
+from omniloom.ops.rotary import Rotary
+from omniloom.types import ROUTER, TEXT, LossTerms, PackedBatch, Segments, TowerRows
 
 Want = Literal["loss", "logits", "best_tokens"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Dims of a decoder, named as in Hugging Face configs."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_act: str
-    rms_norm_eps: float
-    attention_biases: tuple[bool, bool, bool, bool]  # q, k, v, output
-    qk_norm: bool
-    rope_theta: float
-    mrope_section: tuple[int, int, int]
-    mrope_layout: SectionLayout
-    tie_word_embeddings: bool
-    num_experts: int = 0
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0
-    norm_topk_prob: bool = True
-    decoder_sparse_step: int = 1
-    mlp_only_layers: tuple[int, ...] = ()
-
-    def is_moe(self, layer: int) -> bool:
-        sparse = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
-        return sparse and layer not in self.mlp_only_layers
-
-    @property
-    def num_moe_layers(self) -> int:
-        return sum(self.is_moe(layer) for layer in range(self.num_hidden_layers))
-
-
 class DecoderLayer(nn.Module):
-    """norm, attention, add; norm, feed-forward or experts, add."""
+    """norm, attention, add; norm, feed-forward or experts, add.
 
-    def __init__(self, config: DecoderConfig, layer: int, kernel: Kernel) -> None:
+    `attention` is anything that takes (hidden, rotary, segments, draw_key) to rows of the same width: what mixes the
+    tokens of a segment. One of `mlp`, as `GatedMLP`, and `moe`, as `MoE`.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        norm_eps: float,
+        attention: nn.Module,
+        mlp: nn.Module | None = None,
+        moe: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            biases=config.attention_biases,
-            qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
-            causal=True,
-            kernel=kernel,
-        )
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp, self.moe = None, None
-        if config.is_moe(layer):
-            self.moe = MoE(
-                hidden_size=config.hidden_size,
-                intermediate_size=config.moe_intermediate_size,
-                activation=config.hidden_act,
-                num_experts=config.num_experts,
-                num_experts_per_tok=config.num_experts_per_tok,
-                norm_topk_prob=config.norm_topk_prob,
-            )
-        else:
-            self.mlp = GatedMLP(
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                activation=config.hidden_act,
-            )
+        assert (mlp is None) != (moe is None), "a layer has a feed-forward or experts"
+        self.attention_norm = RMSNorm(hidden_size, norm_eps)
+        self.attention = attention
+        self.mlp_norm = RMSNorm(hidden_size, norm_eps)
+        self.mlp, self.moe = mlp, moe
 
     def forward(
         self, hidden: Tensor, rotary: Rotary, segments: Segments, is_padding: Tensor, draw_key: int | None = None
@@ -121,10 +74,10 @@ class CrossEntropy(nn.Module):
 class LossHead(nn.Module):
     """The last norm, the head and the loss: one module, so that the head is gathered once for all chunks."""
 
-    def __init__(self, config: DecoderConfig, chunk_tokens: int | None) -> None:
+    def __init__(self, *, vocab_size: int, hidden_size: int, norm_eps: float, chunk_tokens: int | None) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.norm = RMSNorm(hidden_size, norm_eps)
+        self.head = Linear(hidden_size, vocab_size, bias=False)
         self.cross_entropy = CrossEntropy(chunk_tokens)
 
     def forward(
@@ -142,17 +95,25 @@ class LossHead(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: DecoderConfig, *, kernel: Kernel, loss_chunk_tokens: int | None) -> None:
+    """The layers are handed in: whatever is called as a `DecoderLayer` is, and gives what it gives, may be one."""
+
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        *,
+        rotary: Callable[[Tensor], Rotary],
+        embed: nn.Embedding | None,
+        loss_head: LossHead | None,
+        num_router_losses: int = 0,
+    ) -> None:
+        """`rotary` makes the angles of position_ids int64 [3, T]; `num_router_losses` are those of the whole model."""
         super().__init__()
-        self.config = config
-        self.embed: nn.Embedding | None = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict(
-            {str(layer): DecoderLayer(config, layer, kernel) for layer in range(config.num_hidden_layers)}
-        )
+        self.embed = embed
+        self.layers = nn.ModuleDict({str(index): layer for index, layer in enumerate(layers)})
         self.call = LayerCall()
-        self.loss_head: LossHead | None = LossHead(config, loss_chunk_tokens)
-        if config.tie_word_embeddings:
-            self.loss_head.head.weight = self.embed.weight
+        self.loss_head = loss_head
+        self.rotary = rotary
+        self.num_router_losses = num_router_losses
 
     def forward(
         self, batch: PackedBatch, media: TowerRows, hidden: Tensor | None = None, *, want: Want = "loss"
@@ -197,20 +158,14 @@ class Decoder(nn.Module):
         Returns: hidden [T, C], on which the gradients of these layers' own losses ride, scaled by `batch.loss_scales`;
         the sums of those losses; expert counts int64 [MoE layers here, E].
         """
-        rotary = multimodal_rotary(
-            batch.position_ids,
-            head_dim=self.config.head_dim,
-            theta=self.config.rope_theta,
-            sections=self.config.mrope_section,
-            layout=self.config.mrope_layout,
-        )
+        rotary = self.rotary(batch.position_ids)
         router_scale = batch.loss_scales.get(ROUTER, 0.0)
         router_losses, counts = [], []
         for name, layer in self.layers.items():
             inputs = (hidden, rotary, batch.segments, batch.is_padding, batch.draw_key)
             hidden, *of_router = self.call(int(name), layer, *inputs)
             if of_router:
-                router_loss = of_router[0] / self.config.num_moe_layers  # its share of the mean over layers
+                router_loss = of_router[0] / self.num_router_losses  # its share of the mean over layers
                 if router_scale:
                     hidden = attach_loss(hidden, router_scale * router_loss)
                 router_losses.append(router_loss.detach())

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from omniloom.models.audio import AudioTower, AudioTowerConfig
-from omniloom.models.decoder import Decoder, DecoderConfig
-from omniloom.models.vision import VisionTower, VisionTowerConfig
-from omniloom.types import Kernels, LossTerms, PackedBatch, TowerRows
+from omniloom.models.decoder import Decoder
+from omniloom.types import LossTerms, PackedBatch, TowerRows
 
 
 class OmniModel(nn.Module):
@@ -45,22 +43,3 @@ class OmniModel(nn.Module):
     def logits(self, batch: PackedBatch) -> Tensor:
         """Logits of every row, float32 [T, V]; for tests, scoring and generation."""
         return self.text(batch, self.encode(batch), want="logits")
-
-
-def compose(
-    *,
-    vision: VisionTowerConfig,
-    audio: AudioTowerConfig | None,
-    text: DecoderConfig,
-    modalities: tuple[str, ...],
-    kernels: Kernels | None,
-    loss_chunk_tokens: int | None,
-) -> OmniModel:
-    """The model on the current default device, weights not yet read. A tower that no modality needs is left out."""
-    kernels = kernels or Kernels()
-    sees, hears = "image" in modalities or "video" in modalities, "audio" in modalities
-    return OmniModel(
-        vision=VisionTower(vision, kernel=kernels.vision) if sees else None,
-        audio=AudioTower(audio, kernel=kernels.audio) if hears and audio is not None else None,
-        text=Decoder(text, kernel=kernels.text, loss_chunk_tokens=loss_chunk_tokens),
-    )

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from omniloom.parallel.staging import to_device
@@ -57,8 +56,8 @@ def measure_audio(batch: AudioBatch, rows_per_chunk: int) -> SegmentSizes:
 
 
 def _real_bounds(segments: Segments) -> np.ndarray:
-    """Bounds of all segments but the empty ones and the last, which is the null segment."""
-    return np.unique(segments.cu_seqlens.numpy().astype(np.int64))[:-1]
+    """Bounds of all segments but the last, which is the null segment."""
+    return np.array(segments.bounds[:-1], dtype=np.int64)
 
 
 def _sizes(
@@ -120,6 +119,4 @@ def rebuild_audio(batch: AudioBatch, lengths: np.ndarray, num_null: int, rows_pe
 
 
 def _segments(lengths: np.ndarray, num_null: int, like: Segments) -> Segments:
-    all_lengths = torch.from_numpy(np.append(lengths, num_null))
-    bounds = F.pad(all_lengths.cumsum(0), (1, 0)).to(torch.int32)
-    return Segments(cu_seqlens=to_device(bounds, like.cu_seqlens.device), max_length=int(all_lengths.max()))
+    return to_device(Segments.from_lengths([*lengths.tolist(), num_null]), like.cu_seqlens.device)

@@ -82,21 +82,17 @@ def vision_batch(clips: Sequence[VisionClip], config: VisionDims) -> VisionBatch
             for tensor in (patches, row, column, heights, widths)
         )
         token_index = token_index[order[:-1]]  # the null segment, one square, is the last frame and stays last
-        window_segments = _segments(window_lengths)
+        window_segments = Segments.from_lengths(window_lengths.tolist())
     index, weights = _interpolation(row, column, heights, widths, round(config.num_position_embeddings**0.5))
     return VisionBatch(
         patches=patches,
-        segments=_segments(frame_lengths),
+        segments=Segments.from_lengths(frame_lengths.tolist()),
         rotary_index=torch.stack((row, column), dim=1),
         interpolation_index=index,
         interpolation_weights=weights,
         token_index=token_index,
         window_segments=window_segments,
     )
-
-
-def _segments(lengths: Tensor) -> Segments:
-    return Segments(cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), max_length=int(lengths.max()))
 
 
 def _window_order(row: Tensor, column: Tensor, frame_lengths: Tensor, merge: int, side: int) -> tuple[Tensor, Tensor]:
@@ -197,7 +193,7 @@ def audio_batch(clips: Sequence[AudioClip], config: AudioDims) -> AudioBatch:
         features=torch.cat(chunks),
         chunk_frames=ends,
         valid_index=valid.flatten().nonzero().squeeze(1),
-        segments=Segments(cu_seqlens=F.pad(windows.cumsum(0), (1, 0)).to(torch.int32), max_length=int(windows.max())),
+        segments=Segments.from_lengths(windows.tolist()),
         token_index=torch.cat([*(clip.token_index for clip in clips), torch.zeros(0, dtype=torch.int64)]),
         pool_index=_pool_index(clip_rows, config.pool) if config.pool > 1 else None,
     )

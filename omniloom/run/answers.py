@@ -102,11 +102,9 @@ def _spread(
         steps = torch.arange(1, num_new + 1)
         position_ids[:, first : first + num_new] = batch.position_ids[:, before, None] + steps
         is_padding[first : first + num_new] = False
-    moved = (int(place_of[start]) for start in batch.segments.cu_seqlens.tolist() if start < batch.sample_bounds[-1])
+    moved = (int(place_of[start]) for start in batch.segments.bounds if start < batch.sample_bounds[-1])
     bounds = [*dict.fromkeys((*moved, starts[-1], num_tokens))]
-    cu_seqlens = torch.full_like(batch.segments.cu_seqlens, num_tokens)
-    cu_seqlens[: len(bounds)] = torch.tensor(bounds, dtype=torch.int32)
-    longest = max(high - low for low, high in pairwise(bounds))
+    lengths = [high - low for low, high in pairwise(bounds)]
     vision, audio = batch.vision, batch.audio
     return replace(
         batch,
@@ -116,7 +114,7 @@ def _spread(
         loss_index=batch.loss_index[:0],
         position_ids=position_ids,
         is_padding=is_padding,
-        segments=Segments(cu_seqlens=cu_seqlens, max_length=longest),
+        segments=Segments.from_lengths(lengths, num_bounds=len(batch.segments.cu_seqlens)),
         sample_bounds=tuple(starts),
         vision=None if vision is None else replace(vision, token_index=place_of[vision.token_index]),
         audio=None if audio is None else replace(audio, token_index=place_of[audio.token_index]),

@@ -142,7 +142,7 @@ def with_codes(pack: PackedBatch, seed: int, width: int) -> PackedBatch:
     rows = torch.arange(0, 30, 2)
     weights, values = torch.rand(len(rows), generator=generator), torch.randn(len(rows), width, generator=generator)
     targets = Targets(token_index=rows, weights=weights, values=values)
-    bounds = tuple(pack.segments.cu_seqlens[:4].tolist())
+    bounds = pack.segments.bounds[:4]
     return dataclasses.replace(pack, targets={"codes": targets}, sample_ids=("a", "b", "c"), sample_bounds=bounds)
 
 

@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import torch
 
+from omniloom.families.decoder import DecoderConfig
 from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.audio import AudioTowerConfig
-from omniloom.models.decoder import DecoderConfig
 from omniloom.models.fusion import OmniModel
 from omniloom.models.vision import VisionTowerConfig
 from omniloom.processors.tower_batches import audio_batch, vision_batch
@@ -184,8 +184,8 @@ def make_pack(
     cuts = torch.randperm(max(num_tokens - 1, 0), generator=generator)[: max(num_samples - 1, 0)].sort().values + 1
     bounds = [0, *(cuts.tolist() if not empty else []), num_tokens, pack_tokens]
     bounds = sorted(set(bounds))
-    cu_seqlens = torch.tensor([*bounds, pack_tokens, pack_tokens], dtype=torch.int32)
-    position_ids = torch.cat([torch.arange(end - start) for start, end in pairwise(bounds)])
+    lengths = [end - start for start, end in pairwise(bounds)]
+    position_ids = torch.cat([torch.arange(length) for length in lengths])
     return PackedBatch(
         input_ids=torch.randint(0, config.text.vocab_size, (pack_tokens,), generator=generator),
         labels=torch.where(trained, labels, IGNORE_LABEL),
@@ -193,7 +193,7 @@ def make_pack(
         loss_index=weights.nonzero().squeeze(1),
         position_ids=position_ids.expand(3, -1).contiguous(),
         is_padding=~valid,
-        segments=Segments(cu_seqlens=cu_seqlens, max_length=max(b - a for a, b in pairwise(bounds))),
+        segments=Segments.from_lengths(lengths, num_bounds=len(bounds) + 2),
         vision=vision_batch(vision[share[0] :: share[1]], config.vision),
         audio=audio_batch(audio[share[0] :: share[1]], config.audio),
     )

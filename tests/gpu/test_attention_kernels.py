@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from omniloom.ops.attention import segment_attention, segment_attention_reference
+from omniloom.parallel.staging import to_device
 from omniloom.types import Segments
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -16,8 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize(("heads", "key_value_heads", "head_dim"), [(8, 2, 128), (16, 16, 72), (20, 20, 64)])
 def test_output_and_gradients_equal_the_reference(kernel, dtype, causal, heads, key_value_heads, head_dim):
     generator = torch.Generator("cuda").manual_seed(0)
-    bounds = torch.tensor([0, 1, 300, 300, 301, 1100, 1100, 1100], dtype=torch.int32, device="cuda")
-    segments = Segments(cu_seqlens=bounds, max_length=799)
+    segments = to_device(Segments.from_lengths([1, 299, 1, 799], num_bounds=8), torch.device("cuda"))
     q, k, v = (
         torch.randn(1100, count, head_dim, device="cuda", generator=generator).to(dtype).requires_grad_()
         for count in (heads, key_value_heads, key_value_heads)
@@ -34,8 +34,7 @@ def test_output_and_gradients_equal_the_reference(kernel, dtype, causal, heads, 
 
 
 def test_attention_never_waits_for_the_device():
-    bounds = torch.tensor([0, 100, 256], dtype=torch.int32, device="cuda")
-    segments = Segments(cu_seqlens=bounds, max_length=156)
+    segments = to_device(Segments.from_lengths([100, 156]), torch.device("cuda"))
     q = torch.randn(256, 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     segment_attention(q, q, q, segments, causal=True, kernel="auto").sum().backward()  # first-use set-up may wait
     torch.cuda.set_sync_debug_mode("error")

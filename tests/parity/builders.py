@@ -371,7 +371,6 @@ def pack(
         for sample, start in zip(samples, starts, strict=True)
         for clip in sample.audio
     ]
-    bounds = torch.tensor([0, *starts[1:], used, *([used + padding] if padding else [])], dtype=torch.int32)
     fill = torch.arange(padding).expand(3, -1)
     weights = torch.cat([*(sample.loss_weights for sample in samples), torch.zeros(padding)])
     return PackedBatch(
@@ -381,7 +380,7 @@ def pack(
         loss_index=weights.nonzero().squeeze(1),
         position_ids=torch.cat([*(sample.position_ids for sample in samples), fill], dim=1),
         is_padding=torch.arange(used + padding) >= used,
-        segments=Segments(cu_seqlens=bounds, max_length=max([*lengths, padding])),
+        segments=Segments.from_lengths([*lengths, padding]),
         vision=vision_batch(vision, config.vision),
         audio=audio_batch(audio, config.audio) if "audio" in spec.modalities else None,
         sample_ids=tuple(str(number) for number in range(len(samples))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -55,13 +56,12 @@ def make_batch(samples, config_json, num_tokens):
     batch = builders.pack(samples, config_json, num_tokens=num_tokens)
     names = tuple(f"row{number}" for number in range(len(samples)))
     used = [0, *torch.tensor([len(sample.input_ids) for sample in samples]).cumsum(0).tolist()]
-    cu_seqlens = torch.full((16,), num_tokens, dtype=torch.int32)
-    cu_seqlens[: len(used)] = torch.tensor(used)
+    lengths = [high - low for low, high in pairwise([*used, num_tokens])]
     return replace(
         batch,
         sample_ids=names,
         sample_bounds=tuple(used),
-        segments=Segments(cu_seqlens=cu_seqlens, max_length=num_tokens),
+        segments=Segments.from_lengths(lengths, num_bounds=16),
     )
 
 

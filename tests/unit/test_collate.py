@@ -58,7 +58,7 @@ def join_vision(clips) -> VisionBatch:
     patches = torch.cat([*(clip.patches for clip in clips), null])
     return VisionBatch(
         patches=patches,
-        segments=Segments(cu_seqlens=torch.tensor([0, len(patches)], dtype=torch.int32), max_length=len(patches)),
+        segments=Segments.from_lengths([len(patches)]),
         rotary_index=torch.zeros(len(patches), 2, dtype=torch.int64),
         interpolation_index=torch.zeros(len(patches), 0, dtype=torch.int64),
         interpolation_weights=torch.zeros(len(patches), 0),
@@ -71,7 +71,7 @@ def join_audio(clips) -> AudioBatch:
         features=torch.stack([*(clip.features for clip in clips), torch.zeros(4, 7)]),
         chunk_frames=torch.full((len(clips) + 1,), 7),
         valid_index=torch.arange(len(clips) + 1),
-        segments=Segments(cu_seqlens=torch.tensor([0, len(clips) + 1], dtype=torch.int32), max_length=len(clips) + 1),
+        segments=Segments.from_lengths([len(clips) + 1]),
         token_index=torch.cat([torch.empty(0, dtype=torch.int64), *(clip.token_index for clip in clips)]),
     )
 

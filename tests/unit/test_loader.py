@@ -129,7 +129,7 @@ class NumberProcessor:
         length = len(patches)
         return VisionBatch(
             patches=patches,
-            segments=Segments(cu_seqlens=torch.tensor([0, length], dtype=torch.int32), max_length=length),
+            segments=Segments.from_lengths([length]),
             rotary_index=torch.zeros(length, 2, dtype=torch.int64),
             interpolation_index=torch.zeros(length, 0, dtype=torch.int64),
             interpolation_weights=torch.zeros(length, 0),

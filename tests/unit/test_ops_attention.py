@@ -16,8 +16,7 @@ CPU_KERNELS = ("eager", "sdpa")
 
 
 def segments_of(lengths: list[int]) -> Segments:
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    return Segments(cu_seqlens=bounds, max_length=max(lengths))
+    return Segments.from_lengths(lengths, num_bounds=len(lengths) + 1)
 
 
 def random_heads(num_tokens: int, num_heads: int, head_dim: int, generator: torch.Generator) -> torch.Tensor:

@@ -21,7 +21,7 @@ def make_batch(num_tokens: int, seed: int) -> PackedBatch:
         loss_index=weights.nonzero().squeeze(1),
         position_ids=torch.arange(3 * num_tokens).view(3, num_tokens),
         is_padding=torch.rand(num_tokens, generator=generator) < 0.2,
-        segments=Segments(cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32), max_length=num_tokens),
+        segments=Segments.from_lengths([num_tokens]),
         vision=None,
         audio=None,
     )

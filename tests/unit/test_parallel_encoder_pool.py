@@ -127,10 +127,9 @@ def vision_of(frames: list[int]) -> VisionBatch:
     """Frames of so many merged rows of four patches, then a null frame of one."""
     lengths = [4 * rows for rows in frames] + [4]
     total = sum(lengths)
-    bounds = torch.tensor([0, *np.cumsum(lengths).tolist(), total], dtype=torch.int32)
     return VisionBatch(
         patches=torch.arange(total * 3.0).view(total, 3),
-        segments=Segments(cu_seqlens=bounds, max_length=max(lengths)),
+        segments=Segments.from_lengths(lengths),
         rotary_index=torch.arange(total * 2).view(total, 2),
         interpolation_index=torch.zeros(total, 4, dtype=torch.int64),
         interpolation_weights=torch.rand(total, 4),
@@ -155,12 +154,11 @@ def test_an_audio_batch_is_put_together_from_chosen_windows() -> None:
     rows_per_chunk = 3
     rows = torch.tensor([3, 3, 3, 2, 1, 1])  # valid rows of each chunk
     valid = (torch.arange(rows_per_chunk) < rows[:, None]).flatten().nonzero().squeeze(1)
-    bounds = torch.tensor([0, 6, 11, 12, 13, 13], dtype=torch.int32)
     batch = AudioBatch(
         features=torch.arange(6.0)[:, None, None].expand(6, 2, 4).clone(),
         chunk_frames=torch.arange(6),
         valid_index=valid,
-        segments=Segments(cu_seqlens=bounds, max_length=6),
+        segments=Segments.from_lengths([6, 5, 1, 1]),
         token_index=torch.arange(12),
     )
     sizes = measure_audio(batch, rows_per_chunk)

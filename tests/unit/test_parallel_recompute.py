@@ -101,7 +101,7 @@ def test_layers_with_experts_recompute_compiled_and_not(how: str | int, compiled
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
     batch = builders.pack([], config_json, num_tokens=32)
-    hidden = torch.randn(32, model.text.config.hidden_size, generator=generator)
+    hidden = torch.randn(32, model.text.embed.embedding_dim, generator=generator)
     is_padding = torch.zeros(32, dtype=torch.bool)
 
     def gradients() -> list[Tensor]:

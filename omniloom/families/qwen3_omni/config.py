@@ -18,8 +18,8 @@ from omniloom.families.config_fields import (
     reduce_layers,
     vision_rules,
 )
+from omniloom.families.decoder import DecoderConfig
 from omniloom.models.audio import AudioTowerConfig
-from omniloom.models.decoder import DecoderConfig
 from omniloom.models.vision import VisionTowerConfig
 
 MODEL_TYPE = "qwen3_omni_moe"

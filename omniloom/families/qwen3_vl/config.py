@@ -15,7 +15,7 @@ from omniloom.families.config_fields import (
     reduce_layers,
     vision_rules,
 )
-from omniloom.models.decoder import DecoderConfig
+from omniloom.families.decoder import DecoderConfig
 from omniloom.models.vision import VisionTowerConfig
 
 

@@ -1,0 +1,118 @@
+"""The decoder that Qwen's families share: its dims, its kinds of layer, and the whole put together.
+
+A family with layers of other kinds hands its own `make_layer` to `make_decoder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from omniloom.models.decoder import Decoder, DecoderLayer, LossHead
+from omniloom.models.layers import Attention, GatedMLP
+from omniloom.models.moe import MoE
+from omniloom.ops.rotary import SectionLayout, multimodal_rotary
+from omniloom.types import Kernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Dims of a decoder, named as in Hugging Face configs."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    attention_biases: tuple[bool, bool, bool, bool]  # q, k, v, output
+    qk_norm: bool
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    mrope_layout: SectionLayout
+    tie_word_embeddings: bool
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+    def is_moe(self, layer: int) -> bool:
+        sparse = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
+        return sparse and layer not in self.mlp_only_layers
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(self.is_moe(layer) for layer in range(self.num_hidden_layers))
+
+
+def make_layer(config: DecoderConfig, index: int, kernel: Kernel) -> DecoderLayer:
+    """Grouped-query attention, then a feed-forward or experts."""
+    attention = Attention(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        biases=config.attention_biases,
+        qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
+        causal=True,
+        kernel=kernel,
+    )
+    mlp = moe = None
+    if config.is_moe(index):
+        moe = MoE(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            activation=config.hidden_act,
+            num_experts=config.num_experts,
+            num_experts_per_tok=config.num_experts_per_tok,
+            norm_topk_prob=config.norm_topk_prob,
+        )
+    else:
+        mlp = GatedMLP(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            activation=config.hidden_act,
+        )
+    return DecoderLayer(
+        hidden_size=config.hidden_size, norm_eps=config.rms_norm_eps, attention=attention, mlp=mlp, moe=moe
+    )
+
+
+def make_decoder(
+    config: DecoderConfig,
+    *,
+    kernel: Kernel,
+    loss_chunk_tokens: int | None,
+    make_layer: Callable[[DecoderConfig, int, Kernel], nn.Module] = make_layer,
+) -> Decoder:
+    """The decoder on the current default device, weights not yet read."""
+    embed = nn.Embedding(config.vocab_size, config.hidden_size)
+    loss_head = LossHead(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        norm_eps=config.rms_norm_eps,
+        chunk_tokens=loss_chunk_tokens,
+    )
+    if config.tie_word_embeddings:
+        loss_head.head.weight = embed.weight
+    return Decoder(
+        (make_layer(config, index, kernel) for index in range(config.num_hidden_layers)),
+        rotary=partial(
+            multimodal_rotary,
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
+            sections=config.mrope_section,
+            layout=config.mrope_layout,
+        ),
+        embed=embed,
+        loss_head=loss_head,
+        num_router_losses=config.num_moe_layers,
+    )
