@@ -6,17 +6,15 @@ needs no key here, or the list of what has no counterpart. Two settings that ask
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from omniloom.tools.migrate.readers import FLAGS, READERS, NotNeeded, NotOffered, Value
 from omniloom.tools.migrate.shell import is_open
-
-Value = Any  # what JSON, YAML or a command line holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,64 +37,21 @@ class Rule:
     why: str = ""
     lost: bool = False  # without counterpart, where nothing here does its work either
     key: str = ""
-    reads: str = ""  # of `READERS`
+    reads: str = ""  # of `readers.READERS`
     note: str = ""
+    value: Value = None  # what a switch that is on sets, where that is not true
 
 
 def read_rules(system: str) -> Rules:
     """The rules of `rules.yaml` for one system; exact names stand before patterns."""
     tree = yaml.safe_load((Path(__file__).parent / "rules.yaml").read_text(encoding="utf-8"))[system]
-    rules = {name: Rule(key=row[0], reads=row[1], note=row[2] if row[2:] else "") for name, row in tree["keys"].items()}
+    fields = ("key", "reads", "note", "value")
+    rules = {name: Rule(**dict(zip(fields, row, strict=False))) for name, row in tree["keys"].items()}
     for kind in ("needless", "lost"):
         rules |= {
             name: Rule(why=why, lost=kind == "lost") for why, names in tree[kind].items() for name in names.split()
         }
     return dict(sorted(rules.items(), key=lambda item: "*" in item[0]))
-
-
-def switch(value: Value) -> bool:
-    """A flag without value, or a word."""
-    if value is None or isinstance(value, bool):
-        return value is not False
-    return bool(_one_of(str(value).lower(), {"true": True, "false": False, "1": True, "0": False}))
-
-
-def whole(value: Value) -> int:
-    if float(value) != int(float(value)):
-        raise ValueError("a whole number")
-    return int(float(value))
-
-
-def files(value: Value) -> list[str]:
-    parts = value if isinstance(value, list) else str(value).split(",")
-    return [str(part) for part in parts if part]
-
-
-def _one_of(value: Value, known: Mapping[str, Value]) -> Value:
-    if value not in known:
-        raise ValueError(f"one of {', '.join(known)}")
-    return known[value]
-
-
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant",
-             "cosine_with_min_lr": "cosine"}  # fmt: skip
-FLASH = ("flash_attention_2", "flash_attention_3", "flash_attn", "fa2", "auto")  # auto is flash wherever it runs
-KERNELS = {**dict.fromkeys(FLASH, "auto"), "sdpa": "sdpa", "eager": "eager", "disabled": "eager"}
-READERS: dict[str, Callable[[Value], Value]] = {
-    "text": str,
-    "number": float,
-    "whole": whole,
-    "bound": lambda value: whole(value) or None,  # 0 there is no bound, null here
-    "switch": switch,
-    "negated": lambda value: not switch(value),
-    "files": files,
-    "minutes": lambda value: 60.0 * float(value),
-    "seconds": lambda value: min(float(value), 86_400.0),
-    "schedule": lambda value: _one_of(value, SCHEDULES),
-    "kernel": lambda value: _one_of(value, KERNELS),
-    "dtype": lambda value: _one_of(value, {"bf16": "bf16", "fp32": "float32", "float32": "float32"}),
-    "shard": lambda value: value if value == "auto" else whole(value),
-}
 
 
 @dataclass(kw_only=True)
@@ -123,6 +78,10 @@ class Draft:
         self.settings = [one for one in self.settings if one not in taken]
         return taken
 
+    def set_aside(self, settings: Iterable[Setting], why: str) -> None:
+        """Settings that need no key here."""
+        self.needless += [(one, why) for one in settings]
+
     def first(self, *names: str) -> Setting | None:
         """The setting of one of these names; all that are there must say the same."""
         found = self.take(*names)
@@ -131,13 +90,39 @@ class Draft:
                 self.faults.append(f"{found[0]} and {other} contradict each other; keep one")
         return found[0] if found else None
 
-    def number_of(self, *names: str) -> int:
+    def product(self, *names: str) -> int:
         """The product of settings that stay where they are; 1 for those that are not there."""
         product = 1
-        for one in self.settings:
-            if one.name in names and str(one.value).isdigit():
+        for one in (one for one in self.settings if one.name in names and one.value is not None):
+            if str(one.value).isdigit():
                 product *= max(int(one.value), 1)
+            else:
+                self._not_usable(one, "a whole number")
         return product
+
+    def put_defaults(self, values: Mapping[str, Value], whose: Setting | str) -> None:
+        """What holds where nothing is said and differs from what holds here, so that the run stays the same."""
+        for key in [key for key in values if key not in self.entries]:
+            self.put(key, values[key], [whose])
+
+    def put_betas(self, usual: Sequence[float]) -> None:
+        """AdamW's, which are two settings there."""
+        betas = [self.first("adam_beta1"), self.first("adam_beta2")]
+        if any(betas):
+            values = [float(one.value if one else beta) for one, beta in zip(betas, usual, strict=True)]
+            self.put("train.betas", values, [one for one in betas if one])
+
+    def put_warmup_share(self, *names: str) -> None:
+        """A warm-up given as a share of the steps, once these are known."""
+        share, steps = self.first(*names), self.entries.get("train.steps")
+        if share is None:
+            return
+        if "train.warmup_steps" in self.entries or not float(share.value or 0):
+            self.needless.append((share, "the number of steps is given, or there is no warm-up"))
+        elif steps is None:
+            self.lost.append((str(share), "of how many steps, only the run itself tells: set train.warmup_steps"))
+        else:
+            self.put("train.warmup_steps", round(float(share.value) * steps.value), [share], f"of {steps.value} steps")
 
     def put(self, key: str, value: Value, origins: Sequence[Setting | str], note: str = "") -> None:
         """Give one of our keys its value. A second, different one is a fault that names both."""
@@ -166,7 +151,7 @@ class Draft:
                 self.lost.append((str(setting), rule.why))
             elif not rule.key:
                 self.needless.append((setting, rule.why))
-            elif setting.value is None and rule.reads != "switch":
+            elif setting.value is None and rule.reads not in FLAGS:
                 self.needless.append((setting, "not set there either"))
             else:
                 self._convert(setting, rule)
@@ -182,8 +167,14 @@ class Draft:
         if isinstance(setting.value, str) and is_open(setting.value):
             self._not_usable(setting, "a value that the script itself gives")
             return
+        key = rule.key.replace("*", setting.name.rpartition(".")[2])
         try:
-            self.put(rule.key, READERS[rule.reads](setting.value), [setting], rule.note)
+            value = READERS[rule.reads](setting.value)
+            self.put(key, value if rule.value is None else rule.value, [setting], rule.note)
+        except NotNeeded as reason:
+            self.needless.append((setting, str(reason)))
+        except NotOffered as reason:
+            self.lost.append((str(setting), str(reason)))
         except (TypeError, ValueError) as error:
             known = ", ".join(map(str, error.args)) if isinstance(error, ValueError) else "another kind of value"
             self._not_usable(setting, known)
@@ -197,7 +188,7 @@ class Draft:
         self.faults.append(f"{setting.origin}: expected {expected}, got {setting.value!r}{hint}")
 
 
-def flatten(tree: Mapping[str, Value], where: str, prefix: str = "") -> Iterable[Setting]:
+def flatten(tree: Mapping[str, Value], where: str, prefix: str = "") -> Iterator[Setting]:
     """The leaves of a nested mapping by their dotted paths; lists are leaves."""
     for name, value in tree.items():
         if isinstance(value, dict) and value:

@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ KINDS = (
 )
 ROW_FILES = {"file_name", "hf_hub_url", "ms_hub_url", "script_url"}  # where dataset_info.json says that rows lie
 REFERENCES = ("mm_data", "mm_model", "fsdp2_config_path")
+MEGATRON = "MindSpeed-MM or Megatron"
+MEGATRON_KEYS = {
+    *("dataset_param", "text_decoder", "image_encoder", "init_from_hf_path"),
+    *("sharding_size", "reshard_after_forward", "num_to_forward_prefetch"),
+}
 SECTIONS = ("model", "data", "train", "policy", "parallel", "memory", "checkpoint", "log")
 RATE_VARIABLES = {"max_pixels", "min_pixels", "video_max_pixels", "video_min_pixels", "fps", "fps_max_frames",
                   "use_audio_in_video", "enable_audio_output"}  # fmt: skip
@@ -118,17 +124,18 @@ class Reading:
         return tree
 
     def _read_tree(self, path: Path, tree: dict[str, Any]) -> None:
-        where, keys = path.name, set(tree)
-        if "dataset_param" in keys:
-            self._add_data(tree, where)
-        elif keys & {"text_decoder", "image_encoder", "init_from_hf_path"}:
-            self._add(tree, where, "MindSpeed-MM or Megatron")
-        elif keys & {"gpt_args", "training", "features"}:
-            self._add_sections(tree, where)
-        elif keys & {"sharding_size", "reshard_after_forward", "num_to_forward_prefetch"}:
-            self._add(tree, where, "MindSpeed-MM or Megatron")
+        keys = set(tree)
+        by_sections = bool(keys & {"gpt_args", "training", "features"})  # one YAML file that holds everything
+        if by_sections or keys & MEGATRON_KEYS:
+            self.kinds.add(MEGATRON)
+            for setting in flatten(tree, path.name):
+                if by_sections and "." not in setting.name:  # values at the top are anchors that the rest refers to
+                    self.draft.set_aside([replace(setting, value=None)], "an anchor")
+                else:
+                    self.draft.settings.append(replace(setting, name=_without_section(setting.name, by_sections)))
         elif keys & {"finetuning_type", "stage", "per_device_train_batch_size"} and "model_name_or_path" in keys:
-            self._add(tree, where, "LLaMA-Factory")
+            self.kinds.add("LLaMA-Factory")
+            self.draft.settings += flatten(tree, path.name)
             self.folder = path.parent / "data"
         elif tree and all(isinstance(entry, dict) and ROW_FILES & set(entry) for entry in tree.values()):
             self.data_sets, self.folder = tree, path.parent
@@ -136,32 +143,6 @@ class Reading:
             raise MigrateError(
                 f"{path}: expected {KINDS}; its keys ({', '.join(map(str, list(tree)[:6]))}) are of none"
             )
-
-    def _add(self, tree: Mapping[str, Any], where: str, kind: str, prefix: str = "") -> None:
-        self.kinds.add(kind)
-        for setting in flatten(tree, where, prefix):
-            name = setting.name.removeprefix(prefix)
-            self.draft.settings.append(Setting(name=name, value=setting.value, origin=setting.origin))
-
-    def _add_data(self, tree: Mapping[str, Any], where: str, prefix: str = "") -> None:
-        self._add(tree.get("dataset_param") or {}, where, "MindSpeed-MM or Megatron", f"{prefix}dataset_param.")
-        loader = flatten(tree.get("dataloader_param") or {}, where, f"{prefix}dataloader_param.")
-        for setting in loader:
-            name = "dataloader." + setting.name.split("dataloader_param.", 1)[1]
-            self.draft.settings.append(Setting(name=name, value=setting.value, origin=setting.origin))
-
-    def _add_sections(self, tree: Mapping[str, Any], where: str) -> None:
-        """One YAML file that holds everything: the older kind with `gpt_args`, the newer with `training`."""
-        kind = "MindSpeed-MM or Megatron"
-        for name, section in tree.items():
-            if not isinstance(section, dict):  # values at the top are anchors that the rest refers to
-                self.draft.needless.append((Setting(name=name, value=None, origin=f"{where}: {name}"), "an anchor"))
-            elif name == "data":
-                self._add_data(section, where, "data.")
-            elif name == "lora_args":
-                self._add(section, where, kind, "lora_args.")
-            else:
-                self._add(section, where, kind, f"{name}.")
 
     def _read_script(self, path: Path, text: str) -> None:
         script = read_script(text, self.given)
@@ -177,17 +158,17 @@ class Reading:
             flags += [(name.lower(), value, f"{path.name}: {name}") for name, value in script.exported.items()
                       if name.lower() in RATE_VARIABLES]  # fmt: skip
         elif not self.kinds:
-            self.kinds = {"MindSpeed-MM or Megatron"}
+            self.kinds = {MEGATRON}
         self.kinds |= {"ms-swift"} if swift else set()
         for name, value, origin in dict.fromkeys(flags):
             if name in REFERENCES and value:
                 self._read_beside(path, value, origin)
             elif name not in (*REFERENCES, "mm_tool"):
                 self.draft.settings.append(Setting(name=name, value=value, origin=origin))
-        for name in script.exported:
-            if name.lower() not in RATE_VARIABLES or not swift:
-                self.draft.needless.append((Setting(name=name, value=None, origin=f"{path.name}: {name}"),
-                                            "environment of the machine; see docs/migrating"))  # fmt: skip
+        self.draft.set_aside(
+            [Setting(name=name, value=None, origin=f"{path.name}: {name}") for name in script.exported
+             if name.lower() not in RATE_VARIABLES or not swift], "environment of the machine; see docs/migrating",
+        )  # fmt: skip
 
     def _count_ranks(self, script: Script) -> None:
         flags = dict(script.flags())
@@ -219,6 +200,14 @@ class Reading:
         path = (Path(str(where)) if where else self.folder) / "dataset_info.json"
         if self.data_sets is None and path.is_file():
             self.data_sets = self._parse(path, path.read_text(encoding="utf-8"))
+
+
+def _without_section(path: str, by_sections: bool) -> str:
+    """A setting's name without the sections in which its file has it; those of the loader stay apart."""
+    parts = path.split(".")[by_sections:]
+    if parts[0] == "dataloader_param":
+        parts[0] = "dataloader"
+    return ".".join(parts[parts[0] == "dataset_param" :])
 
 
 def _use_published_path(draft: Draft) -> None:
