@@ -150,11 +150,14 @@ def migrate(
 def check(
     words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None,
     nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="check the layout for so many ranks")] = None,
+    write_excludes: Annotated[
+        Path | None, typer.Option(help="a file for the rows that cannot be trained, which data.exclude takes")
+    ] = None,
 ) -> None:
-    """Check a config, its checkpoint and its data without training."""
-    from omniloom.tools.inspect import check_config
+    """Check a config, its checkpoint and all its rows and media without training."""
+    from omniloom.tools.check import check_config
 
-    check_config(words or [], nproc=nproc)
+    check_config(words or [], nproc=nproc, excludes=write_excludes)
 
 
 @app.command()
@@ -162,7 +165,7 @@ def preview(
     words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None, rows: int = 3
 ) -> None:
     """Show how rows are rendered, tokenised and labelled."""
-    from omniloom.tools.inspect import preview_rows
+    from omniloom.tools.preview import preview_rows
 
     preview_rows(words or [], rows)
 
@@ -172,7 +175,7 @@ def plan(
     words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None, steps: int = 10
 ) -> None:
     """Show the first steps' packs: tokens, fill, media, cost."""
-    from omniloom.tools.inspect import show_plan
+    from omniloom.tools.preview import show_plan
 
     show_plan(words or [], steps)
 

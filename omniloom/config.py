@@ -130,6 +130,7 @@ class DataConfig(ProcessorOptions):
     format: Annotated[Format, "of the rows; auto detects it row by row"] = "auto"
     attr: FieldNames = field(default_factory=FieldNames)
     max_samples: Annotated[Count | None, "per data set: the first N rows only"] = None
+    exclude: Annotated[str | None, "a file that names rows to leave out, as check --write-excludes writes it"] = None
     media_dir: Annotated[str | None, "where relative media paths start; null is the folder of each data file"] = None
     allow_outside_media_dir: Annotated[bool, "read media that lie outside the media folder"] = False
     allow_urls: Annotated[bool, "fetch media from http and https"] = False

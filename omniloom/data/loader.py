@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from omniloom.data.rows import RowReader
 from omniloom.data.worker_pool import PoolClosed, WorkerPool
-from omniloom.types import BadSample, Extent, LoadedPack, PackPlan
+from omniloom.types import LoadedPack, PackPlan
 
 _ROWS_PER_TASK = 16  # small, so that a pack never waits long behind the measuring of the next window
 _LOAD_FIRST, _MEASURE_AFTER = 0, 1
@@ -25,14 +24,20 @@ class Pending(Protocol):
     def result(self) -> Any: ...
 
 
+class Reader(Protocol):
+    """What reads rows in a worker: a `rows.RowReader`, or what measures them in its place."""
+
+    def measure(self, rows: Sequence[int], skip: Mapping[int, str], report: Callable[[int], None]) -> list[Any]: ...
+
+
 class Loader:
     """Rows to extents and packs to tensors. `open_rows` is picklable; it is called once in every worker."""
 
-    def __init__(self, open_rows: Callable[[], RowReader], *, workers: int) -> None:
+    def __init__(self, open_rows: Callable[[], Reader], *, workers: int) -> None:
         self._pool = WorkerPool(open_rows, workers) if workers > 0 else _CallingThread(open_rows())
 
-    def measure(self, rows: Sequence[int]) -> list[Extent | BadSample]:
-        """The extents of rows, in their order; what the planner calls, from its own thread."""
+    def measure(self, rows: Sequence[int]) -> list[Any]:
+        """What the reader says of rows, in their order: extents and bad samples. The planner's thread calls it."""
         parts = [list(rows[start : start + _ROWS_PER_TASK]) for start in range(0, len(rows), _ROWS_PER_TASK)]
         pending = [self._pool.submit("measure", part, priority=_MEASURE_AFTER) for part in parts]
         return [extent for part in pending for extent in part.result()]
@@ -75,7 +80,7 @@ class _CallingThread:
 
     pids: Sequence[int] = ()
 
-    def __init__(self, target: RowReader) -> None:
+    def __init__(self, target: Reader) -> None:
         self._target = target
         self._lock = threading.Lock()
         self._closed = threading.Event()

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Sequence
-from functools import lru_cache
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -69,12 +71,32 @@ class Sources:
         """The first row of each source that has any."""
         return [end - len(part) for part, end in zip(self.parts, self._ends, strict=True) if len(part)]
 
+    def origin(self, row: int) -> tuple[str, int]:
+        """The data file that a row is of, as the config names it, and the row's number in it, from 1."""
+        part, own_row = self.find(row)
+        source, entry = self.parts[part], self.entries[part]
+        while isinstance(source, _Chosen):
+            own_row, source = int(source.rows[own_row]), source.source
+        return entry if isinstance(entry, str) else entry.path, own_row + 1
+
+    def without(self, excludes: str) -> Sources:
+        """All rows but those that a file of excludes names. Raises: ValueError for rows that are not there."""
+        named, parts = read_excludes(excludes), []
+        for part, entry in zip(self.parts, self.entries, strict=True):
+            path = entry if isinstance(entry, str) else entry.path
+            rows = named.get(os.path.realpath(path), [0])
+            if max(rows) > len(part):
+                reason = f"{excludes} names row {max(rows)} of {path}, which has {len(part)}"
+                raise ValueError(f"data.exclude: {reason}; write it anew by omniloom check --write-excludes")
+            parts.append(_Chosen(part, partial(_choose_others, excludes, path, len(part))) if max(rows) else part)
+        return Sources(parts, self.entries)
+
     def split(self, num_held_out: int, seed: int) -> tuple[Sources, Sources]:
         """Rows to train on, and rows held out of all sources together: the same on every rank and at every start."""
         starts = [0, *self._ends]
         sides = (
             [
-                _Side(part, start, len(self), num_held_out, seed, held_out)
+                _Chosen(part, partial(_choose_side, start, len(part), len(self), num_held_out, seed, held_out))
                 for part, start in zip(self.parts, starts, strict=False)
             ]
             for held_out in (False, True)
@@ -83,37 +105,43 @@ class Sources:
         return kept, held
 
 
-class _Side:
-    """The rows of a source that are held out, or the others. Which these are is computed anew in every process."""
+class _Chosen:
+    """Some rows of a source. Which these are is computed anew in every process."""
 
-    def __init__(self, source: Source, start: int, total: int, num_held_out: int, seed: int, held_out: bool) -> None:
-        self._source = source
-        self._drawn = (start, total, num_held_out, seed, held_out)
+    def __init__(self, source: Source, choose: Callable[[], NDArray[bool_]]) -> None:
+        """`choose` pickles, and says of each row of the source whether it is one of these: bool [rows]."""
+        self.source = source
+        self._choose = choose
         self._cached: NDArray[int64] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}
 
     @property
-    def _rows(self) -> NDArray[int64]:
+    def rows(self) -> NDArray[int64]:
+        """Their numbers in the source, int64."""
         if self._cached is None:
-            start, total, num_held_out, seed, held_out = self._drawn
-            own = _draw_held_out(total, num_held_out, seed)[start : start + len(self._source)]
-            self._cached = np.flatnonzero(own == held_out)
+            self._cached = np.flatnonzero(self._choose())
         return self._cached
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     @property
     def fingerprint(self) -> str:
-        return _hash_of(self._source.fingerprint, hashlib.sha256(self._rows.tobytes()).hexdigest())
+        return _hash_of(self.source.fingerprint, hashlib.sha256(self.rows.tobytes()).hexdigest())
 
     def read_row(self, row: int) -> tuple[Row, str, int]:
-        return self._source.read_row(int(self._rows[row]))
+        return self.source.read_row(int(self.rows[row]))
 
     def locate(self, row: int) -> tuple[str, int]:
-        return self._source.locate(int(self._rows[row]))
+        return self.source.locate(int(self.rows[row]))
+
+
+def _choose_side(start: int, num_rows: int, total: int, num_held_out: int, seed: int, held_out: bool) -> NDArray[bool_]:
+    """Of the `num_rows` rows from `start` on, which are on one side of a split of all `total` rows."""
+    side: NDArray[bool_] = _draw_held_out(total, num_held_out, seed)[start : start + num_rows] == held_out
+    return side
 
 
 @lru_cache(maxsize=1)
@@ -123,6 +151,36 @@ def _draw_held_out(total: int, num_held_out: int, seed: int) -> NDArray[bool_]:
     chosen = np.zeros(total, dtype=bool)
     chosen[np.argsort(keys, kind="stable")[:num_held_out]] = True
     return chosen
+
+
+def _choose_others(excludes: str, path: str, num_rows: int) -> NDArray[bool_]:
+    """Of the rows of a data file, those that the file of excludes does not name."""
+    kept = np.ones(num_rows, dtype=bool)
+    kept[[row - 1 for row in read_excludes(excludes).get(os.path.realpath(path), ())]] = False
+    return kept
+
+
+@lru_cache(maxsize=1)
+def read_excludes(path: str) -> dict[str, list[int]]:
+    """The rows, from 1, that a file of excludes names of each data file. Raises: ValueError."""
+    excluded: dict[str, list[int]] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.exclude: cannot read {path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            source, row = str(record["source"]), record["row"]
+        except (ValueError, KeyError, TypeError):
+            source, row = "", None
+        if not isinstance(row, int) or row < 1:
+            raise ValueError(
+                f'data.exclude: {path}:{number}: expected {{"source": FILE, "row": N}}, rows of a file counted from 1, '
+                f"got {line[:80]!r}; omniloom check --write-excludes writes such lines"
+            )
+        excluded.setdefault(os.path.realpath(source), []).append(row)
+    return excluded
 
 
 # ---------------------------------------------------------------------------------------- opening

@@ -7,6 +7,7 @@ the local index that picks a device.
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 
 import torch
@@ -62,3 +63,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.accelerator.max_memory_allocated(device)
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """Memory of the device, or, on CPU, of this machine."""
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return torch.accelerator.get_memory_info(device)[1]

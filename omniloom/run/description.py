@@ -19,19 +19,24 @@ from omniloom.training.schedule import describe_warmup
 def describe_run(workshop: Workshop, layout: Layout, model: OmniModel, rows: Sources) -> list[str]:
     """Lines for the log. Raises: ValueError for a kernel that this device or dtype does not have."""
     device = layout.device
-    kernels = ", ".join(
-        f"{name} {resolve_kernel(kernel, device.type, workshop.compute_dtype)}"
-        for name, kernel in asdict(workshop.config.model.attention).items()
-    )
     train = workshop.config.train
     warning = None if train.steps is None else describe_warmup(train.warmup_steps, train.steps)
     return [
-        f"model  {workshop.spec.name} on {layout.degrees.describe()} ({device.type}), attention {kernels}",
+        f"model  {workshop.spec.name} on {layout.degrees.describe()} ({device.type}), attention "
+        f"{describe_kernels(workshop, device)}",
         *(f"       {line}" for line in describe_slow_ways(workshop, model, device)),
         f"data   {len(rows):,} rows, template {describe_template(workshop, rows)}",
         *(f"       {line}" for line in describe_files(rows, workshop.config)),
         *([warning] if warning is not None else []),
     ]
+
+
+def describe_kernels(workshop: Workshop, device: torch.device) -> str:
+    """The attention kernel of each component. Raises: ValueError for one that this device or dtype does not have."""
+    return ", ".join(
+        f"{name} {resolve_kernel(kernel, device.type, workshop.compute_dtype)}"
+        for name, kernel in asdict(workshop.config.model.attention).items()
+    )
 
 
 def describe_slow_ways(workshop: Workshop, model: OmniModel, device: torch.device) -> list[str]:

@@ -17,7 +17,7 @@ from omniloom.data.loader import Loader
 from omniloom.data.media_decode import decode_clip
 from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import read_header
-from omniloom.data.planner import Planner
+from omniloom.data.planner import Measure, Planner
 from omniloom.data.rows import RowReader, SourceReader
 from omniloom.data.sources import Sources, open_sources
 from omniloom.data.stream import BadSampleFile, StepStream
@@ -36,8 +36,8 @@ SILENT_RATE = 16000  # Hz at which sound is counted for a model without an audio
 _OTHER_OPTIONS = frozenset(
     f"data.{name}"
     for name in (
-        *("train", "eval", "split", "max_samples", "pack_tokens", "window", "overlong", "max_bad_fraction", "shuffle"),
-        *("media_dir", "allow_outside_media_dir", "allow_urls", "workers", "prefetch_packs", "cache_dir"),
+        *("train", "eval", "split", "max_samples", "exclude", "pack_tokens", "window", "overlong", "max_bad_fraction"),
+        *("shuffle", "media_dir", "allow_outside_media_dir", "allow_urls", "workers", "prefetch_packs", "cache_dir"),
     )
 )
 
@@ -69,8 +69,12 @@ def open_data(config: DataConfig, seed: int) -> tuple[Sources, Sources | None]:
     Raises: ValueError for files that cannot be read and for a split that leaves nothing on one side.
     """
     rows = open_sources(config.train, max_samples=config.max_samples)
-    if config.eval:
-        return rows, open_sources(config.eval)
+    eval_rows = open_sources(config.eval) if config.eval else None
+    if config.exclude is not None:
+        rows = rows.without(config.exclude)
+        eval_rows = eval_rows and eval_rows.without(config.exclude)
+    if eval_rows is not None:
+        return rows, eval_rows
     if not config.split:
         return rows, None
     num_held_out = round(config.split * len(rows))
@@ -227,16 +231,18 @@ def open_rows(workshop: Workshop, source: Sources, *, cache: bool = True, decode
     )
 
 
-def open_planner(workshop: Workshop, layout: Layout, rows: Sources, loader: Loader) -> Planner:
-    """The planner of a run's training rows, measured by `loader`."""
+def open_planner(workshop: Workshop, rows: Sources, measure: Measure, layout: Layout | None = None) -> Planner:
+    """The planner of a run's training rows: of all ranks of a layout together, or of this process alone."""
     return Planner(
         rows_per_source=rows.sizes,
         config=workshop.config,
-        measure=loader.measure,
+        measure=measure,
         locate=rows.locate,
         data_fingerprint=rows.fingerprint,
         row_options=planned_options(workshop),
-        ranks=PlanningRanks(
+        ranks=None
+        if layout is None
+        else PlanningRanks(
             exchange=lambda value: layout.exchange(value, "planning"),
             rank=layout.rank,
             world_size=layout.world_size,

@@ -143,7 +143,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         loader = Loader(open_rows(workshop, train_rows), workers=config.data.workers)
         stack.callback(loader.close)
-        self.planner = open_planner(workshop, layout, train_rows, loader)
+        self.planner = open_planner(workshop, train_rows, loader.measure, layout)
         self.model, policies = build_model(workshop, layout)
         self.optimizer = build_optimizer(
             self.model.named_parameters(), policies, betas=config.train.betas, epsilon=config.train.epsilon

@@ -253,10 +253,15 @@ def _bad_reasons(bad_samples: Sequence[Line]) -> list[tuple[str, int, str]]:
     examples: dict[str, str] = {}
     for line in bad_samples:
         reason = f"{line.get('field', '?')}: {line.get('reason', '?')}"
-        kind = re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S+|\d[\d,.]*", "…", reason)
+        kind = reason_kind(reason)
         counts[kind] += 1
         examples.setdefault(kind, f"{line.get('file', '?')}:{line.get('line', '?')} {reason}")
     return [(kind, count, examples[kind]) for kind, count in counts.most_common(MAX_REASONS)]
+
+
+def reason_kind(reason: str) -> str:
+    """A reason without its numbers and names, by which rows with the same fault are counted together."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S+|\d[\d,.]*", "…", reason)
 
 
 def _trainable_table(rows: Sequence[Line]) -> tuple[list[str], list[list[str]]]:

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import omniloom
 from omniloom.config import load_config
+from omniloom.data.sources import read_excludes
 from omniloom.run.opening import choose_degrees
 from omniloom.run.rows import describe_files, open_data, open_run
-from omniloom.tools.inspect import check_config, preview_rows, show_plan
+from omniloom.tools.check import check_config
+from omniloom.tools.preview import preview_rows, show_plan
 from omniloom.tools.tiny import make_tiny
 from tests.mixed_rows import write_rows
 from tests.unit.media_files import tone, write_video
@@ -31,7 +34,7 @@ def words(tmp_path_factory) -> list[str]:
 def test_check_counts_good_and_bad_rows(words, capsys) -> None:
     check_config([*words, "policy.vision.freeze=true"])
     printed = capsys.readouterr().out
-    assert "24 rows, of the first 24: 23 good, 1 bad\n" in printed
+    assert "data       24 rows: 23 good, 1 bad\n" in printed
     assert "rows.json: format messages (detected), read from messages" in printed
     assert "missing.png" in printed
     built, trainable = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:parameters|trainable)", printed))
@@ -46,9 +49,9 @@ def test_check_decodes_what_it_calls_good(words, tmp_path, capsys) -> None:
     turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "b"}]
     rows = [{"messages": turns, "images": [name]} for name in ("whole.jpg", "cut.jpg")]
     (tmp_path / "cut.json").write_text(json.dumps(rows))
-    check_config([*words, f"data.train={tmp_path / 'cut.json'}"])
+    check_config([*words, f"data.train={tmp_path / 'cut.json'}", "data.max_bad_fraction=0.5"])
     printed = capsys.readouterr().out
-    assert "2 rows, of the first 2: 1 good, 1 bad\n" in printed
+    assert "2 rows: 1 good, 1 bad\n" in printed
     assert "cut.jpg: image file is truncated" in printed
 
 
@@ -91,6 +94,76 @@ def test_check_refuses_in_the_words_of_train(words, overrides, nproc, fault) -> 
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["data.max_bad_fraction=0"], r"1 of 24 rows are bad, more than data\.max_bad_fraction=0 allows"),
+        pytest.param(
+            ["data.pack_tokens=8"], r"data\.pack_tokens=8 is smaller than every sample", marks=pytest.mark.full
+        ),
+        (
+            ["data.pack_tokens=50", "data.overlong=error"],
+            r"pack_tokens=50, and data\.overlong is error",
+        ),
+        (["model.attention.text=flash"], r"flash"),
+    ],
+)
+def test_check_refuses_what_training_finds_before_its_first_step(words, overrides, fault, tmp_path) -> None:
+    own = [*words, *overrides, f"train.run_dir={tmp_path}", "train.epochs=1"]
+    said = []
+    for call in (lambda: check_config(own), lambda: omniloom.train(load_config(None, own))):
+        with pytest.raises(ValueError, match=fault) as caught:
+            call()
+        said.append(str(caught.value))
+    assert said[1].startswith(said[0]), "train adds where it listed the rows"
+
+
+def test_what_check_excludes_is_left_out_of_the_run(words, tmp_path, capsys) -> None:
+    excludes, own = tmp_path / "excludes.jsonl", [*words, "data.pack_tokens=55", "data.max_bad_fraction=1"]
+    check_config(own, excludes=excludes)
+    lines = [json.loads(line) for line in excludes.read_text().splitlines()]
+    assert [line["row"] for line in lines if "missing.png" in line["reason"]] == [5]
+    assert len(lines) > 1, "rows longer than a pack are among them"
+    capsys.readouterr()
+    for split in ("data.split=0", "data.split=0.25"):
+        check_config([*own, split, f"data.exclude={excludes}", "data.max_bad_fraction=0"])
+        assert "bad row" not in capsys.readouterr().out
+    excludes.write_text(json.dumps({"source": lines[0]["source"], "row": 25}))
+    read_excludes.cache_clear()
+    with pytest.raises(ValueError, match=r"data\.exclude: .* names row 25 of .*rows\.json, which has 24; write"):
+        check_config([*own, f"data.exclude={excludes}"])
+    excludes.write_text("rows.json:3\n")
+    read_excludes.cache_clear()
+    with pytest.raises(ValueError, match=r"data\.exclude: .*:1: expected .*got 'rows\.json:3'"):
+        check_config([*own, f"data.exclude={excludes}"])
+
+
+def test_check_tells_what_is_legal_and_seldom_meant(words, tmp_path, capsys) -> None:
+    rows = [{"query": "q", "response": f"answer {n}"} for n in range(18)]
+    rows += [{"query": "q", "response": "answer 3"}, {"query": "q", "response": ["broken"]}]
+    turns = [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "<image>"}]
+    rows += [{"messages": turns}, {"query": "q"}]
+    (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    check_config([*words, f"data.train={tmp_path / 'odd.jsonl'}", "data.workers=1"], nproc=1)
+    printed = capsys.readouterr().out
+    assert re.search(r"odd {8}1 of 22 rows say the same as an earlier row.*: \S*odd\.jsonl:19\n", printed)
+    assert re.search(r"odd {8}1 of 22 rows have a placeholder of media in an answer.*odd\.jsonl:21\n", printed)
+    assert re.search(r"odd\.jsonl: 22 rows, [\d,]+ tokens; 2 dropped; 20 text\n", printed)
+    assert "bad row" in printed
+    assert "warning: 9.1% of" not in printed, "one row in eleven is no warning"
+    assert re.search(r"memory +[\d.]+ MiB of weights, gradients and optimizer states on each rank;", printed)
+    (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, rows[10:])))
+    check_config([*words, f"data.train={tmp_path / 'odd.jsonl'}"])
+    assert re.search(r"warning: 16\.7% of \S*odd\.jsonl is dropped", capsys.readouterr().out)
+
+
+def test_check_reads_held_out_rows_too(words, tmp_path, capsys) -> None:
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"query": "q"}) + "\n")
+    with pytest.raises(ValueError, match="none of the 1 held-out rows can be used"):
+        check_config([*words, f"data.eval={tmp_path / 'eval.jsonl'}"])
+    assert "eval       1 rows: 0 good, 1 bad" in capsys.readouterr().out
+
+
 def test_check_names_the_layout_and_the_packs_that_it_wastes(words, capsys) -> None:
     check_config([*words, "train.packs_per_step=3", "parallel.replicate=2", "parallel.context=2"], nproc=4)
     printed = capsys.readouterr().out
@@ -117,9 +190,9 @@ def test_check_tells_of_videos_whose_sound_is_not_used(words, tmp_path, capsys) 
     clips = ["sounding.mp4", "silent.mp4", {"video": "sounding.mp4", "use_audio_in_video": True}]
     rows = [json.dumps({"query": "<video>", "response": "r", "videos": [clip]}) for clip in clips]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    own = [*words, f"data.train={tmp_path / 'rows.jsonl'}", "data.video.max_pixels=4096"]
+    own = [*words, f"data.train={tmp_path / 'rows.jsonl'}", "data.video.max_pixels=4096", "data.max_bad_fraction=1"]
     check_config(own)
-    assert "sound      1 of the first 3 rows have videos whose sound is not used" in capsys.readouterr().out
+    assert "odd        1 of 3 rows have videos whose sound is not used" in capsys.readouterr().out
     for other in ("data.video.use_audio=true", "model.modalities=text,image,video"):
         check_config([*own, other, "data.video.no_audio=video_only"])
         assert "sound is not used" not in capsys.readouterr().out
