@@ -5,7 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PARALLEL := -n 2 --dist loadfile  # two processes; the tests of one file share what they build
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder  # two processes; the tests of one file share what they build
 
 .PHONY: test test-full demo lint setup clean
 

@@ -24,19 +24,26 @@ LAYOUTS = {
     "context 2 x expert 2": (2, ("parallel.context=2", "parallel.expert=2")),
     "replicate 2, pool of all": (2, ("parallel.replicate=2", "parallel.encoder_pool=data")),
 }
-MANY = [name for name in LAYOUTS if name != "1 rank"]
+FULL = ("2 ranks",)  # of the kind of 4 ranks: with the whole matrices alone
+MANY = [pytest.param(name, marks=pytest.mark.full if name in FULL else ()) for name in LAYOUTS if name != "1 rank"]
 
 
 @pytest.fixture(scope="module")
-def curves(tmp_path_factory) -> dict[str, list[dict]]:
-    """metrics.jsonl of every layout, on rows one of which has no image and one a broken one, evaluated on the same."""
+def curves(tmp_path_factory, request) -> dict[str, list[dict]]:
+    """metrics.jsonl of every layout with a selected test, on rows one without its image and one with half of one."""
     folder = tmp_path_factory.mktemp("ranks")
     model = make_tiny("qwen3_omni", folder / "model")
     rows = write_rows(folder)
     whole = (folder / "7.png").read_bytes()
     (folder / "7.png").write_bytes(whole[: len(whole) // 2])  # its header is sound, so it fails after planning
     found = {}
-    for name, (nproc, extra) in LAYOUTS.items():
+    chosen = {
+        item.callspec.params["layout"]
+        for item in request.session.items
+        if hasattr(item, "callspec") and item.path == request.path
+    }
+    for name in ("1 rank", *(name for name in LAYOUTS if name in chosen - {"1 rank"})):
+        nproc, extra = LAYOUTS[name]
         run_dir = folder / name.replace(" ", "_").replace(",", "")
         command = [
             *(sys.executable, "-m", "omniloom.cli", "train", "--nproc", str(nproc)),

@@ -60,7 +60,9 @@ def model(tmp_path_factory) -> Path:
     return make_tiny("qwen3_omni", tmp_path_factory.mktemp("real") / "model")
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.full, id="one rank"), pytest.param(2, id="two ranks")]
+)
 def trained(request, model, tmp_path_factory) -> Path:
     """A run that was killed with all its processes after its half, and then resumed by the same command."""
     run_dir = tmp_path_factory.mktemp("run") / "run"
