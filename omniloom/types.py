@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the config and the command line import this file before it 
 IGNORE_LABEL = -100  # the field's value for "no label here" (torch.nn.CrossEntropyLoss.ignore_index)
 
 MediaKind = Literal["image", "video", "audio"]
+BoxUnit = Literal["pixels", "one", "thousand"]  # of the file's image as displayed; or shares of its sides
 PartKind = Literal["text", "reasoning", "tool_call", "image", "video", "audio"]
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -171,6 +172,15 @@ class MediaSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Box:
+    """A point of an image, or the two corners of a box, as the row gives it."""
+
+    points: tuple[float, ...]  # x, y of each, from the left and top
+    unit: BoxUnit
+    image: int  # which of the row's images, from 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """One piece of a turn. `text` is the words (text, reasoning) or the JSON of a tool call; media have `media`."""
 
@@ -178,6 +188,7 @@ class Part:
     text: str = ""
     media: MediaSource | None = None
     weight: float | None = None  # None: that of its turn
+    boxes: tuple[Box, ...] = ()  # what each `<bbox>` of the text stands for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +248,7 @@ class ClipGeometry:
     num_audio_samples: int = 0  # at the feature extractor's rate
     sound_seconds: float = 0.0
     asked: ClipOptions = ClipOptions()  # what the row set in place of the run's options
+    source_size: tuple[int, int] = (0, 0)  # width and height of the file as displayed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from omniloom.data.dataclass_json import from_json, to_json
 from omniloom.types import Conversation, Extent
 
 _log = logging.getLogger(__name__)
-_VERSION = 2  # raise it when the meaning of an Extent's fields changes
+_VERSION = 3  # raise it when the meaning of an Extent's fields changes
 _BUSY_SECONDS = 10.0
 _PROCESSOR_FILES = (
     "config.json",

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from omniloom.config import DataConfig, FieldNames, Format
 from omniloom.data.row_media import KINDS, RowMedia, as_clips, join_sound, names_clip
+from omniloom.data.row_objects import RowObjects
 from omniloom.data.tool_calls import parse_tool_calls, parse_tools, tool_call_part, write_json
 from omniloom.types import Conversation, MediaKind, Part, Role, SampleError, Turn
 
@@ -43,7 +44,7 @@ _MEDIA_BLOCKS: dict[str, MediaKind] = {
 _DIALOGUE_KEYS = ("messages", "conversations", "conversation")
 _PAIR_KEYS = ("instruction", "prompt", "input", "output", "query", "response", "history")
 _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios", "use_audio_in_video")
-_ROW_KEYS = {*_DIALOGUE_KEYS, *_PAIR_KEYS, *_MEDIA_KEYS, "tools", "system", "id", "weight"}
+_ROW_KEYS = {*_DIALOGUE_KEYS, *_PAIR_KEYS, *_MEDIA_KEYS, "objects", "tools", "system", "id", "weight"}
 _LARGEST_WEIGHT = 1e30  # sums of them stay within float32
 
 
@@ -117,8 +118,10 @@ def parse_row(
     name = _format_of(options) or detect_format(row, names)
     paired = name in ("alpaca", "query_response")
     messages = _pairs(row, name, names, needs_answer) if paired else _messages(row, name, names)
+    objects = RowObjects(row["objects"]) if row.get("objects") else None
     media = RowMedia(
         {kind: _clips_beside(row, getattr(names, f"{kind}s"), kind) for kind in KINDS},
+        objects=objects,
         file=file,
         rules=options,
         use_audio=row.get("use_audio_in_video"),
@@ -132,6 +135,8 @@ def parse_row(
     if system and any(turn.role == "system" for turn in turns[1:2]):
         raise SampleError("system", "the row has both a system field and a system turn; keep one")
     turns = media.place_rest(turns)
+    if objects is not None:
+        objects.check_placed(sum(part.kind == "image" for turn in turns for part in turn.parts))
     if needs_answer and not any(turn.role == "assistant" and turn.parts for turn in turns):
         raise SampleError("messages", "no assistant answer in the row: there is nothing to train on")
     source = f"{file}:{line}"

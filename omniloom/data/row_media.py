@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 from omniloom.config import DataConfig
 from omniloom.data.clip_options import SAYS_NOTHING, clip_options
+from omniloom.data.row_objects import RowObjects
 from omniloom.types import MediaKind, MediaSource, Part, SampleError, Turn
 
 KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
@@ -39,7 +40,14 @@ class RowMedia:
     """The clips of one row, handed out in the order in which the text asks for them."""
 
     def __init__(
-        self, lists: Mapping[MediaKind, list[Any]], *, file: str, rules: DataConfig, use_audio: Any, typed: bool
+        self,
+        lists: Mapping[MediaKind, list[Any]],
+        *,
+        objects: RowObjects | None,
+        file: str,
+        rules: DataConfig,
+        use_audio: Any,
+        typed: bool,
     ) -> None:
         """`typed`: the content is a list of typed blocks, where clips have blocks of their own."""
         self._folder = os.path.abspath(rules.media_dir if rules.media_dir is not None else os.path.dirname(file))
@@ -48,6 +56,7 @@ class RowMedia:
             raise SampleError("use_audio_in_video", f"expected true or false, got {use_audio!r}")
         self._use_audio = rules.video.use_audio if use_audio is None else use_audio
         self._items = lists
+        self._objects = objects
         self._num_taken = dict.fromkeys(KINDS, 0)
         # in typed content <image> is only a word, unless there is a list beside it whose clips want a place
         self._literal = {kind for kind in KINDS if typed and not self._items[kind]}
@@ -61,12 +70,16 @@ class RowMedia:
             if kind in self._literal:
                 continue
             if match.start() > start:
-                parts.append(Part(kind="text", text=text[start : match.start()]))
+                parts.append(self._text(text[start : match.start()]))
             parts.append(self.next_clip(kind))
             start = match.end()
         if start < len(text):
-            parts.append(Part(kind="text", text=text[start:]))
+            parts.append(self._text(text[start:]))
         return parts
+
+    def _text(self, text: str) -> Part:
+        text, boxes = (text, ()) if self._objects is None else self._objects.fill(text)
+        return Part(kind="text", text=text, boxes=boxes)
 
     def next_clip(self, kind: MediaKind, asked: Mapping[str, Any] | None = None) -> Part:
         """The next clip of the row's list, with what is asked of it where it stands."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from omniloom.processors.chat_template import MEDIA_KINDS, ChatTemplate, find_source, named_source
+from omniloom.processors.grounding import write_boxes
 from omniloom.processors.positions import sample_positions, text_block
 from omniloom.processors.rendering import Renderer
 from omniloom.processors.settings import load_tokenizer
@@ -77,6 +78,8 @@ def sound_layout(token_id: int, num_tokens: int) -> ClipLayout:
 
 class FamilyClips(ABC):
     """What a family knows of its media: how they are written as tokens."""
+
+    relative_boxes = True  # coordinates in text are relative to 1000, else pixels of the resized image
 
     def __init__(
         self, towers: TowerInputs, *, ids: Mapping[str, int], pads: Mapping[str, str], words: Mapping[str, str]
@@ -147,7 +150,8 @@ class ChatProcessor:
             if part.kind != header.kind:
                 raise SampleError(f"{part.kind}s", f"the file is not of this kind but {header.kind}")
             assert part.media is not None
-            clips.append(replace(self._clip_geometry(part.media, header, scale), asked=part.media.options))
+            clip = self._clip_geometry(part.media, header, scale)
+            clips.append(replace(clip, asked=part.media.options, source_size=(header.width, header.height)))
         return tuple(clips)
 
     def _clip_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
@@ -254,7 +258,7 @@ class ChatProcessor:
     # ------------------------------------------------------------------------------------ tokens
 
     def _tokenize(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> _Tokens:
-        rendered = self.renderer.render(conversation)
+        rendered = self.renderer.render(self._write_boxes(conversation, clips))
         text, order, moved = self._place_clips(rendered.text, conversation, clips)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         starts = np.array([start for start, _ in encoding.offsets], np.int64)
@@ -267,9 +271,17 @@ class ChatProcessor:
         return self._expand(np.array(encoding.ids, np.int64), weights, clips, order)
 
     def _tokenize_prompt(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> _Tokens:
-        text, order, _ = self._place_clips(self.renderer.prompt(conversation), conversation, clips)
+        text, order, _ = self._place_clips(
+            self.renderer.prompt(self._write_boxes(conversation, clips)), conversation, clips
+        )
         ids = np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
         return self._expand(ids, np.zeros(len(ids), np.float32), clips, order)
+
+    def _write_boxes(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> Conversation:
+        if not any(part.boxes for turn in conversation.turns for part in turn.parts):
+            return conversation
+        relative = self.media.relative_boxes
+        return write_boxes(conversation, clips, self.towers.vision.patch_size, relative=relative)
 
     def _place_clips(
         self, text: str, conversation: Conversation, clips: Sequence[ClipGeometry]

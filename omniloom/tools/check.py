@@ -26,6 +26,7 @@ from omniloom.data.rows import RowReader, clips_of
 from omniloom.data.sources import Sources
 from omniloom.parallel.device import choose_device, total_memory_bytes
 from omniloom.parallel.mesh import Degrees
+from omniloom.processors.grounding import relative_points
 from omniloom.run.description import describe_kernels
 from omniloom.run.directory import check_start, find_finished
 from omniloom.run.opening import Workshop, choose_degrees
@@ -34,7 +35,7 @@ from omniloom.tools.charts import duration, fmt, percent
 from omniloom.tools.report import reason_kind
 from omniloom.training.policy import TrainableRow, trainable_table
 from omniloom.training.schedule import describe_warmup
-from omniloom.types import BadSample, Conversation, Extent, StepPlan
+from omniloom.types import BadSample, ClipGeometry, Conversation, Extent, StepPlan
 
 CHUNK_ROWS = 256  # between two strokes of the progress bar
 EXAMPLES = 3  # of each kind of fault
@@ -42,6 +43,7 @@ MUCH_DROPPED = 0.1  # share of a set's rows
 ODD = {  # what rows may hold, and seldom should
     "sound": "have videos whose sound is not used; set data.video.use_audio=true, or use_audio_in_video in the rows",
     "answer": "have a placeholder of media in an answer, which the model would learn to write; move it to the question",
+    "boxes": "have boxes outside their image, or corners in the wrong order; is objects.bbox_type right?",
     "again": "say the same as an earlier row, media included; remove one, or write it into data.exclude",
 }
 
@@ -84,7 +86,11 @@ class CheckingReader:
     def _look(self, row: int, extent: Extent) -> CheckedRow:
         conversation, clips = self._rows.conversation(row), extent.clips
         kinds = {clip.kind for clip in clips} | {"audio" for clip in clips if clip.num_mel_frames}
-        odd = {"answer": _answers_with_media(conversation), "sound": self._leaves_sound(row, conversation, extent)}
+        odd = {
+            "answer": _answers_with_media(conversation),
+            "sound": self._leaves_sound(row, conversation, extent),
+            "boxes": _has_odd_boxes(conversation, [clip for clip in clips if clip.kind == "image"]),
+        }
         return CheckedRow(
             extent=replace(extent, clips=()),
             modality="+".join(kind for kind in KINDS if kind in kinds) or "text",
@@ -111,6 +117,13 @@ class CheckingReader:
 def _answers_with_media(conversation: Conversation) -> bool:
     answers = (part for turn in conversation.turns if turn.role == "assistant" for part in turn.parts)
     return any(part.media is not None or PLACEHOLDER.search(part.text) for part in answers)
+
+
+def _has_odd_boxes(conversation: Conversation, images: Sequence[ClipGeometry]) -> bool:
+    boxes = (box for turn in conversation.turns for part in turn.parts for box in part.boxes)
+    shares = [relative_points(box, images[box.image]) for box in boxes]
+    outside = any(not 0 <= share <= 1 for each in shares for share in each)
+    return outside or any(low > high for each in shares for low, high in zip(each, each[2:], strict=False))
 
 
 # ---------------------------------------------------------------------------------------- the whole

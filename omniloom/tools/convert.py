@@ -65,6 +65,8 @@ def convert_row(row: dict[str, Any], file: str, line: int, kind: str, media_dir:
     writer = _TurnWriter(folder, _clips(other, "video"))
     found: dict[str, Any] = {"id": usual.id}
     found["messages"] = [message for turn in usual.turns for message in writer.messages(turn)]
+    if boxes := [box for turn in usual.turns for part in turn.parts for box in part.boxes]:
+        found["objects"] = [{"bbox": list(box.points), "bbox_type": box.unit, "image": box.image} for box in boxes]
     if usual.tools:
         found["tools"] = list(usual.tools)
     return found if usual.weight == 1.0 else {**found, "weight": usual.weight}

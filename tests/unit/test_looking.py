@@ -157,6 +157,18 @@ def test_check_tells_what_is_legal_and_seldom_meant(words, tmp_path, capsys) -> 
     assert re.search(r"warning: 16\.7% of \S*odd\.jsonl is dropped", capsys.readouterr().out)
 
 
+def test_check_tells_of_boxes_outside_their_image(words, tmp_path, capsys) -> None:
+    Image.new("RGB", (80, 40)).save(tmp_path / "a.png")
+    boxes = [[0, 0, 80, 40], [10, 10, 90, 20], [30, 5, 10, 20], [79, 39]]
+    for number, box in enumerate(boxes):
+        row = {"query": "<image>", "response": f"{number} <bbox>", "images": ["a.png"], "objects": {"bbox": [box]}}
+        with (tmp_path / "boxes.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    check_config([*words, f"data.train={tmp_path / 'boxes.jsonl'}"])
+    printed = capsys.readouterr().out
+    assert re.search(r"odd +2 of 4 rows have boxes outside their image.*: \S*:2, \S*:3\n", printed)
+
+
 def test_check_reads_held_out_rows_too(words, tmp_path, capsys) -> None:
     (tmp_path / "eval.jsonl").write_text(json.dumps({"query": "q"}) + "\n")
     with pytest.raises(ValueError, match="none of the 1 held-out rows can be used"):

@@ -22,6 +22,8 @@ VIDEO_PIXELS = (128 * 28 * 28, 768 * 28 * 28)
 
 
 class Qwen25OmniMedia(FamilyClips):
+    relative_boxes = False
+
     def __init__(self, config: Qwen25OmniConfig, towers: TowerInputs, tokenizer: Any) -> None:
         ids = {"image": config.image_token_id, "video": config.video_token_id, "audio": config.audio_token_id}
         pads = {kind: str(tokenizer.convert_ids_to_tokens(token_id)) for kind, token_id in ids.items()}

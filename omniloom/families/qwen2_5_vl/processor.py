@@ -28,6 +28,8 @@ MIN_FRAMES = 4
 
 
 class Qwen25VLMedia(PictureMedia):
+    relative_boxes = False
+
     def __init__(self, config: Qwen25VLConfig, towers: TowerInputs, tokenizer: Any) -> None:
         super().__init__(config, towers, tokenizer)
         self.config = config
