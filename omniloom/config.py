@@ -323,8 +323,10 @@ def _without_nulls(section: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def save_config(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+def dump_config(config: Config) -> str:
+    """As YAML text."""
+    text: str = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def keys_of(section: Any, path: str = "") -> Iterator[tuple[str, Any]]:

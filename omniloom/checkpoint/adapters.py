@@ -8,12 +8,11 @@ ours lies in the published model comes from the key map's assemblies.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from omniloom.checkpoint.agreement import agree, rank
+from omniloom.checkpoint.agreement import agree, attempt, rank
+from omniloom.checkpoint.files import read_json, write_json
 from omniloom.checkpoint.hf import local_region
-from omniloom.checkpoint.tensor_files import DTYPES, HFCheckpoint, TensorEntry, read_header, read_json
+from omniloom.checkpoint.tensor_files import DTYPES, HFCheckpoint, TensorEntry, read_header
 from omniloom.config import LoraConfig
 from omniloom.keymap import Assembly, Shape, canonical_name, listed
 from omniloom.types import Adapter
@@ -175,7 +175,8 @@ def write_adapter(
     fault = None
     if first:
         config = _peft_config(base_name, config_json, adapters, targets, sorted(modules_to_save))
-        fault = _write(directory, config, tensors, fingerprint(source))
+        work = partial(_write, directory, config, tensors, fingerprint(source))
+        fault = attempt(work, f"write the adapter {directory}")
     agree(fault, group)
     return directory
 
@@ -186,21 +187,13 @@ def _refusal(directory: Path) -> str | None:
     return f"{directory} is a file; write the adapter into a directory" if directory.is_file() else None
 
 
-def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor], base: str) -> str | None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / f".{TENSORS_NAME}.partial"
-        safetensors.torch.save_file(tensors, partial, metadata={"format": "pt"})
-        partial.rename(directory / TENSORS_NAME)
-        for name, content in ((NOTE_NAME, {"base": base}), (CONFIG_NAME, config)):
-            partial = directory / f".{name}.partial"
-            partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            partial.rename(directory / name)
-    except OSError as error:
-        return f"could not write the adapter {directory}: {error.strerror or error}"
-    except safetensors.SafetensorError as error:  # a full disk comes as one
-        return f"could not write the adapter {directory}: {error}"
-    return None
+def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor], base: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".{TENSORS_NAME}.partial"
+    safetensors.torch.save_file(tensors, partial, metadata={"format": "pt"})
+    partial.rename(directory / TENSORS_NAME)
+    write_json(directory / NOTE_NAME, {"base": base})
+    write_json(directory / CONFIG_NAME, dict(sorted(config.items())))
 
 
 def _peft_config(

@@ -6,9 +6,11 @@ fault of all. Works without a process group, too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None  # None: all ranks, or no group at all
@@ -41,3 +43,19 @@ def agree(fault: str | None, group: dist.ProcessGroup | None = None) -> None:
     if faults:
         number, told = faults[0]
         raise ValueError(told if num_ranks(group) == 1 or number == 0 else f"{told} (rank {number})")
+
+
+def attempt(work: Callable[[], object], what: str, unharmed: str = "") -> str | None:
+    """Do the work; a fault of disk or data comes back in words, for `agree`.
+
+    `what` is tried ("save step 3"), `unharmed` ("; ...") is as before where it fails.
+    """
+    try:
+        work()
+    except OSError as error:
+        return f"could not {what}: {error.strerror or error}{unharmed}"
+    except ValueError as error:
+        return str(error)
+    except (RuntimeError, SafetensorError) as error:  # of torch's and safetensors' writers, on a full disk
+        return f"could not {what} (is the disk full?): {str(error).splitlines()[0]}{unharmed}"
+    return None

@@ -9,7 +9,6 @@ that all ranks see. `stored` reads it back.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Collection, Mapping
@@ -29,39 +28,21 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.tensor import DTensor
 
-from omniloom.checkpoint.agreement import agree, gather, in_group, num_ranks, rank
+from omniloom.checkpoint.agreement import agree, attempt, gather, in_group, num_ranks, rank
+from omniloom.checkpoint.files import sync_directory, write_text
 from omniloom.checkpoint.stored import (
     EXTRAS_NAME,
     MARKER_NAME,
     METADATA_NAME,
     StoredCheckpoint,
     checksum,
-    find_latest,
     load_tensors,
-    open_stored,
     read_marker,
-    read_stored_tensor,
     seal,
     step_name,
     verify_files,
 )
 from omniloom.keymap import listed
-
-__all__ = [
-    "Saver",
-    "StoredCheckpoint",
-    "find_latest",
-    "load_model_state",
-    "load_optimizer_state",
-    "load_rng_state",
-    "load_tensors",
-    "model_state",
-    "open_stored",
-    "optimizer_state",
-    "read_stored_tensor",
-    "rng_state",
-    "stored_names",
-]
 
 LATEST_NAME = "latest"
 MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."  # prefixes of names in a checkpoint
@@ -117,14 +98,14 @@ class Saver:
 
     def _write(self, step: int, planner: _Planner, state: dict[str, Tensor], extras: str) -> None:
         partial = self.root / f"{step_name(step)}.partial"
-        first = rank(self.group) == 0
+        first, words = rank(self.group) == 0, (f"save step {step}", "; earlier checkpoints are intact")
         try:
-            agree(_attempt(step, lambda: self._prepare(partial)) if first else None, self.group)
+            agree(attempt(lambda: self._prepare(partial), *words) if first else None, self.group)
             writer = _Writer(partial, sync_files=True)
-            agree(_attempt(step, lambda: self._save_tensors(writer, planner, state)), self.group)
+            agree(attempt(lambda: self._save_tensors(writer, planner, state), *words), self.group)
             files = {path.name: _describe(path) for path in partial.glob(f"__{rank(self.group)}_*")}
             files = {name: item for part in gather(files, self.group) for name, item in part.items()}
-            agree(_attempt(step, lambda: self._commit(partial, step, files, extras)) if first else None, self.group)
+            agree(attempt(lambda: self._commit(partial, step, files, extras), *words) if first else None, self.group)
         except ValueError:
             shutil.rmtree(partial, ignore_errors=True)  # by all: it may be another directory on another node
             raise
@@ -144,7 +125,7 @@ class Saver:
         partial.mkdir(parents=True)
 
     def _commit(self, partial: Path, step: int, files: dict[str, dict[str, Any]], extras: str) -> None:
-        _write_text(partial / EXTRAS_NAME, extras)
+        write_text(partial / EXTRAS_NAME, extras)
         files |= {name: _describe(partial / name) for name in (METADATA_NAME, EXTRAS_NAME)}
         # as this rank sees them: another node may have written into another directory of the same name
         faults = verify_files(partial, {name: (item["bytes"], item["crc32"]) for name, item in files.items()})
@@ -155,16 +136,16 @@ class Saver:
             )
         sequence = 1 + max((number for number, _ in self._committed()), default=0)
         marker = {"step": step, "sequence": sequence, "num_ranks": num_ranks(self.group), "files": files}
-        _sync(partial)
-        _write_text(partial / MARKER_NAME, json.dumps(seal(marker), indent=1))
-        _sync(partial)
+        sync_directory(partial)
+        write_text(partial / MARKER_NAME, json.dumps(seal(marker), indent=1))
+        sync_directory(partial)
         final = self.root / step_name(step)
         replaced = self.root / f"{step_name(step)}.replaced"
         if final.exists():  # the run went back and comes by again
             final.rename(replaced)
         partial.rename(final)
-        _write_text(self.root / LATEST_NAME, final.name + "\n")
-        _sync(self.root)
+        write_text(self.root / LATEST_NAME, final.name + "\n")
+        sync_directory(self.root)
         self._remove_old()
 
     def _committed(self) -> list[tuple[int, Path]]:
@@ -225,38 +206,8 @@ def _local_tensors(state: Mapping[str, Tensor], staged: dict[str, Tensor] | None
     return dict(staged)
 
 
-def _attempt(step: int, work: Any) -> str | None:
-    """Do the work; a disk's fault comes back in words, for `agree`. torch's zip writer turns it into a RuntimeError."""
-    try:
-        work()
-    except OSError as error:
-        return f"could not save step {step}: {error.strerror or error}; earlier checkpoints are intact"
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        return f"could not save step {step} (is the disk full?): {reason}; earlier checkpoints are intact"
-    return None
-
-
 def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "crc32": checksum(path)}
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(path)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------- what a state is made of

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from omniloom.checkpoint.agreement import agree, rank
+from omniloom.checkpoint.agreement import agree, attempt, rank
+from omniloom.checkpoint.files import sync_directory, write_json
 from omniloom.checkpoint.tensor_files import DTYPES, INDEX_NAME, HFCheckpoint, TensorEntry
 from omniloom.keymap import Assembly, KeyMap, listed
 
@@ -67,17 +68,18 @@ def export(
     plan = _plan(source, assemblies, key_map, names, dropped)
     order = [name for name in assemblies if name in plan.places]
     writer = _Writer(out_dir, source, plan) if rank(group) == 0 else None
-    fault = _attempt(lambda: writer.begin(files or {}, overwrite), out_dir) if writer else None
+    words = f"write the export {out_dir}", "; nothing there was changed"
+    fault = attempt(lambda: writer.begin(files or {}, overwrite), *words) if writer else None
     if writer is not None and fault is not None:
         writer.discard()
     agree(fault, group)
     for name in order:
         tensor = gather(name)
         if writer is not None and fault is None:  # after a fault, keep the other ranks' collectives company
-            fault = _attempt(partial(writer.write, name, tensor, assemblies[name]), out_dir)
+            fault = attempt(partial(writer.write, name, tensor, assemblies[name]), *words)
         del tensor
     if writer is not None:
-        fault = fault or _attempt(writer.commit, out_dir)
+        fault = fault or attempt(writer.commit, *words)
         if fault is not None:
             writer.discard()
     agree(fault, group)
@@ -178,13 +180,13 @@ class _Writer:
     def commit(self) -> None:
         for file in sorted(self.partial.rglob("*")):
             if file.is_file():
-                _sync(file)
-        _sync(self.partial)
+                sync_directory(file)
+        sync_directory(self.partial)
         if self.out_dir.exists():
             shutil.rmtree(self.previous, ignore_errors=True)
             self.out_dir.rename(self.previous)
         self.partial.rename(self.out_dir)
-        _sync(self.out_dir.parent)
+        sync_directory(self.out_dir.parent)
         shutil.rmtree(self.previous, ignore_errors=True)
 
     def discard(self) -> None:
@@ -205,7 +207,7 @@ class _Writer:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
         for name, content in files.items():
-            _write_json(self.partial / name, content)
+            write_json(self.partial / name, content)
         if self.source.index is not None:
             weight_map = {name: entry.file.name for name, entry in self.plan.entries.items()}
             metadata = dict(self.source.index.get("metadata") or {})
@@ -213,9 +215,9 @@ class _Writer:
             if "total_parameters" in metadata and len(self.plan.entries) < len(self.source.entries):
                 del metadata["total_parameters"]
             index = {**self.source.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-            _write_json(self.partial / INDEX_NAME, index)
+            write_json(self.partial / INDEX_NAME, index)
         note = {"source": self.source.directory.name, "trained_tensors": sum(map(len, self.plan.places.values()))}
-        _write_json(self.partial / MARKER_NAME, note)
+        write_json(self.partial / MARKER_NAME, note)
 
     def _lay_out_file(self, file: Path) -> None:
         entries = [entry for entry in self.plan.entries.values() if entry.file == file]
@@ -267,26 +269,3 @@ def _other_files(directory: Path) -> Iterable[tuple[Path, Path]]:
         weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json") or path.name == MARKER_NAME
         if path.is_file() and not hidden and not weights:
             yield path, relative
-
-
-def _attempt(work: Callable[[], None], out_dir: Path) -> str | None:
-    """Do the work; on a fault of disk or data say it in words, for `agree`."""
-    try:
-        work()
-    except OSError as error:
-        return f"could not write the export {out_dir}: {error.strerror or error}; nothing there was changed"
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

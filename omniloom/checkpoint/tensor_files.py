@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from omniloom.checkpoint.files import read_json
 from omniloom.keymap import Box, Shape, listed, whole
 from omniloom.types import suggest
 
@@ -149,19 +150,6 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             f"its header promises {place} bytes, the file has {size}; download it again"
         )
     return {entry.name: entry for entry in entries}, metadata
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises: ValueError naming the file and what is wrong with it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent}: {path.name} is missing; is it a complete model directory?") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _entry(name: str, item: dict[str, Any], file: Path, data_start: int) -> TensorEntry:

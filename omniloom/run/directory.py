@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from omniloom.config import Config, config_to_dict, save_config
+from omniloom.checkpoint.files import write_json, write_text
+from omniloom.config import Config, config_to_dict, dump_config
 
 FINISHED = "finished.json"  # {"step": N}: all steps are done and all results written
 # What a run writes, checkpoints first. Not among it: the cache of extents, which is no record, and bad_samples.jsonl,
@@ -151,9 +152,7 @@ def record_config(run_dir: Path, config: Config, first_step: int) -> tuple[Chang
     for until, file in former:
         if until > first_step or (until == first_step and not changes):
             file.unlink(missing_ok=True)
-    scratch = run_dir / ".config.yaml.tmp"
-    save_config(config, scratch)
-    scratch.replace(path)
+    write_text(path, dump_config(config))
     return changes
 
 
@@ -166,7 +165,7 @@ def finished_step(run_dir: Path) -> int | None:
 
 
 def write_finished(run_dir: Path, step: int) -> None:
-    (run_dir / FINISHED).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    write_json(run_dir / FINISHED, {"step": step}, indent=None)
 
 
 def changes_of(path: Path, config: Config) -> list[Change]:

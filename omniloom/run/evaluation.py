@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from omniloom.checkpoint.files import write_json
 from omniloom.data.agreement import PlanningRanks, StepAgreement, agree
 from omniloom.data.loader import Loader
 from omniloom.data.packing import pack_everything
@@ -58,8 +59,7 @@ class EvaluationReport:
 
     def write(self, run_dir: Path, step: int) -> None:
         """`evaluation.json` of the latest step, and the answers of each in `answers/`."""
-        text = json.dumps({"step": step, **self.figures()}, indent=1)
-        (run_dir / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+        write_json(run_dir / "evaluation.json", {"step": step, **self.figures()})
         if self.rows:
             (run_dir / "answers").mkdir(exist_ok=True)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)

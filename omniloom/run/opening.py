@@ -20,6 +20,7 @@ from omniloom.checkpoint.adapters import (
     load_adapter,
     open_adapter,
 )
+from omniloom.checkpoint.files import read_json
 from omniloom.checkpoint.hf import (
     HFCheckpoint,
     check_dtypes,
@@ -29,7 +30,6 @@ from omniloom.checkpoint.hf import (
     refuse_quantised,
 )
 from omniloom.checkpoint.hub import resolve_model_path
-from omniloom.checkpoint.tensor_files import read_json
 from omniloom.config import Config
 from omniloom.families.registry import find_spec
 from omniloom.families.spec import ModelSpec

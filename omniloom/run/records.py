@@ -6,7 +6,6 @@ nothing is written and nothing said.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from omniloom.checkpoint.files import write_json
 from omniloom.config import Config
 from omniloom.data.stream import LoadedStep
 from omniloom.parallel.mesh import Layout
@@ -69,8 +69,7 @@ class RunRecords:
                 f"config_until_step_{first_step:08d}.yaml"
             )
         table = trainable_table(policies, {name: parameter.numel() for name, parameter in parameters.items()})
-        rows = json.dumps([asdict(row) for row in table], indent=1)
-        (self.run_dir / "trainable.json").write_text(rows, encoding="utf-8")
+        write_json(self.run_dir / "trainable.json", [asdict(row) for row in table])
         for words in (*about, *table_lines(table)):
             self.say(words)
         log = self.config.log
@@ -132,5 +131,5 @@ class RunRecords:
                 for sample in pack.samples
             ]
             report = {"step": step, "loss": figures.loss, "grad_norm": figures.grad_norm, "samples": samples}
-            path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+            write_json(path, report)
         return f"step {step}: loss {figures.loss}, gradient norm {figures.grad_norm}; its samples are in {path}"

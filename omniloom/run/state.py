@@ -14,6 +14,7 @@ import torch
 
 from omniloom.checkpoint import dcp
 from omniloom.checkpoint.adapters import fingerprint
+from omniloom.checkpoint.stored import StoredCheckpoint, find_latest, open_stored
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.mesh import Layout
 from omniloom.run.opening import Workshop, load_weights
@@ -65,7 +66,7 @@ class RunState:
         self.group = self._saver.group
         stack.callback(self._saver.close)
 
-    def find(self, *, overwrite: bool = False) -> dcp.StoredCheckpoint | None:
+    def find(self, *, overwrite: bool = False) -> StoredCheckpoint | None:
         """The checkpoint to go on from, verified; with `overwrite` only one that is named.
 
         Raises: ValueError for one of another model or policy.
@@ -74,16 +75,16 @@ class RunState:
         if self._settings.resume == "auto" and overwrite:
             return None
         if self._settings.resume == "auto":
-            stored, passed_over = dcp.find_latest(self._run_dir, group=self.group)
+            stored, passed_over = find_latest(self._run_dir, group=self.group)
             for words in passed_over:
                 self._say(f"warning: {words}")
         elif self._settings.resume != "none":
-            stored = dcp.open_stored(self._settings.resume, group=self.group)
+            stored = open_stored(self._settings.resume, group=self.group)
         if stored is not None:
             self._check(stored)
         return stored
 
-    def load(self, stored: dcp.StoredCheckpoint | None) -> int:
+    def load(self, stored: StoredCheckpoint | None) -> int:
         """Fill the model from the checkpoint, or from the published one. Returns the first step to take."""
         held = [] if stored is None else dcp.stored_names(stored, self.parameters)
         if len(held) < len(self.parameters):  # checkpoints leave out what is as published
@@ -115,7 +116,7 @@ class RunState:
         """Wait for the checkpoint under way."""
         self._saver.finish()
 
-    def _check(self, stored: dcp.StoredCheckpoint) -> None:
+    def _check(self, stored: StoredCheckpoint) -> None:
         """What a checkpoint does not keep must be as it was."""
         if stored.extras["model"] != self._own["model"]:
             raise ValueError(

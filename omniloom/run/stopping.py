@@ -6,7 +6,6 @@ and no other rank: the trainer asks for `reason` after each step and agrees on i
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from omniloom.checkpoint.files import write_json
 from omniloom.exit_codes import INTERRUPTED, STOPPED_EARLY
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm's --signal=USR1 warns with
@@ -93,9 +93,7 @@ class StopRequest:
 def write_stopped(run_dir: Path, *, reason: str, step: int) -> None:
     """Say in `stopped.json` why the run is not over and how many steps are done and saved."""
     record = {"reason": reason, "step": step, "exit_code": STOPPED_EARLY, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    scratch = run_dir / f".{STOPPED}.tmp"
-    scratch.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    scratch.replace(run_dir / STOPPED)
+    write_json(run_dir / STOPPED, record, indent=None)
 
 
 def _do_nothing(_number: int, _frame: object) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omniloom.checkpoint.tensor_files import read_json
+from omniloom.checkpoint.files import read_json
 from omniloom.config import DataConfig
 from omniloom.types import ClipGeometry, StepPlan
 

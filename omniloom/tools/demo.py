@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from omniloom.checkpoint.files import write_json
 from omniloom.config import Config, load_config
 from omniloom.data.sources import open_sources
 from omniloom.run.trainer import run
@@ -99,7 +100,7 @@ def _run_demo(directory: Path, size: DemoSize) -> dict[str, Any]:
     final = {"step": size.num_steps, **summary["accuracy"]}
     summary["accuracy_by_step"] = [*_accuracy_curve(directory, tokenizer, prompts, data, size), final]
     summary = {"seconds": round(time.monotonic() - start, 1), **summary}
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "summary.json", summary)
     report = write_report(directory)
     _print_table(summary)
     _say(start, f"done; open {report}")

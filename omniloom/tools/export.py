@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from omniloom.checkpoint import dcp
+from omniloom.checkpoint.dcp import MODEL, stored_names
 from omniloom.checkpoint.hf import read_tensor
+from omniloom.checkpoint.stored import open_stored, read_stored_tensor
 from omniloom.config import load_config
 from omniloom.run.opening import open_workshop
 from omniloom.run.results import export_adapter, export_model
@@ -25,7 +26,7 @@ def export_checkpoint(source: Path, directory: Path, *, adapter: bool = False, o
     """
     if not source.exists():
         raise ValueError(f"{source} does not exist; name a run directory or one of its checkpoints/step_...")
-    stored = dcp.open_stored(source)
+    stored = open_stored(source)
     run_dir = stored.directory.parent.parent
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(
@@ -37,12 +38,12 @@ def export_checkpoint(source: Path, directory: Path, *, adapter: bool = False, o
     workshop = open_workshop(replace(config, model=replace(config.model, adapter=None)), adapter_sizes=sizes)
     with torch.device("meta"):
         known = [name for name, _ in workshop.build().named_parameters()]
-    changed = dcp.stored_names(stored, known)
+    changed = stored_names(stored, known)
     held = frozenset(changed)
 
     def read(name: str) -> torch.Tensor:
         if name in held:
-            return dcp.read_stored_tensor(stored, f"{dcp.MODEL}{name}")
+            return read_stored_tensor(stored, f"{MODEL}{name}")
         assembly = workshop.assemblies[name]
         published = torch.empty(assembly.shape)
         read_tensor(assembly, workshop.checkpoint, published)

@@ -121,7 +121,7 @@ def load_model(model_dir: Path) -> Any:
     """transformers' text-answering model in evaluation mode, on the accelerator if there is one, else in float32."""
     import transformers
 
-    from omniloom.checkpoint.tensor_files import read_json
+    from omniloom.checkpoint.files import read_json
 
     architectures = read_json(Path(model_dir) / "config.json").get("architectures") or [""]
     name = TEXT_CLASSES.get(architectures[0], architectures[0])

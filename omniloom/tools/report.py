@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import statistics
 import time
@@ -19,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from omniloom.checkpoint.files import write_text
 from omniloom.tools.charts import Chart, Figure, Series, duration, fmt, heat_map, line_chart, percent
 from omniloom.tools.demo_accuracy import (
     MODALITY_NAMES,
@@ -61,9 +61,7 @@ def write_report(run: str | Path) -> Path:
         )
     page = render(files, now=time.time())
     path = run / "report.html"
-    scratch = run / f".report.html.{os.getpid()}.tmp"
-    scratch.write_text(page, encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, page)
     return path
 
 

@@ -8,7 +8,6 @@ construction; nothing here is imported by training.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from omniloom.checkpoint.files import write_json
 from omniloom.processors.chat_template import TEMPLATE_DIR
 from omniloom.tools.tiny_tokenizer import write_tokenizer
 from omniloom.types import suggest
@@ -96,7 +96,7 @@ def make_tiny(
         "generation_config.json": {"do_sample": False, "eos_token_id": [end, blank], "pad_token_id": blank},
     }
     for name, content in {**files, **model.processor_files}.items():
-        (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(directory / name, content)
     if model.speakers:
         _write_speakers(directory, model)
     return directory

@@ -7,11 +7,11 @@ token ids.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import yaml
+
+from omniloom.checkpoint.files import write_json
 
 ROLE_WORDS = ("system", "user", "assistant", "tool")  # each one token, as the talker's config demands
 
@@ -82,10 +82,6 @@ def write_tokenizer(
         "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
     }
-    _write_json(directory / "tokenizer_config.json", config)
-    _write_json(directory / "chat_template.json", {"chat_template": chat_template})
+    write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "chat_template.json", {"chat_template": chat_template})
     return ids
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

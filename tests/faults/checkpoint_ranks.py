@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from omniloom.checkpoint import tensor_files
 from omniloom.checkpoint.dcp import (
     Saver,
-    find_latest,
     load_model_state,
     load_optimizer_state,
     load_rng_state,
@@ -33,6 +32,7 @@ from omniloom.checkpoint.dcp import (
 )
 from omniloom.checkpoint.export import export
 from omniloom.checkpoint.hf import gather_full, load_model, open_checkpoint
+from omniloom.checkpoint.stored import find_latest
 from omniloom.keymap import KeyMap, Rule
 
 NUM_EXPERTS, INNER, HIDDEN = 4, 6, 8

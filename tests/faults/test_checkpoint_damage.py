@@ -14,9 +14,18 @@ import time
 import pytest
 import torch
 
-from omniloom.checkpoint.dcp import Saver, find_latest, load_tensors, open_stored
+from omniloom.checkpoint.dcp import Saver
 from omniloom.checkpoint.run_lock import RunLock
-from omniloom.checkpoint.stored import METADATA_NAME, checksum, read_marker, read_metadata, seal
+from omniloom.checkpoint.stored import (
+    METADATA_NAME,
+    checksum,
+    find_latest,
+    load_tensors,
+    open_stored,
+    read_marker,
+    read_metadata,
+    seal,
+)
 
 STATE = {"model.a": torch.arange(6.0).reshape(2, 3), "model.b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -168,7 +177,8 @@ def test_a_directory_that_cannot_be_written_is_one_clear_error(tmp_path):
 
 SAVING = """
     import os, sys, torch
-    from omniloom.checkpoint.dcp import Saver, find_latest
+    from omniloom.checkpoint.dcp import Saver
+    from omniloom.checkpoint.stored import find_latest
     torch.set_num_threads(1)
 
     def save_until_killed(asynchronous):

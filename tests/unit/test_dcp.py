@@ -10,16 +10,14 @@ from torch import nn
 from omniloom.checkpoint import dcp
 from omniloom.checkpoint.dcp import (
     Saver,
-    find_latest,
     load_model_state,
     load_optimizer_state,
     load_rng_state,
     model_state,
-    open_stored,
     optimizer_state,
-    read_stored_tensor,
     rng_state,
 )
+from omniloom.checkpoint.stored import find_latest, open_stored, read_stored_tensor
 
 
 def make(seed=0, dtype=torch.float32):

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from omniloom.config import load_config, save_config
+from omniloom.config import dump_config, load_config
 from omniloom.tools import report
 from omniloom.tools.charts import MAX_POINTS, Series, fmt, line_chart
 from omniloom.tools.demo_data import write_demo_data
@@ -55,7 +55,7 @@ def metrics_line(step: int) -> dict:
 def write_run(directory: Path, *, num_lines: int = NUM_STEPS) -> Path:
     directory.mkdir(parents=True)
     config = load_config({"model": {"path": "some/model"}, "train": {"steps": NUM_STEPS}})
-    save_config(config, directory / "config.yaml")
+    (directory / "config.yaml").write_text(dump_config(config))
     lines = [json.dumps(metrics_line(step)) + "\n" for step in range(num_lines)]
     (directory / "metrics.jsonl").write_text("".join(lines))
     return directory

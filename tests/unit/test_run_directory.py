@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from omniloom.config import Config, load_config, save_config
+from omniloom.config import Config, dump_config, load_config
 from omniloom.exit_codes import STOPPED_EARLY
 from omniloom.run import evaluation
 from omniloom.run.directory import (
@@ -39,7 +39,9 @@ def learning_rate_of(path: Path) -> float:
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    save_config(config_of("train.learning_rate=1e-3", "policy.vision.merger.freeze=true"), tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(
+        dump_config(config_of("train.learning_rate=1e-3", "policy.vision.merger.freeze=true"))
+    )
     write_finished(tmp_path, 10)
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     return tmp_path
@@ -90,7 +92,7 @@ def test_what_differs_from_a_finished_run_is_named_and_refused(
 def test_more_steps_go_on_from_a_finished_run(finished: Path) -> None:
     assert find_finished(finished, config_of(*SAME, "train.steps=11")) is None
     assert find_finished(finished, config_of(*SAME, "train.steps=null", "train.epochs=2")) is None
-    save_config(config_of(*SAME, "train.steps=null"), finished / "config.yaml")
+    (finished / "config.yaml").write_text(dump_config(config_of(*SAME, "train.steps=null")))
     assert find_finished(finished, config_of(*SAME, "train.steps=null", "train.epochs=1.5")) is None
     with pytest.raises(ValueError, match=r"train\.epochs was None, is 0\.5"):
         find_finished(finished, config_of(*SAME, "train.steps=null", "train.epochs=0.5"))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from omniloom.checkpoint.tensor_files import read_json
+from omniloom.checkpoint.files import read_json
 from omniloom.config import DataConfig
 from omniloom.families.registry import find_spec
 from omniloom.run.trained_media import PREPROCESSOR, PROCESSOR, VIDEO, TrainedMedia, processor_files
