@@ -16,7 +16,19 @@ from dataclasses import dataclass, field
 
 LAUNCHERS = ("torchrun", "python", "python3", "swift", "megatron", "llamafactory-cli", "accelerate", "deepspeed")
 OPENERS, CLOSERS = ("if", "for", "while", "until", "case"), ("fi", "done", "esac")
-SPACE, ENDS = " \t", "\n;&|"
+ENDS = "\n;&|"
+PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
+EXPANSION = rf"\$(?:{PARENTHESES}|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[A-Za-z_]\w*|[0-9@*#?])|`[^`]*`"
+TOKEN = re.compile(
+    "|".join((
+        rf"(?P<gap>[ \t]+|[{ENDS}]|(?<![^\s;&|(])#[^\n]*)",  # parts words; a `#` at the beginning of one is a comment
+        r"'(?P<single>[^']*)'",
+        rf'"(?P<double>(?:\\.|{EXPANSION}|[^"\\])*+)"',
+        rf"(?P<expansion>{EXPANSION})",
+        r"""(?P<plain>\\.|[^\s;&|'"\\$`()]+|.)""",
+    )),
+    re.DOTALL,
+)  # fmt: skip
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=")
 VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)(?:\[[@*]\])?(?::?([-+])([^}]*))?\}|([A-Za-z_]\w*|[0-9@*#?]))")
 
@@ -99,114 +111,41 @@ def _take(words: list[str], script: Script, *, certain: bool) -> None:
 
 def _commands(text: str, variables: Mapping[str, str | tuple[str, ...]]) -> Iterator[list[str]]:
     """The simple commands of a script, each as its words, variables put in as they stand at that point."""
-    place, words = 0, list[str]()
-    while place < len(text):
-        char = text[place]
-        if char in SPACE:
-            place += 1
-        elif char == "#":
-            place = _line_end(text, place)
-        elif char in ENDS:
-            place += 1
-            if words:
+    words: list[str] = []
+    elements: list[str] | None = None  # of the array that is open
+    name, word, splits = "", None, False  # the array's `NAME=`, the word under way, whether a bare variable is in it
+    for match in TOKEN.finditer(f"{text}\n"):
+        kind, token = match.lastgroup, match[0]
+        if kind == "gap" or (token == ")" and elements is not None):
+            if word is not None:
+                (words if elements is None else elements).extend(
+                    word.split() if splits and not is_open(word) else [word]
+                )
+            word, splits = None, False
+            if token == ")" and elements is not None:
+                words.append(f"{name}(" + "".join(f"\0{element}" for element in elements) + ")")
+                elements = None
+            elif token[0] in ENDS and elements is None and words:
                 yield words
-            words = []
+                words = []
+        elif token == "(" and ASSIGNMENT.fullmatch(word or ""):
+            name, word, elements = word or "", None, []
+        elif kind == "expansion":
+            splits = splits or ASSIGNMENT.match(word or "") is None
+            word = (word or "") + _value(token, variables)
         else:
-            found, place = _word(text, place, variables)
-            words += found
-    if words:
-        yield words
-
-
-def _line_end(text: str, place: int) -> int:
-    end = text.find("\n", place)
-    return len(text) if end < 0 else end
-
-
-def _word(text: str, place: int, variables: Mapping[str, str | tuple[str, ...]]) -> tuple[list[str], int]:
-    """The word that starts at `place`, or the words that its unquoted variables come to, and where it ends."""
-    start, built, splits = place, "", False
-    while place < len(text) and text[place] not in SPACE + ENDS:
-        char = text[place]
-        if char == "'":
-            end = text.find("'", place + 1)
-            end = len(text) if end < 0 else end
-            built += text[place + 1 : end]
-            place = end + 1
-        elif char == '"':
-            end = _quote_end(text, place + 1)
-            built += _expand(text[place + 1 : end], variables)
-            place = end + 1
-        elif char == "\\":
-            built += text[place + 1 : place + 2]
-            place += 2
-        elif char == "(" and ASSIGNMENT.fullmatch(text[start:place]):
-            elements, place = _array(text, place + 1, variables)
-            built += "(" + "".join(f"\0{element}" for element in elements) + ")"
-        elif char in "$`":
-            end = _expansion_end(text, place)
-            built += _expand(text[place:end], variables)
-            splits, place = splits or ASSIGNMENT.match(text[start:place]) is None, end
-        else:
-            built += char
-            place += 1
-    closed = is_open(built)
-    return (built.split() if splits and not closed else [built]), max(place, start + 1)
-
-
-def _array(text: str, place: int, variables: Mapping[str, str | tuple[str, ...]]) -> tuple[list[str], int]:
-    elements: list[str] = []
-    while place < len(text) and text[place] != ")":
-        if text[place] in SPACE + "\n":
-            place += 1
-        elif text[place] == "#":
-            place = _line_end(text, place)
-        else:
-            stop = re.compile(r"\)(?=\s|$)").search(text, place)
-            found, place = _word(text[: stop.start()] if stop else text, place, variables)
-            elements += found
-    return elements, place + 1
-
-
-def _quote_end(text: str, place: int) -> int:
-    while place < len(text) and text[place] != '"':
-        place += 2 if text[place] == "\\" else _expansion_end(text, place) - place if text[place] == "$" else 1
-    return place
-
-
-def _expansion_end(text: str, place: int) -> int:
-    """Behind the `$NAME`, `${...}`, `$(...)` or backquoted command that starts at `place`."""
-    if text[place] == "`":
-        end = text.find("`", place + 1)
-        return len(text) if end < 0 else end + 1
-    if text[place + 1 : place + 2] in ("(", "{"):
-        depth, end = 0, place + 1
-        while end < len(text):
-            depth += (text[end] in "({") - (text[end] in ")}")
-            end += 1
-            if depth == 0:
-                break
-        return end
-    match = VARIABLE.match(text, place)
-    return match.end() if match else place + 1
+            inner = token[1:-1] if kind in ("single", "double") else token.removeprefix("\\")
+            word = (word or "") + (_expand(inner, variables) if kind == "double" else inner)
 
 
 def _expand(text: str, variables: Mapping[str, str | tuple[str, ...]]) -> str:
     """`text` with variables and arithmetic put in; what cannot be known stays as it is written."""
-    built, place = "", 0
-    while place < len(text):
-        if text[place] not in "$`\\":
-            built += text[place]
-            place += 1
-            continue
-        if text[place] == "\\":
-            built += text[place + 1 : place + 2]
-            place += 2
-            continue
-        end = _expansion_end(text, place)
-        built += _value(text[place:end], variables)
-        place = end
-    return built
+    return re.sub(
+        rf"\\(.)|{EXPANSION}",
+        lambda match: _value(match[0], variables) if match[1] is None else match[1],
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def _value(written: str, variables: Mapping[str, str | tuple[str, ...]]) -> str:
