@@ -22,14 +22,13 @@ from omniloom.checkpoint.files import write_json
 from omniloom.config import Config, load_config
 from omniloom.data.sources import open_sources
 from omniloom.run.trainer import run
-from omniloom.tools.demo_data import FRAMES_PER_SECOND, MODALITIES, NUM_PIXELS, DemoData, write_demo_data
+from omniloom.tools.demo_data import MODALITIES, DemoData, write_demo_data
 from omniloom.tools.export import export_checkpoint
-from omniloom.tools.generate import Prompt, answer, load_model, open_reader, read_prompts
+from omniloom.tools.generate import Prompt, answer, load_model, one_thread, open_reader, read_prompts
 from omniloom.tools.report import write_report
 from omniloom.tools.tiny import make_tiny
 
 MAX_NEW_TOKENS = 12  # the longest answer has seven and its end
-LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,34 +43,6 @@ class DemoSize:
     num_samples: int = 16  # answers shown in the report, the modalities taking turns
 
 
-_TEXT, _VISION, _AUDIO = (f"thinker_config.{name}_config" for name in ("text", "vision", "audio"))
-# About a million parameters; dense, since experts buy nothing at this size.
-MODEL_SIZES: Mapping[str, Any] = {
-    f"{_TEXT}.hidden_size": 128,
-    f"{_TEXT}.intermediate_size": 256,
-    f"{_TEXT}.num_attention_heads": 4,
-    f"{_TEXT}.num_key_value_heads": 2,
-    f"{_TEXT}.head_dim": 32,
-    f"{_TEXT}.mlp_only_layers": [0, 1, 2],
-    f"{_TEXT}.rope_scaling": {
-        "interleaved": True,
-        "mrope_interleaved": True,
-        "mrope_section": [6, 5, 5],
-        "rope_type": "default",
-        "type": "default",
-    },
-    f"{_VISION}.hidden_size": 64,
-    f"{_VISION}.intermediate_size": 128,
-    f"{_VISION}.depth": 2,
-    f"{_VISION}.deepstack_visual_indexes": [0],
-    f"{_VISION}.out_hidden_size": 128,
-    f"{_AUDIO}.d_model": 64,
-    f"{_AUDIO}.encoder_ffn_dim": 128,
-    f"{_AUDIO}.output_dim": 128,
-    "talker_config.thinker_hidden_size": 128,
-}
-
-
 def run_demo(directory: str | Path, size: DemoSize | None = None) -> dict[str, Any]:
     """Do the whole demo in `directory`, print what happens, and return what `summary.json` holds.
 
@@ -79,14 +50,14 @@ def run_demo(directory: str | Path, size: DemoSize | None = None) -> dict[str, A
     """
     directory, size = Path(directory), size or DemoSize()
     _make_room(directory)
-    with _quiet_transformers(), _one_thread():
+    with _quiet_transformers(), one_thread():
         return _run_demo(directory, size)
 
 
 def _run_demo(directory: Path, size: DemoSize) -> dict[str, Any]:
     start = time.monotonic()
     _say(start, "writing a tiny Qwen3-Omni and a small data set")
-    make_tiny("qwen3_omni", directory / "tiny", overrides=MODEL_SIZES)
+    make_tiny("qwen3_omni", directory / "tiny", size="demo")
     data = write_demo_data(directory / "data", num_train=size.num_train, num_held_out=size.num_held_out)
     config = demo_config(directory, data, size)
     _say(start, f"training {size.num_steps} steps")
@@ -109,31 +80,19 @@ def _run_demo(directory: Path, size: DemoSize) -> dict[str, Any]:
 
 def demo_config(directory: Path, data: DemoData, size: DemoSize) -> Config:
     """The run's config; saved beside the run as `config.yaml`, it trains the same model again."""
-    num_pixels = NUM_PIXELS**2
-    tree = {
-        "model": {"path": str(directory / "tiny"), "dtype": "float32"},
-        "data": {
-            "train": [str(data.train)],
-            "eval": [str(path) for path in data.held_out.values()],
-            "pack_tokens": 1280,  # about 32 samples
-            "image": {"min_pixels": num_pixels, "max_pixels": num_pixels},
-            "video": {"min_pixels": num_pixels, "max_pixels": num_pixels, "fps": float(FRAMES_PER_SECOND)},
-            "workers": 2,
-        },
-        "train": {
-            "run_dir": str(directory),
-            "steps": size.num_steps,
-            "packs_per_step": 1,
-            "learning_rate": LEARNING_RATE,
-            "warmup_steps": min(50, size.num_steps // 4),
-            "eval_every": max(1, size.num_steps // 3),
-            "eval_answers": size.num_samples,
-            "eval_answer_tokens": MAX_NEW_TOKENS,
-        },
-        "checkpoint": {"every": size.num_steps // size.num_checkpoints, "keep": size.num_checkpoints},
-        "log": {"every": 50, "tensorboard": False},
+    changes = {
+        "model.path": directory / "tiny",
+        "data.train": json.dumps([str(data.train)]),
+        "data.eval": json.dumps([str(path) for path in data.held_out.values()]),
+        "train.run_dir": directory,
+        "train.steps": size.num_steps,
+        "train.warmup_steps": min(50, size.num_steps // 4),
+        "train.eval_every": max(1, size.num_steps // 3),
+        "train.eval_answers": size.num_samples,
+        "checkpoint.every": size.num_steps // size.num_checkpoints,
+        "checkpoint.keep": size.num_checkpoints,
     }
-    return load_config(tree)
+    return load_config(Path(__file__).with_name("demo.yaml"), [f"{key}={value}" for key, value in changes.items()])
 
 
 def _make_room(directory: Path) -> None:
@@ -239,19 +198,6 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for tensors of a few kilobytes: more of them wait for each other, and take cores from the loader."""
-    import torch
-
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _say(start: float, text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,17 @@ def read_prompts(reader: RowReader) -> list[Prompt]:
 
 def read_rows(reader: RowReader, rows: Iterable[int]) -> list[Prompt | BadRow]:
     """Some rows of the reader's source, their media decoded, or what is wrong with them."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a loader's worker: on tensors this small, threads cost five times the work
-    try:
+    with one_thread():
         return [_read_row(reader, index) for index in rows]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As in a loader's worker: on small tensors threads wait for each other, and cost five times the work."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(num_threads)
 

@@ -42,9 +42,13 @@ class TinyModel:
     speakers: dict[str, int] = field(default_factory=dict)  # of spk_dict.pt: first tokens
 
 
-def _read_model(family: str) -> TinyModel:
+def _read_model(family: str, size: str) -> TinyModel:
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}{suggest(family, FAMILIES)}")
     tree = yaml.safe_load((_MODELS / f"{family}.yaml").read_text(encoding="utf-8"))
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()}
+    if size not in fields["sizes"]:
+        raise ValueError(f"unknown size {size!r}{suggest(size, fields['sizes'])}")
     return TinyModel(**fields)
 
 
@@ -60,19 +64,15 @@ def make_tiny(
 ) -> Path:
     """Write a random checkpoint of `family` into `directory`, which may exist if it is empty; return the directory.
 
-    `size` is "tiny" (a few 100k parameters, for tests) or "20m" (a thinker of about 20M, for benchmarks).
+    `size` is "tiny" (a few 100k parameters, for tests) or "20m" (a thinker of about 20M, for benchmarks); Qwen3-Omni has
+    "demo", too.
     `overrides` changes config.json by dotted path, e.g. `{"thinker_config.text_config.num_hidden_layers": 1}`.
     The same arguments always give the same bytes. Weights are bfloat16, larger than a usual initialisation so that
     routers decide clearly and norms and biases differ from their neutral values.
 
     Raises: ValueError for an unknown family, size or override, and for a directory that holds files.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}{suggest(family, FAMILIES)}")
-    model = _read_model(family)
-    if size not in model.sizes:
-        raise ValueError(f"unknown size {size!r}{suggest(size, model.sizes)}")
-    directory = Path(directory)
+    model, directory = _read_model(family, size), Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty; name a new directory or empty it first")
     directory.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def make_tiny(
     config = _filled(model.config, known)
     for path, value in {**model.sizes[size], **(overrides or {})}.items():
         _override(config, path, value)
-    _write_weights(model, config, directory, seed, max_shard_size or ("600KB" if size == "tiny" else "20MB"))
+    _write_weights(model, config, directory, seed, max_shard_size or ("20MB" if size == "20m" else "600KB"))
     end, blank = ids["<|im_end|>"], ids["<|endoftext|>"]
     files = {
         "config.json": config,

@@ -8,6 +8,7 @@ token ids.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -30,12 +31,38 @@ def write_tokenizer(
     `num_words` bounds the entries of the byte-level BPE, without the added `tokens`. Returns the id of every added
     token and of the role words. The same arguments always give the same files.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+    from tokenizers import AddedToken
 
     text = (Path(__file__).parent / "tiny_models" / "tokenizer.yaml").read_text(encoding="utf-8")
     words = yaml.safe_load(text)
-    special = {token: token not in words["plain_tokens"] for token in tokens}
+    added = [AddedToken(token, special=token not in words["plain_tokens"], normalized=False) for token in tokens]
+    tokenizer = _train(words["sentences"], num_words)
+    tokenizer.add_tokens(added)
+    assert all(len(tokenizer.encode(word).ids) == 1 for word in ROLE_WORDS)
+
+    tokenizer.save(str(directory / "tokenizer.json"))
+    tokenizer.model.save(str(directory))  # vocab.json and merges.txt
+    ids = {text: tokenizer.encode(text).ids[0] for text in (*tokens, *ROLE_WORDS)}
+    special = [token.content for token in added if token.special and token.content != "<|endoftext|>"]
+    config = {
+        **words["config"],
+        "added_tokens_decoder": {str(ids[token.content]): token.__getstate__() for token in added},
+        "additional_special_tokens": special,
+        "chat_template": chat_template,
+        "extra_special_tokens": token_names,
+        **token_names,
+        "processor_class": processor_class,
+    }
+    write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "chat_template.json", {"chat_template": chat_template})
+    return ids
+
+
+def _train(sentences: list[str], num_words: int) -> Any:
+    """A byte-level BPE that splits words as Qwen's does."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)
@@ -46,42 +73,5 @@ def write_tokenizer(
         vocab_size=num_words, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     role_lines = [f"{word}\n" for word in ROLE_WORDS for _ in range(200)]  # often enough to be merged first
-    tokenizer.train_from_iterator([*role_lines, *words["sentences"], *words["sentences"]], trainer)
-    tokenizer.add_tokens([AddedToken(token, special=special[token], normalized=False) for token in tokens])
-    assert all(len(tokenizer.encode(word).ids) == 1 for word in ROLE_WORDS)
-
-    tokenizer.save(str(directory / "tokenizer.json"))
-    tokenizer.model.save(str(directory))  # vocab.json and merges.txt
-    ids = {text: tokenizer.encode(text).ids[0] for text in (*tokens, *ROLE_WORDS)}
-    config = {
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "added_tokens_decoder": {
-            str(ids[token]): {
-                "content": token,
-                "lstrip": False,
-                "normalized": False,
-                "rstrip": False,
-                "single_word": False,
-                "special": special[token],
-            }
-            for token in tokens
-        },
-        "additional_special_tokens": [token for token in tokens if special[token] and token != "<|endoftext|>"],
-        "bos_token": None,
-        "chat_template": chat_template,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "errors": "replace",
-        "extra_special_tokens": token_names,
-        **token_names,
-        "model_max_length": 131072,
-        "pad_token": "<|endoftext|>",
-        "processor_class": processor_class,
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
-    write_json(directory / "tokenizer_config.json", config)
-    write_json(directory / "chat_template.json", {"chat_template": chat_template})
-    return ids
+    tokenizer.train_from_iterator([*role_lines, *sentences, *sentences], trainer)
+    return tokenizer
