@@ -64,7 +64,7 @@ def make_tiny(
 ) -> Path:
     """Write a random checkpoint of `family` into `directory`, which may exist if it is empty; return the directory.
 
-    `size` is "tiny" (a few 100k parameters, for tests) or "20m" (a thinker of about 20M, for benchmarks); Qwen3-Omni has
+    `size` is "tiny" (a few 100k parameters, for tests) or "20m" (a thinker of 20M, for benchmarks); Qwen3-Omni has
     "demo", too.
     `overrides` changes config.json by dotted path, e.g. `{"thinker_config.text_config.num_hidden_layers": 1}`.
     The same arguments always give the same bytes. Weights are bfloat16, larger than a usual initialisation so that
