@@ -107,11 +107,11 @@ def train_omniloom(prepared: Path, setting: Setting) -> Result:
     from omniloom.parallel.gradients import clip_gradients
     from omniloom.parallel.mesh import build_layout, close_distributed, init_distributed, resolve_degrees
     from omniloom.parallel.step import Objective, run_packs
-    from omniloom.run.opening import build_model, load_weights, open_workshop
-    from omniloom.training.optimizer import build_optimizer
+    from omniloom.run.opening import build_model, build_optimizer, load_weights, open_workshop
 
     dtype = {"float32": "float32", "mixed": "bf16"}[setting.precision]
     words = [f"model.path={prepared / 'checkpoint'}", f"model.dtype={dtype}"]
+    words += [f"train.betas={BETAS[0]},{BETAS[1]}", f"train.epsilon={EPSILON}"]
     config = load_config(None, words + (lora_words(prepared) if setting.lora else []))
     workshop = open_workshop(config)
     ranks = init_distributed()
@@ -120,7 +120,7 @@ def train_omniloom(prepared: Path, setting: Setting) -> Result:
     load_weights(workshop, model)
     pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), "group")
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = build_optimizer(parameters.items(), policies, betas=BETAS, epsilon=EPSILON)
+    optimizer = build_optimizer(workshop, model, policies, layout.device)
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
     meter, totals = Meter(), {"useful": 0, "computed": 0}

@@ -37,6 +37,7 @@ from omniloom.types import (
 )
 
 Dtype = Literal["bf16", "float32"]
+OptimizerStates = Literal["float32", "bf16", "8bit"]
 Format = Literal[
     "auto", "sharegpt", "messages", "openai", "anthropic", "alpaca", "llava", "multimodal_tool", "query_response"
 ]
@@ -158,9 +159,13 @@ class TrainConfig:
     min_learning_rate: Annotated[NotNegative, "where the schedule ends"] = 0.0
     warmup_steps: Annotated[CountOrZero, "steps of linear growth at the start"] = 0
     schedule: Annotated[Literal["constant", "linear", "cosine"], "of the learning rate after the warm-up"] = "cosine"
-    betas: Annotated[tuple[Decay, Decay], "AdamW's"] = (0.9, 0.95)
+    optimizer: Annotated[Literal["adamw", "muon"], "muon is for the matrices of layers, with adamw for the rest"] = (
+        "adamw"
+    )
+    optimizer_states: Annotated[OptimizerStates, "of its moments; float32 is as wide as the weights"] = "float32"
+    betas: Annotated[tuple[Decay, Decay], "AdamW's; the first is Muon's momentum, too"] = (0.9, 0.95)
     epsilon: Annotated[Positive, "AdamW's"] = 1e-8
-    weight_decay: Annotated[NotNegative, "AdamW's"] = 0.0
+    weight_decay: Annotated[NotNegative, "AdamW's and Muon's"] = 0.0
     clip_norm: Annotated[NotNegative, "largest gradient norm; 0 does not clip, and still measures"] = 1.0
     loss: Annotated[Literal["token", "sample", "sqrt", "batch"], "what a token weighs"] = "token"
     router_loss: Annotated[NotNegative, "coefficient of the experts' load-balancing loss"] = 0.0
@@ -226,6 +231,7 @@ class MemoryConfig:
         Literal["none", "selective", "full"] | Count, "activations computed anew; n is every n-th block"
     ] = "none"
     offload_activations: Annotated[bool, "keep activations in host memory until backward"] = False
+    offload_optimizer: Annotated[bool, "keep the optimizer's states in host memory between steps"] = False
     loss_chunk_tokens: Annotated[Count | Literal["auto"], "tokens whose logits are held at once"] = "auto"
     compile: Annotated[bool, "compile the blocks"] = False
 

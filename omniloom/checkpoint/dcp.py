@@ -282,13 +282,13 @@ def load_optimizer_state(
     for name, parameter in wanted.items():
         for key in stored_keys[name]:
             full = f"{OPTIMIZER}{name}.{key}"
-            like_parameter = key != "step" and stored.shapes[full] == tuple(parameter.shape)
-            dtype = stored.dtype(full)
-            state.setdefault(held[id(parameter)], {})[key] = (
-                torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-                if like_parameter
-                else torch.zeros(stored.shapes[full], dtype=dtype)
-            )
+            shape, dtype, whole = stored.shapes[full], stored.dtype(full), tuple(parameter.shape)
+            if key != "step" and shape in (whole, (*whole[:-1], 1)):  # sharded as it is; of rows, as its first column
+                like = parameter if shape == whole else parameter.detach()[..., :1]
+                value = torch.zeros_like(like, dtype=dtype, requires_grad=False)
+            else:
+                value = torch.zeros(shape, dtype=dtype)
+            state.setdefault(held[id(parameter)], {})[key] = value
     names = {number: name for name, parameter in wanted.items() if (number := held[id(parameter)]) in state}
     load_tensors(
         stored,

@@ -9,11 +9,17 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+# What vendors' libraries read once, before their first product or collective, to add up in a fixed order.
+FIXED_ORDER = {"cuda": ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), "npu": ("HCCL_DETERMINISTIC", "true")}
 
 
 def choose_device(local_rank: int) -> torch.device:
@@ -52,6 +58,57 @@ def backend_of(device: torch.device) -> str:
     return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
+@contextmanager
+def only_deterministic(device: torch.device) -> Iterator[None]:
+    """Inside, operations give the same bits each time, or raise where they cannot. Enter before anything is computed.
+
+    Flash attention's backward asks PyTorch for this setting and then adds up in a fixed order.
+    """
+    if device.type in FIXED_ORDER:
+        os.environ.setdefault(*FIXED_ORDER[device.type])
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class HostCopies:
+    """Copies between the device and host memory on a queue of their own, beside what computes. On CPU plain copies."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pins = device, device.type != "cpu"
+        self._module: Any = torch.get_device_module(device) if self.pins else None
+        self._queue: Any = self._module.Stream() if self.pins else None
+
+    def put(self, tensor: Tensor, host: Tensor) -> None:
+        """Copy a tensor, once it is computed, to (pinned) host memory."""
+        if self._module is None:
+            host.copy_(tensor)
+            return
+        self._queue.wait_stream(self._module.current_stream())
+        with self._module.stream(self._queue):
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._queue)
+
+    def fetch(self, host: Tensor) -> tuple[Tensor, Any]:
+        """Begin to copy to the device, behind all that was put. For `wait`."""
+        if self._module is None:
+            return host.clone(), None
+        with self._module.stream(self._queue):
+            return host.to(self.device, non_blocking=True), self._queue.record_event()
+
+    def wait(self, fetched: tuple[Tensor, Any]) -> Tensor:
+        """The tensor for computing, which waits for the copy; the host does not."""
+        tensor, arrived = fetched
+        if arrived is not None:
+            current = self._module.current_stream()
+            current.wait_event(arrived)
+            tensor.record_stream(current)
+        return tensor
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device. For timing and the end of a run, never inside a step."""
     if device.type != "cpu":
@@ -62,11 +119,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most bytes held so far: by the device's allocator, or, on CPU, resident in this process."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return torch.accelerator.max_memory_allocated(device)
+    return int(torch.get_device_module(device).max_memory_allocated(device))
 
 
 def total_memory_bytes(device: torch.device) -> int:
     """Memory of the device, or, on CPU, of this machine."""
     if device.type == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return torch.accelerator.get_memory_info(device)[1]
+    return int(torch.get_device_module(device).mem_get_info(device)[1])

@@ -57,6 +57,7 @@ def describe_slow_ways(workshop: Workshop, model: OmniModel, device: torch.devic
     moves = {
         "parallel.cpu_offload": config.parallel.cpu_offload,
         "memory.offload_activations": config.memory.offload_activations,
+        "memory.offload_optimizer": config.memory.offload_optimizer,
     }
     if device.type == "cpu":
         lines += [f"{name}: the device is the host, so nothing moves" for name, is_set in moves.items() if is_set]

@@ -37,7 +37,9 @@ from omniloom.keymap import Assembly, KeyMap, Tied
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.mesh import Degrees, Layout, resolve_degrees
+from omniloom.parallel.optimizer import make_optimizer
 from omniloom.training.lora import adapter_policies, choose_adapted, initial_lora_a, install_lora
+from omniloom.training.optimizer import parameter_groups
 from omniloom.training.policy import ParameterPolicy, check_rates, resolve_policy
 from omniloom.types import Adapter
 
@@ -232,6 +234,20 @@ def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str
     )
     materialize(model, "cpu" if config.parallel.cpu_offload else layout.device)
     return model, policies
+
+
+def build_optimizer(
+    workshop: Workshop, model: OmniModel, policies: Mapping[str, ParameterPolicy], device: torch.device
+) -> torch.optim.Optimizer:
+    """What steps the parameters that train, as the config and the policy say."""
+    config = workshop.config
+    return make_optimizer(
+        parameter_groups(model.named_parameters(), policies, muon=config.train.optimizer == "muon"),
+        config.train,
+        offload=config.memory.offload_optimizer,
+        device=device,
+        compute_dtype=workshop.compute_dtype,
+    )
 
 
 def load_weights(workshop: Workshop, model: OmniModel) -> None:

@@ -16,6 +16,7 @@ from omniloom.checkpoint import dcp
 from omniloom.checkpoint.adapters import fingerprint
 from omniloom.checkpoint.stored import StoredCheckpoint, find_latest, open_stored
 from omniloom.models.fusion import OmniModel
+from omniloom.parallel.device import synchronize
 from omniloom.parallel.mesh import Layout
 from omniloom.run.opening import Workshop, load_weights
 from omniloom.run.trained_media import TrainedMedia
@@ -35,7 +36,7 @@ class RunState:
         say: Callable[[str], None],
         stack: ExitStack,
     ) -> None:
-        config = workshop.config
+        config, self._device = workshop.config, layout.device
         self._workshop, self._model, self._optimizer, self._say = workshop, model, optimizer, say
         self._settings, self._run_dir = config.checkpoint, Path(config.train.run_dir)
         self.parameters = dict(model.named_parameters())
@@ -51,6 +52,7 @@ class RunState:
                 if policy.lora is not None and policy.trainable
                 for key in ("alpha", "rslora", "dora")
             },
+            "optimizer": {f"train.{key}": getattr(config.train, key) for key in ("optimizer", "optimizer_states")},
             "adapter_sizes": {  # of those that follow the adapter they began with
                 adapter.base: [adapter.rank, adapter.alpha]
                 for adapter in workshop.adapters
@@ -107,6 +109,8 @@ class RunState:
 
     def save(self, step: int, data: Mapping[str, Any]) -> None:
         """Write a checkpoint, in the background where the config says so; `data` is the position in it."""
+        if self._workshop.config.memory.offload_optimizer:
+            synchronize(self._device)  # states that are still on their way to the host
         state = dcp.model_state({name: self.parameters[name] for name in self.changed})
         if self._settings.save_optimizer:
             state |= dcp.optimizer_state(self.parameters, self._optimizer)
@@ -124,6 +128,13 @@ class RunState:
                 f"{self._workshop.config.model.path}; name that model, set another train.run_dir, or start "
                 "anew with --overwrite"
             )
+        if self._settings.load_optimizer:
+            for key, asked in self._own["optimizer"].items():
+                if (then := stored.extras.get("optimizer", {}).get(key, asked)) != asked:
+                    raise ValueError(
+                        f"{stored.directory}: {key} is {then} there and {asked} here, whose states are others; set it "
+                        f"to {then}, or start with fresh ones (checkpoint.load_optimizer=false)"
+                    )
         before, asked = stored.extras.get("adapters", {}), self._own["adapters"]
         for key in sorted(asked, key=len):  # what a rule is named for before what lies below
             if (then := before.get(key, asked[key])) != asked[key]:

@@ -22,7 +22,7 @@ from omniloom.data.loader import Loader
 from omniloom.data.sources import Sources
 from omniloom.data.stream import BadSampleFile, LoadedStep
 from omniloom.exit_codes import LOST_RANK, STOPPED_EARLY
-from omniloom.parallel.device import peak_memory_bytes
+from omniloom.parallel.device import only_deterministic, peak_memory_bytes
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import (
@@ -44,7 +44,7 @@ from omniloom.run.directory import (
     write_finished,
 )
 from omniloom.run.evaluation import Evaluation, EvaluationReport
-from omniloom.run.opening import Workshop, build_model, choose_degrees
+from omniloom.run.opening import Workshop, build_model, build_optimizer, choose_degrees
 from omniloom.run.records import RunRecords
 from omniloom.run.results import write_results
 from omniloom.run.rows import open_planner, open_rows, open_run, open_stream
@@ -53,7 +53,7 @@ from omniloom.run.stopping import StopRequest, StopWanted, write_stopped
 from omniloom.training.flops import TrainingWork
 from omniloom.training.lora import keyed_seed
 from omniloom.training.metrics import StepFigures, StepMetrics
-from omniloom.training.optimizer import build_optimizer, set_learning_rate
+from omniloom.training.optimizer import set_learning_rate
 from omniloom.training.profile import Profile
 from omniloom.training.schedule import decay_progress, describe_warmup, schedule_factor
 from omniloom.types import TEXT, RunError
@@ -134,20 +134,18 @@ class Trainer:
         config = workshop.config
         self.config, self.layout, self.workshop = config, layout, workshop
         self.run_dir, self.train_rows = Path(config.train.run_dir), train_rows
+        if config.train.deterministic:
+            stack.enter_context(only_deterministic(layout.device))
         self.watchdog = Watchdog(layout.ranks, timeout_seconds=config.train.step_timeout_seconds)
         stack.callback(self.watchdog.close)
         self.records = RunRecords(config, layout, workshop.compute_dtype, stack, on_step)
         self.stop = stack.enter_context(StopRequest(config.train.time_limit_minutes, self.records.say))
         torch.manual_seed(config.train.seed)
-        if config.train.deterministic:
-            torch.use_deterministic_algorithms(True)
         loader = Loader(open_rows(workshop, train_rows), workers=config.data.workers)
         stack.callback(loader.close)
         self.planner = open_planner(workshop, train_rows, loader.measure, layout)
         self.model, policies = build_model(workshop, layout)
-        self.optimizer = build_optimizer(
-            self.model.named_parameters(), policies, betas=config.train.betas, epsilon=config.train.epsilon
-        )
+        self.optimizer = build_optimizer(workshop, self.model, policies, layout.device)
         self.state = RunState(workshop, layout, self.model, policies, self.optimizer, self.records.say, stack)
         self.pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), config.parallel.encoder_pool)
         trained = [name for name in self.state.changed if name not in workshop.adapter_names]

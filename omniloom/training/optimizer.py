@@ -1,4 +1,4 @@
-"""AdamW over the trainable parameters, grouped by what the policy says of them."""
+"""Which parameters an optimizer steps alike, by what the policy says of them, and their learning rate."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ from torch.nn import Parameter
 from omniloom.training.policy import ParameterPolicy
 
 
-def build_optimizer(
-    parameters: Iterable[tuple[str, Parameter]],
-    policies: Mapping[str, ParameterPolicy],
-    *,
-    betas: tuple[float, float],
-    epsilon: float,
-) -> torch.optim.AdamW:
-    """Fused AdamW; one group per (learning rate, weight decay, mesh), since one kernel call takes tensors of one mesh.
+def parameter_groups(
+    parameters: Iterable[tuple[str, Parameter]], policies: Mapping[str, ParameterPolicy], *, muon: bool = False
+) -> list[dict[str, Any]]:
+    """One group of what trains per (learning rate, weight decay, mesh): one kernel call takes tensors of one mesh.
 
-    Each group keeps `peak_learning_rate` and `names`. Vectors (norms, biases) are never decayed.
-    Source: Loshchilov & Hutter 2019 (arXiv 1711.05101).
+    Each group keeps `peak_learning_rate` and `names`. Vectors (norms, biases) are never decayed. With `muon` matrices
+    of layers, routers aside, come in groups of their own, marked `orthogonal`.
     """
     groups: dict[tuple[object, ...], dict[str, Any]] = {}
     for name, parameter in parameters:
@@ -29,8 +25,9 @@ def build_optimizer(
             continue
         policy = policies[name]
         decay = policy.weight_decay if parameter.ndim > 1 else 0.0
+        is_matrix = ".layers." in name and parameter.ndim > 1 and not policy.component.endswith(".router")
         mesh = getattr(parameter, "device_mesh", None)  # set on DTensors only
-        key = (policy.learning_rate, decay, mesh)
+        key = (policy.learning_rate, decay, mesh, muon and is_matrix)
         group = groups.setdefault(
             key,
             {
@@ -39,11 +36,12 @@ def build_optimizer(
                 "lr": policy.learning_rate,
                 "peak_learning_rate": policy.learning_rate,
                 "weight_decay": decay,
+                "orthogonal": muon and is_matrix,
             },
         )
         group["params"].append(parameter)
         group["names"].append(name)
-    return torch.optim.AdamW(list(groups.values()), betas=betas, eps=epsilon, fused=True)
+    return list(groups.values())
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:

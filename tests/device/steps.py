@@ -31,9 +31,8 @@ from omniloom.parallel.mesh import build_layout, resolve_degrees
 from omniloom.parallel.staging import stage
 from omniloom.parallel.step import Objective, evaluate, run_packs
 from omniloom.processors.tower_batches import audio_batch, vision_batch
-from omniloom.run.opening import Workshop, build_model, open_workshop
+from omniloom.run.opening import Workshop, build_model, build_optimizer, open_workshop
 from omniloom.tools.tiny import FAMILIES, make_tiny
-from omniloom.training.optimizer import build_optimizer
 from omniloom.types import IGNORE_LABEL, AudioClip, Example, PackedBatch, VisionClip
 from tests.device.fake_device import Record, one_of
 from tests.parity.published_configs import PUBLISHED
@@ -189,9 +188,7 @@ def run_case(
         with record:
             record.phase = "opening"
             model, policies = build_model(workshop, layout)
-            optimizer = build_optimizer(
-                model.named_parameters(), policies, betas=config.train.betas, epsilon=config.train.epsilon
-            )
+            optimizer = build_optimizer(workshop, model, policies, device)
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             optimizer.step()  # makes the states, once and for all steps

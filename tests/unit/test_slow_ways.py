@@ -26,12 +26,14 @@ def test_expert_sizes_that_grouped_products_do_not_take_are_said(tmp_path, width
 
 def test_settings_that_move_nothing_on_a_cpu_are_said(tmp_path) -> None:
     make_tiny("qwen3_vl", tmp_path / "model")
-    words = [f"model.path={tmp_path / 'model'}", "parallel.cpu_offload=true", "memory.offload_activations=true"]
+    words = [f"model.path={tmp_path / 'model'}", "parallel.cpu_offload=true"]
+    words += ["memory.offload_activations=true", "memory.offload_optimizer=true"]
     workshop = open_workshop(load_config(None, words))
     with torch.device("meta"):
         model = workshop.build()
     assert [line.split(":")[0] for line in describe_slow_ways(workshop, model, CPU)] == [
         "parallel.cpu_offload",
         "memory.offload_activations",
+        "memory.offload_optimizer",
     ]
     assert not describe_slow_ways(workshop, model, CUDA)
