@@ -227,6 +227,7 @@ def measure_layout(rank: int, port: int, size: Size, parallel: dict, num_steps: 
     before = peak_memory_bytes(layout.device)
     model = make_model(config, layout, parallel)
     pool = EncoderPool(layout, SPEC.sharding(config), "group")
+    (pack,) = pool.plan([pack])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
     objective = Objective(
         coefficients={"text": 1.0},
@@ -285,6 +286,8 @@ def measure_encoding(rank: int, port: int, size: Size, parallel: dict, with_pool
     model = make_model(config, layout, parallel)
     scope = ParallelConfig(**parallel).encoder_pool
     pool = EncoderPool(layout, SPEC.sharding(config), scope) if with_pool else None
+    if pool is not None:
+        (pack,) = pool.plan([pack])
     with torch.no_grad():
         encode_share(model, pack, layout, pool)
         layout.barrier()

@@ -424,6 +424,36 @@ class AudioBatch:
     pool_index: Tensor | None = None  # int64 [B, 2]: rows averaged after the layers, families that pool
 
 
+@dataclass(frozen=True, kw_only=True)
+class TowerRoute:
+    """What one rank of an encoder pool sends and gets for one tower: host numbers, and index tensors of its own media.
+
+    Units (patches, or chunks) go by rank of the pool to where they are encoded. Rows of embeddings come back to the
+    owners of their tokens, which are counted by data rank, then context rank.
+    """
+
+    segments: Segments | None  # of what is encoded here; None: what was loaded here, as it is
+    valid_index: Tensor | None  # int64, audio: as AudioBatch's, of what is encoded here
+    num_null_units: int  # of this rank's own null segment, at the end
+    moves: bool  # whether any rank of the pool sends units to another
+    unit_order: Tensor  # int64, own units to encode here or send, by destination
+    unit_send: tuple[int, ...]
+    unit_receive: tuple[int, ...]
+    row_order: Tensor  # int64, tower rows to send, by owner of their token
+    row_send: tuple[int, ...]  # to each owner
+    row_receive: tuple[int, ...]  # from each rank of the pool
+    landing: Tensor | None  # int64, received rows sorted by pack, where there are several
+    token_index: tuple[Tensor, ...]  # int64 of each pack: own token row of each row received
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaRoute:
+    """Where the media of one pack or several travel, planned ahead of the step."""
+
+    vision: TowerRoute | None
+    audio: TowerRoute | None
+
+
 TEXT, ROUTER = "text", "router"  # names of losses: of the next token, and of the balance between experts
 
 
@@ -456,6 +486,7 @@ class PackedBatch:
     # of losses whose gradient is attached within the model: what the step's objective multiplies them by
     loss_scales: Mapping[str, float] = field(default_factory=dict)
     draw_key: int | None = None  # from which, with a module's name, all random draws of this pack follow
+    media_route: MediaRoute | None = None  # of these media, where ranks share the towers' work
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,7 @@ class PackReport:
     index: int
     weight_sums: Mapping[str, tuple[float, ...]]  # per loss, per sample
     bad: tuple[tuple[int, BadSample], ...]  # by the sample's position in the pack
+    media: Any = None  # what ranks that share the towers' work must know of it
 
 
 def agree(
@@ -159,13 +160,14 @@ def settle(
     return agreement, tuple(_blank(pack, failed[pack.index], scales.get(pack.index, 1.0)) for pack in packs)
 
 
-def report_pack(pack: LoadedPack) -> PackReport:
+def report_pack(pack: LoadedPack, media: Any = None) -> PackReport:
     starts = pack.batch.sample_bounds[:-1]
     positions = [position for position, start in enumerate(starts) if bool(pack.batch.is_padding[start])]
     return PackReport(
         index=pack.index,
         weight_sums=sample_weight_sums(pack.batch),
         bad=tuple(zip(positions, pack.bad, strict=True)),  # both in the order of the pack
+        media=media,
     )
 
 

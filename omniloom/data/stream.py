@@ -71,8 +71,9 @@ class StepStream:
     `state_dict()` is what follows the step that was yielded last, however far loading is ahead: take it after the
     optimizer's step. With several ranks `exchange` is an all-gather of a process group of its own (not the planner's).
     `clips_of` says which (sample, clip) pairs of a pack this rank decodes, where ranks of a group share packs; None is
-    all of them. `stage` puts a pack where the device reads it, on the thread that runs ahead. Use it as a context
-    manager, or call `close()`.
+    all of them. `measure` gives what other ranks must know of a pack's media; `stage` makes this rank's packs ready for
+    the device from what all ranks measured, pack by pack, on the thread that runs ahead. Use it as a context manager,
+    or call `close()`.
     """
 
     def __init__(
@@ -86,7 +87,8 @@ class StepStream:
         prefetch_packs: int = 4,
         bad_samples: BadSampleFile | None = None,
         clips_of: Callable[[PackPlan], frozenset[tuple[int, int]] | None] = lambda _: None,
-        stage: Callable[[PackedBatch], PackedBatch] = lambda batch: batch,
+        measure: Callable[[PackedBatch], Any] = lambda batch: None,
+        stage: Callable[[list[PackedBatch], list[list[Any]]], list[PackedBatch]] = lambda batches, measured: batches,
     ) -> None:
         warning = check_pack_counts(planner.config.train.packs_per_step, data_world)
         if warning is not None and data_rank == 0:
@@ -97,7 +99,7 @@ class StepStream:
         self._exchange: Exchange = exchange or (lambda value: [value])
         self._bad_samples = bad_samples
         self._clips_of = clips_of
-        self._stage = stage
+        self._measure, self._stage = measure, stage
         self._budget = _FailureBudget(planner)
         self._state = planner.state
         self._stop = threading.Event()
@@ -232,7 +234,8 @@ class StepStream:
         if cause is not None:
             failure = f"{type(cause).__name__}: {cause}"
         try:
-            gathered = gather(self._exchange, [report_pack(pack) for pack in packs], failure=failure)
+            reports = [report_pack(pack, self._measure(pack.batch)) for pack in packs]
+            gathered = gather(self._exchange, reports, failure=failure)
         except RanksStopped as stopped:
             at_end = item is None and stopped.wanted
             return cause if cause is not None else None if at_end else stopped
@@ -240,7 +243,9 @@ class StepStream:
             return cause or broken
         assert isinstance(item, _Planned)
         agreement, kept = settle(item.plan, packs, gathered, pack_means=self._planner.config.train.loss == "batch")
-        kept = tuple(replace(pack, batch=self._stage(pack.batch)) for pack in kept)
+        measured = [[report.media for report in reports] for reports in gathered]
+        batches = self._stage([pack.batch for pack in kept], measured)
+        kept = tuple(replace(pack, batch=batch) for pack, batch in zip(kept, batches, strict=True))
         return _Ready(plan=item.plan, state=item.state, packs=kept, agreement=agreement)
 
     def _put(self, outcome: _Ready | BaseException | None) -> None:

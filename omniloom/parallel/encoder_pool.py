@@ -1,17 +1,18 @@
 """The pool of encoders: who decodes a clip, who encodes its segments, and where the rows go.
 
 Each clip is decoded by one rank; its segments (frames, windows of audio) are spread by cost over the ranks of a pool; a
-row of embeddings travels once to the rank that owns its token, and one gradient row comes back. Plans are made on the
-host from sizes alone, equally on every rank of the pool. Knows batches and sizes, no model.
+row of embeddings travels once to the rank that owns its token, and one gradient row comes back. Routes are planned on
+the host ahead of the step, from the sizes that ranks tell each other with what they loaded. Knows batches and sizes, no
+model.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +20,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from omniloom.parallel.collectives import exchange_rows
-from omniloom.parallel.mesh import Layout
-from omniloom.parallel.segments import SegmentSizes, measure_audio, measure_vision, rebuild_audio, rebuild_vision
-from omniloom.parallel.staging import to_device
+from omniloom.parallel.mesh import Layout, Seat
+from omniloom.parallel.segments import (
+    Ints,
+    TowerSizes,
+    join_sizes,
+    measure_audio,
+    measure_vision,
+    rebuild_audio,
+    rebuild_vision,
+    spread,
+    valid_rows,
+)
 from omniloom.sharding import ShardingPlan
-from omniloom.types import AudioBatch, PackedBatch, PackPlan, TowerRows, VisionBatch
+from omniloom.types import AudioBatch, MediaRoute, PackedBatch, PackPlan, Segments, TowerRoute, TowerRows, VisionBatch
 
 SLACK = 0.1  # of the mean load: what a rank may carry beyond it before a segment's features are moved elsewhere
 
@@ -58,40 +68,6 @@ def _clip_cost(grid_thw: tuple[int, int, int] | None, num_mel_frames: int) -> in
 # ---------------------------------------------------------------------------------------- who encodes
 
 
-@dataclass(frozen=True, kw_only=True)
-class TowerMeta:
-    """What a rank tells the pool about one tower's batch."""
-
-    sizes: SegmentSizes
-    is_fixed: bool  # segments stay where they are: geometry that this module cannot cut
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seat:
-    """A rank of the pool: the pack it works on (by data rank), and how many token rows, from which on, are its own."""
-
-    data_rank: int
-    first_token: int
-    num_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerRoute:
-    """One tower's traffic as seen from one rank. Splits are per rank of the pool."""
-
-    is_fixed: bool
-    moves: bool  # whether any rank of the pool sends features to another
-    unit_order: np.ndarray  # own real units to encode here or send, by destination
-    unit_send: list[int]
-    unit_receive: list[int]
-    lengths: np.ndarray  # units of each segment encoded here (audio: rows)
-    num_null: int  # length of this rank's own null segment
-    row_order: np.ndarray  # tower rows to send, by owner of their token
-    row_send: list[int]
-    row_receive: list[int]
-    token_index: np.ndarray  # own token row of each row received
-
-
 def assign_segments(
     holders: Sequence[Sequence[int]], costs: Sequence[int], fixed: Sequence[bool], loads: list[int]
 ) -> list[int]:
@@ -118,234 +94,280 @@ def assign_segments(
     return chosen
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Placed:
-    """A segment after planning: its place on the rank that holds it, and who encodes it."""
+class _Placed(NamedTuple):
+    """A segment after planning: who encodes it, and its place on the rank that sends its features."""
 
+    encoder: int
     source: int
     index: int
-    encoder: int
 
 
 def route_tower(
-    metas: Sequence[TowerMeta], seats: Sequence[Seat], me: int, loads: list[int], *, by_rows: bool
+    sizes: Sequence[TowerSizes],
+    seats: Sequence[Seat],
+    me: int,
+    loads: list[int],
+    *,
+    pack_tokens: int,
+    num_packs: int = 1,
+    rows_per_chunk: int = 1,
 ) -> TowerRoute:
-    """Plan one tower's traffic. Every rank calls it with the same `metas`, `seats` and `loads` and its own `me`."""
-    placed = _place(metas, seats, loads)
-    fixed, ranks, mine = any(meta.is_fixed for meta in metas), range(len(seats)), metas[me].sizes
-    encoded_here = [segment for segment in placed if segment.encoder == me]
-    leaving: list[list[np.ndarray]] = [[] for _ in ranks]
+    """Plan one tower's traffic. Every rank calls it with the same arguments but for its own `me`; adds to `loads`.
+
+    Token rows count on from pack to pack. `rows_per_chunk` matters to audio alone.
+    """
+    placed, mine = _place(sizes, seats, loads), sizes[me]
+    fixed = any(size.is_fixed for size in sizes)
+    here = [segment for segment in placed if segment.encoder == me]
+    leaving: list[list[int]] = [[] for _ in seats]
     for segment in placed:
         if segment.source == me:
-            leaving[segment.encoder].append(np.arange(mine.units[segment.index], mine.units[segment.index + 1]))
+            leaving[segment.encoder].append(segment.index)
     receive = [0] * len(seats)
-    for segment in encoded_here:
-        receive[segment.source] += _length(metas[segment.source].sizes.units, segment.index)
-    lengths = [
-        _length(metas[s.source].sizes.rows if by_rows else metas[s.source].sizes.units, s.index) for s in encoded_here
-    ]
-    token, owner, encoder, tower_row = _follow_rows(placed, metas, seats, fixed)
-    leaves, lands = encoder == me, owner == me
-    order = np.argsort(owner[leaves], kind="stable")
+    for segment in here:
+        receive[segment.source] += int(sizes[segment.source].unit_lengths[segment.index])
+    order = [index for part in leaving for index in part]
+    segments = valid_index = None
+    if not fixed:
+        lengths = [int(sizes[segment.source].lengths[segment.index]) for segment in here]
+        segments = Segments.from_lengths([*lengths, mine.num_null])
+    if not fixed and mine.chunk_rows is not None:
+        chunks = [_chunk_rows(sizes[segment.source], segment.index) for segment in here]
+        valid_index = valid_rows(np.concatenate([*chunks, mine.chunk_rows[-1:]]), rows_per_chunk)
+    row_order, row_send = _leaving_rows(here, sizes, seats, pack_tokens, fixed)
+    row_receive, tokens = _landing_rows(placed, sizes, seats, me, pack_tokens)
+    packs, local = np.divmod(tokens, pack_tokens)
+    landing = np.argsort(packs, kind="stable")
+    local = local[landing] - seats[me].context_rank * (pack_tokens // seats[me].context)
+    counts = np.bincount(packs, minlength=num_packs)
     return TowerRoute(
-        is_fixed=fixed,
+        segments=segments,
+        valid_index=valid_index,
+        num_null_units=mine.num_null if mine.chunk_rows is None else 1,
         moves=any(segment.source != segment.encoder for segment in placed),
-        unit_order=_concatenate([part for parts in leaving for part in parts]),
-        unit_send=[sum(map(len, parts)) for parts in leaving],
-        unit_receive=receive,
-        lengths=np.array(lengths, dtype=np.int64),
-        num_null=mine.num_null,
-        row_order=tower_row[leaves][order],
-        row_send=np.bincount(owner[leaves], minlength=len(seats)).tolist(),
-        row_receive=np.bincount(encoder[lands], minlength=len(seats)).tolist(),
-        token_index=token[lands] - seats[me].first_token,
+        unit_order=torch.from_numpy(spread(mine.unit_starts[order], mine.unit_lengths[order])),
+        unit_send=tuple(int(mine.unit_lengths[part].sum()) for part in leaving),
+        unit_receive=tuple(receive),
+        row_order=torch.from_numpy(row_order),
+        row_send=row_send,
+        row_receive=row_receive,
+        landing=torch.from_numpy(landing) if num_packs > 1 else None,
+        token_index=tuple(torch.from_numpy(part) for part in np.split(local, np.cumsum(counts)[:-1])),
     )
 
 
-def _place(metas: Sequence[TowerMeta], seats: Sequence[Seat], loads: list[int]) -> list[_Placed]:
+def _chunk_rows(sizes: TowerSizes, index: int) -> Ints:
+    assert sizes.chunk_rows is not None, "no audio"
+    return sizes.chunk_rows[sizes.unit_starts[index] :][: sizes.unit_lengths[index]]
+
+
+def _place(sizes: Sequence[TowerSizes], seats: Sequence[Seat], loads: list[int]) -> list[_Placed]:
     """Merge what several ranks hold alike, and choose who encodes. In a fixed order."""
     holders: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for rank, (meta, seat) in enumerate(zip(metas, seats, strict=True)):
-        firsts = meta.sizes.token_index[meta.sizes.rows[:-1]].tolist()
+    for rank, (size, seat) in enumerate(zip(sizes, seats, strict=True)):
+        firsts = size.tokens()[np.cumsum(size.row_lengths) - size.row_lengths].tolist()
         for index, token in enumerate(firsts):
             holders.setdefault((seat.data_rank, token), []).append((rank, index))
     places = [holders[key] for key in sorted(holders)]
-    costs = [int(metas[place[0][0]].sizes.cost[place[0][1]]) for place in places]
-    fixed = [metas[place[0][0]].is_fixed for place in places]
-    encoders = assign_segments([[rank for rank, _ in place] for place in places], costs, fixed, loads)
-    placed = []
-    for place, encoder in zip(places, encoders, strict=True):
-        source, index = next((item for item in place if item[0] == encoder), place[0])
-        placed.append(_Placed(source=source, index=index, encoder=encoder))
-    return sorted(placed, key=lambda segment: (segment.encoder, segment.source, segment.index))
+    costs_of, fixed_of = [size.cost.tolist() for size in sizes], [size.is_fixed for size in sizes]
+    encoders = assign_segments(
+        [[rank for rank, _ in place] for place in places],
+        [costs_of[rank][index] for (rank, index), *_ in places],
+        [fixed_of[rank] for (rank, _), *_ in places],
+        loads,
+    )
+    return sorted(
+        _Placed(encoder, *next((item for item in place if item[0] == encoder), place[0]))
+        for place, encoder in zip(places, encoders, strict=True)
+    )
 
 
-def _follow_rows(
-    placed: Sequence[_Placed], metas: Sequence[TowerMeta], seats: Sequence[Seat], fixed: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of each row of embeddings, in the order of the towers that make them: its token row, the owner of that, the rank
-    that encodes it, and its place in that rank's tower."""
-    owner_of = np.full((1 + max(seat.data_rank for seat in seats), len(seats)), -1)
-    for rank, seat in enumerate(seats):
-        owner_of[seat.data_rank, seat.first_token // seat.num_tokens] = rank
-    tokens, owners, places, ends = [], [], [], [0] * len(seats)
-    for segment in placed:
-        sizes, seat = metas[segment.source].sizes, seats[segment.source]
-        low, high = sizes.rows[segment.index], sizes.rows[segment.index + 1]
-        tokens.append(sizes.token_index[low:high])
-        owners.append(owner_of[seat.data_rank, tokens[-1] // seat.num_tokens])
-        # a fixed tower encodes all that its rank holds, in the order it was loaded
-        start = low if fixed else ends[segment.encoder]
-        places.append(np.arange(start, start + high - low))
-        ends[segment.encoder] += high - low
-    encoders = np.repeat([segment.encoder for segment in placed], list(map(len, tokens)))
-    return _concatenate(tokens), _concatenate(owners), encoders.astype(np.int64), _concatenate(places)
+def _tokens_of(segments: Sequence[_Placed], sizes: Sequence[TowerSizes]) -> list[Ints]:
+    """The token rows of each segment."""
+    known = {source: sizes[source] for source in {segment.source for segment in segments}}
+    tokens = {source: size.tokens() for source, size in known.items()}
+    ends = {source: np.cumsum(size.row_lengths) for source, size in known.items()}
+    return [
+        tokens[s.source][ends[s.source][s.index] - known[s.source].row_lengths[s.index] : ends[s.source][s.index]]
+        for s in segments
+    ]
 
 
-def _concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+def _leaving_rows(
+    here: Sequence[_Placed], sizes: Sequence[TowerSizes], seats: Sequence[Seat], pack_tokens: int, fixed: bool
+) -> tuple[Ints, tuple[int, ...]]:
+    """Rows of the tower here by the owner of their token, and how many each owner gets."""
+    tokens = _tokens_of(here, sizes)
+    first, context = min(seat.data_rank for seat in seats), seats[0].context
+    num_owners = context * (1 + max(seat.data_rank for seat in seats) - first)
+    lengths = np.array(list(map(len, tokens)), dtype=np.int64)
+    # a fixed tower encodes all that its rank holds, in the order it was loaded
+    starts = np.array([sizes[s.source].row_starts[s.index] for s in here], dtype=np.int64)
+    places = spread(starts if fixed else np.cumsum(lengths) - lengths, lengths)
+    data_rank = np.repeat(np.array([seats[s.source].data_rank for s in here], dtype=np.int64) - first, lengths)
+    owners = data_rank * context + _context_rank(_concatenate(tokens), pack_tokens, context)
+    return places[np.argsort(owners, kind="stable")], tuple(np.bincount(owners, minlength=num_owners).tolist())
 
 
-def _length(bounds: np.ndarray, index: int) -> int:
-    return int(bounds[index + 1] - bounds[index])
+def _landing_rows(
+    placed: Sequence[_Placed], sizes: Sequence[TowerSizes], seats: Sequence[Seat], me: int, pack_tokens: int
+) -> tuple[tuple[int, ...], Ints]:
+    """How many rows come from each rank, and the token row of each, in the order in which they come."""
+    seat = seats[me]
+    coming = [segment for segment in placed if seats[segment.source].data_rank == seat.data_rank]
+    parts = _tokens_of(coming, sizes)
+    encoders = np.repeat(np.array([segment.encoder for segment in coming], dtype=np.int64), list(map(len, parts)))
+    tokens = _concatenate(parts)
+    lands = _context_rank(tokens, pack_tokens, seat.context) == seat.context_rank
+    return tuple(np.bincount(encoders[lands], minlength=len(seats)).tolist()), tokens[lands]
+
+
+def _context_rank(tokens: Ints, pack_tokens: int, context: int) -> Ints:
+    return tokens % pack_tokens // (pack_tokens // context)
+
+
+def _concatenate(parts: Sequence[Ints]) -> Ints:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 # ---------------------------------------------------------------------------------------- the pool
 
 
-@dataclass(frozen=True, kw_only=True)
-class PoolPlan:
-    """The traffic of one micro-step, as seen from one rank."""
-
-    seat: Seat
-    vision: TowerRoute | None
-    audio: TowerRoute | None
+MediaSizes = tuple[TowerSizes | None, TowerSizes | None]  # of one pack's vision and audio
 
 
 class EncoderPool:
-    """Carries out plans: features to where they are encoded, rows to where their tokens are, gradients back.
+    """Plans routes and carries them out: features to where they are encoded, rows to where their tokens are, gradients
+    back.
 
     The pool is a model-parallel group (`group`) or all ranks (`data`). Made once, collectively, on every rank.
     """
 
     def __init__(self, layout: Layout, plan: ShardingPlan, scope: Literal["group", "data"]) -> None:
-        degree = layout.degrees.context
         self.layout = layout
         self.patches_per_row, self.rows_per_chunk = plan.patches_per_row, plan.audio_rows_per_chunk
-        if scope == "data":
-            self.members = list(range(layout.world_size))
-            self.group = dist.group.WORLD
-            self.host_group = dist.new_group(backend="gloo", timeout=layout.ranks.timeout)
-        else:
-            first = layout.rank - layout.context_rank
-            self.members = list(range(first, first + degree))
-            self.group = layout.context_group
-            made = dist.new_subgroups(degree, backend="gloo", timeout=layout.ranks.timeout) if degree > 1 else None
-            self.host_group = made[0] if made else None
-        self.me = self.members.index(layout.rank)
+        self.group = dist.group.WORLD if scope == "data" else layout.context_group
+        members = list(range(layout.world_size))
+        if scope == "group":
+            members = [rank for rank in members if layout.seat(rank).data_rank == layout.data_rank]
+        self.seats = [layout.seat(rank) for rank in members]
+        self.members, self.me = members, members.index(layout.rank)
 
     @property
     def is_alone(self) -> bool:
         """One rank: nothing to exchange."""
         return len(self.members) == 1
 
-    def plan(self, batch: PackedBatch) -> PoolPlan:
-        """Agree on who encodes what. `batch` is the pack as loaded. Host only, collective over the pool."""
-        num_tokens = batch.input_ids.shape[0] // self.layout.degrees.context
-        seat = Seat(
-            data_rank=self.layout.data_rank,
-            first_token=self.layout.context_rank * num_tokens,
-            num_tokens=num_tokens,
-        )
-        vision = audio = None
-        if batch.vision is not None:
-            sizes = measure_vision(batch.vision, self.patches_per_row)
-            vision = TowerMeta(sizes=sizes, is_fixed=batch.vision.window_segments is not None)
-        if batch.audio is not None:
-            sizes = measure_audio(batch.audio, self.rows_per_chunk)
-            audio = TowerMeta(sizes=sizes, is_fixed=batch.audio.pool_index is not None)
-        gathered: list = [None] * len(self.members)
-        dist.all_gather_object(gathered, (seat, vision, audio), group=self.host_group)
-        seats = [item[0] for item in gathered]
-        loads = [0] * len(seats)
-        routes = [
-            None
-            if own is None
-            else route_tower([item[tower] for item in gathered], seats, self.me, loads, by_rows=tower == 2)
-            for tower, own in ((1, vision), (2, audio))
-        ]
-        return PoolPlan(seat=seat, vision=routes[0], audio=routes[1])
+    # ------------------------------------------------------------------------------------ on the host, ahead
 
-    def gather_features(self, batch: PackedBatch, plan: PoolPlan) -> PackedBatch:
+    def measure(self, batch: PackedBatch) -> MediaSizes | None:
+        """What the other ranks must know of a pack's media, as loaded here, on the host."""
+        if self.is_alone:
+            return None
+        return (
+            None if batch.vision is None else measure_vision(batch.vision, self.patches_per_row),
+            None if batch.audio is None else measure_audio(batch.audio, self.rows_per_chunk),
+        )
+
+    def route(self, packs: Sequence[PackedBatch], measured: Sequence[Sequence[MediaSizes | None]]) -> list[PackedBatch]:
+        """This rank's packs of a step with their routes. `measured` are all ranks' sizes, pack by pack."""
+        if self.is_alone:
+            return list(packs)
+        known = [measured[rank] for rank in self.members]
+        return [
+            replace(pack, media_route=self._plan([[sizes[number]] for sizes in known], pack.input_ids.shape[0]))
+            for number, pack in enumerate(packs)
+        ]
+
+    def plan(self, packs: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """`route` for packs that no stream has routed. Collective over all ranks: one exchange of objects."""
+        if self.is_alone:
+            return list(packs)
+        return self.route(packs, self.layout.exchange([self.measure(pack) for pack in packs]))
+
+    def _plan(self, sizes: Sequence[Sequence[MediaSizes | None]], pack_tokens: int) -> MediaRoute:
+        """Of the packs whose sizes are given, by member of the pool."""
+        loads, routes = [0] * len(sizes), list[TowerRoute | None]()
+        for tower in (0, 1):
+            found = [[size for pack in own if pack is not None and (size := pack[tower])] for own in sizes]
+            joined = [join_sizes(own, pack_tokens) for own in found if own]
+            routes.append(
+                route_tower(
+                    joined,
+                    self.seats,
+                    self.me,
+                    loads,
+                    pack_tokens=pack_tokens,
+                    num_packs=len(sizes[0]),
+                    rows_per_chunk=self.rows_per_chunk,
+                )
+                if joined
+                else None
+            )
+        return MediaRoute(vision=routes[0], audio=routes[1])
+
+    # ------------------------------------------------------------------------------------ on the device, in the step
+
+    def gather_features(self, batch: PackedBatch) -> PackedBatch:
         """The media that this rank encodes. `batch` on the device. Collective over the pool where features move."""
+        route = batch.media_route
+        assert route is not None, "media of a pool without routes: see EncoderPool.plan"
         vision, audio = batch.vision, batch.audio
-        if vision is not None and plan.vision is not None and not plan.vision.is_fixed:
-            vision = self._gather_vision(vision, plan.vision)
-        if audio is not None and plan.audio is not None and not plan.audio.is_fixed:
-            audio = self._gather_audio(audio, plan.audio)
+        if vision is not None and route.vision is not None and route.vision.segments is not None:
+            vision = rebuild_vision(vision, route.vision, partial(self._move_units, route.vision))
+        if audio is not None and route.audio is not None and route.audio.segments is not None:
+            audio = rebuild_audio(audio, route.audio, partial(self._move_units, route.audio))
         return replace(batch, vision=vision, audio=audio)
 
-    def _gather_vision(self, batch: VisionBatch, route: TowerRoute) -> VisionBatch:
-        return rebuild_vision(batch, route.lengths, route.num_null, partial(self._move_units, route))
-
-    def _gather_audio(self, batch: AudioBatch, route: TowerRoute) -> AudioBatch:
-        return rebuild_audio(
-            batch, route.lengths, route.num_null, self.rows_per_chunk, partial(self._move_units, route)
-        )
-
     def _move_units(self, route: TowerRoute, field: Tensor) -> Tensor:
-        leaving = field.index_select(0, _on(route.unit_order, field))
-        return exchange_rows(leaving, route.unit_send, route.unit_receive, self.group) if route.moves else leaving
+        leaving = field.index_select(0, route.unit_order)
+        return self._exchange(leaving, route.unit_send, route.unit_receive) if route.moves else leaving
 
-    def send_rows(
-        self, media: PackedBatch, rows: TowerRows, plan: PoolPlan
-    ) -> tuple[VisionBatch | None, AudioBatch | None, TowerRows]:
+    def _exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        assert self.group is not None, "a lone rank exchanges nothing"
+        return exchange_rows(rows, list(send), list(receive), self.group)
+
+    def send_rows(self, media: PackedBatch, rows: TowerRows) -> tuple[VisionBatch | None, AudioBatch | None, TowerRows]:
         """Tower rows to the owners of their tokens. Collective over the pool: one all-to-all per tower.
 
         Returns the media batches with this rank's own token rows as `token_index`, and the rows that fill them,
         detached; deepstack levels travel beside the rows they belong to.
         """
-        vision, audio = media.vision, media.audio
+        route, vision, audio = media.media_route, media.vision, media.audio
+        assert route is not None, "media of a pool without routes"
         vision_rows, deepstack, audio_rows = None, rows.deepstack, None
-        if vision is not None and rows.vision is not None and plan.vision is not None:
-            vision_rows, *deepstack = self._exchange([rows.vision, *rows.deepstack], plan.vision)
-            vision = replace(vision, token_index=_on(plan.vision.token_index, rows.vision))
-        if audio is not None and rows.audio is not None and plan.audio is not None:
-            (audio_rows,) = self._exchange([rows.audio], plan.audio)
-            audio = replace(audio, token_index=_on(plan.audio.token_index, rows.audio))
+        if vision is not None and rows.vision is not None and route.vision is not None:
+            vision_rows, *deepstack = self._send([rows.vision, *rows.deepstack], route.vision)
+            vision = replace(vision, token_index=route.vision.token_index[0])
+        if audio is not None and rows.audio is not None and route.audio is not None:
+            (audio_rows,) = self._send([rows.audio], route.audio)
+            audio = replace(audio, token_index=route.audio.token_index[0])
         return vision, audio, TowerRows(vision=vision_rows, deepstack=tuple(deepstack), audio=audio_rows)
 
-    def _exchange(self, levels: list[Tensor], route: TowerRoute) -> list[Tensor]:
-        order = _on(route.row_order, levels[0])
-        leaving = torch.cat([level.detach().index_select(0, order) for level in levels], dim=1)
-        landed = exchange_rows(leaving, route.row_send, route.row_receive, self.group)
+    def _send(self, levels: list[Tensor], route: TowerRoute) -> list[Tensor]:
+        leaving = torch.cat([level.detach().index_select(0, route.row_order) for level in levels], dim=1)
+        landed = self._exchange(leaving, route.row_send, route.row_receive)
         return [level.contiguous() for level in landed.split([level.shape[1] for level in levels], dim=1)]
 
-    def return_gradients(self, rows: TowerRows, gradients: TowerRows, plan: PoolPlan) -> TowerRows:
+    def return_gradients(self, rows: TowerRows, gradients: TowerRows, route: MediaRoute) -> TowerRows:
         """Gradients of received rows back to the towers that made them: shaped like `rows`, zero for the rest.
 
         Collective over the pool: one all-to-all per tower.
         """
-        vision, deepstack, audio = None, (), None
-        if rows.vision is not None and plan.vision is not None:
+        vision, deepstack, audio = None, list[Tensor](), None
+        if rows.vision is not None and route.vision is not None:
             assert gradients.vision is not None, "rows without gradients"
             likes, given = [rows.vision, *rows.deepstack], [gradients.vision, *gradients.deepstack]
-            vision, *levels = self._return(likes, given, plan.vision)
-            deepstack = tuple(levels)
-        if rows.audio is not None and plan.audio is not None:
+            vision, *deepstack = self._return(likes, given, route.vision)
+        if rows.audio is not None and route.audio is not None:
             assert gradients.audio is not None, "rows without gradients"
-            (audio,) = self._return([rows.audio], [gradients.audio], plan.audio)
-        return TowerRows(vision=vision, deepstack=deepstack, audio=audio)
+            (audio,) = self._return([rows.audio], [gradients.audio], route.audio)
+        return TowerRows(vision=vision, deepstack=tuple(deepstack), audio=audio)
 
     def _return(self, likes: list[Tensor], gradients: list[Tensor], route: TowerRoute) -> list[Tensor]:
-        order = _on(route.row_order, likes[0])
-        landed = exchange_rows(torch.cat(gradients, dim=1), route.row_receive, route.row_send, self.group)
+        landed = self._exchange(torch.cat(gradients, dim=1), route.row_receive, route.row_send)
         parts = landed.split([like.shape[1] for like in likes], dim=1)
         return [
-            torch.zeros_like(like).index_copy(0, order, part.to(like.dtype))
+            torch.zeros_like(like).index_copy(0, route.row_order, part.to(like.dtype))
             for like, part in zip(likes, parts, strict=True)
         ]
-
-
-def _on(index: np.ndarray, like: Tensor) -> Tensor:
-    return to_device(torch.from_numpy(index), like.device)

@@ -144,6 +144,15 @@ def says_rank_is_gone(error: RuntimeError) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seat:
+    """What a rank works on: the packs of its data rank, and of each the tokens of one of `context` context ranks."""
+
+    data_rank: int
+    context_rank: int
+    context: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """The axes of a run and this rank's place in each. Made by `build_layout`.
 
@@ -183,13 +192,19 @@ class Layout:
         """Number of model-parallel groups, each of which works on packs of its own."""
         return self.degrees.replicate * self.degrees.shard
 
+    def seat(self, rank: int) -> Seat:
+        """The place of any rank."""
+        rest = rank // self.degrees.tensor
+        context = self.degrees.context
+        return Seat(data_rank=rest // context % self.data_world, context_rank=rest % context, context=context)
+
     @property
     def data_rank(self) -> int:
-        return self.rank // (self.degrees.context * self.degrees.tensor) % self.data_world
+        return self.seat(self.rank).data_rank
 
     @property
     def context_rank(self) -> int:
-        return self.rank // self.degrees.tensor % self.degrees.context
+        return self.seat(self.rank).context_rank
 
     def exchange(self, value: Any, channel: Channel = "main") -> list[Any]:
         """All-gather one picklable object per rank on the host; item i is rank i's. Collective over all ranks.

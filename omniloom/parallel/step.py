@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from omniloom.parallel.context import slice_batch
-from omniloom.parallel.encoder_pool import EncoderPool, PoolPlan
+from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.fsdp import set_all_reduce
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.recompute import activations_on_host
@@ -81,9 +81,9 @@ def run_packs(
     """Add the gradient of the objective's share of all `packs` of this rank to every trainable parameter.
 
     Packs are as loaded, on the host; ranks that share one have the same text, each with the clips it decoded. `pool`
-    shares the towers' work; without one each rank encodes what it loaded. `on_pack` hears the number of the pack that
-    is begun. Returns this rank's sums over the packs, detached, float64, on the device. Collective: as many packs on
-    every rank.
+    shares the towers' work by the routes in the packs; without one each rank encodes what it loaded. `on_pack` hears
+    the number of the pack that is begun. Returns this rank's sums over the packs, detached, float64, on the device.
+    Collective: as many packs on every rank.
     """
     sums = {name: torch.zeros((), dtype=torch.float64, device=layout.device) for name in objective.weight_sums}
     counts: list[Tensor] = []
@@ -113,14 +113,14 @@ def _forward_backward(
     with activations_on_host(offload_activations):
         with torch.set_grad_enabled(towers_train):
             share = encode_share(model, batch, layout, pool)
-        local, rows = deliver(share, layout, pool)
+        local, rows = deliver(share, pool)
         leaves = map_rows(lambda row: row.requires_grad_(towers_train), rows)
         terms = model.decode(local, leaves)
         objective.of_pack(terms).backward()
     if towers_train:
         gradients = map_rows(lambda leaf: leaf.grad, leaves)
-        if pool is not None and share.plan is not None:
-            gradients = pool.return_gradients(share.rows, gradients, share.plan)
+        if pool is not None and share.media.media_route is not None:
+            gradients = pool.return_gradients(share.rows, gradients, share.media.media_route)
         pairs = [
             pair for pair in zip(list_rows(share.rows), list_rows(gradients), strict=True) if pair[0].requires_grad
         ]
@@ -130,16 +130,18 @@ def _forward_backward(
 
 @torch.no_grad()
 def evaluate(model: EncodeDecode, batch: PackedBatch, layout: Layout, pool: EncoderPool | None = None) -> LossTerms:
-    """This rank's terms of one pack, without gradients. Collective like `run_packs`."""
-    return model.decode(*deliver(encode_share(model, batch, layout, pool), layout, pool))
+    """This rank's terms of one pack, without gradients. Collective over all ranks, its route being planned here."""
+    return model.decode(*prepare(model, batch, layout, pool))
 
 
 @torch.no_grad()
 def prepare(
     model: EncodeDecode, batch: PackedBatch, layout: Layout, pool: EncoderPool | None = None
 ) -> tuple[PackedBatch, TowerRows]:
-    """This rank's tokens of a pack and their media rows, for several calls of `best_tokens`. Collective."""
-    return deliver(encode_share(model, batch, layout, pool), layout, pool)
+    """This rank's tokens of a pack and their media rows, for several calls of `best_tokens`. Collective likewise."""
+    if pool is not None:
+        (batch,) = pool.plan([batch])
+    return deliver(encode_share(model, batch, layout, pool), pool)
 
 
 @torch.no_grad()
@@ -160,34 +162,28 @@ def best_tokens(
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedShare:
-    """A rank's part of the towers' work. `plan` is None where there is nobody to share it with."""
+    """A rank's part of the towers' work, on the device."""
 
-    text: PackedBatch  # the whole pack, media left out; on the device where nothing is shared, else on the host
-    media: PackedBatch  # what was encoded here, on the device
+    text: PackedBatch  # this rank's tokens of the pack
+    media: PackedBatch  # what was encoded here
     rows: TowerRows
-    plan: PoolPlan | None
 
 
 def encode_share(model: EncodeDecode, batch: PackedBatch, layout: Layout, pool: EncoderPool | None) -> EncodedShare:
     """Encode this rank's part of the pool's media."""
-    if pool is None or pool.is_alone:
-        assert layout.degrees.context == 1, "ranks that share a pack need an encoder pool to share its media"
-        on_device = to_device(batch, layout.device)
-        return EncodedShare(text=on_device, media=on_device, rows=model.encode(on_device), plan=None)
-    plan = pool.plan(batch)
-    text = replace(batch, vision=None, audio=None)
-    media = replace(text, vision=to_device(batch.vision, layout.device), audio=to_device(batch.audio, layout.device))
-    media = pool.gather_features(media, plan)
-    return EncodedShare(text=text, media=media, rows=model.encode(media), plan=plan)
+    shared = pool is not None and not pool.is_alone
+    assert shared or layout.degrees.context == 1, "ranks that share a pack need an encoder pool to share its media"
+    text = to_device(slice_batch(batch, layout.context_rank, layout.degrees.context), layout.device)
+    media = pool.gather_features(text) if pool is not None and shared else text
+    return EncodedShare(text=text, media=media, rows=model.encode(media))
 
 
-def deliver(share: EncodedShare, layout: Layout, pool: EncoderPool | None) -> tuple[PackedBatch, TowerRows]:
+def deliver(share: EncodedShare, pool: EncoderPool | None) -> tuple[PackedBatch, TowerRows]:
     """This rank's tokens, on the device, and the media rows that belong to them, detached."""
-    if pool is None or share.plan is None:
+    if pool is None or share.media.media_route is None:
         return share.text, map_rows(Tensor.detach, share.rows)
-    local = to_device(slice_batch(share.text, layout.context_rank, layout.degrees.context), layout.device)
-    vision, audio, rows = pool.send_rows(share.media, share.rows, share.plan)
-    return replace(local, vision=vision, audio=audio), rows
+    vision, audio, rows = pool.send_rows(share.media, share.rows)
+    return replace(share.text, vision=vision, audio=audio), rows
 
 
 def list_rows(rows: TowerRows) -> list[Tensor]:

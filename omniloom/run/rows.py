@@ -22,7 +22,7 @@ from omniloom.data.rows import RowReader, SourceReader
 from omniloom.data.sources import Sources, open_sources
 from omniloom.data.stream import BadSampleFile, StepStream
 from omniloom.families.registry import spec_named
-from omniloom.parallel.encoder_pool import assign_clips
+from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.staging import stage
 from omniloom.run.opening import Workshop, open_workshop
@@ -254,6 +254,7 @@ def open_stream(
     planner: Planner,
     loader: Loader,
     layout: Layout,
+    pool: EncoderPool,
     *,
     prefetch_packs: int,
     bad_samples: BadSampleFile | None,
@@ -269,7 +270,10 @@ def open_stream(
         prefetch_packs=prefetch_packs,
         bad_samples=bad_samples,
         clips_of=lambda pack: clips_of_rank(pack, layout),
-        stage=lambda batch: stage(batch, layout.device, compute_dtype),
+        measure=pool.measure,
+        stage=lambda packs, measured: [
+            stage(pack, layout.device, compute_dtype) for pack in pool.route(packs, measured)
+        ],
     )
 
 

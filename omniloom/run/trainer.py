@@ -163,6 +163,7 @@ class Trainer:
                 self.planner,
                 loader,
                 layout,
+                self.pool,
                 prefetch_packs=config.data.prefetch_packs,
                 bad_samples=bad_samples,
                 compute_dtype=workshop.compute_dtype,

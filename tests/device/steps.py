@@ -25,7 +25,7 @@ from omniloom.data.collate import collate
 from omniloom.families.registry import find_spec
 from omniloom.models.fusion import OmniModel
 from omniloom.ops import attention
-from omniloom.parallel.encoder_pool import EncoderPool, Seat
+from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import build_layout, resolve_degrees
 from omniloom.parallel.staging import stage
@@ -199,8 +199,9 @@ def run_case(
             )
             _follow(model, record)
             on_pack = partial(setattr, record, "pack")
-            staged = stage(batch, device, workshop.compute_dtype)
-            _check_same(staged, batch)
+            (routed,) = pool.plan([batch])
+            staged = stage(routed, device, workshop.compute_dtype)
+            _check_same(staged, routed)
             run_packs(model, [staged] * case.num_packs, layout, objective, pool, on_pack=on_pack)
             record.phase = "optimizer"
             clip_gradients(model.parameters(), config.train.clip_norm, device)
@@ -243,17 +244,11 @@ def _enter(record: Record, phase: str, *_: Any) -> None:
 
 @contextlib.contextmanager
 def _imagined_members() -> Iterator[None]:
-    """The other ranks of an encoder pool say what this one says, from their own seats; flash attention is at hand."""
+    """The other ranks of an encoder pool say what this one says; flash attention is at hand."""
     gather, resolve = dist.all_gather_object, attention.resolve_kernel
 
     def all_gather_object(gathered: list[Any], value: Any, group: Any = None) -> None:
         gathered[:] = [value] * len(gathered)
-        if isinstance(value, tuple) and isinstance(value[0], Seat):
-            seat, *media = value
-            gathered[:] = [
-                (dataclasses.replace(seat, first_token=member * seat.num_tokens), *media)
-                for member in range(len(gathered))
-            ]
 
     dist.all_gather_object = all_gather_object
     attention.resolve_kernel = lambda kernel, _, dtype: resolve(kernel, "cuda", dtype)

@@ -190,7 +190,7 @@ def set_up(case: Case, parallel: ParallelConfig, memory: MemoryConfig, layouts: 
         model=model,
         layout=layout,
         pool=pool,
-        packs=case.packs(config, share)[layout.data_rank :: layout.data_world],
+        packs=pool.plan(case.packs(config, share)[layout.data_rank :: layout.data_world]),
     )
 
 

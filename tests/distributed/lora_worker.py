@@ -124,7 +124,7 @@ def run_case(case: Case, model_dir: Path, ranks: Ranks) -> Outcome:
     load(workshop, model)
     model.eval()
     pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), case.parallel.encoder_pool)
-    packs = make_packs(workshop)[layout.data_rank :: layout.data_world]
+    packs = pool.plan(make_packs(workshop)[layout.data_rank :: layout.data_world])
     total = layout.sum_over_ranks(run_packs(model, packs, layout, objective, pool).sums["text"])
     parameters = dict(model.named_parameters())
     assert all(isinstance(parameter, DTensor) for parameter in parameters.values())
@@ -151,7 +151,7 @@ def repeat_with_dropout(case: Case, model_dir: Path, ranks: Ranks) -> list[float
     model, _ = build_model(workshop, layout)
     load(workshop, model)
     pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), case.parallel.encoder_pool)
-    packs = make_packs(workshop)[layout.data_rank :: layout.data_world]
+    packs = pool.plan(make_packs(workshop)[layout.data_rank :: layout.data_world])
     found = []
     for step in (1, 1, 2):
         objective = Objective(coefficients={"text": 1.0}, weight_sums={"text": 1.0, "router": 2.0})

@@ -10,8 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniloom.models.audio import AudioTowerConfig
-from omniloom.parallel.encoder_pool import SLACK, Seat, TowerMeta, assign_clips, assign_segments, route_tower
-from omniloom.parallel.segments import SegmentSizes, measure_audio, measure_vision, rebuild_audio, rebuild_vision
+from omniloom.parallel.encoder_pool import SLACK, assign_clips, assign_segments, route_tower
+from omniloom.parallel.mesh import Seat
+from omniloom.parallel.segments import (
+    TowerSizes,
+    join_audio,
+    join_sizes,
+    join_vision,
+    measure_audio,
+    measure_vision,
+    rebuild_audio,
+    rebuild_vision,
+)
 from omniloom.processors.tower_batches import audio_batch
 from omniloom.types import (
     AudioBatch,
@@ -65,48 +75,74 @@ def test_fixed_segments_never_move() -> None:
     assert assign_segments([[1]] * 5, [9] * 5, [True] * 5, [0, 0]) == [1] * 5
 
 
-@given(st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 2**31))
+def sizes_of(lengths: list[int], tokens: np.ndarray, fixed: bool) -> TowerSizes:
+    """Segments of so many rows of two units each, then a null segment of one row."""
+    total = 2 * sum(lengths) + 2
+    batch = VisionBatch(
+        patches=torch.zeros(total, 1),
+        segments=Segments.from_lengths([*(2 * length for length in lengths), 2]),
+        rotary_index=torch.zeros(total, 2),
+        interpolation_index=torch.zeros(total, 4),
+        interpolation_weights=torch.zeros(total, 4),
+        token_index=torch.from_numpy(tokens),
+        window_segments=Segments.from_lengths([total]) if fixed else None,
+    )
+    return measure_vision(batch, 2)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=60)
 def test_every_row_reaches_the_owner_of_its_token_once(
-    context: int, data: int, shared_loading: bool, fixed: bool, seed: int
+    context: int, data: int, num_packs: int, shared_loading: bool, fixed: bool, seed: int
 ) -> None:
-    """Plays all ranks of a pool in one process: features and rows are tagged with (data rank, token row)."""
+    """Plays all ranks of a pool in one process: features and rows are tagged with (data rank, pack, token row)."""
     rng = np.random.default_rng(seed)
-    num_tokens = 24
-    seats, metas, features = [], [], []
+    local = 24
+    pack_tokens = local * context
+    seats, sizes, features = [], [], []
     for data_rank in range(data):
-        tokens = rng.permutation(num_tokens * context)
-        lengths = rng.integers(1, 5, size=rng.integers(0, 7))
-        bounds = np.concatenate([[0], np.cumsum(lengths)]).clip(max=num_tokens)
-        bounds = np.unique(bounds)
-        clips = [np.sort(tokens[low:high]) for low, high in pairwise(bounds.tolist())]
+        clips_of_pack = []
+        for _ in range(num_packs):
+            tokens = rng.permutation(pack_tokens)
+            bounds = np.unique(np.concatenate([[0], np.cumsum(rng.integers(1, 5, size=rng.integers(0, 7)))]))
+            clips_of_pack.append([np.sort(tokens[low:high]) for low, high in pairwise(bounds.clip(max=local).tolist())])
         for context_rank in range(context):
-            seats.append(Seat(data_rank=data_rank, first_token=context_rank * num_tokens, num_tokens=num_tokens))
-            mine = clips if shared_loading else clips[context_rank::context]
-            rows = np.concatenate([[0], np.cumsum([len(clip) for clip in mine])]).astype(np.int64)
-            index = np.concatenate([*mine, np.zeros(0, dtype=np.int64)]).astype(np.int64)
-            sizes = SegmentSizes(units=2 * rows, rows=rows, cost=np.diff(rows), token_index=index, num_null=1)
-            metas.append(TowerMeta(sizes=sizes, is_fixed=fixed))
-            features.append(np.repeat(data_rank * 1000 + index, 2))
+            seats.append(Seat(data_rank=data_rank, context_rank=context_rank, context=context))
+            own, tags = [], []
+            for number, clips in enumerate(clips_of_pack):
+                mine = [clip for clip in (clips if shared_loading else clips[context_rank::context]) if len(clip)]
+                index = np.concatenate([*mine, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+                own.append(sizes_of([len(clip) for clip in mine], index, fixed))
+                tags.append(np.repeat(data_rank * 10_000 + number * pack_tokens + index, 2))
+                tags.append(np.array([-1, -1]))  # the null segment
+            sizes.append(join_sizes(own, pack_tokens))
+            features.append(np.concatenate(tags))
     ranks = range(len(seats))
-    routes = [route_tower(metas, seats, me, [0] * len(seats), by_rows=False) for me in ranks]
-    encoded = features if fixed else exchange(features, [(r.unit_order, r.unit_send, r.unit_receive) for r in routes])
+    routes = [
+        route_tower(sizes, seats, me, [0] * len(seats), pack_tokens=pack_tokens, num_packs=num_packs) for me in ranks
+    ]
+    encoded = features
     if not fixed:
+        encoded = exchange(features, [(r.unit_order.numpy(), r.unit_send, r.unit_receive) for r in routes])
         for rank in ranks:
-            assert routes[rank].lengths.sum() == len(encoded[rank])
+            assert routes[rank].segments.cu_seqlens[-1] == len(encoded[rank]) + 2
     rows = [units[::2] for units in encoded]
-    landed = exchange(rows, [(r.row_order, r.row_send, r.row_receive) for r in routes])
+    landed = exchange(rows, [(r.row_order.numpy(), r.row_send, r.row_receive) for r in routes])
     for rank, seat in enumerate(seats):
+        route, first = routes[rank], seat.context_rank * local
         wanted = {
             int(token)
-            for meta, other in zip(metas, seats, strict=True)
+            for size, other in zip(sizes, seats, strict=True)
             if other.data_rank == seat.data_rank
-            for token in meta.sizes.token_index
-            if seat.first_token <= token < seat.first_token + num_tokens
+            for token in size.tokens()
+            if first <= token % pack_tokens < first + local
         }
-        found = routes[rank].token_index + seat.first_token
+        found = np.concatenate(
+            [number * pack_tokens + first + index.numpy() for number, index in enumerate(route.token_index)]
+        )
         assert sorted(found.tolist()) == sorted(wanted)
-        assert (landed[rank] == seat.data_rank * 1000 + found).all()
+        by_pack = landed[rank] if route.landing is None else landed[rank][route.landing.numpy()]
+        assert (by_pack == seat.data_rank * 10_000 + found).all()
 
 
 def exchange(values: list[np.ndarray], traffic: list[tuple[np.ndarray, list[int], list[int]]]) -> list[np.ndarray]:
@@ -118,7 +154,7 @@ def exchange(values: list[np.ndarray], traffic: list[tuple[np.ndarray, list[int]
     landed = []
     for rank, (_, _, receive) in enumerate(traffic):
         arriving = [parts[source][rank] for source in range(len(values))]
-        assert [len(part) for part in arriving] == receive
+        assert [len(part) for part in arriving] == list(receive)
         landed.append(np.concatenate(arriving))
     return landed
 
@@ -137,41 +173,68 @@ def vision_of(frames: list[int]) -> VisionBatch:
     )
 
 
+ALONE = Seat(data_rank=0, context_rank=0, context=2)
+BESIDE = Seat(data_rank=0, context_rank=1, context=2)
+
+
 def test_a_vision_batch_is_put_together_from_chosen_frames() -> None:
-    batch = vision_of([2, 1, 3])
-    sizes = measure_vision(batch, 4)
-    assert sizes.rows.tolist() == [0, 2, 3, 6]
-    assert sizes.units.tolist() == [0, 8, 12, 24]
-    chosen = torch.cat([torch.arange(12, 24), torch.arange(0, 8)])  # the third frame, then the first
-    built = rebuild_vision(batch, np.array([12, 8]), sizes.num_null, lambda field: field.index_select(0, chosen))
-    assert torch.equal(built.patches, batch.patches[[*chosen.tolist(), *range(24, 28)]])
-    assert built.segments.cu_seqlens.tolist() == [0, 12, 20, 24]
+    batch, other = vision_of([2, 1, 3]), vision_of([])
+    sizes = [measure_vision(batch, 4), measure_vision(other, 4)]
+    assert sizes[0].row_starts.tolist() == [0, 2, 3]
+    assert sizes[0].unit_lengths.tolist() == [8, 4, 12]
+    route = route_tower(sizes, [ALONE, BESIDE], 0, [0, 1000], pack_tokens=8)  # the other is busy: all stay
+    built = rebuild_vision(batch, route, lambda field: field.index_select(0, route.unit_order))
+    assert torch.equal(built.patches, batch.patches)
+    route = route_tower(sizes, [ALONE, BESIDE], 0, [0, 0], pack_tokens=8)
+    stays = route.unit_order[: route.unit_send[0]]
+    built = rebuild_vision(batch, route, lambda field: field.index_select(0, stays))
+    assert torch.equal(built.patches, batch.patches[[*stays.tolist(), *range(24, 28)]])
+    assert built.segments.cu_seqlens.tolist() == [0, 12, 16]
     assert built.segments.max_length == 12
+
+
+def audio_of(rows: list[int], lengths: list[int], rows_per_chunk: int = 3) -> AudioBatch:
+    """Chunks of so many valid rows, the last one being the null segment's."""
+    valid = (torch.arange(rows_per_chunk) < torch.tensor(rows)[:, None]).flatten().nonzero().squeeze(1)
+    return AudioBatch(
+        features=torch.arange(float(len(rows)))[:, None, None].expand(-1, 2, 4).clone(),
+        chunk_frames=torch.arange(len(rows)),
+        valid_index=valid,
+        segments=Segments.from_lengths(lengths),
+        token_index=torch.arange(len(valid) - rows[-1]),
+    )
 
 
 def test_an_audio_batch_is_put_together_from_chosen_windows() -> None:
     """Two clips, one of two windows of two chunks (the last one short), one of a single chunk; then the null chunk."""
-    rows_per_chunk = 3
-    rows = torch.tensor([3, 3, 3, 2, 1, 1])  # valid rows of each chunk
-    valid = (torch.arange(rows_per_chunk) < rows[:, None]).flatten().nonzero().squeeze(1)
-    batch = AudioBatch(
-        features=torch.arange(6.0)[:, None, None].expand(6, 2, 4).clone(),
-        chunk_frames=torch.arange(6),
-        valid_index=valid,
-        segments=Segments.from_lengths([6, 5, 1, 1]),
-        token_index=torch.arange(12),
-    )
-    sizes = measure_audio(batch, rows_per_chunk)
-    assert sizes.units.tolist() == [0, 2, 4, 5]
-    assert sizes.rows.tolist() == [0, 6, 11, 12]
-    chosen = torch.tensor([4, 2, 3])  # the second clip, then the first clip's second window
-    built = rebuild_audio(
-        batch, np.array([1, 5]), sizes.num_null, rows_per_chunk, lambda field: field.index_select(0, chosen)
-    )
-    assert built.features[:, 0, 0].tolist() == [4, 2, 3, 5]
-    assert built.chunk_frames.tolist() == [4, 2, 3, 5]
-    assert built.valid_index.tolist() == [0, 3, 4, 5, 6, 7, 9]
-    assert built.segments.cu_seqlens.tolist() == [0, 1, 6, 7]
+    batch, other = audio_of([3, 3, 3, 2, 1, 1], [6, 5, 1, 1]), audio_of([1], [1])
+    sizes = [measure_audio(batch, 3), measure_audio(other, 3)]
+    assert sizes[0].unit_starts.tolist() == [0, 2, 4]
+    assert sizes[0].row_lengths.tolist() == [6, 5, 1]
+    here, there = (route_tower(sizes, [ALONE, BESIDE], me, [0, 0], pack_tokens=12, rows_per_chunk=3) for me in range(2))
+    assert (here.unit_send, there.unit_receive) == ((2, 3), (3, 0))  # the first window stays, the others leave
+    stays, leaves = here.unit_order[:2], here.unit_order[2:]
+    built = rebuild_audio(batch, here, lambda field: field.index_select(0, stays))
+    assert built.features[:, 0, 0].tolist() == [0, 1, 5]
+    assert built.valid_index.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert built.segments.cu_seqlens.tolist() == [0, 6, 7]
+    built = rebuild_audio(other, there, lambda field: field.new_zeros(len(leaves), *field.shape[1:]))
+    assert built.valid_index.tolist() == [0, 1, 2, 3, 4, 6, 9]
+    assert built.segments.cu_seqlens.tolist() == [0, 5, 6, 7]
+
+
+def test_batches_of_several_packs_become_one_with_their_null_segments() -> None:
+    joined = join_vision([vision_of([2, 1]), vision_of([]), vision_of([3])])
+    assert joined.segments.cu_seqlens.tolist() == [0, 8, 12, 16, 20, 32, 36]
+    audio = [audio_of([3, 2, 1], [5, 1]), audio_of([1], [1]), audio_of([2, 1], [2, 1])]
+    sizes = join_sizes([measure_audio(batch, 3) for batch in audio], 10)
+    whole = join_audio(audio, 3)
+    assert whole.valid_index.tolist() == [0, 1, 2, 3, 4, 6, 9, 12, 13, 15]
+    assert whole.segments.cu_seqlens.tolist() == [0, 5, 6, 7, 9, 10]
+    assert sizes.unit_starts.tolist() == [0, 4]
+    assert sizes.row_starts.tolist() == [0, 7]
+    assert sizes.tokens().tolist() == [0, 1, 2, 3, 4, 20, 21]
+    assert sizes.chunk_rows.tolist() == [3, 2, 1, 1, 2, 1]
 
 
 @given(st.lists(st.integers(3, 45), max_size=6))
@@ -197,8 +260,7 @@ def test_every_segment_of_a_pooled_audio_batch_has_rows(clip_frames: list[int]) 
         for frames, (low, high) in zip(clip_frames, pairwise(starts), strict=True)
     ]
     sizes = measure_audio(audio_batch(clips, config), config.chunk_rows)
-    assert (np.diff(sizes.rows) > 0).all()
-    assert (np.diff(sizes.units) > 0).all()
-    assert sizes.rows[0] == sizes.units[0] == 0
-    assert sizes.rows[-1] == starts[-1]
-    assert sizes.units[-1] == sum(-(-frames // 8) for frames in clip_frames)
+    assert (sizes.row_lengths > 0).all()
+    assert (sizes.unit_lengths > 0).all()
+    assert sizes.row_lengths.sum() == starts[-1]
+    assert sizes.unit_lengths.sum() == sum(-(-frames // 8) for frames in clip_frames)
