@@ -13,10 +13,11 @@ from torch import nn
 
 from omniloom.config import MemoryConfig, ParallelConfig
 from omniloom.parallel.context import UlyssesCore, check_heads
+from omniloom.parallel.device import HostCopies
 from omniloom.parallel.expert import ExpertDispatch, LocalWeights, SumOverGroup
 from omniloom.parallel.fsdp import match_modules, shard_parameters
 from omniloom.parallel.mesh import Degrees, Layout
-from omniloom.parallel.recompute import recompute_layers
+from omniloom.parallel.recompute import OffloadingCall, recompute_layers
 from omniloom.sharding import ShardingPlan
 
 
@@ -68,10 +69,14 @@ def apply_parallelism(
             model.set_submodule(name, ExpertDispatch(plan.num_experts, group))
         for name in match_modules(model, plan.expert_products):
             model.set_submodule(name, LocalWeights(model.get_submodule(name)))
+    copies: HostCopies | None = None
     for name in match_modules(model, plan.layer_calls):
         root = name.split(".")[0]
         how = {None: memory.recompute, True: "full", False: "none"}[(recompute or {}).get(root)]
         recompute_layers(model.get_submodule(root), how, routes=any(e.startswith(f"{root}.") for e in plan.experts))
+        if memory.offload_activations and layout.device.type != "cpu":
+            copies = copies or HostCopies(layout.device)
+            model.set_submodule(name, OffloadingCall(model.get_submodule(name), copies))
     if memory.compile:
         for name in match_modules(model, plan.blocks):
             model.get_submodule(name).compile()

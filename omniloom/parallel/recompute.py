@@ -7,18 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
     noop_context_fn,
 )
+
+from omniloom.parallel.device import HostCopies
+from omniloom.parallel.staging import list_tensors
 
 Recompute = Literal["none", "selective", "full"] | int
 OFFLOAD_MIN_BYTES = 2**20  # smaller tensors cost more to move than they free
@@ -82,32 +89,61 @@ def recompute_layers(root: nn.Module, how: Recompute, *, routes: bool) -> None:
     root.call = RecomputingCall(how if isinstance(how, int) else 1, saved)
 
 
-@contextmanager
-def activations_on_host(enabled: bool) -> Iterator[None]:
-    """Keep what autograd saves inside this context in host memory, copied back when backward asks for it.
+@dataclass(eq=False)
+class _Moved:
+    """What autograd keeps of one layer's call in host memory, in the order in which it was computed."""
 
-    Parameters and small tensors stay where they are. With recompute this is the input of each block.
+    before: _Moved | None  # of the call before, whose backward comes next
+    hosts: list[Tensor] = field(default_factory=list)
+    arriving: dict[int, tuple[Tensor, Any]] | None = None  # by place, once they were sent for
+
+
+class OffloadingCall(nn.Module):
+    """Around a call of layers: what autograd keeps of a layer waits for its backward in host memory.
+
+    While backward works on a layer, what the one before it needs is on its way back. Weights, gathered ones too, what
+    all layers are given (angles, bounds), small tensors, and results that `selective` saves stay where they are. Of a
+    recomputed layer only its input is kept.
     """
-    if not enabled:
-        yield
-        return
-    with torch.autograd.graph.saved_tensors_hooks(_to_host, _from_host):
-        yield
 
+    def __init__(self, call: nn.Module, copies: HostCopies, *, least_bytes: int = OFFLOAD_MIN_BYTES) -> None:
+        super().__init__()
+        self.call = call
+        self._copies, self._least_bytes = copies, least_bytes
+        self._latest: tuple[int, ReferenceType[_Moved]] | None = None
 
-def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:
-    moves = (
-        tensor.device.type != "cpu"
-        and not isinstance(tensor, nn.Parameter)
-        and tensor.numel() * tensor.element_size() >= OFFLOAD_MIN_BYTES
-    )
-    if not moves:
-        return tensor.device, tensor
-    host = torch.empty(tensor.size(), dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    return tensor.device, host
+    def forward(self, index: int, layer: nn.Module, *inputs: object) -> Any:
+        if not torch.is_grad_enabled():
+            return self.call(index, layer, *inputs)
+        number, latest = (index, None) if self._latest is None else self._latest
+        moved = _Moved(latest() if latest is not None and number < index else None)
+        self._latest = index, ref(moved)
+        shared = {StorageWeakRef(tensor.untyped_storage()) for tensor in list_tensors(inputs[1:])}
+        with torch.autograd.graph.saved_tensors_hooks(partial(self._to_host, moved, layer, shared), self._from_host):
+            return self.call(index, layer, *inputs)
 
+    def _to_host(
+        self, moved: _Moved, layer: nn.Module, shared: set[StorageWeakRef], tensor: Tensor
+    ) -> Tensor | tuple[_Moved, int]:
+        if tensor.nbytes < self._least_bytes or tensor.device.type != self._copies.device.type:
+            return tensor
+        storage = StorageWeakRef(tensor.untyped_storage())
+        weights = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in layer.parameters())
+        if storage in shared or any(StorageWeakRef(weight.untyped_storage()) == storage for weight in weights):
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._copies.pins)
+        self._copies.put(tensor, host)
+        moved.hosts.append(host)
+        return moved, len(moved.hosts) - 1
 
-def _from_host(saved: tuple[torch.device, Tensor]) -> Tensor:
-    device, tensor = saved
-    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
+    def _from_host(self, kept: Tensor | tuple[_Moved, int]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        moved, place = kept
+        for call in (moved, moved.before):
+            if call is not None and call.arriving is None:
+                last_first = reversed(list(enumerate(call.hosts)))
+                call.arriving = {number: self._copies.fetch(host) for number, host in last_first}
+        assert moved.arriving is not None
+        fetched = moved.arriving.pop(place, None)  # asked for twice, it comes twice
+        return self._copies.wait(fetched or self._copies.fetch(moved.hosts[place]))

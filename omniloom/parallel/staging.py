@@ -34,7 +34,7 @@ def stage(batch: PackedBatch, device: torch.device, dtype: torch.dtype) -> Packe
         vision=None if vision is None else replace(vision, patches=vision.patches.to(dtype)),
         audio=None if audio is None else replace(audio, features=audio.features.to(dtype)),
     )
-    tensors = _list_tensors(batch)
+    tensors = list_tensors(batch)
     starts = [0, *accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)]
     buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
     places = zip(starts, tensors, strict=False)
@@ -51,7 +51,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     if device.type == "cpu":
         return _map_tensors(value, lambda tensor: tensor.to(device))
     wanted: Counter[int] = Counter()
-    for tensor in _list_tensors(value):
+    for tensor in list_tensors(value):
         wanted[tensor.untyped_storage().data_ptr()] += tensor.nbytes
     buffers: dict[int, Tensor] = {}
 
@@ -88,8 +88,8 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _list_tensors(value: Any) -> list[Tensor]:
-    """In the order of `_map_tensors`."""
+def list_tensors(value: Any) -> list[Tensor]:
+    """Every tensor inside (nested) dataclasses, tuples and dicts, in the order of `_map_tensors`."""
     found: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:

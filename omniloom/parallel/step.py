@@ -18,7 +18,6 @@ from omniloom.parallel.context import slice_batch
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.fsdp import set_all_reduce
 from omniloom.parallel.mesh import Layout
-from omniloom.parallel.recompute import activations_on_host
 from omniloom.parallel.staging import to_device
 from omniloom.types import LossTerms, PackedBatch, TowerRows
 
@@ -75,7 +74,6 @@ def run_packs(
     objective: Objective,
     pool: EncoderPool | None = None,
     *,
-    offload_activations: bool = False,
     on_pack: Callable[[int], None] = lambda _: None,
 ) -> LossTerms:
     """Add the gradient of the objective's share of all `packs` of this rank to every trainable parameter.
@@ -91,7 +89,7 @@ def run_packs(
         on_pack(number)
         if layout.degrees.replicate > 1:
             set_all_reduce(model, number == len(packs) - 1)
-        terms = _forward_backward(model, batch, layout, objective, pool, offload_activations)
+        terms = _forward_backward(model, batch, layout, objective, pool)
         for name, value in terms.sums.items():
             sums[name] += value.detach()
         counts.append(terms.expert_counts)
@@ -104,19 +102,17 @@ def _forward_backward(
     layout: Layout,
     objective: Objective,
     pool: EncoderPool | None,
-    offload_activations: bool,
 ) -> LossTerms:
     """One pack of `run_packs`."""
     towers = [tower for tower in (model.vision, model.audio) if tower is not None]
     towers_train = any(parameter.requires_grad for tower in towers for parameter in tower.parameters())
     batch = replace(batch, loss_scales=objective.scales)
-    with activations_on_host(offload_activations):
-        with torch.set_grad_enabled(towers_train):
-            share = encode_share(model, batch, layout, pool)
-        local, rows = deliver(share, pool)
-        leaves = map_rows(lambda row: row.requires_grad_(towers_train), rows)
-        terms = model.decode(local, leaves)
-        objective.of_pack(terms).backward()
+    with torch.set_grad_enabled(towers_train):
+        share = encode_share(model, batch, layout, pool)
+    local, rows = deliver(share, pool)
+    leaves = map_rows(lambda row: row.requires_grad_(towers_train), rows)
+    terms = model.decode(local, leaves)
+    objective.of_pack(terms).backward()
     if towers_train:
         gradients = map_rows(lambda leaf: leaf.grad, leaves)
         if pool is not None and share.media.media_route is not None:

@@ -275,7 +275,6 @@ class Trainer:
             layout,
             objective,
             self.pool,
-            offload_activations=self.config.memory.offload_activations,
             on_pack=lambda number: self.watchdog.enter(step, f"pack {number + 1} of {len(loaded.packs)}"),
         )
         self.watchdog.enter(step, "gradient norm and optimizer")

@@ -16,6 +16,7 @@ LORA = {
 }
 FROZEN_TOWERS = {"vision": {"freeze": True}, "audio": {"freeze": True}}
 FULL = {"recompute": "full"}
+OFFLOADED = {"offload_activations": True, "offload_optimizer": True}
 OMNI, VL_MOE = "Qwen3-Omni-30B-A3B", "Qwen3-VL-30B-A3B"
 
 FAST: Mapping[str, Case] = MappingProxyType(
@@ -28,6 +29,7 @@ FAST: Mapping[str, Case] = MappingProxyType(
             model=OMNI, world_size=16, rank=5, parallel={"context": 2, "expert": 8}, memory=FULL
         ),
         "lora_full_recompute": Case(model=OMNI, world_size=8, memory=FULL, policy=LORA),
+        "offloaded": Case(model="Qwen3-VL-4B", world_size=8, memory=OFFLOADED, train={"optimizer_states": "8bit"}),
     }
 )
 SLOW: Mapping[str, Case] = MappingProxyType(
@@ -51,6 +53,7 @@ SLOW: Mapping[str, Case] = MappingProxyType(
             f"tiny_{family}": Case(model=family, pack_tokens=1024, memory=FULL, evaluates=True)
             for family in ("qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
         },
+        "muon": Case(model=OMNI, world_size=8, parallel={"expert": 4}, train={"optimizer": "muon"}),
     }
 )
 CASES: Mapping[str, Case] = MappingProxyType({**FAST, **SLOW})

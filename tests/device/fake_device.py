@@ -116,7 +116,8 @@ def one_of(world_size: int, rank: int, device: torch.device) -> Iterator[Ranks]:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that concerns more than the device: `gather`, `exchange`, `wait` (of the host) or `copy` (to it)."""
+    """Something that concerns more than the device: `gather`, `exchange`, `wait` (of the host), `copy` (to it) or
+    `offload` (from it to pinned memory, without a wait)."""
 
     kind: str
     where: str  # the function of the package that asked, or, of an FSDP gather, the modules it is for
@@ -181,20 +182,29 @@ class Record(TorchDispatchMode):
         if name == "_local_scalar_dense":
             self.note("wait", _asker())
             return False if tensors[0].dtype == torch.bool else 0
+        pins = kwargs.pop("pin_memory", False)  # of host memory for something like what is on the device
         given = (args, kwargs) if on_device else tree_map_only(Tensor, self._fake.from_tensor, (args, kwargs))
         out = func(*given[0], **given[1])
+        if pins:
+            self._pin(out)
         self._observe(name, func, tensors, args, kwargs, out)
         return out
 
     def _on_host(self, name: str, func: Any, tensors: list[Tensor], args: tuple, kwargs: dict) -> Any:
         if name == "is_pinned":
-            return tensors[0].untyped_storage()._cdata in self._pinned
+            return self._is_pinned(tensors[0])
         pins = name == "_pin_memory" or kwargs.pop("pin_memory", False)
         out = tensors[0].clone() if name == "_pin_memory" else func(*args, **kwargs)
         if pins:
-            self._pinned.add(out.untyped_storage()._cdata)
-            self._kept.append(out)
+            self._pin(out)
         return out
+
+    def _pin(self, host: Tensor) -> None:
+        self._pinned.add(host.untyped_storage()._cdata)
+        self._kept.append(host)
+
+    def _is_pinned(self, host: Tensor) -> bool:
+        return host.untyped_storage()._cdata in self._pinned
 
     def _observe(self, name: str, func: Any, tensors: list[Tensor], args: tuple, kwargs: dict, out: Any) -> None:
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -207,10 +217,10 @@ class Record(TorchDispatchMode):
         elif name in ("_to_copy", "copy_"):
             source = args[1] if name == "copy_" else args[0]
             if source.device.type == "cpu" and results[0].device.type != "cpu" and source.ndim:
-                pinned = not isinstance(source, FakeTensor) and source.untyped_storage()._cdata in self._pinned
-                self.note("copy", _asker(), pinned=pinned)
+                self.note("copy", _asker(), pinned=self._is_pinned(source))
             elif source.device.type != "cpu" and results[0].device.type == "cpu":
-                self.note("wait", _asker())
+                goes_on = name == "copy_" and self._is_pinned(args[0]) and (*args, kwargs.get("non_blocking", False))[2]
+                self.note("offload" if goes_on else "wait", _asker())
         if self.on_op is not None:
             self.on_op(self, func, args, kwargs, out)
 

@@ -49,6 +49,7 @@ class Case:
     parallel: Mapping[str, Any] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
     policy: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
     pack_tokens: int = 8192
     num_packs: int = 1
     evaluates: bool = False
@@ -79,7 +80,7 @@ def open_case(case: Case, directory: Path) -> Workshop:
     tree = {
         "model": {"path": str(directory), "dtype": "bf16"},
         "data": {"pack_tokens": case.pack_tokens},
-        "train": {"packs_per_step": case.world_size * case.num_packs},
+        "train": {"packs_per_step": case.world_size * case.num_packs, **case.train},
         "parallel": dict(case.parallel),
         "memory": dict(case.memory),
         "policy": dict(case.policy),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.device.cases import CASES, FAST, LORA, SLOW
+from tests.device.cases import CASES, FAST, LORA, OFFLOADED, SLOW
 
 HERE = Path(__file__).parent
 
@@ -50,6 +50,7 @@ def build_fake_cuda(directory: Path) -> Path:
 
 ON_CUDA = ("context_experts_full_recompute",)
 SIZES, MOVE = "parallel/collectives.py:exchange_sizes", "parallel/staging.py:to_device.<locals>.move"
+AWAY, BACK = "parallel/device.py:HostCopies.put", "parallel/device.py:HostCopies.fetch"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build a device type `cuda`")
 each_step = pytest.mark.parametrize(
     ("kind", "name"),
@@ -68,8 +69,11 @@ def step(steps, kind, name):
 
 @each_step
 def test_gradients_and_optimizer_states_are_on_the_device_in_their_dtypes(step, kind, name):
-    wanted = ["torch.bfloat16" if CASES[name].policy is LORA else "torch.float32"]
-    assert (step["gradients"], step["states"], step["devices"]) == (wanted, wanted, [kind])
+    case = CASES[name]
+    wanted = ["torch.bfloat16" if case.policy is LORA else "torch.float32"]
+    states = wanted if "optimizer_states" not in case.train else ["torch.float32", "torch.int8", "torch.uint8"]
+    devices = ["cpu", kind] if case.memory is OFFLOADED else [kind]
+    assert (step["gradients"], step["states"], step["devices"]) == (wanted, states, devices)
     assert step["num_trained"] > 0
 
 
@@ -83,11 +87,18 @@ def test_the_host_waits_only_for_the_sizes_of_an_exchange_between_experts(step, 
 @each_step
 def test_all_copies_to_the_device_are_made_in_one_place_from_pinned_memory(step, name):
     case = CASES[name]
-    assert set(step["copy"]) == {MOVE}
+    assert set(step["copy"]) == {MOVE} | ({BACK} if case.memory is OFFLOADED else set())
     assert step["pinned"] == step["copy"]
     is_shared = case.parallel.get("context", 1) > 1 or "encoder_pool" in case.parallel
     if not is_shared and not case.evaluates:
         assert step["copy"][MOVE] == case.num_packs, "a staged pack is one copy"
+
+
+@each_step
+def test_what_is_offloaded_goes_to_pinned_memory_and_comes_back(step, name):
+    assert set(step["offload"]) == ({AWAY} if CASES[name].memory is OFFLOADED else set())
+    if step["offload"]:
+        assert step["copy"][BACK] == step["offload"][AWAY]
 
 
 @each_step

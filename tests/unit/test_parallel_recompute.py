@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.layers import LayerCall
 from omniloom.parallel import collectives  # noqa: F401  defines two of the operations
-from omniloom.parallel.recompute import COSTLY, ROUTING, RecomputingCall, activations_on_host, recompute_layers
+from omniloom.parallel.device import HostCopies
+from omniloom.parallel.recompute import COSTLY, ROUTING, OffloadingCall, RecomputingCall, recompute_layers
 from omniloom.types import TowerRows
 from tests.parity import builders
 
@@ -92,39 +94,114 @@ def test_what_is_saved_of_routing_exists_as_an_operation() -> None:
         assert any(part in str(kernel.default) for part in COSTLY)
 
 
+class Experts:
+    """A decoder of two layers with experts, and the gradients of a pass through them."""
+
+    def __init__(self) -> None:
+        config_json = builders.random_config(random.Random(0), num_layers=2, dense=False)
+        self.model = SPEC.build(SPEC.read_config(config_json))
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.model.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        batch = builders.pack([], config_json, num_tokens=32)
+        is_padding = torch.zeros(32, dtype=torch.bool)
+        self.batch = dataclasses.replace(batch, is_padding=is_padding, loss_scales={"router": 0.5})
+        self.hidden = torch.randn(32, self.model.text.embed.embedding_dim, generator=generator)
+
+    def gradients(self) -> list[Tensor]:
+        text = self.model.text
+        text.zero_grad()
+        rows = self.hidden.clone().requires_grad_()
+        out, _, _ = text.run_layers(rows, self.batch, TowerRows(vision=None, deepstack=(), audio=None))
+        out.square().sum().backward()
+        return [rows.grad, *(p.grad for p in text.layers.parameters())]
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at inputs'
 @pytest.mark.parametrize(("how", "compiled"), [("full", False), ("full", True), ("selective", False), (2, True)])
 def test_layers_with_experts_recompute_compiled_and_not(how: str | int, compiled: bool) -> None:
-    config_json = builders.random_config(random.Random(0), num_layers=2, dense=False)
-    model = SPEC.build(SPEC.read_config(config_json))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    batch = builders.pack([], config_json, num_tokens=32)
-    hidden = torch.randn(32, model.text.embed.embedding_dim, generator=generator)
-    is_padding = torch.zeros(32, dtype=torch.bool)
-
-    def gradients() -> list[Tensor]:
-        model.zero_grad()
-        rows = hidden.clone().requires_grad_()
-        batch_of_words = dataclasses.replace(batch, is_padding=is_padding, loss_scales={"router": 0.5})
-        out, _, _ = model.text.run_layers(rows, batch_of_words, TowerRows(vision=None, deepstack=(), audio=None))
-        out.square().sum().backward()
-        return [rows.grad, *(p.grad for p in model.text.layers.parameters())]
-
-    expected, backend = gradients(), CompileCounterWithBackend("aot_eager")
-    recompute_layers(model.text, how, routes=True)
+    experts = Experts()
+    expected, backend = experts.gradients(), CompileCounterWithBackend("aot_eager")
+    recompute_layers(experts.model.text, how, routes=True)
     if compiled:
-        for layer in model.text.layers.values():
+        for layer in experts.model.text.layers.values():
             layer.compile(backend=backend)
-    for found, wanted in zip(gradients(), expected, strict=True):
+    for found, wanted in zip(experts.gradients(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
     assert (backend.frame_count > 0) == compiled
 
 
-def test_activations_on_host_leaves_gradients_alone() -> None:
-    _, expected = run("none")
-    with activations_on_host(True):
-        _, found = run("none")
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+class RecordedCopies(HostCopies):
+    """What went to the host and back, in order, and what is still there."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.put_away: list[Tensor] = []
+        self.events: list[tuple[str, int]] = []
+
+    def put(self, tensor: Tensor, host: Tensor) -> None:
+        super().put(tensor, host)
+        self.put_away.append(tensor)
+        host.number = len(self.put_away) - 1
+        self.events.append(("put", host.number))
+
+    def fetch(self, host: Tensor) -> tuple[Tensor, int]:
+        self.events.append(("fetch", host.number))
+        return super().fetch(host)[0], host.number
+
+    def wait(self, fetched: tuple[Tensor, int]) -> Tensor:
+        self.events.append(("wait", fetched[1]))
+        return fetched[0]
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full", 2])
+def test_what_layers_keep_goes_to_the_host_and_back_and_gradients_stay_the_same(how: str | int) -> None:
+    experts = Experts()
+    text, copies = experts.model.text, RecordedCopies()
+    recompute_layers(text, how, routes=True)
+    expected = experts.gradients()
+    text.call = OffloadingCall(text.call, copies, least_bytes=0)
+    for found, wanted in zip(experts.gradients(), expected, strict=True):
+        assert torch.equal(found, wanted)
+    counts = Counter(event for event, _ in copies.events)
+    assert counts["put"] == counts["fetch"] == counts["wait"] > 0
+    inputs = [tensor for tensor in copies.put_away if tensor.shape == experts.hidden.shape]
+    assert inputs
+    if how == "full":
+        assert len(copies.put_away) == len(text.layers), "of a recomputed layer its input alone"
+
+
+def test_weights_and_what_all_layers_share_stay_on_the_device() -> None:
+    experts, copies = Experts(), RecordedCopies()
+    text = experts.model.text
+    text.call = OffloadingCall(text.call, copies, least_bytes=0)
+    gathered = {p.untyped_storage().data_ptr() for p in text.parameters()}
+    experts.gradients()
+    assert not gathered & {tensor.untyped_storage().data_ptr() for tensor in copies.put_away}
+    angles = (experts.hidden.shape[0], text.layers["0"].attention.head_dim // 2)
+    assert angles not in {tuple(tensor.shape) for tensor in copies.put_away}
+
+
+def test_what_a_layer_needs_is_on_its_way_while_the_one_after_it_is_at_work() -> None:
+    model, copies = Stack(), RecordedCopies()
+    model.call = OffloadingCall(model.call, copies, least_bytes=0)
+    for _ in range(2):  # nothing of one pass is left to the next
+        copies.events.clear()
+        model(torch.randn(5, 6)).square().sum().backward()
+        own = sum(event == "put" for event, _ in copies.events) // len(model.layers)
+        first_wait = next(place for place, (event, _) in enumerate(copies.events) if event == "wait")
+        fetched = sum(event == "fetch" for event, _ in copies.events[:first_wait])
+        assert fetched == 2 * own, "the last layer's and the one's before it"
+        waits = [number for event, number in copies.events if event == "wait"]
+        before_last = copies.events.index(("wait", waits[-1]))
+        assert all(event != "fetch" for event, _ in copies.events[before_last:])
+
+
+def test_small_tensors_stay_and_so_does_all_without_gradients() -> None:
+    model, copies = Stack(), RecordedCopies()
+    model.call = OffloadingCall(model.call, copies)
+    model(torch.randn(5, 6)).sum().backward()
+    model.call = OffloadingCall(model.call, copies, least_bytes=0)
+    with torch.no_grad():
+        model(torch.randn(5, 6))
+    assert not copies.put_away
