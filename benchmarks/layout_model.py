@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from omniloom.families.config_fields import FamilyConfig
 from omniloom.families.decoder import DecoderConfig
-from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
-from omniloom.models.audio import AudioTowerConfig, audio_batch
-from omniloom.models.vision import VisionTowerConfig, vision_batch
+from omniloom.models.audio import AudioTowerConfig
+from omniloom.models.vision import VisionTowerConfig
+from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.types import PackedBatch, Segments, VisionClip
 
 SAMPLE_TOKENS = 128
@@ -40,8 +41,8 @@ class Size:
         return frames * height * width // 4
 
 
-def make_config(size: Size) -> Qwen3OmniConfig:
-    return Qwen3OmniConfig(
+def make_config(size: Size) -> FamilyConfig:
+    return FamilyConfig(
         vision=VisionTowerConfig(
             depth=size.tower_layers,
             hidden_size=size.tower_hidden,
@@ -89,12 +90,6 @@ def make_config(size: Size) -> Qwen3OmniConfig:
             num_experts_per_tok=2,
             moe_intermediate_size=size.expert_hidden,
         ),
-        image_token_id=1,
-        video_token_id=2,
-        audio_token_id=3,
-        vision_start_token_id=4,
-        audio_start_token_id=5,
-        position_id_per_seconds=13,
     )
 
 
@@ -104,7 +99,7 @@ def _mrope_section(head_dim: int) -> tuple[int, int, int]:
 
 
 def make_pack(
-    config: Qwen3OmniConfig, *, seed: int, num_tokens: int, videos: tuple[tuple[int, int, int], ...] = ()
+    config: FamilyConfig, *, seed: int, num_tokens: int, videos: tuple[tuple[int, int, int], ...] = ()
 ) -> PackedBatch:
     """A full pack of random samples of SAMPLE_TOKENS tokens, every one trained; rows of `videos` from its start on."""
     assert num_tokens % SAMPLE_TOKENS == 0, f"{num_tokens} tokens are no whole samples of {SAMPLE_TOKENS}"

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from omniloom.checkpoint.hf import local_region
 from omniloom.config import MemoryConfig, ParallelConfig
-from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
+from omniloom.families.config_fields import FamilyConfig
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, materialize
@@ -125,7 +125,7 @@ class SentBytes(TorchDispatchMode):
         self.num_calls[axis] += 1
 
 
-def theory(config: Qwen3OmniConfig, degrees: Degrees, sizes: tuple[int, int], num_tokens: int) -> dict[str, float]:
+def theory(config: FamilyConfig, degrees: Degrees, sizes: tuple[int, int], num_tokens: int) -> dict[str, float]:
     """Bytes that a rank has to send per step of one pack of text, float32, by axis. `num_tokens` are the rank's own.
 
     Sources: shard, 3 (n - 1) / n x parameters (two all-gathers, one reduce-scatter), ZeRO, arXiv 1910.02054 section 7;
@@ -189,7 +189,7 @@ def place(parallel: dict, layout_port: int, rank: int) -> Layout:
     return build_layout(resolve_degrees(ParallelConfig(**parallel), WORLD, packs_per_step=WORLD), ranks)
 
 
-def make_model(config: Qwen3OmniConfig, layout: Layout, parallel: dict) -> OmniModel:
+def make_model(config: FamilyConfig, layout: Layout, parallel: dict) -> OmniModel:
     with torch.device("meta"):
         model = SPEC.build(config)
     apply_parallelism(

@@ -4,7 +4,7 @@ Owns how names, and with them shapes, translate: one tensor of ours is assembled
 published tensor. Knows no file, no tensor and no torch: it deals in names, shapes and boxes, so the same assembly tells
 `checkpoint/` which bytes a rank has to read for its slice and where a trained tensor's parts go in an export.
 
-Families write their rules in `hf_keys.py`, in the published names; `canonical_name` tells which other spellings mean
+Families write their rules in `spec.py`, in the published names; `canonical_name` tells which other spellings mean
 the same. `{i}` in a name stands for a whole dot-separated part that is a number:
 
     KeyMap(

@@ -1,7 +1,7 @@
 """The vocabulary in which a family declares how it may be sharded. Data only: names, no tensors, no collectives.
 
 Module names are relative to the whole model; `*` stands for one dot-separated part. `parallel/` reads the plan and
-installs what a layout needs; a family's `sharding.py` writes it.
+installs what a layout needs; `families/sharding.py` writes it.
 """
 
 from __future__ import annotations

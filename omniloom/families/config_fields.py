@@ -1,4 +1,4 @@
-"""Reading a checkpoint's `config.json` into the dims of the shared parts: what every family's `config.py` does alike.
+"""Reading a checkpoint's `config.json` into the dims of the shared parts: what every family does alike.
 
 Understands what Qwen published and what transformers 5 writes back. A field that is missing, or whose value the shared
 parts do not compute, is an error: sizes are never guessed. Knows sections of config.json and no model type.
@@ -7,156 +7,133 @@ parts do not compute, is an error: sizes are never guessed. Knows sections of co
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from omniloom.families.decoder import DecoderConfig
 from omniloom.models.audio import AudioTowerConfig
 from omniloom.models.layers import ACTIVATIONS
 from omniloom.models.vision import VisionTowerConfig
-from omniloom.ops.rotary import SectionLayout
 
 DEFAULT_VISION_ROPE_THETA = 10_000.0  # published configs leave it out
 THINKER_SUFFIX = "_thinker"  # of the model_type of an omni model's thinker that was saved alone
+KINDS = {int: "a number", str: "a text", bool: "true or false", tuple: "a list of numbers"}
 
-_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
-_SECTIONS = ("thinker_config", "text_config", "vision_config", "audio_config", "rope_scaling", "rope_parameters")
-_VISION_FIELDS = (
-    "depth",
-    "hidden_size",
-    "hidden_act",
-    "intermediate_size",
-    "num_heads",
-    "patch_size",
-    "temporal_patch_size",
-    "spatial_merge_size",
-    "out_hidden_size",
-)
-_AUDIO_FIELDS = (
-    "num_mel_bins",
-    "encoder_layers",
-    "encoder_attention_heads",
-    "encoder_ffn_dim",
-    "d_model",
-    "activation_function",
-    "n_window",
-    "output_dim",
-)
-_TEXT_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "hidden_act",
-    "rms_norm_eps",
-)
-_EXPERT_FIELDS = ("num_experts_per_tok", "moe_intermediate_size")
+Record = TypeVar("Record")
 
 
-_WORDS = ("hidden_act", "activation_function")
-_LISTS = ("mrope_section", "deepstack_visual_indexes", "fullatt_block_indexes")
+@dataclass(frozen=True, kw_only=True)
+class FamilyConfig:
+    """Dims of a model's parts, and what its processor asks of config.json."""
+
+    vision: VisionTowerConfig
+    audio: AudioTowerConfig | None = None  # None: a family that hears nothing
+    text: DecoderConfig
+    positions_per_second: float = 0.0  # of the time axis, in videos and sound; 0: a family without time in positions
+    seconds_per_chunk: float = 0.0  # of video, then as much of its sound; 0: a family that does not take turns by chunk
+    token_ids: Mapping[str, int] = field(default_factory=dict)  # by config.json's names
 
 
-class ConfigReader:
-    """Reads fields and remembers all that are missing, so that one message names them."""
+@dataclass(frozen=True, kw_only=True)
+class ConfigSection:
+    """A section of a config.json. Remembers all that is missing or wrong in the file, so that one message names it."""
 
-    def __init__(self, model_type: str) -> None:
-        self._model_type = model_type
-        self._missing: list[str] = []
-        self._wrong: list[str] = []
-        self._paths: dict[int, str] = {}
-        self._sections: list[Mapping[str, Any]] = []  # kept, since their paths are known by their ids
+    values: Mapping[str, Any]
+    path: str = ""
+    missing: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    demands: dict[str, bool] = field(default_factory=dict)  # what must hold beside kinds, in words, and whether it does
 
-    def section(self, parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-        value = parent.get(key)
-        path = f"{self._paths.get(id(parent), '')}{key}."
+    def section(self, key: str) -> ConfigSection:
+        value = self.values.get(key)
         if not isinstance(value, Mapping):
-            self._missing.append(path.removesuffix("."))
+            self.missing.append(f"{self.path}{key}")
             value = {}
-        self._sections.append(value)
-        self._paths[id(value)] = path
-        return value
+        return dataclasses.replace(self, values=value, path=f"{self.path}{key}.")
 
-    def field(self, section: Mapping[str, Any], *keys: str) -> Any:
-        """The value under the first of `keys` that is there: later ones are other spellings of the same field."""
-        for key in keys:
-            if (value := section.get(key)) is not None:
-                expected = str if keys[0] in _WORDS else list if keys[0] in _LISTS else int | float
-                if isinstance(value, bool) or not isinstance(value, expected):
-                    kind = "a text" if expected is str else "a list" if expected is list else "a number"
-                    self._wrong.append(f"{self._paths.get(id(section), '')}{key} is {value!r}, expected {kind}")
-                    return 0
-                return value
-        self._missing.append(f"{self._paths.get(id(section), '')}{keys[0]}")
-        return 0
+    def field(self, *keys: str, kind: type = int, default: Any = None) -> Any:
+        """The value under the first of `keys` that is there: later ones are other spellings of the same field.
 
-    def fields(self, section: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-        return {key: self.field(section, key) for key in keys}
+        `kind`: int (any number), str, bool, or tuple (of numbers). Without a default a field must be there.
+        """
+        key = next((key for key in keys if self.values.get(key) is not None), None)
+        if key is None:
+            if default is None:
+                self.missing.append(f"{self.path}{keys[0]}")
+            return kind() if default is None else default
+        value = self.values[key]
+        if not _is_of(kind, value):
+            self.wrong.append(f"{self.path}{key} is {value!r}, expected {KINDS[kind]}")
+            return kind()
+        return tuple(value) if kind is tuple else value
 
-    def finish(self) -> None:
+    def record(self, kind: type[Record], **given: Any) -> Record:
+        """A dataclass whose fields are named as in config.json; those without default that are not given are read."""
+        hints = typing.get_type_hints(kind)
+        names = [
+            item.name
+            for item in dataclasses.fields(kind)  # type: ignore[arg-type]
+            if item.default is dataclasses.MISSING and item.name not in given
+        ]
+        read = {name: self.field(name, kind=_kind_of(hints[name])) for name in names}
+        return kind(**read, **given)
+
+    def check(self, model_type: str) -> None:
         """Raises: ValueError naming every field that was asked for in vain or has a value of another kind."""
-        missing = [f"missing {', '.join(self._missing)} of a {self._model_type} model"] if self._missing else []
-        if faults := missing + list(dict.fromkeys(self._wrong)):
+        missing = [f"missing {', '.join(dict.fromkeys(self.missing))} of a {model_type} model"] if self.missing else []
+        if faults := missing + list(dict.fromkeys(self.wrong)):
             raise ValueError(f"config.json: {'; '.join(faults)}")
 
-    def require(self, rules: Mapping[str, bool]) -> None:
-        """Raises: ValueError naming every rule that does not hold."""
-        if broken := [rule for rule, holds in rules.items() if not holds]:
-            raise ValueError(
-                f"config.json: not a {self._model_type} model that can be built; expected: " + "; ".join(broken)
-            )
+    def check_demands(self, model_type: str, demands: dict[str, bool]) -> None:
+        """Raises: ValueError naming everything that does not hold, of `demands` and of those noted before."""
+        if broken := [words for words, holds in (demands | self.demands).items() if not holds]:
+            raise ValueError(f"config.json: not a {model_type} model that can be built; expected: " + "; ".join(broken))
 
 
-def refuse_numbers_as_text(config_json: Mapping[str, Any], where: str) -> None:
-    """Raises: ValueError naming the numbers that stand in a config.json, or in a section that is read, as text."""
-    faults: list[str] = []
-
-    def look(value: Any, path: str) -> None:
-        if isinstance(value, str) and _NUMBER.fullmatch(value) and not path.endswith("version"):
-            faults.append(f"{path} is the text {value!r}")
-        elif isinstance(value, list):
-            for item in value:
-                look(item, path)
-
-    def look_into(section: Mapping[str, Any], prefix: str) -> None:
-        for key, value in section.items():
-            if isinstance(value, Mapping) and key in _SECTIONS:
-                look_into(value, f"{prefix}{key}.")
-            else:
-                look(value, f"{prefix}{key}")
-
-    look_into(config_json, "")
-    if faults:
-        raise ValueError(f"{where}: expected numbers: {', '.join(dict.fromkeys(faults))}; write them without quotes")
+def _kind_of(hint: Any) -> type:
+    return tuple if typing.get_origin(hint) is tuple else str if hint is str else int
 
 
-def read_thinker(reader: ConfigReader, config_json: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The section of an omni model's thinker: the whole file where the thinker was saved alone."""
-    alone = str(config_json.get("model_type")).endswith(THINKER_SUFFIX)
-    return config_json if alone else reader.section(config_json, "thinker_config")
+def _is_of(kind: type, value: Any) -> bool:
+    if kind is int:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(_is_of(int, item) for item in value)
+    return isinstance(value, kind)
+
+
+def all_demands(config: FamilyConfig) -> dict[str, bool]:
+    """What the parts of any model must fulfil, in words, and whether they do."""
+    demands = vision_demands(config.vision, config.text) | decoder_demands(config.text)
+    return demands if config.audio is None else demands | audio_demands(config.audio, config.text)
 
 
 # ---------------------------------------------------------------------------------------- vision
 
 
-def read_vision(reader: ConfigReader, section: Mapping[str, Any]) -> VisionTowerConfig:
+def read_vision(parent: ConfigSection) -> VisionTowerConfig:
     """A tower with learned positions and deepstack (Qwen3-VL, Qwen3-Omni)."""
-    return VisionTowerConfig(
-        **reader.fields(section, _VISION_FIELDS),
-        in_channels=reader.field(section, "in_channels", "in_chans"),
-        num_position_embeddings=_num_position_embeddings(reader, section),
-        deepstack_visual_indexes=tuple(_given(reader, section, "deepstack_visual_indexes")),
+    section = parent.section("vision_config")
+    # Qwen published for Qwen3-Omni the side of the image that the learned positions cover instead
+    side, patch = section.field("image_size", default=0), section.field("patch_size")
+    covered = int(side // patch) ** 2 if side and patch else None
+    return section.record(
+        VisionTowerConfig,
+        in_channels=section.field("in_channels", "in_chans"),
+        num_position_embeddings=section.field("num_position_embeddings", default=covered),
         rope_theta=_vision_rope_theta(section),
     )
 
 
-def read_window_vision(reader: ConfigReader, section: Mapping[str, Any], *, fused_qkv: bool) -> VisionTowerConfig:
+def read_window_vision(parent: ConfigSection, *, fused_qkv: bool) -> VisionTowerConfig:
     """A tower with windows, RMS norms and gated feed-forwards (Qwen2.5-VL, Qwen2.5-Omni)."""
-    return VisionTowerConfig(
-        **reader.fields(section, _VISION_FIELDS),
-        in_channels=reader.field(section, "in_channels", "in_chans"),
+    section = parent.section("vision_config")
+    return section.record(
+        VisionTowerConfig,
+        in_channels=section.field("in_channels", "in_chans"),
         num_position_embeddings=0,
         deepstack_visual_indexes=(),
         rope_theta=_vision_rope_theta(section),
@@ -164,29 +141,16 @@ def read_window_vision(reader: ConfigReader, section: Mapping[str, Any], *, fuse
         gated_mlp=True,
         fused_qkv=fused_qkv,
         patch_bias=False,
-        window_size=reader.field(section, "window_size"),
-        fullatt_block_indexes=tuple(_given(reader, section, "fullatt_block_indexes")),
+        window_size=section.field("window_size"),
+        fullatt_block_indexes=section.field("fullatt_block_indexes", kind=tuple),
     )
 
 
-def _vision_rope_theta(section: Mapping[str, Any]) -> float:
-    return float((section.get("rope_parameters") or {}).get("rope_theta", DEFAULT_VISION_ROPE_THETA))
+def _vision_rope_theta(section: ConfigSection) -> float:
+    return float((section.values.get("rope_parameters") or {}).get("rope_theta", DEFAULT_VISION_ROPE_THETA))
 
 
-def _given(reader: ConfigReader, section: Mapping[str, Any], key: str) -> Sequence[int]:
-    """A list that may be empty, but not absent."""
-    return section[key] if isinstance(section.get(key), list | tuple) else reader.field(section, key) or ()
-
-
-def _num_position_embeddings(reader: ConfigReader, section: Mapping[str, Any]) -> int:
-    # Qwen published for Qwen3-Omni the side of the image that the learned positions cover instead
-    if section.get("num_position_embeddings") is None and section.get("image_size") and section.get("patch_size"):
-        return int(section["image_size"] // section["patch_size"]) ** 2
-    return int(reader.field(section, "num_position_embeddings"))
-
-
-def vision_rules(vision: VisionTowerConfig, text: DecoderConfig) -> dict[str, bool]:
-    """What a vision tower must fulfil, in words, and whether it does."""
+def vision_demands(vision: VisionTowerConfig, text: DecoderConfig) -> dict[str, bool]:
     heads, indexes = vision.num_heads, vision.deepstack_visual_indexes
     positions = vision.num_position_embeddings
     return {
@@ -213,13 +177,7 @@ def vision_rules(vision: VisionTowerConfig, text: DecoderConfig) -> dict[str, bo
 # ---------------------------------------------------------------------------------------- audio
 
 
-def read_audio_dims(reader: ConfigReader, section: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `AudioTowerConfig` that all audio towers have by the same names."""
-    return reader.fields(section, _AUDIO_FIELDS)
-
-
-def audio_rules(audio: AudioTowerConfig, text: DecoderConfig) -> dict[str, bool]:
-    """What an audio tower must fulfil, in words, and whether it does."""
+def audio_demands(audio: AudioTowerConfig, text: DecoderConfig) -> dict[str, bool]:
     return {
         f"audio_config: n_window_infer {audio.n_window_infer} is at least 2 x n_window {audio.n_window}": (
             audio.n_window_infer >= audio.chunk_frames > 0
@@ -240,45 +198,55 @@ def audio_rules(audio: AudioTowerConfig, text: DecoderConfig) -> dict[str, bool]
 
 
 def read_decoder(
-    reader: ConfigReader,
-    section: Mapping[str, Any],
-    *,
-    has_experts: bool,
-    qk_norm: bool,
-    attention_biases: tuple[bool, bool, bool, bool],
-    mrope_layout: SectionLayout,
-    tie_word_embeddings: bool,
+    parent: ConfigSection, *, has_experts: bool = False, qwen2_5: bool = False, flat: bool = False
 ) -> DecoderConfig:
-    """A decoder with multimodal rotary positions. Raises: ValueError for a rope_type that is not computed here."""
+    """The decoder, with multimodal rotary positions.
+
+    `parent` holds text_config and says whether the embeddings are tied; with `flat` it may hold the decoder's fields
+    itself. Decoders of `qwen2_5` have no norms of queries and keys, biases of their own, and positions by blocks.
+    Raises: ValueError for a rope_type that is not computed here.
+    """
+    text = parent if flat and "text_config" not in parent.values else parent.section("text_config")
+    tied = [parent, text] if flat else [parent]
     # Qwen published rope_theta beside rope_scaling; transformers 5 writes both into rope_parameters
-    rope = section.get("rope_parameters") or {**(section.get("rope_scaling") or {})}
-    rope = reader.section({"rope_scaling": {"rope_theta": section.get("rope_theta"), **rope}}, "rope_scaling")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise ValueError(f"config.json: text_config has rope_type {kind!r}; only default is known")
-    num_heads = reader.field(section, "num_attention_heads")
-    experts = reader.fields(section, _EXPERT_FIELDS) if has_experts else {}
-    if has_experts:
-        experts["num_experts"] = reader.field(section, "num_experts", "num_local_experts")  # the latter: transformers 5
-        experts["decoder_sparse_step"] = section.get("decoder_sparse_step", 1)
-        experts["norm_topk_prob"] = bool(section.get("norm_topk_prob", True))
-        experts["mlp_only_layers"] = tuple(section.get("mlp_only_layers") or ())
-    return DecoderConfig(
-        **reader.fields(section, _TEXT_FIELDS),
-        **experts,
+    rope = text.section("rope_parameters" if text.values.get("rope_parameters") else "rope_scaling")
+    rope_theta = (text if rope.values.get("rope_theta") is None else rope).field("rope_theta")
+    rope_type = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if rope_type not in ("default", "mrope"):
+        raise ValueError(f"config.json: text_config has rope_type {rope_type!r}; only default is known")
+    if qwen2_5:
+        text.demands[f"{text.path}use_sliding_window is false"] = not text.values.get("use_sliding_window")
+        biases = (True, True, True, False)
+    else:
+        biases = (text.field("attention_bias", kind=bool, default=False),) * 4
+    num_heads = text.field("num_attention_heads")
+    head_dim = text.field("head_dim", default=0) or text.field("hidden_size") // max(num_heads, 1)
+    return text.record(
+        DecoderConfig,
         num_attention_heads=num_heads,
-        head_dim=section.get("head_dim") or reader.field(section, "hidden_size") // max(num_heads, 1),
-        attention_biases=attention_biases,
-        qk_norm=qk_norm,
-        rope_theta=float(reader.field(rope, "rope_theta")),
-        mrope_section=tuple(reader.field(rope, "mrope_section") or (0, 0, 0)),
-        mrope_layout=mrope_layout,
-        tie_word_embeddings=tie_word_embeddings,
+        head_dim=head_dim,
+        attention_biases=biases,
+        qk_norm=not qwen2_5,
+        rope_theta=float(rope_theta),
+        mrope_section=rope.field("mrope_section", kind=tuple),
+        mrope_layout="blocks" if qwen2_5 else "interleaved",
+        tie_word_embeddings=any(section.field("tie_word_embeddings", kind=bool, default=False) for section in tied),
+        **(_expert_fields(text) if has_experts else {}),
     )
 
 
-def decoder_rules(text: DecoderConfig) -> dict[str, bool]:
-    """What a decoder must fulfil, in words, and whether it does."""
+def _expert_fields(text: ConfigSection) -> dict[str, Any]:
+    return {
+        "num_experts": text.field("num_experts", "num_local_experts"),  # the latter: transformers 5
+        "num_experts_per_tok": text.field("num_experts_per_tok"),
+        "moe_intermediate_size": text.field("moe_intermediate_size"),
+        "norm_topk_prob": text.field("norm_topk_prob", kind=bool, default=True),
+        "decoder_sparse_step": text.field("decoder_sparse_step", default=1),
+        "mlp_only_layers": text.field("mlp_only_layers", kind=tuple, default=()),
+    }
+
+
+def decoder_demands(text: DecoderConfig) -> dict[str, bool]:
     return {
         f"text_config: num_attention_heads {text.num_attention_heads} divides by num_key_value_heads "
         f"{text.num_key_value_heads}": text.num_attention_heads % text.num_key_value_heads == 0,
@@ -295,15 +263,8 @@ def decoder_rules(text: DecoderConfig) -> dict[str, bool]:
 # ---------------------------------------------------------------------------------------- fewer layers
 
 
-def reduce_layers(
-    config_json: Mapping[str, Any],
-    *,
-    parent: str | None,
-    text: int | None = None,
-    vision: int | None = None,
-    audio: int | None = None,
-) -> dict[str, Any]:
-    """The config of a model with so many layers of each component, from the front; None keeps all.
+def reduce_layers(config_json: Mapping[str, Any], parent: str | None, counts: Mapping[str, int]) -> dict[str, Any]:
+    """The config of a model with so many layers of some components, from the front.
 
     `parent` names the section that holds text_config and the towers' (absent, or None: the file itself); the decoder's
     fields may lie beside the towers' sections, without one of their own. Lists of layers lose what lies past the cut:
@@ -311,15 +272,10 @@ def reduce_layers(
     Raises: ValueError for more layers than there are, and for a component that the model has not.
     """
     reduced = copy.deepcopy(dict(config_json))
-    sections = reduced if parent is None else reduced.get(parent, reduced)
-    for component, key, count in (
-        ("text", "num_hidden_layers", text),
-        ("vision", "depth", vision),
-        ("audio", "encoder_layers", audio),
-    ):
-        if count is None:
-            continue
-        section = sections.get(f"{component}_config", sections if component == "text" else None)
+    parts = reduced if parent is None else reduced.get(parent, reduced)
+    names = {"text": "num_hidden_layers", "vision": "depth", "audio": "encoder_layers"}
+    for component, count in counts.items():
+        key, section = names[component], parts.get(f"{component}_config", parts if component == "text" else None)
         if section is None:
             raise ValueError(f"model.num_layers.{component}: the checkpoint has no such tower; remove the key")
         if not 1 <= count <= section[key]:
@@ -328,18 +284,17 @@ def reduce_layers(
             )
         for name in {key, "num_hidden_layers"} & section.keys():  # some configs say it twice
             section[name] = count
-    vision_json, text_json = sections["vision_config"], sections.get("text_config", sections)
-    for section, count, key in (
-        (vision_json, vision_json["depth"], "deepstack_visual_indexes"),
-        (vision_json, vision_json["depth"], "fullatt_block_indexes"),
-        (text_json, text_json["num_hidden_layers"], "mlp_only_layers"),
+    vision, text = parts["vision_config"], parts.get("text_config", parts)
+    depth, num_layers = vision["depth"], text["num_hidden_layers"]
+    for section, key, count in (
+        (vision, "deepstack_visual_indexes", depth),
+        (vision, "fullatt_block_indexes", depth),
+        (text, "mlp_only_layers", num_layers),
     ):
         if section.get(key):
             section[key] = [index for index in section[key] if index < count]
-    if vision_json.get("deepstack_visual_indexes"):  # a level is added after the decoder layer of its number
-        vision_json["deepstack_visual_indexes"] = vision_json["deepstack_visual_indexes"][
-            : text_json["num_hidden_layers"]
-        ]
-    if text_json.get("layer_types"):
-        text_json["layer_types"] = text_json["layer_types"][: text_json["num_hidden_layers"]]
+    # a deepstack level is added after the decoder layer of its number
+    for section, key in ((vision, "deepstack_visual_indexes"), (text, "layer_types")):
+        if section.get(key):
+            section[key] = section[key][:num_layers]
     return reduced

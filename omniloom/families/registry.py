@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from omniloom.families.config_fields import THINKER_SUFFIX, refuse_numbers_as_text
+from omniloom.families.config_fields import THINKER_SUFFIX
 from omniloom.families.qwen2_5_omni.spec import SPEC as QWEN2_5_OMNI
 from omniloom.families.qwen2_5_vl.spec import SPEC as QWEN2_5_VL
 from omniloom.families.qwen3_omni.spec import SPEC as QWEN3_OMNI
@@ -18,11 +18,10 @@ SPECS: tuple[ModelSpec, ...] = (QWEN3_OMNI, QWEN2_5_OMNI, QWEN3_VL, QWEN3_VL_MOE
 
 
 def find_spec(config_json: Mapping[str, Any], *, where: str = "config.json") -> ModelSpec:
-    """The family of a checkpoint. Raises: ValueError naming the known model types; for numbers that are text."""
+    """The family of a checkpoint. Raises: ValueError naming the known model types."""
     model_type = config_json.get("model_type")
     for spec in SPECS:
         if model_type in (spec.model_type, f"{spec.model_type}{THINKER_SUFFIX}"):
-            refuse_numbers_as_text(config_json, where)
             return spec
     known = {spec.model_type: spec.name for spec in SPECS}
     hint = suggest(str(model_type), known, among="", before="a checkpoint of ")

@@ -3,59 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from omniloom.families.decoder import DecoderConfig, make_decoder
+from omniloom.families.config_fields import THINKER_SUFFIX, ConfigSection, FamilyConfig, all_demands, reduce_layers
+from omniloom.families.cost import sample_cost
+from omniloom.families.decoder import make_decoder
 from omniloom.families.sharding import standard_sharding
 from omniloom.keymap import KeyMap
-from omniloom.models.audio import AudioTower, AudioTowerConfig
+from omniloom.models.audio import AudioTower
 from omniloom.models.decoder import Decoder
 from omniloom.models.fusion import OmniModel
-from omniloom.models.vision import VisionTower, VisionTowerConfig
+from omniloom.models.vision import VisionTower
+from omniloom.processors.chat import ChatProcessor
+from omniloom.processors.chat_template import open_template
+from omniloom.processors.clips import FamilyClips
+from omniloom.processors.rendering import Renderer
+from omniloom.processors.settings import load_tokenizer, read_extractors
+from omniloom.processors.tower_inputs import TowerInputs
 from omniloom.sharding import ShardingPlan
-from omniloom.types import Kernels
+from omniloom.types import Kernels, ProcessorOptions
 
-if TYPE_CHECKING:
-    from omniloom.processors.chat import ChatProcessor
-
-
-class FamilyConfig(Protocol):
-    """What all families' configs have; the rest is their own."""
-
-    @property
-    def vision(self) -> VisionTowerConfig: ...
-    @property
-    def audio(self) -> AudioTowerConfig | None: ...
-    @property
-    def text(self) -> DecoderConfig: ...
-
-
-class ReduceConfig(Protocol):
-    def __call__(
-        self,
-        config_json: Mapping[str, Any],
-        *,
-        text: int | None = ...,
-        vision: int | None = ...,
-        audio: int | None = ...,
-    ) -> dict[str, Any]: ...
+OMNI = ("text", "image", "video", "audio")
+SEEING = ("text", "image", "video")
+COMPONENTS = (
+    "vision",
+    "vision.merger",
+    "vision.deepstack",
+    "audio",
+    "audio.projector",
+    "text",
+    "text.router",
+    "text.experts",
+    "text.embed",
+    "lm_head",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A family: callables over its own frozen config, which nobody else looks into."""
+    """A family as data, and callables where data do not say it."""
 
     name: str
     model_type: str  # of config.json
     architectures: tuple[str, ...]
     modalities: tuple[str, ...]  # all that the family has, text first
-    components: tuple[str, ...]  # the policy's names, whether built or not
-    read_config: Callable[[Mapping[str, Any]], Any]  # config.json -> the family's config
-    reduce_config: ReduceConfig  # config.json of fewer layers
-    key_map: Callable[[Any], KeyMap]
-    make_processor: Callable[..., ChatProcessor]  # of (checkpoint_dir, config, options)
+    parent: str | None = None  # the section of config.json that holds those of the parts; None: the file itself
+    read_parts: Callable[[ConfigSection], FamilyConfig]  # that section -> dims
+    key_map: Callable[[FamilyConfig], KeyMap]
+    clips: type[FamilyClips]  # how its media are written as tokens
     make_decoder: Callable[..., Decoder] = make_decoder  # of (config.text, kernel=, loss_chunk_tokens=)
+
+    def read_config(self, config_json: Mapping[str, Any]) -> FamilyConfig:
+        """Dims from config.json. Raises: ValueError listing everything that is missing or cannot be."""
+        section = ConfigSection(values=config_json)
+        if self.parent is not None and not str(config_json.get("model_type")).endswith(THINKER_SUFFIX):
+            section = section.section(self.parent)
+        config = self.read_parts(section)
+        token_ids = {name: section.field(name, name.replace("_id", "_index")) for name in self.clips.tokens()}
+        section.check(self.model_type)
+        section.check_demands(self.model_type, all_demands(config))
+        return replace(config, token_ids=token_ids)
+
+    def reduce_config(
+        self,
+        config_json: Mapping[str, Any],
+        *,
+        text: int | None = None,
+        vision: int | None = None,
+        audio: int | None = None,
+    ) -> dict[str, Any]:
+        """config.json of a model with so many layers of each component; None keeps all. Raises: see `reduce_layers`."""
+        counts = {"text": text, "vision": vision, "audio": audio}
+        return reduce_layers(config_json, self.parent, {name: n for name, n in counts.items() if n is not None})
 
     def build(
         self,
@@ -79,46 +101,42 @@ class ModelSpec:
             text=self.make_decoder(config.text, kernel=kernels.text, loss_chunk_tokens=loss_chunk_tokens),
         )
 
-    def component_of(self, parameter_name: str) -> str:
-        """The policy component of one of our parameter names. Raises: ValueError for a name that belongs to none."""
-        return component_of(parameter_name)
+    def make_processor(
+        self, checkpoint_dir: str | Path, config: FamilyConfig, options: ProcessorOptions | None = None
+    ) -> ChatProcessor:
+        """A checkpoint's processor. Raises: ValueError where the checkpoint lacks a file or a field."""
+        directory, options = Path(checkpoint_dir), ProcessorOptions() if options is None else options
+        tokenizer = load_tokenizer(directory, config.text.vocab_size)
+        towers = TowerInputs(
+            vision=config.vision,
+            audio=config.audio,
+            cost=partial(sample_cost, config.text, config.vision, config.audio),
+            settings=read_extractors(directory, options, config.vision, config.audio),
+            options=options,
+        )
+        media = self.clips(
+            towers,
+            tokenizer,
+            token_ids=config.token_ids,
+            positions_per_second=config.positions_per_second,
+            seconds_per_chunk=config.seconds_per_chunk,
+        )
+        renderer = Renderer(open_template(directory, options, tokenizer, media), options, tokenizer.eos_token)
+        return ChatProcessor(tokenizer=tokenizer.backend_tokenizer, renderer=renderer, media=media, towers=towers)
 
     def sharding(self, config: FamilyConfig) -> ShardingPlan:
         return standard_sharding(vision=config.vision, audio=config.audio, text=config.text)
 
-
-COMPONENTS = (
-    "vision",
-    "vision.merger",
-    "vision.deepstack",
-    "audio",
-    "audio.projector",
-    "text",
-    "text.router",
-    "text.experts",
-    "text.embed",
-    "lm_head",
-)
-
-
-OMNI = ("text", "image", "video", "audio")
-SEEING = ("text", "image", "video")
-SEEING_COMPONENTS = tuple(name for name in COMPONENTS if not name.startswith("audio"))
-
-
-def component_of(parameter_name: str) -> str:
-    """The policy component of one of our parameter names, for models out of the shared parts.
-
-    Raises: ValueError for a name that belongs to none.
-    """
-    parts = parameter_name.split(".")
-    if parts[0] == "text":
-        if "moe" in parts and "shared" not in parts:
-            return "text.experts" if "experts" in parts else "text.router"
-        if parts[1] == "embed":
-            return "text.embed"
-        return "lm_head" if parts[1:3] == ["loss_head", "head"] else "text"
-    if parts[0] in ("vision", "audio"):
-        inner = ".".join(parts[:2])
-        return inner if inner in COMPONENTS else parts[0]
-    raise ValueError(f"{parameter_name} belongs to no component; known: {', '.join(COMPONENTS)}")
+    def component_of(self, parameter_name: str) -> str:
+        """The policy component of one of our parameter names. Raises: ValueError for a name that belongs to none."""
+        parts = parameter_name.split(".")
+        if parts[0] == "text":
+            if "moe" in parts and "shared" not in parts:
+                return "text.experts" if "experts" in parts else "text.router"
+            if parts[1] == "embed":
+                return "text.embed"
+            return "lm_head" if parts[1:3] == ["loss_head", "head"] else "text"
+        if parts[0] in ("vision", "audio"):
+            inner = ".".join(parts[:2])
+            return inner if inner in COMPONENTS else parts[0]
+        raise ValueError(f"{parameter_name} belongs to no component; known: {', '.join(COMPONENTS)}")

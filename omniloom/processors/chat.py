@@ -2,37 +2,25 @@
 
 Owns tokenizing the rendered text in one go, labels from character offsets, clip expansion, positions, and the promise
 that `measure` and `encode` count the same. A family adds its `FamilyClips`: how clips are written as tokens. Reads no
-media file: headers and decoded arrays are handed in. Used by loader workers (built there
-from a picklable factory) and by generation.
+media file: headers and decoded arrays are handed in. Used by loader workers and by generation.
 """
 
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from omniloom.processors.chat_template import MEDIA_KINDS, ChatTemplate, find_source, named_source
+from omniloom.processors.chat_template import MEDIA_KINDS
+from omniloom.processors.clips import FamilyClips
 from omniloom.processors.grounding import write_boxes
-from omniloom.processors.positions import sample_positions, text_block
+from omniloom.processors.positions import sample_positions
 from omniloom.processors.rendering import Renderer
-from omniloom.processors.settings import load_tokenizer
-from omniloom.processors.tower_batches import AudioDims, VisionDims
-from omniloom.processors.tower_inputs import (
-    Cost,
-    Features,
-    TowerInputs,
-    read_extractors,
-    sound_inputs,
-    vision_inputs,
-)
+from omniloom.processors.tower_inputs import TowerInputs
 from omniloom.types import (
     IGNORE_LABEL,
     AudioBatch,
@@ -45,7 +33,6 @@ from omniloom.types import (
     MediaHeader,
     MediaSource,
     Part,
-    ProcessorOptions,
     SampleError,
     VisionBatch,
     VisionClip,
@@ -54,85 +41,15 @@ from omniloom.types import (
 SHRINK_STEPS = tuple(0.8**step for step in range(1, 24))  # scales that `shrink` tries, down to half a percent
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipLayout:
-    """The tokens that stand where a clip's pad token was."""
-
-    ids: np.ndarray  # int64 [n]
-    block: np.ndarray  # float32 [3, n]: positions relative to the first, see positions.py
-    vision_rows: np.ndarray  # int64: which of the n tokens take vision embeddings, in order
-    audio_rows: np.ndarray  # int64: which take audio embeddings
-
-
-def vision_layout(token_id: int, block: np.ndarray) -> ClipLayout:
-    """Pictures alone: a token for every row of the tower, at the positions of `block` float32 [3, n]."""
-    rows = np.arange(block.shape[1])
-    return ClipLayout(ids=np.full(len(rows), token_id, np.int64), block=block, vision_rows=rows, audio_rows=rows[:0])
-
-
-def sound_layout(token_id: int, num_tokens: int) -> ClipLayout:
-    """Sound alone, whose positions run like those of text."""
-    rows, ids = np.arange(num_tokens), np.full(num_tokens, token_id, np.int64)
-    return ClipLayout(ids=ids, block=text_block(num_tokens), vision_rows=rows[:0], audio_rows=rows)
-
-
-class FamilyClips(ABC):
-    """What a family knows of its media: how they are written as tokens."""
-
-    relative_boxes = True  # coordinates in text are relative to 1000, else pixels of the resized image
-
-    def __init__(
-        self, towers: TowerInputs, *, ids: Mapping[str, int], pads: Mapping[str, str], words: Mapping[str, str]
-    ) -> None:
-        """`ids` and `pads`: the token that stands for a clip, by kind; `words`: the same in its wrappers."""
-        self.towers = towers
-        self.ids, self.pads, self.words = ids, pads, words
-        self.pad_ids = frozenset(ids.values())
-
-    @abstractmethod
-    def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
-        """Planned size; `scale` below 1 lowers pixels and frames. Raises: SampleError for what cannot be."""
-
-    @abstractmethod
-    def layouts(self, clip: ClipGeometry) -> tuple[ClipLayout, ...]:
-        """The tokens that take the place of each pad token of the clip's placeholder."""
-
-    def placeholder(self, clip: ClipGeometry) -> str:
-        """What becomes of the clip's pad token: text with one pad token for each of its layouts."""
-        return self.pads[clip.kind]
-
-    def held(self, clip: ClipGeometry) -> str:
-        """The token after the clip's pad that its last layout holds itself, if one does."""
-        return ""
-
-    def generation_inputs(
-        self, input_ids: Tensor, clips: Sequence[ClipGeometry], features: Sequence[Features]
-    ) -> dict[str, Any]:
-        """Media arguments of transformers' `generate`, by their names there; `input_ids` int64 [t]."""
-        return vision_inputs(clips, features) | sound_inputs(clips, features)
-
-
 class ChatProcessor:
     """A family's processor: one tokenizer, one template, the family's media rules."""
 
-    def __init__(
-        self,
-        *,
-        tokenizer: Any,
-        renderer: Renderer,
-        media: FamilyClips,
-        towers: TowerInputs,
-        past_time: bool = True,
-    ) -> None:
-        """`tokenizer`: the checkpoint's, as `tokenizers.Tokenizer` (fast, gives offsets).
-
-        `past_time`: see `positions.sample_positions`.
-        """
+    def __init__(self, *, tokenizer: Any, renderer: Renderer, media: FamilyClips, towers: TowerInputs) -> None:
+        """`tokenizer`: the checkpoint's, as `tokenizers.Tokenizer` (fast, gives offsets)."""
         self.tokenizer = tokenizer
         self.renderer = renderer
         self.media = media
         self.towers = towers
-        self.past_time = past_time
         self._pad_kinds = {pad: kind for kind, pad in media.pads.items()}
         self._pad_pattern = re.compile("|".join(map(re.escape, media.pads.values())))
 
@@ -228,7 +145,7 @@ class ChatProcessor:
             input_ids=torch.from_numpy(tokens.ids),
             labels=torch.from_numpy(labels),
             loss_weights=torch.from_numpy(weights),
-            position_ids=sample_positions(tokens.runs, past_time=self.past_time),
+            position_ids=sample_positions(tokens.runs, past_time=self.media.past_time),
             vision=tuple(vision),
             audio=tuple(audio),
         )
@@ -319,20 +236,20 @@ class ChatProcessor:
     ) -> _Tokens:
         """Put each clip's tokens where its pad tokens are."""
         pads = np.flatnonzero(np.isin(ids, list(self.media.pad_ids))) if order else ids[:0]
-        layouts = [(clip, layout) for clip in order for layout in self.media.layouts(clips[clip])]
-        assert len(pads) == len(layouts), (len(pads), len(layouts))
+        parts = [(clip, part) for clip in order for part in self.media.tokens_of(clips[clip])]
+        assert len(pads) == len(parts), (len(pads), len(parts))
         vision_rows: list[list[np.ndarray]] = [[] for _ in clips]
         audio_rows: list[list[np.ndarray]] = [[] for _ in clips]
         id_parts, weight_parts, done, length = [], [], 0, 0
         runs: list[int | np.ndarray] = []
-        for pad, (clip, layout) in zip(pads, layouts, strict=True):
+        for pad, (clip, part) in zip(pads, parts, strict=True):
             length += int(pad) - done
-            vision_rows[clip].append(layout.vision_rows + length)
-            audio_rows[clip].append(layout.audio_rows + length)
-            length += len(layout.ids)
-            id_parts += [ids[done:pad], layout.ids]
-            weight_parts += [weights[done:pad], np.zeros(len(layout.ids), np.float32)]
-            runs += [int(pad) - done, layout.block]
+            vision_rows[clip].append(part.vision_rows + length)
+            audio_rows[clip].append(part.audio_rows + length)
+            length += len(part.ids)
+            id_parts += [ids[done:pad], part.ids]
+            weight_parts += [weights[done:pad], np.zeros(len(part.ids), np.float32)]
+            runs += [int(pad) - done, part.block]
             done = int(pad) + 1
         return _Tokens(
             ids=np.concatenate([*id_parts, ids[done:]]),
@@ -365,42 +282,3 @@ def _label_weights(weights: np.ndarray, row_weight: float) -> np.ndarray:
 def _require_labels(weights: np.ndarray) -> None:
     if not weights.any():
         raise SampleError("messages", "nothing to train on: no assistant turn with a weight above 0")
-
-
-def open_processor(
-    checkpoint_dir: str | Path,
-    options: ProcessorOptions | None,
-    *,
-    vision: VisionDims,
-    audio: AudioDims | None,
-    vocab_size: int,
-    cost: Cost,
-    make_media: Callable[[TowerInputs, Any], FamilyClips],
-    templates: Sequence[str],
-    past_time: bool = True,
-) -> ChatProcessor:
-    """A checkpoint's processor, from its files and what its family adds.
-
-    `vocab_size`: rows of the model's embedding. `cost`: see `TowerInputs`. `make_media` gets the towers' inputs and the
-    tokenizer as transformers loads it; `templates` names the family's built-in ones; `past_time`: see
-    `positions.sample_positions`.
-    Raises: ValueError where the checkpoint lacks a file or a field.
-    """
-    directory, options = Path(checkpoint_dir), ProcessorOptions() if options is None else options
-    named = options.template != "auto"
-    source, variables = named_source(options.template, templates, directory) if named else (find_source(directory), {})
-    tokenizer = load_tokenizer(directory, vocab_size)
-    settings = read_extractors(directory, options, vision, audio)
-    towers = TowerInputs(vision=vision, audio=audio, cost=cost, settings=settings, options=options)
-    media = make_media(towers, tokenizer)
-    variables = tokenizer.special_tokens_map | variables
-    if not options.enable_thinking:
-        variables["enable_thinking"] = False
-    template = ChatTemplate(source, variables, {} if named else media.pads, media.words)
-    return ChatProcessor(
-        tokenizer=tokenizer.backend_tokenizer,
-        renderer=Renderer(template, options, tokenizer.eos_token),
-        media=media,
-        towers=towers,
-        past_time=past_time,
-    )

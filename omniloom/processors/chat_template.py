@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from omniloom.processors.settings import read_json
-from omniloom.types import Part, SampleError, Turn, suggest
+from omniloom.types import Part, ProcessorOptions, SampleError, Turn, suggest
 
 if TYPE_CHECKING:
     from jinja2 import Template, nodes
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from omniloom.processors.clips import FamilyClips
 
 Message = dict[str, Any]
 Form = Literal["typed", "string"]
@@ -100,6 +102,22 @@ def find_source(directory: Path) -> TemplateSource:
     if "default" not in found:
         raise ValueError(f"{where}: no chat template is called default, only {', '.join(found)}; name one of them so")
     return TemplateSource(texts=found, where=str(where))
+
+
+def open_template(directory: Path, options: ProcessorOptions, tokenizer: Any, media: FamilyClips) -> ChatTemplate:
+    """The template that `data.template` names, or the checkpoint's own. `tokenizer`: as transformers loads it.
+
+    Raises: ValueError for a name that does not fit, a template that cannot be used, and where there is none.
+    """
+    named, variables = options.template != "auto", tokenizer.special_tokens_map
+    if named:
+        source, own = named_source(options.template, media.templates, directory)
+        variables = variables | own
+    else:
+        source = find_source(directory)
+    if not options.enable_thinking:
+        variables = variables | {"enable_thinking": False}
+    return ChatTemplate(source, variables, {} if named else media.pads, media.words)
 
 
 class ChatTemplate:

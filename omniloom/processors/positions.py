@@ -70,7 +70,7 @@ def merge_by_time(video_times: np.ndarray, num_audio: int) -> np.ndarray:
     return np.argsort(times, kind="stable")  # stable: ties keep video before audio
 
 
-def merge_by_chunks(video_times: np.ndarray, num_audio: int, positions_per_chunk: int) -> np.ndarray:
+def merge_by_chunks(video_times: np.ndarray, num_audio: int, positions_per_chunk: float) -> np.ndarray:
     """As `merge_by_time`, but stretches of `positions_per_chunk` take turns: video tokens, then audio tokens.
 
     Where frames are further apart than a chunk, each of a frame's first tokens makes a chunk of its own, as published.
@@ -81,7 +81,7 @@ def merge_by_chunks(video_times: np.ndarray, num_audio: int, positions_per_chunk
     return np.concatenate([part for pair in zip_longest(video, audio) for part in pair if part is not None])
 
 
-def _chunks(times: np.ndarray, size: int) -> list[np.ndarray]:
+def _chunks(times: np.ndarray, size: float) -> list[np.ndarray]:
     """Indices by chunk: chunk k ends before the first token, after its own first, whose time is k x size or more."""
     bounds = [0]
     while True:

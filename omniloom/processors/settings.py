@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omniloom.processors.tower_batches import AudioDims, VisionDims
+from omniloom.types import ProcessorOptions
+
+BICUBIC = 3  # PIL's number of it
+
 
 def load_tokenizer(checkpoint_dir: str | Path, vocab_size: int) -> Any:
     """The checkpoint's tokenizer as transformers loads it; every family so far has Qwen2's class.
@@ -43,15 +48,15 @@ def load_tokenizer(checkpoint_dir: str | Path, vocab_size: int) -> Any:
     return tokenizer
 
 
-def find_word(tokenizer: Any, field: str, token_id: int, word: str) -> str:
-    """The tokenizer's word for a token that config.json names by id. Raises: ValueError unless it is `word`."""
+def token_id_of(tokenizer: Any, field: str, token_id: int, word: str) -> int:
+    """The id of a token that config.json names, too. Raises: ValueError unless it is `word` to the tokenizer."""
     found = tokenizer.convert_ids_to_tokens(token_id)
     if found != word:
         raise ValueError(
             f"{tokenizer.name_or_path}: {field} of config.json is {token_id}, expected the token {word}, but the "
             f"tokenizer has {found!r} there; take tokenizer and config.json from the same checkpoint"
         )
-    return word
+    return token_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,3 +147,76 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(settings).__name__}")
     return settings
+
+
+# ---------------------------------------------------------------------------------------- feature extractors
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelRules:
+    """What becomes of the pixels of a picture of its final size."""
+
+    resample: int  # PIL's number of the filter with which it was resized
+    rescale: float | None
+    mean: tuple[float, float, float] | None  # None, as `std`: not normalised
+    std: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorSettings:
+    """What the checkpoint's feature extractors do, and the bounds in force."""
+
+    image_pixels: tuple[int, int]  # least and most
+    image: PixelRules
+    frames: PixelRules  # of a video
+    video: Section  # the video processor's own settings, empty where a checkpoint has none
+    sampling_rate: int = 0  # 0: the checkpoint hears nothing
+    hop_length: int = 0
+    n_fft: int = 0
+
+
+def read_extractors(
+    checkpoint_dir: str | Path, options: ProcessorOptions, vision: VisionDims, audio: AudioDims | None
+) -> ExtractorSettings:
+    """Raises: ValueError where the checkpoint lacks a file or a field, or asks for what is not computed here."""
+    of_image, of_sound, of_video = read_processor_config(checkpoint_dir)
+    for section in (of_image, of_video):
+        section.demand(do_resize=True, do_convert_rgb=True)
+        section.demand(
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+        )
+    hears = audio is not None
+    if audio is not None:
+        of_sound.demand(feature_size=audio.num_mel_bins, dither=0.0)
+    return ExtractorSettings(
+        image_pixels=bounds(options.image.min_pixels, options.image.max_pixels, of_image.pixels()),
+        image=_pixel_rules(of_image),
+        frames=_pixel_rules(Section(values={**of_image.values, **of_video.values}, where=of_video.where)),
+        video=of_video,
+        sampling_rate=of_sound.whole("sampling_rate") if hears else 0,
+        hop_length=of_sound.whole("hop_length") if hears else 0,
+        n_fft=of_sound.whole("n_fft") if hears else 0,
+    )
+
+
+def _pixel_rules(section: Section) -> PixelRules:
+    normalised, rescaled = (section.values.get(name, True) is not False for name in ("do_normalize", "do_rescale"))
+    resample = section.number("resample", BICUBIC)
+    if resample not in range(6):
+        raise ValueError(
+            f"{section.where}: resample: expected the number of one of PIL's filters, 0 to 5, got {resample!r}"
+        )
+    return PixelRules(
+        resample=int(resample),
+        rescale=section.number("rescale_factor", 1 / 255) if rescaled else None,
+        mean=section.of_channels("image_mean") if normalised else None,
+        std=section.of_channels("image_std") if normalised else None,
+    )
+
+
+def bounds(low: int | None, high: int | None, default: tuple[int, int]) -> tuple[int, int]:
+    """Least and most, each the given one or else the default's; what is most wins."""
+    high = default[1] if high is None else high
+    return min(default[0] if low is None else low, high), high

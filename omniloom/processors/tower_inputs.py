@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from omniloom.processors.features import (
@@ -24,7 +20,7 @@ from omniloom.processors.features import (
     sample_frame_indices,
     smart_resize,
 )
-from omniloom.processors.settings import Section, read_processor_config
+from omniloom.processors.settings import ExtractorSettings, bounds
 from omniloom.processors.tower_batches import AudioDims, VisionDims, audio_batch, vision_batch
 from omniloom.types import (
     AudioBatch,
@@ -42,78 +38,7 @@ from omniloom.types import (
 
 Features = tuple[Tensor | None, Tensor | None]  # patches and log-mel frames of a clip
 Cost = Callable[[int, int, Sequence[ClipGeometry]], int]
-BICUBIC = 3  # PIL's number of it
 ASKED_SIZE_TOKENS = (4, 16384)  # least and most of a picture whose size a row asks for. Source: qwen-vl-utils
-
-
-@dataclass(frozen=True, kw_only=True)
-class PixelRules:
-    """What becomes of the pixels of a picture of its final size."""
-
-    resample: int  # PIL's number of the filter with which it was resized
-    rescale: float | None
-    mean: tuple[float, float, float] | None  # None, as `std`: not normalised
-    std: tuple[float, float, float] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractorSettings:
-    """What the checkpoint's feature extractors do, and the bounds in force."""
-
-    image_pixels: tuple[int, int]  # least and most
-    image: PixelRules
-    frames: PixelRules  # of a video
-    video: Section  # the video processor's own settings, empty where a checkpoint has none
-    sampling_rate: int = 0  # 0: the checkpoint hears nothing
-    hop_length: int = 0
-    n_fft: int = 0
-
-
-def read_extractors(
-    checkpoint_dir: str | Path, options: ProcessorOptions, vision: VisionDims, audio: AudioDims | None
-) -> ExtractorSettings:
-    """Raises: ValueError where the checkpoint lacks a file or a field, or asks for what is not computed here."""
-    of_image, of_sound, of_video = read_processor_config(checkpoint_dir)
-    for section in (of_image, of_video):
-        section.demand(do_resize=True, do_convert_rgb=True)
-        section.demand(
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
-        )
-    hears = audio is not None
-    if audio is not None:
-        of_sound.demand(feature_size=audio.num_mel_bins, dither=0.0)
-    return ExtractorSettings(
-        image_pixels=bounds(options.image.min_pixels, options.image.max_pixels, of_image.pixels()),
-        image=_pixel_rules(of_image),
-        frames=_pixel_rules(Section(values={**of_image.values, **of_video.values}, where=of_video.where)),
-        video=of_video,
-        sampling_rate=of_sound.whole("sampling_rate") if hears else 0,
-        hop_length=of_sound.whole("hop_length") if hears else 0,
-        n_fft=of_sound.whole("n_fft") if hears else 0,
-    )
-
-
-def _pixel_rules(section: Section) -> PixelRules:
-    normalised, rescaled = (section.values.get(name, True) is not False for name in ("do_normalize", "do_rescale"))
-    resample = section.number("resample", BICUBIC)
-    if resample not in range(6):
-        raise ValueError(
-            f"{section.where}: resample: expected the number of one of PIL's filters, 0 to 5, got {resample!r}"
-        )
-    return PixelRules(
-        resample=int(resample),
-        rescale=section.number("rescale_factor", 1 / 255) if rescaled else None,
-        mean=section.of_channels("image_mean") if normalised else None,
-        std=section.of_channels("image_std") if normalised else None,
-    )
-
-
-def bounds(low: int | None, high: int | None, default: tuple[int, int]) -> tuple[int, int]:
-    """Least and most, each the given one or else the default's; what is most wins."""
-    high = default[1] if high is None else high
-    return min(default[0] if low is None else low, high), high
 
 
 class TowerInputs:
@@ -317,42 +242,3 @@ class TowerInputs:
             assert not clips, "sound for a model without an audio tower"
             return None
         return audio_batch(clips, self.audio)
-
-
-# ---------------------------------------------------------------------------------------- for transformers' generate
-
-
-def vision_inputs(clips: Sequence[ClipGeometry], features: Sequence[Features]) -> dict[str, Any]:
-    """Pictures as arguments of transformers' `generate`, which all families name alike."""
-    inputs: dict[str, Any] = {}
-    for kind, names in (
-        ("image", ("pixel_values", "image_grid_thw")),
-        ("video", ("pixel_values_videos", "video_grid_thw")),
-    ):
-        chosen = [index for index, clip in enumerate(clips) if clip.kind == kind]
-        if chosen:
-            inputs[names[0]] = torch.cat([patches for index in chosen if (patches := features[index][0]) is not None])
-            inputs[names[1]] = torch.tensor([clips[index].grid_thw for index in chosen])
-    return inputs
-
-
-def sound_inputs(clips: Sequence[ClipGeometry], features: Sequence[Features]) -> dict[str, Any]:
-    """Sound, and the timing of videos, as arguments of the omni families' `generate`.
-
-    Raises: SampleError for videos with and without sound in one conversation, which transformers cannot express.
-    """
-    inputs: dict[str, Any] = {}
-    if mels := [mel for _, mel in features if mel is not None]:
-        longest = max(mel.shape[1] for mel in mels)
-        pad = torch.nn.functional.pad
-        inputs["input_features"] = torch.stack([pad(mel, (0, longest - mel.shape[1])) for mel in mels])
-        lengths = torch.tensor([mel.shape[1] for mel in mels])
-        inputs["feature_attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
-    if videos := [clip for clip in clips if clip.kind == "video"]:
-        sound = {clip.num_mel_frames > 0 for clip in videos}
-        if len(sound) > 1:
-            reason = "transformers takes the sound of all videos of a row or of none, got both; choose one for all"
-            raise SampleError("use_audio_in_video", reason)
-        inputs["video_second_per_grid"] = torch.tensor([clip.seconds_per_grid for clip in videos])
-        inputs["use_audio_in_video"] = sound == {True}
-    return inputs

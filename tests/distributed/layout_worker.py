@@ -16,7 +16,7 @@ from tiny_omni import Dims, make_config, make_model, make_pack, random_weights
 from torch.distributed.tensor import DTensor
 
 from omniloom.config import MemoryConfig, ParallelConfig
-from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
+from omniloom.families.config_fields import FamilyConfig
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, materialize
@@ -52,7 +52,7 @@ class Case:
     num_samples: int = 3  # of a pack
     num_packs: int = 4
 
-    def packs(self, config: Qwen3OmniConfig, share: tuple[int, int] = (0, 1)) -> list[PackedBatch]:
+    def packs(self, config: FamilyConfig, share: tuple[int, int] = (0, 1)) -> list[PackedBatch]:
         """Full, without images, without any media, and empty: each data rank has to cope with what it gets."""
         kinds: list[dict] = [
             {"images": ((1, 4, 4), (2, 4, 6), (1, 2, 2)), "audio_frames": (20, 47, 3)},

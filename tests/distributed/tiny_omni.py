@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import torch
 
+from omniloom.families.config_fields import FamilyConfig
 from omniloom.families.decoder import DecoderConfig
-from omniloom.families.qwen3_omni.config import Qwen3OmniConfig
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.audio import AudioTowerConfig
 from omniloom.models.fusion import OmniModel
@@ -59,8 +59,8 @@ def random_dims(seed: int) -> Dims:
     )
 
 
-def make_config(dims: Dims) -> Qwen3OmniConfig:
-    return Qwen3OmniConfig(
+def make_config(dims: Dims) -> FamilyConfig:
+    return FamilyConfig(
         vision=VisionTowerConfig(
             depth=dims.vision_depth,
             hidden_size=dims.vision_hidden,
@@ -108,21 +108,15 @@ def make_config(dims: Dims) -> Qwen3OmniConfig:
             num_experts_per_tok=dims.experts_per_tok,
             moe_intermediate_size=dims.moe_width,
         ),
-        image_token_id=1,
-        video_token_id=2,
-        audio_token_id=3,
-        vision_start_token_id=4,
-        audio_start_token_id=5,
-        position_id_per_seconds=13,
     )
 
 
-def make_model(config: Qwen3OmniConfig) -> OmniModel:
+def make_model(config: FamilyConfig) -> OmniModel:
     """On the current default device, values undefined."""
     return SPEC.build(config)
 
 
-def random_weights(config: Qwen3OmniConfig, seed: int) -> dict[str, torch.Tensor]:
+def random_weights(config: FamilyConfig, seed: int) -> dict[str, torch.Tensor]:
     """Values by parameter name, spread wide enough that a router's choices are far from ties."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
@@ -139,7 +133,7 @@ def random_weights(config: Qwen3OmniConfig, seed: int) -> dict[str, torch.Tensor
 
 
 def make_pack(
-    config: Qwen3OmniConfig,
+    config: FamilyConfig,
     *,
     seed: int,
     pack_tokens: int,
@@ -199,6 +193,6 @@ def make_pack(
     )
 
 
-def _audio_rows(config: Qwen3OmniConfig, frames: int) -> int:
+def _audio_rows(config: FamilyConfig, frames: int) -> int:
     whole, rest = divmod(frames, config.audio.chunk_frames)
     return whole * config.audio.chunk_rows + -(-rest // 8)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from omniloom.families.cost import audio_flops, decoder_flops, vision_flops
-from omniloom.families.qwen3_omni.config import read_config
+from omniloom.families.registry import spec_named
 from omniloom.tools.tiny import make_tiny
 
 # Rotary tables are left out, and convolutions are counted as if frames halved without rounding up.
@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(checkpoint):
-    return read_config(json.loads((checkpoint / "config.json").read_text()))
+    return spec_named("qwen3_omni").read_config(json.loads((checkpoint / "config.json").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +72,12 @@ def windowed(tmp_path_factory):
     """Qwen2.5-Omni's config and transformers' thinker: towers with windows, dense decoder with biases."""
     from transformers import Qwen2_5OmniForConditionalGeneration
 
-    from omniloom.families.qwen2_5_omni.config import read_config as read_windowed
-
     directory = make_tiny("qwen2_5_omni", tmp_path_factory.mktemp("tiny") / "checkpoint")
     model = Qwen2_5OmniForConditionalGeneration.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
-    return read_windowed(json.loads((directory / "config.json").read_text())), model.thinker.eval()
+    config = spec_named("qwen2_5_omni").read_config(json.loads((directory / "config.json").read_text()))
+    return config, model.thinker.eval()
 
 
 @pytest.mark.parametrize("grid", [(1, 4, 6), (1, 30, 22), (3, 8, 10)])

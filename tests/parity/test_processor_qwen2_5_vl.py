@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.families.qwen2_5_vl.processor import VIDEO_PIXELS
+from omniloom.families.qwen2_5_vl.processor import Qwen25VLClips
 from omniloom.families.registry import find_spec
 from omniloom.processors.features import smart_resize
 from omniloom.tools.tiny import make_tiny
@@ -132,7 +132,7 @@ def test_each_of_several_videos_has_the_times_of_its_own_rate(processor):
     clips = processor.geometry(conversation, headers)
     positions = processor.encode(conversation, clips, (None,) * 3).position_ids
     ids = processor.encode(conversation, clips, (None,) * 3).input_ids
-    starts = (ids == processor.media.config.vision_start_token_id).nonzero()[:, 0].tolist()
+    starts = (ids == processor.media.wrapper_ids["vision"][0]).nonzero()[:, 0].tolist()
     times = []
     for start, clip in zip(starts, clips, strict=True):
         rows = positions[0, start + 1 : start + 1 + clip.num_tokens] - positions[0, start] - 1
@@ -196,7 +196,7 @@ def test_without_bounds_of_ours_a_video_has_those_of_its_processor(checkpoint, t
 
 
 def test_the_default_bounds_are_those_of_transformers_video_processor(theirs):
-    assert (theirs.size["shortest_edge"], theirs.size["longest_edge"]) == VIDEO_PIXELS
+    assert (theirs.size["shortest_edge"], theirs.size["longest_edge"]) == Qwen25VLClips.video_pixels
 
 
 # ------------------------------------------------------------------------------------ measure is encode

@@ -13,8 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.families.qwen3_omni.config import read_config
-from omniloom.families.qwen3_omni.processor import make_processor
+from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import (
     IGNORE_LABEL,
@@ -44,13 +43,13 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(checkpoint):
-    return read_config(json.loads((checkpoint / "config.json").read_text()))
+    return SPEC.read_config(json.loads((checkpoint / "config.json").read_text()))
 
 
 @pytest.fixture(scope="module")
 def processor(checkpoint, config):
     # through pickle, as loader workers get it
-    return pickle.loads(pickle.dumps(functools.partial(make_processor, checkpoint, config, OPTIONS)))()
+    return pickle.loads(pickle.dumps(functools.partial(SPEC.make_processor, checkpoint, config, OPTIONS)))()
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +192,8 @@ def expected_positions(thinker, config, input_ids, clips):
     """
     tail = torch.tensor(
         [
-            config.vision_start_token_id,
-            config.image_token_id,
+            config.token_ids["vision_start_token_id"],
+            config.token_ids["image_token_id"],
             thinker.config.vision_end_token_id,
         ]
     )
@@ -330,7 +329,7 @@ def test_labels_are_the_next_tokens_of_the_answer(processor):
 
 def test_training_on_the_prompt_leaves_media_rows_out(checkpoint, config):
     options = ProcessorOptions(train_on_prompt=True, image=ImageConfig(max_pixels=64 * 64))
-    processor = make_processor(checkpoint, config, options)
+    processor = SPEC.make_processor(checkpoint, config, options)
     conversation = one_turn(Part(kind="image", media=MediaSource(path="x")))
     clips = processor.geometry(conversation, (IMAGE,))
     example = processor.encode(conversation, clips, (None,))
@@ -364,7 +363,7 @@ def test_missing_sound_is_an_error_or_a_silent_video_as_asked(processor, checkpo
     silent = MediaHeader(kind="video", width=64, height=48, num_frames=20, fps=10.0, duration_seconds=2.0)
     with pytest.raises(SampleError, match="no_audio=video_only"):
         processor.measure(conversation, (silent,))
-    allowed = make_processor(checkpoint, config, ProcessorOptions(video=VideoConfig(no_audio="video_only")))
+    allowed = SPEC.make_processor(checkpoint, config, ProcessorOptions(video=VideoConfig(no_audio="video_only")))
     assert allowed.measure(conversation, (silent,)).num_audio_frames == 0
 
 
@@ -474,7 +473,7 @@ def test_the_template_is_the_checkpoints_own(checkpoint, config, processor, tmp_
     (thinking / "chat_template.jinja").write_text(changed.replace("# Tools", "# Functions"))
 
     def written(*arguments):
-        made = make_processor(*arguments)
+        made = SPEC.make_processor(*arguments)
         return made.tokenizer.decode(made.encode(conversation, (), ()).input_ids.tolist(), skip_special_tokens=False)
 
     assert "<think>" in written(thinking, config)
@@ -482,9 +481,9 @@ def test_the_template_is_the_checkpoints_own(checkpoint, config, processor, tmp_
     assert "<think>" in written(checkpoint, config, ProcessorOptions(template="qwen3_omni"))
     assert "<think>" not in written(checkpoint, config)
     with pytest.raises(ValueError, match="unknown template"):
-        make_processor(checkpoint, config, ProcessorOptions(template="qwen3"))
+        SPEC.make_processor(checkpoint, config, ProcessorOptions(template="qwen3"))
     with pytest.raises(ValueError, match=r"qwen2_omni is of another family; .* takes qwen3_omni_nothink or qwen3_omni"):
-        make_processor(checkpoint, config, ProcessorOptions(template="qwen2_omni"))
+        SPEC.make_processor(checkpoint, config, ProcessorOptions(template="qwen2_omni"))
 
 
 OPENING = "{{- '<|im_start|>assistant\\n' }}"
@@ -499,7 +498,7 @@ def test_answers_are_opened_as_the_checkpoints_own_template_opens_them(checkpoin
     before, found, after = template.rpartition(OPENING)
     assert found
     (thinking / "chat_template.jinja").write_text(before + THINKING_OPENING + after)
-    processor = make_processor(thinking, config, ProcessorOptions(enable_thinking=enable_thinking))
+    processor = SPEC.make_processor(thinking, config, ProcessorOptions(enable_thinking=enable_thinking))
     ids = processor.prompt(one_turn(), (), ())["input_ids"][0].tolist()
     text = processor.tokenizer.decode(ids, skip_special_tokens=False)
     block = "<think>\n" if enable_thinking else "<think>\n\n</think>\n\n"
@@ -513,12 +512,12 @@ def test_processor_settings_are_read_from_either_layout(checkpoint, config, proc
     sound = {key: settings[key] for key in ("sampling_rate", "hop_length", "n_fft")}
     other = _copy(checkpoint, tmp_path / "other", "preprocessor_config.json")
     with pytest.raises(ValueError, match=r"no preprocessor_config\.json"):
-        make_processor(other, config)
+        SPEC.make_processor(other, config)
     (other / "processor_config.json").write_text(json.dumps({"image_processor": image, "feature_extractor": sound}))
     large = MediaHeader(kind="image", width=640, height=480)
     conversation = one_turn(Part(kind="image", media=MediaSource(path="x")))
-    expected = make_processor(checkpoint, config).geometry(conversation, (large,))
-    assert make_processor(other, config).geometry(conversation, (large,)) == expected
+    expected = SPEC.make_processor(checkpoint, config).geometry(conversation, (large,))
+    assert SPEC.make_processor(other, config).geometry(conversation, (large,)) == expected
     assert expected[0].grid_thw == (1, 30, 40)
 
 

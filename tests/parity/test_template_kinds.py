@@ -100,7 +100,7 @@ def test_a_template_writes_what_transformers_writes_and_the_answers_are_trained(
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     for kind, clip in zip(kinds, clips, strict=True):
         pad, times = words[kind].split("><")[1].join("<>"), processor.media.placeholder(clip)
-        counts = [len(layout.ids) for layout in processor.media.layouts(clip)]
+        counts = [len(layout.ids) for layout in processor.media.tokens_of(clip)]
         assert sum(counts) == clip.num_tokens > 1
         pieces = iter(counts)
         text = text.replace(pad, re.sub(re.escape(pad), lambda _, pad=pad, left=pieces: pad * next(left), times), 1)

@@ -108,16 +108,20 @@ def test_settings_that_cannot_be_obeyed_are_refused_by_file_and_field(changed, s
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("text_config__hidden_size", "64", "text_config.hidden_size is the text '64'"),
-        ("text_config__head_dim", "16", "text_config.head_dim is the text '16'"),
-        ("text_config__rope_theta", "1e6", "text_config.rope_theta is the text '1e6'"),
+        ("text_config__hidden_size", "64", "text_config.hidden_size is '64', expected a number"),
+        ("text_config__head_dim", "16", "text_config.head_dim is '16', expected a number"),
+        ("text_config__rope_theta", "1e6", "text_config.rope_theta is '1e6', expected a number"),
         ("text_config__hidden_act", 3, "text_config.hidden_act is 3, expected a text"),
         ("text_config__num_hidden_layers", [3], r"text_config.num_hidden_layers is \[3\], expected a number"),
         ("text_config__rms_norm_eps", True, "text_config.rms_norm_eps is True, expected a number"),
-        ("vision_config__deepstack_visual_indexes", ["0", 1], r"deepstack_visual_indexes is the text '0'"),
+        (
+            "vision_config__deepstack_visual_indexes",
+            ["0", 1],
+            r"indexes is \['0', 1\], expected a list of numbers",
+        ),
         ("vision_config__depth", {}, "vision_config.depth is {}, expected a number"),
-        ("audio_config__n_window", "50", "audio_config.n_window is the text '50'"),
-        ("image_token_id", "5", "image_token_id is the text '5'"),
+        ("audio_config__n_window", "50", "audio_config.n_window is '50', expected a number"),
+        ("image_token_id", "5", "image_token_id is '5', expected a number"),
         (
             "text_config__rope_scaling",
             {"mrope_section": 4, "rope_type": "default"},

@@ -7,6 +7,7 @@ import torch
 
 from omniloom.checkpoint.hf import check_names, open_checkpoint
 from omniloom.families.registry import SPECS, find_spec
+from omniloom.families.spec import COMPONENTS
 from omniloom.tools.tiny import FAMILIES, make_tiny
 
 FAMILY_NAMES = [spec.name for spec in SPECS]
@@ -49,7 +50,7 @@ def test_our_family_consumes_or_carries_every_tensor(checkpoint):
         model = spec.build(config, modalities=spec.modalities)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     check_names(shapes, key_map.assemblies(open_checkpoint(checkpoint).shapes), key_map)
-    assert {spec.component_of(name) for name, _ in model.named_parameters()} <= set(spec.components)
+    assert {spec.component_of(name) for name, _ in model.named_parameters()} <= set(COMPONENTS)
 
 
 def test_token_ids_of_the_config_are_the_tokenizers(checkpoint):
@@ -58,9 +59,7 @@ def test_token_ids_of_the_config_are_the_tokenizers(checkpoint):
     config_json = read_config(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     config = find_spec(config_json).read_config(config_json)
-    words = {
-        name: tokenizer.convert_ids_to_tokens(getattr(config, name)) for name in vars(config) if "_token_id" in name
-    }
+    words = {name: tokenizer.convert_ids_to_tokens(token_id) for name, token_id in config.token_ids.items()}
     assert all(word.startswith("<|") for word in words.values()), words
     assert len(tokenizer) <= config.text.vocab_size
 

@@ -1,32 +1,61 @@
-"""Qwen2.5-Omni's record in the registry."""
+"""Qwen2.5-Omni: dims and tensor names of its thinker; talker and vocoder are carried along."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from omniloom.families.config_fields import ConfigSection, FamilyConfig, read_decoder, read_window_vision
+from omniloom.families.hf_rules import audio_layer_rules, decoder_rules, linears, window_vision_rules
+from omniloom.families.qwen2_5_omni.processor import Qwen25OmniClips
+from omniloom.families.spec import OMNI, ModelSpec
+from omniloom.keymap import KeyMap
+from omniloom.models.audio import AudioTowerConfig
 
-from omniloom.families.qwen2_5_omni.config import MODEL_TYPE, read_config, reduce_config
-from omniloom.families.qwen2_5_omni.hf_keys import key_map
-from omniloom.families.spec import COMPONENTS, OMNI, ModelSpec
+CARRIED = (
+    "talker.",
+    "token2wav.",
+    "thinker.audio_tower.audio_bos_eos_token.",  # published, and used by nothing
+)
 
-if TYPE_CHECKING:
-    from omniloom.processors.chat import ChatProcessor
+
+def read_parts(thinker: ConfigSection) -> FamilyConfig:
+    audio = thinker.section("audio_config")
+    return FamilyConfig(
+        vision=read_window_vision(thinker, fused_qkv=False),
+        audio=audio.record(
+            AudioTowerConfig,
+            n_window_infer=2 * audio.field("n_window"),  # a chunk attends to itself
+            downsample_hidden_size=None,
+            key_bias=False,
+            pool=2,
+            projector_layers=1,
+        ),
+        text=read_decoder(thinker, qwen2_5=True),
+        positions_per_second=thinker.field("position_id_per_seconds"),
+        seconds_per_chunk=thinker.field("seconds_per_chunk"),
+    )
 
 
-def _make_processor(*arguments: Any) -> ChatProcessor:
-    # imported at use: tokenizers come with transformers, which a bare GPU machine may lack
-    from omniloom.families.qwen2_5_omni.processor import make_processor
-
-    return make_processor(*arguments)
+def key_map(config: FamilyConfig) -> KeyMap:
+    audio = "thinker.audio_tower"
+    attention = {"attn.q": "q_proj", "attn.k": "k_proj", "attn.v": "v_proj", "attn.proj": "o_proj"}
+    ends = {"conv1": "stem.conv1", "conv2": "stem.conv2", "proj": "projector.proj2"}
+    return KeyMap(
+        rules=(
+            *window_vision_rules("thinker.visual", attention=attention),
+            *linears(audio, "audio", ends, bias=True),
+            *audio_layer_rules(audio),
+            *decoder_rules("thinker.model", "thinker.lm_head", config.text),
+        ),
+        carried=CARRIED,
+    )
 
 
 SPEC = ModelSpec(
     name="qwen2_5_omni",
-    model_type=MODEL_TYPE,
+    model_type="qwen2_5_omni",
     architectures=("Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniModel"),  # the latter as first published
     modalities=OMNI,
-    components=tuple(name for name in COMPONENTS if name not in ("text.router", "text.experts", "vision.deepstack")),
-    read_config=read_config,
-    reduce_config=reduce_config,
+    parent="thinker_config",
+    read_parts=read_parts,
     key_map=key_map,
-    make_processor=_make_processor,
+    clips=Qwen25OmniClips,
 )

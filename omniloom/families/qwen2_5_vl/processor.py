@@ -7,45 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from omniloom.families.processor import open_family_processor
-from omniloom.families.qwen2_5_vl.config import Qwen25VLConfig
-from omniloom.families.qwen3_vl.processor import PictureMedia
-from omniloom.processors.chat import ClipLayout, vision_layout
-from omniloom.processors.positions import vision_block
-from omniloom.processors.tower_inputs import Features, TowerInputs
+from omniloom.families.qwen3_vl.processor import Qwen3VLClips
+from omniloom.processors.clips import FamilyClips
+from omniloom.processors.tower_inputs import Features
 from omniloom.types import ClipGeometry, MediaHeader, MediaSource
 
-# per frame; no file of a published checkpoint says it. Source: transformers, Qwen2VLVideoProcessor
-VIDEO_PIXELS = (128 * 28 * 28, 768 * 28 * 28)
-MIN_FRAMES = 4
 
-
-class Qwen25VLMedia(PictureMedia):
+class Qwen25VLClips(FamilyClips):
+    pads, wrappers = Qwen3VLClips.pads, Qwen3VLClips.wrappers
+    templates = ("qwen2_vl",)
+    past_time = False
+    whole_positions = True
     relative_boxes = False
-
-    def __init__(self, config: Qwen25VLConfig, towers: TowerInputs, tokenizer: Any) -> None:
-        super().__init__(config, towers, tokenizer)
-        self.config = config
+    # per frame; no file of a published checkpoint says it. Source: transformers, Qwen2VLVideoProcessor
+    video_pixels = (128 * 28 * 28, 768 * 28 * 28)
+    min_frames = 4
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
-        clip = self.towers.video_geometry(source, header, scale, VIDEO_PIXELS, MIN_FRAMES)
-        rate = header.fps or self.towers.frame_bounds(source.options, header, MIN_FRAMES)[0]  # as for the frames
+        clip = super().video_geometry(source, header, scale)
+        rate = header.fps or self.towers.frame_bounds(source.options, header, self.min_frames)[0]  # as for the frames
         # in transformers' order of operations: the last bit decides where the floor of a position falls
         sampled_fps = len(clip.frame_indices) / header.num_frames * rate
-        return replace(clip, seconds_per_grid=self.config.vision.temporal_patch_size / sampled_fps)
-
-    def layouts(self, clip: ClipGeometry) -> tuple[ClipLayout, ...]:
-        assert clip.grid_thw is not None
-        merge, per_second = self.config.vision.spatial_merge_size, self.config.tokens_per_second
-        block = np.floor(vision_block(clip.grid_thw, merge, clip.seconds_per_grid, per_second))
-        return (vision_layout(self.ids[clip.kind], block),)
+        return replace(clip, seconds_per_grid=self.towers.vision.temporal_patch_size / sampled_fps)
 
     def generation_inputs(
         self, input_ids: Tensor, clips: Sequence[ClipGeometry], features: Sequence[Features]
@@ -54,6 +42,3 @@ class Qwen25VLMedia(PictureMedia):
         if seconds := [clip.seconds_per_grid for clip in clips if clip.kind == "video"]:
             inputs["second_per_grid_ts"] = torch.tensor(seconds)
         return inputs
-
-
-make_processor = partial(open_family_processor, Qwen25VLMedia, ("qwen2_vl",), past_time=False)

@@ -1,32 +1,34 @@
-"""Qwen2.5-VL's record in the registry: Qwen3-VL's parts in other sizes, names and positions."""
+"""Qwen2.5-VL: dims and tensor names. As published, the decoder's dims lie in the file itself."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
-
-from omniloom.families.qwen2_5_vl.config import MODEL_TYPE, read_config
-from omniloom.families.qwen2_5_vl.hf_keys import key_map
-from omniloom.families.qwen3_vl.spec import SPEC as QWEN3_VL
-
-if TYPE_CHECKING:
-    from omniloom.processors.chat import ChatProcessor
+from omniloom.families.config_fields import ConfigSection, FamilyConfig, read_decoder, read_window_vision
+from omniloom.families.hf_rules import decoder_rules, window_vision_rules
+from omniloom.families.qwen2_5_vl.processor import Qwen25VLClips
+from omniloom.families.spec import SEEING, ModelSpec
+from omniloom.keymap import KeyMap
 
 
-def make_processor(*arguments: Any) -> ChatProcessor:
-    # imported at use: tokenizers come with transformers, which a bare GPU machine may lack
-    from omniloom.families.qwen2_5_vl.processor import make_processor
+def read_parts(file: ConfigSection) -> FamilyConfig:
+    return FamilyConfig(
+        vision=read_window_vision(file, fused_qkv=True),
+        text=read_decoder(file, qwen2_5=True, flat=True),
+        positions_per_second=file.section("vision_config").field("tokens_per_second"),
+    )
 
-    return make_processor(*arguments)
+
+def key_map(config: FamilyConfig) -> KeyMap:
+    attention = {"attn.qkv": "qkv", "attn.proj": "proj"}
+    vision = window_vision_rules("visual", attention=attention)
+    return KeyMap(rules=(*vision, *decoder_rules("model", "lm_head", config.text)))
 
 
-SPEC = replace(
-    QWEN3_VL,
+SPEC = ModelSpec(
     name="qwen2_5_vl",
-    model_type=MODEL_TYPE,
+    model_type="qwen2_5_vl",
     architectures=("Qwen2_5_VLForConditionalGeneration",),
-    components=tuple(name for name in QWEN3_VL.components if name != "vision.deepstack"),
-    read_config=read_config,
+    modalities=SEEING,
+    read_parts=read_parts,
     key_map=key_map,
-    make_processor=make_processor,
+    clips=Qwen25VLClips,
 )

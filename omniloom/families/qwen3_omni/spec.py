@@ -1,22 +1,59 @@
-"""Qwen3-Omni's record in the registry."""
+"""Qwen3-Omni: dims and tensor names of its thinker; talker and vocoder are carried along."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from omniloom.families.config_fields import ConfigSection, FamilyConfig, read_decoder, read_vision
+from omniloom.families.hf_rules import (
+    audio_layer_rules,
+    decoder_rules,
+    expert_rules,
+    linears,
+    router_rule,
+    vision_rules,
+)
+from omniloom.families.qwen3_omni.processor import Qwen3OmniClips
+from omniloom.families.spec import OMNI, ModelSpec
+from omniloom.keymap import KeyMap, Rule
+from omniloom.models.audio import AudioTowerConfig
 
-from omniloom.families.qwen3_omni.config import read_config, reduce_config
-from omniloom.families.qwen3_omni.hf_keys import key_map
-from omniloom.families.spec import COMPONENTS, OMNI, ModelSpec
-
-if TYPE_CHECKING:
-    from omniloom.processors.chat import ChatProcessor
+CHUNK_ROWS = 13  # rows of a full audio chunk, a constant in the published length arithmetic
 
 
-def _make_processor(*arguments: Any) -> ChatProcessor:
-    # imported at use: tokenizers come with transformers, which a bare GPU machine may lack
-    from omniloom.families.qwen3_omni.processor import make_processor
+def read_parts(thinker: ConfigSection) -> FamilyConfig:
+    audio = thinker.section("audio_config").record(AudioTowerConfig)
+    thinker.demands[f"audio_config: 2 x n_window frames make {CHUNK_ROWS} rows (got n_window {audio.n_window})"] = (
+        audio.chunk_rows == CHUNK_ROWS
+    )
+    return FamilyConfig(
+        vision=read_vision(thinker),
+        audio=audio,
+        text=read_decoder(thinker, has_experts=True),
+        positions_per_second=thinker.field("position_id_per_seconds"),
+    )
 
-    return make_processor(*arguments)
+
+def key_map(config: FamilyConfig) -> KeyMap:
+    model, audio = "thinker.model", "thinker.audio_tower"
+    ends = {
+        "conv2d1": "stem.conv1",
+        "conv2d2": "stem.conv2",
+        "conv2d3": "stem.conv3",
+        "proj1": "projector.proj1",
+        "proj2": "projector.proj2",
+    }
+    merger = {"ln_q": "norm", "mlp.0": "fc1", "mlp.2": "fc2"}
+    return KeyMap(
+        rules=(
+            *vision_rules("thinker.visual", merger=merger, deepstack="merger_list"),
+            *linears(audio, "audio", ends, bias=True),
+            Rule(published=f"{audio}.conv_out.weight", ours="audio.stem.out.weight"),
+            *audio_layer_rules(audio),
+            *decoder_rules(model, "thinker.lm_head", config.text),
+            router_rule(model),
+            *expert_rules(model),
+        ),
+        carried=("talker.", "code2wav."),
+    )
 
 
 SPEC = ModelSpec(
@@ -24,9 +61,8 @@ SPEC = ModelSpec(
     model_type="qwen3_omni_moe",
     architectures=("Qwen3OmniMoeForConditionalGeneration",),
     modalities=OMNI,
-    components=COMPONENTS,
-    read_config=read_config,
-    reduce_config=reduce_config,
+    parent="thinker_config",
+    read_parts=read_parts,
     key_map=key_map,
-    make_processor=_make_processor,
+    clips=Qwen3OmniClips,
 )

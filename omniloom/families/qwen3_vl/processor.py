@@ -6,69 +6,30 @@ Source: transformers, processing_qwen3_vl.py and video_processing_qwen3_vl.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from omniloom.families.processor import open_family_processor
-from omniloom.families.qwen3_vl.config import Qwen3VLConfig
-from omniloom.processors.chat import ClipLayout, FamilyClips, vision_layout
+from omniloom.processors.clips import ClipTokens, FamilyClips, picture_tokens
 from omniloom.processors.features import smart_resize_video, spread_frames
 from omniloom.processors.positions import vision_block
-from omniloom.processors.settings import find_word
-from omniloom.processors.tower_inputs import Features, TowerInputs, vision_inputs
 from omniloom.types import ClipGeometry, ClipOptions, MediaHeader, MediaSource
 
-# of transformers' Qwen3VLVideoProcessor, where a checkpoint has no file of its own
-VIDEO_PIXELS = (128 * 32 * 32, 768 * 32 * 32)  # of all frames together
-MIN_FRAMES = 4
 MAX_VIDEO_TOKENS = 768  # per frame, where a checkpoint asks for that cap
 MIN_FRAME_TOKENS = 128  # of qwen-vl-utils
 
 
-class PictureMedia(FamilyClips):
-    """Images and videos, in a family that hears nothing."""
-
-    def __init__(self, config: Qwen3VLConfig, towers: TowerInputs, tokenizer: Any) -> None:
-        start, image, video, end = (
-            find_word(tokenizer, field, token_id, word)
-            for field, token_id, word in (
-                ("vision_start_token_id", config.vision_start_token_id, "<|vision_start|>"),
-                ("image_token_id", config.image_token_id, "<|image_pad|>"),
-                ("video_token_id", config.video_token_id, "<|video_pad|>"),
-                ("vision_end_token_id", config.vision_end_token_id, "<|vision_end|>"),
-            )
-        )
-        super().__init__(
-            towers,
-            ids={"image": config.image_token_id, "video": config.video_token_id},
-            pads={"image": image, "video": video},
-            words={"image": start + image + end, "video": start + video + end},
-        )
-
-    def generation_inputs(
-        self, input_ids: Tensor, clips: Sequence[ClipGeometry], features: Sequence[Features]
-    ) -> dict[str, Any]:
-        """Pictures as transformers' `generate` takes them, and which of `input_ids` int64 [t] stand for them."""
-        kinds = torch.zeros_like(input_ids)
-        kinds[input_ids == self.ids["image"]] = 1
-        kinds[input_ids == self.ids["video"]] = 2
-        return {"mm_token_type_ids": kinds[None]} | vision_inputs(clips, features)
-
-
-class Qwen3VLMedia(PictureMedia):
-    def __init__(self, config: Qwen3VLConfig, towers: TowerInputs, tokenizer: Any) -> None:
-        super().__init__(config, towers, tokenizer)
-        self.config = config
+class Qwen3VLClips(FamilyClips):
+    pads: ClassVar = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    wrappers: ClassVar = {"vision": ("<|vision_start|>", "<|vision_end|>")}
+    templates = ("qwen3_vl_nothink", "qwen3_vl")
+    # both as transformers' Qwen3VLVideoProcessor, where a checkpoint has no file of its own; of all frames together
+    video_pixels = (128 * 32 * 32, 768 * 32 * 32)
+    min_frames = 4
 
     def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
         """Frames from the first to the last, at least four; bounds on the pixels of all of them together."""
-        vision, options = self.config.vision, source.options
+        vision, options = self.towers.vision, source.options
         temporal, factor = vision.temporal_patch_size, vision.patch_size * vision.spatial_merge_size
-        min_frames = self.towers.settings.video.whole("min_frames", MIN_FRAMES)
+        min_frames = self.towers.settings.video.whole("min_frames", self.min_frames)
         fps, least, most = self.towers.frame_bounds(options, header, min_frames)
         rate = header.fps or fps  # a list of frames without a rate of its own is taken as already sampled
         count = max(int(header.num_frames / rate * fps), least)
@@ -94,10 +55,10 @@ class Qwen3VLMedia(PictureMedia):
     ) -> tuple[int, int]:
         """Height and width of each of `count` frames."""
         if options.resized_height is not None:  # the same for a frame as for an image
-            patch = self.config.vision.patch_size
+            patch = self.towers.vision.patch_size
             rows, columns = self.towers.grid(options, header, (1, 1), math.sqrt(scale))
             return rows * patch, columns * patch
-        temporal, size = self.config.vision.temporal_patch_size, (header.height, header.width)
+        temporal, size = self.towers.vision.temporal_patch_size, (header.height, header.width)
         low, high = self._pixels(options, count)
         height, width = smart_resize_video(count, *size, temporal, factor, low, high)
         if scale < 1:
@@ -108,18 +69,18 @@ class Qwen3VLMedia(PictureMedia):
     def _pixels(self, asked: ClipOptions, num_frames: int) -> tuple[int, int]:
         """Least and most pixels of all frames together. Ours are given per frame, the checkpoint's for all."""
         options, settings = self.towers.options, self.towers.settings.video
-        of_checkpoint = settings.pixels(VIDEO_PIXELS)
+        of_checkpoint = settings.pixels(self.video_pixels)
         low = options.video.min_pixels if asked.min_pixels is None else asked.min_pixels
         high = options.video.max_pixels if asked.max_pixels is None else asked.max_pixels
         most = of_checkpoint[1] if high is None else high * num_frames
         least = of_checkpoint[0] if low is None else low * num_frames
-        factor = self.config.vision.patch_size * self.config.vision.spatial_merge_size
+        factor = self.towers.vision.patch_size * self.towers.vision.spatial_merge_size
         if high is None and settings.values.get("cap_pixels_per_frame"):
             cap = settings.whole("max_video_tokens", MAX_VIDEO_TOKENS) * factor**2
             most = max(min(cap, most // num_frames), int(least * 1.05)) * num_frames
         if asked.total_pixels is not None:  # by qwen-vl-utils, whose bounds are those of each frame
             floor = low if low is not None else MIN_FRAME_TOKENS * factor**2
-            share = asked.total_pixels * self.config.vision.temporal_patch_size // num_frames
+            share = asked.total_pixels * self.towers.vision.temporal_patch_size // num_frames
             most = min(most, max(share, int(floor * 1.05)) * num_frames)
         return min(least, most), most
 
@@ -131,17 +92,14 @@ class Qwen3VLMedia(PictureMedia):
 
     def timestamps(self, clip: ClipGeometry) -> list[float]:
         """Seconds at the middle of each temporal grid, between its first frame and its last."""
-        frames, temporal = clip.frame_indices, self.config.vision.temporal_patch_size
+        frames, temporal = clip.frame_indices, self.towers.vision.temporal_patch_size
         frames += frames[-1:] * (-len(frames) % temporal)
         times = [frame / clip.source_fps for frame in frames]
         return [(times[first] + times[first + temporal - 1]) / 2 for first in range(0, len(times), temporal)]
 
-    def layouts(self, clip: ClipGeometry) -> tuple[ClipLayout, ...]:
-        """An image's block, or one for each temporal grid of a video."""
+    def tokens_of(self, clip: ClipGeometry) -> tuple[ClipTokens, ...]:
+        """Those of an image, or of each temporal grid of a video."""
         assert clip.grid_thw is not None
         num_grids, height, width = clip.grid_thw
-        block = vision_block((1, height, width), self.config.vision.spatial_merge_size, 0.0, 0.0)
-        return (vision_layout(self.ids[clip.kind], block),) * num_grids
-
-
-make_processor = partial(open_family_processor, Qwen3VLMedia, ("qwen3_vl_nothink", "qwen3_vl"))
+        block = vision_block((1, height, width), self.towers.vision.spatial_merge_size, 0.0, 0.0)
+        return (picture_tokens(self.ids[clip.kind], block),) * num_grids

@@ -1,22 +1,24 @@
-"""Qwen3-VL's record in the registry."""
+"""Qwen3-VL with a dense decoder: dims and tensor names."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from omniloom.families.config_fields import ConfigSection, FamilyConfig, read_decoder, read_vision
+from omniloom.families.hf_rules import decoder_rules, vision_rules
+from omniloom.families.qwen3_vl.processor import Qwen3VLClips
+from omniloom.families.spec import SEEING, ModelSpec
+from omniloom.keymap import KeyMap
 
-from omniloom.families.qwen3_vl.config import read_config, reduce_config
-from omniloom.families.qwen3_vl.hf_keys import key_map
-from omniloom.families.spec import SEEING, SEEING_COMPONENTS, ModelSpec
-
-if TYPE_CHECKING:
-    from omniloom.processors.chat import ChatProcessor
+MODEL = "model.language_model"
+MERGER = {"norm": "norm", "linear_fc1": "fc1", "linear_fc2": "fc2"}
 
 
-def make_processor(*arguments: Any) -> ChatProcessor:
-    # imported at use: tokenizers come with transformers, which a bare GPU machine may lack
-    from omniloom.families.qwen3_vl.processor import make_processor
+def read_parts(file: ConfigSection) -> FamilyConfig:
+    return FamilyConfig(vision=read_vision(file), text=read_decoder(file))
 
-    return make_processor(*arguments)
+
+def key_map(config: FamilyConfig) -> KeyMap:
+    vision = vision_rules("model.visual", merger=MERGER, deepstack="deepstack_merger_list")
+    return KeyMap(rules=(*vision, *decoder_rules(MODEL, "lm_head", config.text)))
 
 
 SPEC = ModelSpec(
@@ -24,9 +26,7 @@ SPEC = ModelSpec(
     model_type="qwen3_vl",
     architectures=("Qwen3VLForConditionalGeneration",),
     modalities=SEEING,
-    components=tuple(name for name in SEEING_COMPONENTS if name not in ("text.router", "text.experts")),
-    read_config=read_config,
-    reduce_config=reduce_config,
+    read_parts=read_parts,
     key_map=key_map,
-    make_processor=make_processor,
+    clips=Qwen3VLClips,
 )

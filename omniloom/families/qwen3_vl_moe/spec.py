@@ -1,20 +1,49 @@
-"""Qwen3-VL-MoE's record in the registry: Qwen3-VL but for dims and names of the experts."""
+"""Qwen3-VL with experts in the decoder, which are published stacked, inputs before outputs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from omniloom.families.qwen3_vl.spec import SPEC as QWEN3_VL
-from omniloom.families.qwen3_vl_moe.config import read_config
-from omniloom.families.qwen3_vl_moe.hf_keys import key_map
-from omniloom.families.spec import SEEING_COMPONENTS
+from omniloom.families.config_fields import ConfigSection, FamilyConfig, read_decoder, read_vision
+from omniloom.families.hf_rules import router_rule
+from omniloom.families.qwen3_vl import spec as qwen3_vl
+from omniloom.keymap import KeyMap, Rule
+
+
+def read_parts(file: ConfigSection) -> FamilyConfig:
+    config = FamilyConfig(vision=read_vision(file), text=read_decoder(file, has_experts=True))
+    file.demands["text_config.norm_topk_prob is true, since this family's router always normalises"] = (
+        config.text.norm_topk_prob
+    )
+    return config
+
+
+def key_map(config: FamilyConfig) -> KeyMap:
+    text = config.text
+    theirs, ours = f"{qwen3_vl.MODEL}.layers.{{i}}.mlp.experts", "text.layers.{i}.moe.experts"
+    experts = (
+        router_rule(qwen3_vl.MODEL),
+        Rule(
+            layout="transpose",
+            published=f"{theirs}.gate_up_proj",
+            ours=f"{ours}.gate_up",
+            unless=(text.num_experts, 2 * text.moe_intermediate_size, text.hidden_size),
+        ),
+        Rule(
+            layout="transpose",
+            published=f"{theirs}.down_proj",
+            ours=f"{ours}.down",
+            unless=(text.num_experts, text.hidden_size, text.moe_intermediate_size),
+        ),
+    )
+    return KeyMap(rules=(*qwen3_vl.key_map(config).rules, *experts))
+
 
 SPEC = replace(
-    QWEN3_VL,
+    qwen3_vl.SPEC,
     name="qwen3_vl_moe",
     model_type="qwen3_vl_moe",
     architectures=("Qwen3VLMoeForConditionalGeneration",),
-    components=SEEING_COMPONENTS,
-    read_config=read_config,
+    read_parts=read_parts,
     key_map=key_map,
 )
