@@ -1,18 +1,15 @@
 """Conversations as text: a chat template writes them, and what trains is found in what it wrote.
 
 Owns messages as templates take them, and the search for each turn's words in the output. The template's unmarked output
-is what a model reads, to the letter; a second one, with numbers put around the words, shows where they went. How a
-template was found to write one conversation is kept for later ones of the same shape, and checked against each of
-their outputs, so that most need a single run. Knows no tokenizer and no media sizes. First step of every processor.
+is what a model reads, to the letter; a second one, with numbers put around the words, shows where they went. Knows no
+tokenizer and no media sizes. First step of every processor.
 """
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,8 +18,6 @@ from typing import Any
 
 from omniloom.processors.chat_template import ChatTemplate, Leaf, collect, messages_of, spell
 from omniloom.types import Conversation, Part, ProcessorOptions, Role, SampleError, Turn
-
-KEPT_SHAPES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +39,6 @@ class Renderer:
         self.template = template
         self._options = options
         self._finder = TurnFinder(template, trains_empty_think=options.enable_thinking, end_of_turn=end_of_turn)
-        self._shapes: OrderedDict[tuple[Any, ...], Shape] = OrderedDict()
 
     def render(self, conversation: Conversation) -> Rendered:
         """The conversation's text and what is learned of it.
@@ -59,15 +53,7 @@ class Renderer:
         tools = tuple(json.loads(tool) for tool in conversation.tools)
         leaves: list[Leaf] = []
         text = self.template.write(messages_of(turns, self.template, collect(leaves)), tools)
-        key = (tools and conversation.tools, *(shape_of(turn) for turn in turns))
-        shape = self._shapes.get(key)
-        places = shape.places(text, leaves) if shape is not None else None
-        if places is None:
-            places = self._finder.find(turns, tools, text, leaves)
-            if (found := Shape.of(text, places)) is not None:
-                self._shapes[key] = found
-                if len(self._shapes) > KEPT_SHAPES:
-                    self._shapes.popitem(last=False)
+        places = self._finder.find(turns, tools, text, leaves)
         return Rendered(text=text, weights=self._weigh(turns, places, len(text)))
 
     def prompt(self, conversation: Conversation) -> str:
@@ -146,7 +132,6 @@ def split_reasoning(answer: str) -> tuple[str, str]:
 
 _EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
 _WORD_OR_TAG = re.compile(r"<[^<>]*>|([^\W\d_]{2,})")
-_Anchor = tuple[int, int]  # which of a shape's literals, and how far into it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +140,6 @@ class Places:
 
     turns: tuple[tuple[int, int] | None, ...]  # from where an answer begins to past the end of the turn
     cuts: tuple[tuple[tuple[int, int], ...], ...]  # per turn: where a part of an own weight begins, and which
-    leaves: tuple[tuple[int, int] | None, ...] | None = None  # exact, None where left out; None where not known
 
 
 class TurnFinder:
@@ -231,9 +215,7 @@ class TurnFinder:
                 raise SampleError(f"messages[{index}]", reason)
         extents = [marks.extent(number, leaf, text) for number, leaf in enumerate(leaves)]
         places = self._place_turns(turns, tools, text, leaves, extents)
-        if self.template.has_generation_marks:
-            places = _within(places, turns, marks.generated)
-        return replace(places, leaves=marks.exact_extents(leaves, extents, text))
+        return _within(places, turns, marks.generated) if self.template.has_generation_marks else places
 
     def _place_turns(
         self,
@@ -445,33 +427,6 @@ class _Marks:
             return start, start + len(words)
         return first, last
 
-    def exact_extents(
-        self, leaves: Sequence[Leaf], extents: Sequence[tuple[int, int] | None], text: str
-    ) -> tuple[tuple[int, int] | None, ...] | None:
-        """Where all that is written of each leaf stands, None for one left out; None altogether where that is open."""
-        exact: list[tuple[int, int] | None] = []
-        for number, (leaf, extent) in enumerate(zip(leaves, extents, strict=True)):
-            if number in self.left_out:
-                exact.append(None)
-                continue
-            if leaf.is_json or extent is None:
-                if text.count(leaf.text) > 1:
-                    return None
-                starts = [text.find(leaf.text)]
-                variants = [leaf.text]
-            else:
-                variants = _variants(leaf.text)
-                blanks = [len(variant) - len(variant.lstrip()) for variant in variants]
-                starts = [extent[0] - num for num in blanks]
-            fitting = (
-                (at, at + len(v)) for at, v in zip(starts, variants, strict=True) if at >= 0 and text.startswith(v, at)
-            )
-            place = next(fitting, None)
-            if place is None and extent is not None:
-                return None
-            exact.append(place)
-        return tuple(exact)
-
 
 def _mark_strings(value: Any, begin: str, end: str) -> Any:
     if isinstance(value, str) and value.strip():
@@ -481,74 +436,3 @@ def _mark_strings(value: Any, begin: str, end: str) -> Any:
     if isinstance(value, dict):
         return {key: _mark_strings(item, begin, end) for key, item in value.items()}
     return value
-
-
-def _variants(text: str) -> list[str]:
-    """A piece of text as templates may write it: as it is, or with blanks or newlines at its ends trimmed."""
-    if not (text[0].isspace() or text[-1].isspace()):
-        return [text]
-    return [text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """How a template writes conversations of one shape: its own words between theirs, and where turns lie in them."""
-
-    literals: tuple[str, ...]  # one more than `order`
-    order: tuple[int, ...]  # leaves as they follow one another in the output
-    turns: tuple[tuple[_Anchor, _Anchor] | None, ...]
-    cuts: tuple[tuple[tuple[_Anchor, int], ...], ...]
-
-    @classmethod
-    def of(cls, text: str, places: Places) -> Shape | None:
-        """None where something found lies within a piece of the conversation, or two of these overlap."""
-        if places.leaves is None:
-            return None
-        there = sorted((place, number) for number, place in enumerate(places.leaves) if place is not None)
-        starts = [0, *(place[1] for place, _ in there)]
-        ends = [*(place[0] for place, _ in there), len(text)]
-        if any(start > end for start, end in zip(starts, ends, strict=True)):
-            return None
-
-        def anchor(place: int) -> _Anchor:
-            index = bisect.bisect_left(ends, place)
-            return index, place - starts[index]
-
-        shape = cls(
-            literals=tuple(text[start:end] for start, end in zip(starts, ends, strict=True)),
-            order=tuple(number for _, number in there),
-            turns=tuple(None if place is None else (anchor(place[0]), anchor(place[1])) for place in places.turns),
-            cuts=tuple(tuple((anchor(cut), part) for cut, part in cuts) for cuts in places.cuts),
-        )
-        anchors = [end for turn in shape.turns if turn is not None for end in turn]
-        anchors += [cut for cuts in shape.cuts for cut, _ in cuts]
-        return shape if all(offset >= 0 for _, offset in anchors) else None
-
-    def places(self, text: str, leaves: Sequence[Leaf]) -> Places | None:
-        """Where turns are in another output of this shape; None where it is not made of these words, to the letter."""
-        literals = self.literals
-        if not text.startswith(literals[0]):
-            return None
-        starts, at = [0], len(literals[0])
-        for index, number in enumerate(self.order, 1):
-            for variant in _variants(leaves[number].text):
-                if text.startswith(variant, at) and text.startswith(literals[index], at + len(variant)):
-                    break
-            else:
-                return None
-            starts.append(at + len(variant))
-            at = starts[-1] + len(literals[index])
-        if at != len(text):
-            return None
-        return Places(
-            turns=tuple(
-                None if turn is None else (starts[turn[0][0]] + turn[0][1], starts[turn[1][0]] + turn[1][1])
-                for turn in self.turns
-            ),
-            cuts=tuple(tuple((starts[cut[0]] + cut[1], part) for cut, part in cuts) for cuts in self.cuts),
-        )
-
-
-def shape_of(turn: Turn) -> tuple[Any, ...]:
-    weighted = any(part.weight is not None for part in turn.parts)
-    return (turn.role, weighted, *((part.kind, None if part.text.strip() else part.text) for part in turn.parts))

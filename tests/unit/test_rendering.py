@@ -291,8 +291,6 @@ def test_answers_are_found_where_transformers_finds_them_by_generation_blocks(ji
         found += [(done, end)] if weight else []
         done = end
     assert found == [tuple(span) for span in spans]
-    again = renderer(jinja).render(conversation)
-    assert again == rendered  # by the shape that was kept, where it was
 
 
 plain_turns = st.lists(st.tuples(words.filter(str.strip), words.filter(str.strip)), min_size=1, max_size=3)
@@ -402,8 +400,7 @@ def test_a_part_of_its_own_weight_has_it_and_the_last_one_ends_the_turn():
     )
     conversation = Conversation(id="c", source="f:1", turns=turns)
     block = '\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
-    for _ in range(2):  # by search and by shape
-        assert trained(NOTHINK, conversation).endswith(f"‹a›‹0.5:{block}›‹{block}<|im_end|>›\n")
+    assert trained(NOTHINK, conversation).endswith(f"‹a›‹0.5:{block}›‹{block}<|im_end|>›\n")
     later = replace(conversation, turns=(*turns, Turn(role="assistant", parts=(Part(kind="text", text="z"),))))
     assert trained(NOTHINK, later, last_turn_only=True).count("‹") == 1
 
@@ -449,13 +446,12 @@ def test_the_assistants_words_and_their_end_are_trained_and_nothing_else():
         ("tool", '{"temp_c": 21}'),
         ("assistant", "It is 21C in Paris."),
     )
-    for _ in range(2):  # by search and by shape
-        assert trained(NOTHINK, conversation) == (
-            f"<|im_start|>user\n{WORDS['audio']}What's the weather?<|im_end|>\n<|im_start|>assistant\n"
-            '‹<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>›\n'
-            '<|im_start|>user\n<tool_response>\n{"temp_c": 21}\n</tool_response><|im_end|>\n<|im_start|>assistant\n'
-            "‹It is 21C in Paris.<|im_end|>›\n"
-        )
+    assert trained(NOTHINK, conversation) == (
+        f"<|im_start|>user\n{WORDS['audio']}What's the weather?<|im_end|>\n<|im_start|>assistant\n"
+        '‹<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>›\n'
+        '<|im_start|>user\n<tool_response>\n{"temp_c": 21}\n</tool_response><|im_end|>\n<|im_start|>assistant\n'
+        "‹It is 21C in Paris.<|im_end|>›\n"
+    )
 
 
 def test_last_turn_only_leaves_the_last_answer():
@@ -492,16 +488,6 @@ def test_an_empty_think_block_is_context_where_thinking_is_off():
     reasoned = say(("user", "q"), ("assistant", [Part(kind="reasoning", text="r"), Part(kind="text", text="a")]))
     both = trained(THINKING, reasoned, enable_thinking=False)
     assert "‹<think>\nr\n</think>\n\na<|im_end|>›" in both  # reasoning that a row gives is trained either way
-
-
-def test_conversations_of_a_shape_are_written_once_and_found_in_one_run(monkeypatch):
-    made = renderer(NOTHINK + "{# of its own #}")
-    written = []
-    write = made.template.write
-    monkeypatch.setattr(made.template, "write", lambda *a, **k: written.append(1) or write(*a, **k))
-    for answer in ("one", "two words", "<|im_end|> three"):
-        made.render(say(("user", "q"), ("assistant", answer)))
-    assert len(written) == 2 + 1 + 1  # the first by marks as well
 
 
 # ------------------------------------------------------------------------------------ templates and refusals
