@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.families.config_fields import FamilyConfig
 from omniloom.families.decoder import DecoderConfig
-from omniloom.models.audio import AudioTowerConfig
-from omniloom.models.vision import VisionTowerConfig
 from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.types import PackedBatch, Segments, VisionClip
 

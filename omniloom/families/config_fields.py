@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.families.decoder import DecoderConfig
-from omniloom.models.audio import AudioTowerConfig
 from omniloom.models.layers import ACTIVATIONS
-from omniloom.models.vision import VisionTowerConfig
 
 DEFAULT_VISION_ROPE_THETA = 10_000.0  # published configs leave it out
 THINKER_SUFFIX = "_thinker"  # of the model_type of an omni model's thinker that was saved alone

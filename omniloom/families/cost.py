@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.families.decoder import DecoderConfig
-from omniloom.models.audio import AudioTowerConfig
-from omniloom.models.vision import VisionTowerConfig
 from omniloom.types import ClipGeometry
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.families.decoder import DecoderConfig
-from omniloom.models.audio import AudioTowerConfig
-from omniloom.models.vision import VisionTowerConfig
 from omniloom.sharding import ShardingPlan
 
 

@@ -6,74 +6,16 @@ The tower is a tensor function of an `AudioBatch`, which brings along chunks, va
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omniloom.dims import AudioTowerConfig, halved
 from omniloom.models.layers import ACTIVATIONS, MLP, Attention, LayerCall, Linear
 from omniloom.types import AudioBatch, Kernel, Segments
 
 NORM_EPS = 1e-5
-
-
-@dataclass(frozen=True, kw_only=True)
-class AudioTowerConfig:
-    """Dims of an audio tower, named as in Hugging Face configs."""
-
-    num_mel_bins: int
-    encoder_layers: int
-    encoder_attention_heads: int
-    encoder_ffn_dim: int
-    d_model: int
-    activation_function: str
-    n_window: int
-    n_window_infer: int  # mel frames that attend to each other, in whole chunks
-    output_dim: int
-    downsample_hidden_size: int | None  # channels of the stem in two dims; None: Whisper's stem, over frames only
-    key_bias: bool = True
-    pool: int = 1  # neighbouring rows of a clip that are averaged after the layers
-    projector_layers: Literal[1, 2] = 2
-
-    @property
-    def num_halvings(self) -> int:
-        """Convolutions that halve the frames, rounding up."""
-        return 1 if self.downsample_hidden_size is None else 3
-
-    @property
-    def chunk_frames(self) -> int:
-        """Mel frames that the convolutions see at a time."""
-        return 2 * self.n_window
-
-    @property
-    def chunk_rows(self) -> int:
-        return halved(self.chunk_frames, self.num_halvings)
-
-    @property
-    def window_rows(self) -> int:
-        """Rows that attend to each other."""
-        return self.chunk_rows * (self.n_window_infer // self.chunk_frames)
-
-    @property
-    def least_frames(self) -> int:
-        """The shortest clip that makes a token."""
-        return next(frames for frames in range(1, self.chunk_frames + 1) if self.num_tokens(frames))
-
-    def num_rows(self, num_frames: int) -> int:
-        """Rows that the layers work on for a clip of so many mel frames."""
-        chunks, rest = divmod(num_frames, self.chunk_frames)
-        return chunks * self.chunk_rows + halved(rest, self.num_halvings)
-
-    def num_tokens(self, num_frames: int) -> int:
-        """Rows that come out of the tower for a clip of so many mel frames."""
-        return self.num_rows(num_frames) // self.pool
-
-
-def halved(size: int, times: int) -> int:
-    """What is left of a size that is halved so often, rounding up."""
-    return -(-size // 2**times)
 
 
 class AudioStem(nn.Module):

@@ -6,53 +6,14 @@ videos are the same thing here: frames of patches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 from torch import Tensor, nn
 
+from omniloom.dims import VisionTowerConfig
 from omniloom.models.layers import ACTIVATIONS, MLP, Attention, FusedAttention, GatedMLP, LayerCall, Linear, RMSNorm
 from omniloom.ops.rotary import Rotary, axial_rotary
 from omniloom.types import Kernel, Segments, VisionBatch
 
 NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionTowerConfig:
-    """Dims of a vision tower, named as in Hugging Face configs."""
-
-    depth: int
-    hidden_size: int
-    hidden_act: str
-    intermediate_size: int
-    num_heads: int
-    in_channels: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    out_hidden_size: int
-    num_position_embeddings: int  # a square; 0: no learned positions
-    deepstack_visual_indexes: tuple[int, ...]
-    rope_theta: float
-    norm: Literal["layer", "rms"] = "layer"
-    gated_mlp: bool = False
-    fused_qkv: bool = True  # one projection for q, k and v
-    patch_bias: bool = True
-    window_size: int = 0  # side in pixels of the windows that patches see; 0: all layers see whole frames
-    fullatt_block_indexes: tuple[int, ...] = ()  # under windows, layers that see whole frames nevertheless
-
-    @property
-    def patch_dim(self) -> int:
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def window_squares(self) -> int:
-        """Side of a window in merged patches; 0 without windows."""
-        return self.window_size // self.spatial_merge_size // self.patch_size
-
-    def sees_windows(self, layer: int) -> bool:
-        return self.window_size > 0 and layer not in self.fullatt_block_indexes
 
 
 def _norm(config: VisionTowerConfig, size: int) -> nn.Module:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omniloom.processors.tower_batches import AudioDims, VisionDims
+from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.types import ProcessorOptions
 
 BICUBIC = 3  # PIL's number of it
@@ -176,7 +176,7 @@ class ExtractorSettings:
 
 
 def read_extractors(
-    checkpoint_dir: str | Path, options: ProcessorOptions, vision: VisionDims, audio: AudioDims | None
+    checkpoint_dir: str | Path, options: ProcessorOptions, vision: VisionTowerConfig, audio: AudioTowerConfig | None
 ) -> ExtractorSettings:
     """Raises: ValueError where the checkpoint lacks a file or a field, or asks for what is not computed here."""
     of_image, of_sound, of_video = read_processor_config(checkpoint_dir)

@@ -7,60 +7,18 @@ tensor functions of what comes out. Knows the dims of a tower, and no tower.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.types import AudioBatch, AudioClip, Segments, VisionBatch, VisionClip
-
-
-class VisionDims(Protocol):
-    """What batches depend on of a vision tower's config, by its names."""
-
-    @property
-    def patch_size(self) -> int: ...
-    @property
-    def temporal_patch_size(self) -> int: ...
-    @property
-    def spatial_merge_size(self) -> int: ...
-    @property
-    def num_position_embeddings(self) -> int: ...
-    @property
-    def window_size(self) -> int: ...
-    @property
-    def patch_dim(self) -> int: ...
-    @property
-    def window_squares(self) -> int: ...
-
-
-class AudioDims(Protocol):
-    """What batches depend on of an audio tower's config, by its names."""
-
-    @property
-    def num_mel_bins(self) -> int: ...
-    @property
-    def downsample_hidden_size(self) -> int | None: ...
-    @property
-    def pool(self) -> int: ...
-    @property
-    def num_halvings(self) -> int: ...
-    @property
-    def chunk_frames(self) -> int: ...
-    @property
-    def chunk_rows(self) -> int: ...
-    @property
-    def window_rows(self) -> int: ...
-    @property
-    def least_frames(self) -> int: ...
-    def num_tokens(self, num_frames: int) -> int: ...
-
 
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def vision_batch(clips: Sequence[VisionClip], config: VisionDims) -> VisionBatch:
+def vision_batch(clips: Sequence[VisionClip], config: VisionTowerConfig) -> VisionBatch:
     """All clips of a pack as one batch, a null segment of one merged patch last.
 
     `token_index` of the clips counts rows of the pack. Tensors are on the CPU.
@@ -109,7 +67,7 @@ def _window_order(row: Tensor, column: Tensor, frame_lengths: Tensor, merge: int
     return order, torch.unique_consecutive(ordered, return_counts=True)[1] * merge**2
 
 
-def _check_picture(number: int, clip: VisionClip, config: VisionDims) -> None:
+def _check_picture(number: int, clip: VisionClip, config: VisionTowerConfig) -> None:
     frames, height, width = clip.grid_thw
     num_patches = frames * height * width
     merge = config.spatial_merge_size
@@ -163,7 +121,7 @@ def _interpolation(row: Tensor, column: Tensor, heights: Tensor, widths: Tensor,
 # ---------------------------------------------------------------------------------------- sound
 
 
-def audio_batch(clips: Sequence[AudioClip], config: AudioDims) -> AudioBatch:
+def audio_batch(clips: Sequence[AudioClip], config: AudioTowerConfig) -> AudioBatch:
     """All clips of a pack as one batch of chunks, a null segment of one tower row last.
 
     `token_index` of the clips counts rows of the pack. Tensors are on the CPU.
@@ -206,7 +164,7 @@ def _pool_index(clip_rows: Tensor, pool: int) -> Tensor:
     return (firsts + pool * torch.arange(firsts.shape[0]))[:, None] + torch.arange(pool)
 
 
-def _check_sound(number: int, clip: AudioClip, config: AudioDims) -> None:
+def _check_sound(number: int, clip: AudioClip, config: AudioTowerConfig) -> None:
     num_bins, num_frames = clip.features.shape
     if num_bins != config.num_mel_bins or num_frames < config.least_frames:
         raise ValueError(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
+from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.processors.features import (
     log_mel,
     pixel_patches,
@@ -21,7 +22,7 @@ from omniloom.processors.features import (
     smart_resize,
 )
 from omniloom.processors.settings import ExtractorSettings, bounds
-from omniloom.processors.tower_batches import AudioDims, VisionDims, audio_batch, vision_batch
+from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.types import (
     AudioBatch,
     AudioClip,
@@ -47,8 +48,8 @@ class TowerInputs:
     def __init__(
         self,
         *,
-        vision: VisionDims,
-        audio: AudioDims | None,
+        vision: VisionTowerConfig,
+        audio: AudioTowerConfig | None,
         cost: Cost,
         settings: ExtractorSettings,
         options: ProcessorOptions,

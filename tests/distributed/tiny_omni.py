@@ -8,12 +8,11 @@ from itertools import pairwise
 
 import torch
 
+from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.families.config_fields import FamilyConfig
 from omniloom.families.decoder import DecoderConfig
 from omniloom.families.qwen3_omni.spec import SPEC
-from omniloom.models.audio import AudioTowerConfig
 from omniloom.models.fusion import OmniModel
-from omniloom.models.vision import VisionTowerConfig
 from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.types import IGNORE_LABEL, AudioClip, PackedBatch, Segments, VisionClip
 

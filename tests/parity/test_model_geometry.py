@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.models.audio import AudioTowerConfig
-from omniloom.models.vision import VisionTowerConfig
+from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.types import AudioClip, VisionClip
 from tests.parity.builders import audio_rows

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.models.audio import AudioTowerConfig
+from omniloom.dims import AudioTowerConfig
 from omniloom.parallel.encoder_pool import SLACK, assign_clips, assign_segments, route_tower
 from omniloom.parallel.mesh import Seat
 from omniloom.parallel.segments import (

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from omniloom.dims import AudioTowerConfig
 from omniloom.families.config_fields import ConfigSection, FamilyConfig, read_decoder, read_window_vision
 from omniloom.families.hf_rules import audio_layer_rules, decoder_rules, linears, window_vision_rules
 from omniloom.families.qwen2_5_omni.processor import Qwen25OmniClips
 from omniloom.families.spec import OMNI, ModelSpec
 from omniloom.keymap import KeyMap
-from omniloom.models.audio import AudioTowerConfig
 
 CARRIED = (
     "talker.",

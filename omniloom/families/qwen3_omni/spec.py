@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from omniloom.dims import AudioTowerConfig
 from omniloom.families.config_fields import ConfigSection, FamilyConfig, read_decoder, read_vision
 from omniloom.families.hf_rules import (
     audio_layer_rules,
@@ -14,7 +15,6 @@ from omniloom.families.hf_rules import (
 from omniloom.families.qwen3_omni.processor import Qwen3OmniClips
 from omniloom.families.spec import OMNI, ModelSpec
 from omniloom.keymap import KeyMap, Rule
-from omniloom.models.audio import AudioTowerConfig
 
 CHUNK_ROWS = 13  # rows of a full audio chunk, a constant in the published length arithmetic
 
