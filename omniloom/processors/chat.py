@@ -20,6 +20,7 @@ from omniloom.processors.clips import FamilyClips
 from omniloom.processors.grounding import write_boxes
 from omniloom.processors.positions import sample_positions
 from omniloom.processors.rendering import Renderer
+from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.processors.tower_inputs import TowerInputs
 from omniloom.types import (
     IGNORE_LABEL,
@@ -86,9 +87,7 @@ class ChatProcessor:
     ) -> Extent:
         """Exact sizes from text and headers; `clips` where they were shrunk. Raises: SampleError."""
         clips = self.geometry(conversation, headers) if clips is None else clips
-        tokens = self._tokenize(conversation, clips)
-        weights = _label_weights(tokens.weights, conversation.weight)
-        _require_labels(weights)
+        tokens, weights = self._label(conversation, clips)
         num_loss_tokens = int(np.count_nonzero(weights))
         return Extent(
             num_tokens=len(tokens.ids),
@@ -122,9 +121,7 @@ class ChatProcessor:
 
         Raises: SampleError where the decoded arrays are not of the planned size.
         """
-        tokens = self._tokenize(conversation, clips)
-        weights = _label_weights(tokens.weights, conversation.weight)
-        _require_labels(weights)
+        tokens, weights = self._label(conversation, clips)
         labels = np.where(weights > 0, np.append(tokens.ids[1:], IGNORE_LABEL), IGNORE_LABEL)
         vision: list[VisionClip] = []
         audio: list[AudioClip] = []
@@ -167,12 +164,22 @@ class ChatProcessor:
         return inputs | self.media.generation_inputs(input_ids[0], clips, features)
 
     def collate_vision(self, clips: Sequence[VisionClip]) -> VisionBatch:
-        return self.towers.collate_vision(clips)
+        return vision_batch(clips, self.towers.vision)
 
     def collate_audio(self, clips: Sequence[AudioClip]) -> AudioBatch | None:
-        return self.towers.collate_audio(clips)
+        """None for a model without an audio tower."""
+        assert self.towers.audio is not None or not clips, "sound for a model without an audio tower"
+        return None if self.towers.audio is None else audio_batch(clips, self.towers.audio)
 
     # ------------------------------------------------------------------------------------ tokens
+
+    def _label(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> tuple[_Tokens, np.ndarray]:
+        """The tokens, and weights float32 [t] of the labels: position i predicts token i + 1."""
+        tokens = self._tokenize(conversation, clips)
+        weights = np.append(tokens.weights[1:], np.float32(0)) * np.float32(conversation.weight)
+        if not weights.any():
+            raise SampleError("messages", "nothing to train on: no assistant turn with a weight above 0")
+        return tokens, weights
 
     def _tokenize(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> _Tokens:
         rendered = self.renderer.render(self._write_boxes(conversation, clips))
@@ -272,13 +279,3 @@ class _Tokens:
 def media_parts(conversation: Conversation) -> tuple[Part, ...]:
     """The conversation's media in the order in which headers, clips and decoded arrays are given."""
     return tuple(part for turn in conversation.turns for part in turn.parts if part.kind in MEDIA_KINDS)
-
-
-def _label_weights(weights: np.ndarray, row_weight: float) -> np.ndarray:
-    """Weights float32 [t] of the labels: position i predicts token i + 1."""
-    return np.append(weights[1:], np.float32(0)) * np.float32(row_weight)
-
-
-def _require_labels(weights: np.ndarray) -> None:
-    if not weights.any():
-        raise SampleError("messages", "nothing to train on: no assistant turn with a weight above 0")

@@ -90,9 +90,9 @@ class Renderer:
         turns = (question, Turn(role="assistant", parts=(replace(call, weight=None),)))
         leaves: list[Leaf] = []
         text = self.template.write(messages_of(turns, self.template, collect(leaves)))
-        place = self._finder.find(turns, (), text, leaves).turns[1]
+        place = self._finder.find(turns, (), text, leaves)[1]
         assert place is not None
-        return text[slice(*place)].removesuffix(self._finder.ending)
+        return text[place.start : place.end].removesuffix(self._finder.ending)
 
     # ------------------------------------------------------------------------------------ weights
 
@@ -101,24 +101,25 @@ class Renderer:
         last_answer = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
         runs: list[tuple[int, float]] = []
         done = 0
-        for index in sorted(range(len(turns)), key=lambda i: places.turns[i] or (0, 0)):
-            turn, place = turns[index], places.turns[index]
-            if place is None or place[0] < done:
+        there = [(place, index) for index, place in enumerate(places) if place is not None]
+        for place, index in sorted(there, key=lambda found: found[0].start):
+            if place.start < done:
                 continue
+            turn = turns[index]
             of_role = 1.0 if turn.role == "assistant" else outside
             of_turn = of_role if turn.weight is None else turn.weight
-            runs.append((place[0], outside))
+            runs.append((place.start, outside))
             if self._options.last_turn_only and index != last_answer:
-                runs.append((place[1], 0.0))
+                runs.append((place.end, 0.0))
             else:
                 own = turn.parts[0].weight if turn.parts and turn.parts[0].kind != "reasoning" else None
                 weight = of_turn if own is None else own
-                for cut, part in places.cuts[index]:
+                for cut, part in place.cuts:
                     runs.append((cut, weight))
                     own = turn.parts[part].weight
                     weight = of_turn if own is None else own
-                runs.append((place[1], weight))
-            done = place[1]
+                runs.append((place.end, weight))
+            done = place.end
         return (*runs, (length, outside))
 
 
@@ -135,11 +136,15 @@ _WORD_OR_TAG = re.compile(r"<[^<>]*>|([^\W\d_]{2,})")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
-    """What was found in a template's output, as offsets of characters."""
+class Place:
+    """Where a turn stands in a template's output, as offsets of characters."""
 
-    turns: tuple[tuple[int, int] | None, ...]  # from where an answer begins to past the end of the turn
-    cuts: tuple[tuple[tuple[int, int], ...], ...]  # per turn: where a part of an own weight begins, and which
+    start: int  # of an answer: behind what opens it
+    end: int  # past the end of the turn
+    cuts: tuple[tuple[int, int], ...] = ()  # where a part of an own weight begins, and which
+
+
+Places = list[Place | None]  # by turn; None where the template leaves it out
 
 
 class TurnFinder:
@@ -186,7 +191,7 @@ class TurnFinder:
         )
 
     def find(self, turns: Sequence[Turn], tools: Sequence[Any], text: str, leaves: Sequence[Leaf]) -> Places:
-        """Where the turns are in `text`, by marks that change nothing else of it."""
+        """Where each turn is in `text`, by marks that change nothing else of it; None for one that is not written."""
         marks = _Marks(text, len(leaves))
 
         def stays(mark: Callable[[Leaf], str], turn: int | None = None) -> bool:
@@ -226,8 +231,7 @@ class TurnFinder:
         extents: Sequence[tuple[int, int] | None],
     ) -> Places:
         of_turn = [_hull(extents[n] for n, leaf in enumerate(leaves) if leaf.turn == i) for i in range(len(turns))]
-        found: list[tuple[int, int] | None] = []
-        cuts: list[tuple[tuple[int, int], ...]] = []
+        found: Places = []
         done = 0
         for index, turn in enumerate(turns):
             words = of_turn[index]
@@ -235,27 +239,33 @@ class TurnFinder:
             following = min(later, default=len(text))
             place = None
             if turn.role == "assistant":
-                start = self._opened(text, done, words[0] if words else following)
-                if start is None and words is not None:
-                    start = words[0]
-                if start is None:
-                    raise SampleError(
-                        f"messages[{index}]",
-                        f"this answer is not found in what the chat template writes ({self.template.where}): "
-                        f"{text[done : done + 200]!r}",
-                    )
-                has_reasoning = any(part.kind == "reasoning" for part in turn.parts)
-                if not self._trains_empty_think and not has_reasoning and (empty := _EMPTY_THINK.match(text, start)):
-                    start = empty.end()
+                start = self._start_of_answer(turn, index, text, done, words, following)
                 last = max(words[1] if words else start, start)
-                place = start, last + self._length_of_ending(text[last:following], turns[: index + 1], tools)
+                end = last + self._length_of_ending(text[last:following], turns[: index + 1], tools)
+                place = Place(start=start, end=end, cuts=self._cuts(turn, index, text, leaves, extents))
             elif words is not None:
-                ends = self.ending and text.startswith(self.ending, words[1])
-                place = words[0], words[1] + (len(self.ending) if ends else 0)
+                end = words[1] + (len(self.ending) if text.startswith(self.ending, words[1]) else 0)
+                place = Place(start=words[0], end=end, cuts=self._cuts(turn, index, text, leaves, extents))
             found.append(place)
-            cuts.append(self._cuts(turn, index, text, leaves, extents))
-            done = max(done, place[1]) if place else done
-        return Places(turns=tuple(found), cuts=tuple(cuts))
+            done = max(done, place.end) if place else done
+        return found
+
+    def _start_of_answer(
+        self, turn: Turn, index: int, text: str, done: int, words: tuple[int, int] | None, following: int
+    ) -> int:
+        start = self._opened(text, done, words[0] if words else following)
+        if start is None and words is not None:
+            start = words[0]
+        if start is None:
+            raise SampleError(
+                f"messages[{index}]",
+                f"this answer is not found in what the chat template writes ({self.template.where}): "
+                f"{text[done : done + 200]!r}",
+            )
+        has_reasoning = any(part.kind == "reasoning" for part in turn.parts)
+        if not self._trains_empty_think and not has_reasoning and (empty := _EMPTY_THINK.match(text, start)):
+            start = empty.end()
+        return start
 
     def _opened(self, text: str, start: int, end: int) -> int | None:
         """Where the first answer between two places begins: past its opening, or past the lines of it that are there.
@@ -323,14 +333,14 @@ def _hull(extents: Iterable[tuple[int, int] | None]) -> tuple[int, int] | None:
 
 def _within(places: Places, turns: Sequence[Turn], generated: Sequence[tuple[int, int]]) -> Places:
     """Answers as the template's generation blocks bound them; their ends of turn are trained in any case."""
-    found = list(places.turns)
+    found = list(places)
     before = 0
-    for index, (turn, place) in enumerate(zip(turns, places.turns, strict=True)):
+    for index, (turn, place) in enumerate(zip(turns, places, strict=True)):
         if turn.role == "assistant" and place is not None:
-            inside = _hull(span for span in generated if span[0] < place[1] and span[1] > before)
-            found[index] = None if inside is None else (inside[0], max(inside[1], place[1]))
-        before = before if place is None else place[1]
-    return replace(places, turns=tuple(found))
+            inside = _hull(span for span in generated if span[0] < place.end and span[1] > before)
+            found[index] = inside and replace(place, start=inside[0], end=max(inside[1], place.end))
+        before = before if place is None else place.end
+    return found
 
 
 class _Marks:

@@ -22,10 +22,7 @@ from omniloom.processors.features import (
     smart_resize,
 )
 from omniloom.processors.settings import ExtractorSettings, bounds
-from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.types import (
-    AudioBatch,
-    AudioClip,
     ClipGeometry,
     ClipOptions,
     DecodedClip,
@@ -33,8 +30,6 @@ from omniloom.types import (
     MediaSource,
     ProcessorOptions,
     SampleError,
-    VisionBatch,
-    VisionClip,
 )
 
 Features = tuple[Tensor | None, Tensor | None]  # patches and log-mel frames of a clip
@@ -233,13 +228,3 @@ class TowerInputs:
             n_fft=self.settings.n_fft,
             hop_length=self.settings.hop_length,
         )
-
-    def collate_vision(self, clips: Sequence[VisionClip]) -> VisionBatch:
-        return vision_batch(clips, self.vision)
-
-    def collate_audio(self, clips: Sequence[AudioClip]) -> AudioBatch | None:
-        """None for a model without an audio tower."""
-        if self.audio is None:
-            assert not clips, "sound for a model without an audio tower"
-            return None
-        return audio_batch(clips, self.audio)
