@@ -162,9 +162,16 @@ def check(
 
 @app.command()
 def preview(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None, rows: int = 3
+    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None,
+    rows: int = 3,
+    page: Annotated[Path | None, typer.Option(help="write an HTML page of them, and of the first packs")] = None,
 ) -> None:
     """Show how rows are rendered, tokenised and labelled."""
+    if page is not None:
+        from omniloom.tools.preview_page import write_page
+
+        write_page(words or [], page, rows)
+        return
     from omniloom.tools.preview import preview_rows
 
     preview_rows(words or [], rows)

@@ -9,16 +9,20 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import wave
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 NUM_STRIP_FRAMES = 4
 MAX_PIXELS = 192  # of a thumbnail's height and width
 MAX_PLAYABLE_BYTES = 160_000
 MAX_SOUND_SECONDS = 30.0
+MAX_WAV_SECONDS = 10.0
 MIME_TYPES = {
     ".wav": "audio/wav",
     ".mp3": "audio/mpeg",
@@ -56,16 +60,46 @@ def make_thumbnail(path: Path) -> Thumbnail | None:
             sound = _mono(container) if container.streams.audio else None
     except (av.FFmpegError, OSError, ValueError, Image.DecompressionBombError):
         return None
-    player = None
-    if path.suffix.lower() in MIME_TYPES and path.stat().st_size <= MAX_PLAYABLE_BYTES:
-        data = base64.b64encode(path.read_bytes()).decode("ascii")
-        player = f"data:{MIME_TYPES[path.suffix.lower()]};base64,{data}"
     return Thumbnail(
         kind="video" if frames else "audio",
         picture=_encode(_strip(frames)) if frames else None,
-        sound=_encode(_spectrogram(sound)) if sound is not None and len(sound) else None,
-        player=player,
+        sound=None if sound is None else spectrogram_of(sound),
+        player=file_player(path),
     )
+
+
+def file_player(path: Path) -> str | None:
+    """The file itself, where a browser plays it and it is small."""
+    kind = MIME_TYPES.get(path.suffix.lower())
+    if kind is None or not path.is_file() or path.stat().st_size > MAX_PLAYABLE_BYTES:
+        return None
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+
+
+def picture_of(frames: Sequence[NDArray[np.uint8]]) -> str:
+    """Frames uint8 [H, W, 3] as one picture: the only one, or a strip of a few, evenly over all."""
+    from PIL import Image
+
+    last, count = len(frames) - 1, min(len(frames), 2 * NUM_STRIP_FRAMES)
+    shown = [Image.fromarray(frames[round(index * last / max(1, count - 1))]) for index in range(count)]
+    if count > 1:
+        return _encode(_strip(shown))
+    shown[0].thumbnail((2 * MAX_PIXELS, 2 * MAX_PIXELS))
+    return _encode(shown[0])
+
+
+def sound_player(samples: NDArray[np.float32], rate: int) -> str:
+    """Mono sound float32 [n] in [-1, 1] as a WAV file, its first MAX_WAV_SECONDS."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes((samples[: int(MAX_WAV_SECONDS * rate)].clip(-1, 1) * 32767).astype("<i2").tobytes())
+    return f"data:audio/wav;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def spectrogram_of(samples: NDArray[np.float32]) -> str | None:
+    """A picture of mono sound float32 [n] at 16 kHz; None of no sound."""
+    return _encode(_spectrogram(samples)) if len(samples) else None
 
 
 def _spread_frames(container: Any) -> list[Any]:
