@@ -61,7 +61,7 @@ def score(
     """
     from omniloom.tools.score import score_rows
 
-    return score_rows(model, data, overrides, adapter=None if adapter is None else str(adapter))
+    return score_rows(model, data, overrides, adapter=adapter)
 
 
 def export(source: str | Path, directory: str | Path, *, adapter: bool = False, overwrite: bool = False) -> None:
@@ -89,12 +89,5 @@ def generate(
     from omniloom.tools.generate import answers
 
     media = {"image": image, "audio": audio, "video": video}
-    (line,) = answers(
-        model,
-        prompt,
-        media,
-        max_new_tokens=max_new_tokens,
-        overrides=overrides,
-        adapter=None if adapter is None else str(adapter),
-    )
+    (line,) = answers(model, prompt, media, max_new_tokens=max_new_tokens, overrides=overrides, adapter=adapter)
     return line["answer"]

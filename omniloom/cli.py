@@ -108,11 +108,14 @@ def generate(
     max_new_tokens: int = 256,
 ) -> None:
     """Answer a prompt about media, or every row of a file, with transformers' generate fed by our processor."""
-    from omniloom.tools.generate import print_answers, split_words
+    from omniloom.tools.generate import answers, print_answers, split_words
 
     media = {"image": image or [], "audio": audio or [], "video": video or []}
     prompt, overrides = split_words(words or [], has_data=data is not None)
-    print_answers(model, prompt, media, data=data, max_new_tokens=max_new_tokens, overrides=overrides, adapter=adapter)
+    lines = answers(
+        model, prompt, media, data=data, max_new_tokens=max_new_tokens, overrides=overrides, adapter=adapter
+    )
+    print_answers(lines, as_json=data is not None)
 
 
 @app.command()

@@ -100,7 +100,7 @@ class Saver:
         partial = self.root / f"{step_name(step)}.partial"
         first, words = rank(self.group) == 0, (f"save step {step}", "; earlier checkpoints are intact")
         try:
-            agree(attempt(lambda: self._prepare(partial), *words) if first else None, self.group)
+            agree(attempt(lambda: _make_empty(partial), *words) if first else None, self.group)
             writer = _Writer(partial, sync_files=True)
             agree(attempt(lambda: self._save_tensors(writer, planner, state), *words), self.group)
             files = {path.name: _describe(path) for path in partial.glob(f"__{rank(self.group)}_*")}
@@ -119,10 +119,6 @@ class Saver:
             except CheckpointException as failure:
                 if (own := failure.failures.get(rank(self.group))) is not None:
                     raise own[0] from failure
-
-    def _prepare(self, partial: Path) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
 
     def _commit(self, partial: Path, step: int, files: dict[str, dict[str, Any]], extras: str) -> None:
         write_text(partial / EXTRAS_NAME, extras)
@@ -162,9 +158,8 @@ class Saver:
         kept = set(whole[-self.keep :])
         for directory in self.root.glob("step_*"):
             if directory not in kept:
-                (directory / MARKER_NAME).unlink(
-                    missing_ok=True
-                )  # first, so that a kill leaves no half one that counts
+                # the marker first, so that a kill leaves no half one that counts
+                (directory / MARKER_NAME).unlink(missing_ok=True)
                 shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -204,6 +199,11 @@ def _local_tensors(state: Mapping[str, Tensor], staged: dict[str, Tensor] | None
     if on_device:
         torch.accelerator.synchronize()  # the optimizer will change these tensors next
     return dict(staged)
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
 
 
 def _describe(path: Path) -> dict[str, Any]:

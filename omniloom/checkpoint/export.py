@@ -32,15 +32,6 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".ckpt", ".gguf", ".h5", ".ms
 COPY_BYTES = 16 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportReport:
-    directory: Path
-    num_trained: int  # published tensors written from the run
-    num_carried: int  # copied bit for bit
-    num_dropped: int
-    num_bytes: int
-
-
 def export(
     out_dir: str | Path,
     source: HFCheckpoint,
@@ -52,13 +43,13 @@ def export(
     dropped: Collection[str] = (),
     overwrite: bool = False,
     group: ProcessGroup | None = None,
-) -> ExportReport:
+) -> Path:
     """Write `names` of ours, taken from `gather`, and all else of `source` into `out_dir`, atomically.
 
     Called by all ranks of `group` alike. `gather(name)` is called once per name on every rank in the same order and
     returns the full tensor, any float dtype, on rank 0 (its result elsewhere is ignored): so it may be a collective.
     Tensors of ours in `dropped` (layers cut from the model) are left out. `files` are JSON files, by name, that are
-    written in place of the source's.
+    written in place of the source's. Returns the directory.
 
     Raises: ValueError on every rank if `out_dir` holds something that is no earlier export (unless `overwrite`), for
         tensors that do not fit the source, and when the disk is full; what was there before is then untouched.
@@ -69,27 +60,20 @@ def export(
     order = [name for name in assemblies if name in plan.places]
     writer = _Writer(out_dir, source, plan) if rank(group) == 0 else None
     words = f"write the export {out_dir}", "; nothing there was changed"
-    fault = attempt(lambda: writer.begin(files or {}, overwrite), *words) if writer else None
-    if writer is not None and fault is not None:
-        writer.discard()
-    agree(fault, group)
-    for name in order:
-        tensor = gather(name)
-        if writer is not None and fault is None:  # after a fault, keep the other ranks' collectives company
-            fault = attempt(partial(writer.write, name, tensor, assemblies[name]), *words)
-        del tensor
-    if writer is not None:
-        fault = fault or attempt(writer.commit, *words)
-        if fault is not None:
-            writer.discard()
-    agree(fault, group)
-    return ExportReport(
-        directory=out_dir,
-        num_trained=sum(len(places) for places in plan.places.values()),
-        num_carried=len(plan.carried),
-        num_dropped=len(source.entries) - len(plan.entries),
-        num_bytes=sum(entry.num_bytes for entry in plan.entries.values()),
-    )
+    try:
+        agree(attempt(lambda: writer.begin(files or {}, overwrite), *words) if writer else None, group)
+        fault = None
+        for name in order:
+            tensor = gather(name)
+            if writer is not None and fault is None:  # after a fault, keep the other ranks' collectives company
+                fault = attempt(partial(writer.write, name, tensor, assemblies[name]), *words)
+            del tensor
+        agree(fault or (attempt(writer.commit, *words) if writer else None), group)
+    except ValueError:
+        if writer is not None:
+            shutil.rmtree(writer.partial, ignore_errors=True)
+        raise
+    return out_dir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +172,6 @@ class _Writer:
         self.partial.rename(self.out_dir)
         sync_directory(self.out_dir.parent)
         shutil.rmtree(self.previous, ignore_errors=True)
-
-    def discard(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
 
     def _check_target(self, overwrite: bool) -> None:
         if self.out_dir.resolve() == self.source.directory.resolve():

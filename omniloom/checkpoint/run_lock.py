@@ -16,89 +16,74 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
-from omniloom.checkpoint.agreement import Group, agree, gather, rank
+from omniloom.checkpoint.agreement import Group, agree, attempt, gather, rank
 
 _log = logging.getLogger(__name__)
 SIGHT_SECONDS = 3.0  # that a network file system is given to show a new file on another node
 _NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL))
 
 
-class RunLock:
-    """Held by one process (rank 0) from entering to leaving the `with` block.
+@contextmanager
+def run_lock(run_dir: str | Path) -> Iterator[None]:
+    """The lock of a run directory, for one process (rank 0).
 
     A POSIX record lock: unlike `flock` it is not shared with forked children, so that a loader worker which outlives
     its killed parent does not keep the directory locked. The same process may take it twice. A file system that offers
     no locks (Lustre without its flock option) is warned of, and the run goes on without.
+
+    Raises: ValueError naming the holder if another process has the directory, or if it cannot be written.
     """
-
-    def __init__(self, run_dir: str | Path) -> None:
-        self.path = Path(run_dir) / "run.lock"
-        self._stream: IO[str] | None = None
-
-    def __enter__(self) -> RunLock:
-        """Raises: ValueError naming the holder if another process has the directory, or if it cannot be written."""
+    path = Path(run_dir) / "run.lock"
+    with ExitStack() as stack:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            stream = self.path.open("a+", encoding="utf-8")
-            try:
-                self._take(stream)
-                stream.truncate(0)
-                stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-                stream.flush()
-            except BaseException:
-                stream.close()
-                raise
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = stack.enter_context(path.open("a+", encoding="utf-8"))
+            _take(stream, path)
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            stream.flush()
         except OSError as error:
             raise ValueError(
-                f"cannot write the run directory {self.path.parent}: {error.strerror}; name one that can be "
-                "written as train.run_dir"
+                f"cannot write the run directory {path.parent}: {error.strerror}; name one that can be written as "
+                "train.run_dir"
             ) from None
-        self._stream = stream
-        return self
-
-    def _take(self, stream: IO[str]) -> None:
         try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            stream.seek(0)
-            holder = stream.read().strip() or "another process"
-            raise ValueError(
-                f"{self.path.parent} is in use by {holder}; wait for that run, stop it, or set another train.run_dir"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            _log.warning(
-                "warning: the file system of %s offers no locks (%s): nothing keeps a second run out of it, and two "
-                "would damage each other's files; start one at a time",
-                *(self.path.parent, error.strerror),
-            )
+            yield
+        finally:  # the lock goes with the stream; the file stays, since removing it would race with the next run
+            stream.truncate(0)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._stream is not None, "left a run lock that was not entered"
-        self._stream.truncate(0)
-        self._stream.close()  # the lock goes with it; the file stays, since removing it would race with the next run
-        self._stream = None
+
+def _take(stream: IO[str], path: Path) -> None:
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        stream.seek(0)
+        holder = stream.read().strip() or "another process"
+        raise ValueError(
+            f"{path.parent} is in use by {holder}; wait for that run, stop it, or set another train.run_dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _log.warning(
+            "warning: the file system of %s offers no locks (%s): nothing keeps a second run out of it, and two "
+            "would damage each other's files; start one at a time",
+            *(path.parent, error.strerror),
+        )
 
 
 @contextmanager
 def hold_run_lock(run_dir: str | Path, group: Group = None) -> Iterator[None]:
     """The lock of a job: rank 0 of `group` takes it. Collective.
 
-    Raises: RunLock's ValueError, on every rank; ValueError where a rank does not see rank 0's directory.
+    Raises: `run_lock`'s ValueError, on every rank; ValueError where a rank does not see rank 0's directory.
     """
     with ExitStack() as stack:
         fault = None
         if rank(group) == 0:
-            try:
-                stack.enter_context(RunLock(run_dir))
-            except ValueError as error:
-                fault = str(error)
+            fault = attempt(lambda: stack.enter_context(run_lock(run_dir)), "take the run's lock")
         agree(fault, group)
         check_shared(Path(run_dir), group)
         yield
@@ -109,10 +94,7 @@ def check_shared(run_dir: Path, group: Group = None) -> None:
     name = gather(f".seen_by_all_ranks.{secrets.token_hex(8)}", group)[0]  # new, so that no node remembers its absence
     fault = None
     if rank(group) == 0:
-        try:
-            (run_dir / name).touch()
-        except OSError as error:
-            fault = f"cannot write the run directory {run_dir}: {error.strerror}"
+        fault = attempt((run_dir / name).touch, f"write the run directory {run_dir}")
     agree(fault, group)
     deadline = time.monotonic() + SIGHT_SECONDS
     while not (seen := (run_dir / name).exists()) and time.monotonic() < deadline:

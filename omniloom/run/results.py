@@ -12,7 +12,7 @@ from torch import Tensor
 
 from omniloom.checkpoint.adapters import write_adapter
 from omniloom.checkpoint.agreement import Group
-from omniloom.checkpoint.export import ExportReport, export
+from omniloom.checkpoint.export import export
 from omniloom.checkpoint.hf import gather_full
 from omniloom.run.opening import Workshop
 from omniloom.run.trained_media import TrainedMedia, processor_files
@@ -31,7 +31,7 @@ def export_model(
     say: Callable[[str], None],
     overwrite: bool = False,
     group: Group = None,
-) -> ExportReport:
+) -> Path:
     """Write the model as transformers and vLLM load it; all of `group` alike, `gather` as in `export`.
 
     `changed` are the parameters that differ from the published ones; those that adapters belong to are added. What the
@@ -113,7 +113,7 @@ def write_results(
         directory = export_adapter(workshop, run_dir / "adapter", changed, gather_next, overwrite=True, group=group)
         say(f"wrote {directory}")
     if workshop.config.checkpoint.export:
-        report = export_model(
+        directory = export_model(
             workshop, run_dir / "hf", changed, gather_next, media=media, say=say, overwrite=True, group=group
         )
-        say(f"wrote {report.directory}")
+        say(f"wrote {directory}")

@@ -31,6 +31,15 @@ from omniloom.types import Conversation, PackPlan, Row, SampleError
 
 DESCRIBED_FILES = 8
 SILENT_RATE = 16000  # Hz at which sound is counted for a model without an audio tower
+# What verbs that train nothing take: for a prompt, and beside it for a file of rows.
+PROMPT_KEYS = (
+    *("data.template", "data.system", "data.enable_thinking", "data.allow_urls"),
+    *("data.image.*", "data.video.*", "data.audio.*"),
+)
+ROW_KEYS = (
+    *("data.format", "data.attr.*", "data.max_samples", "data.media_dir", "data.allow_outside_media_dir"),
+    "data.unplaced_media",
+)
 # Of `data`, what does not change the sample that a row becomes: the planner itself holds on to which rows there are and
 # how they are packed; the rest is where files lie, what may be opened, speed, and evaluation.
 _OTHER_OPTIONS = frozenset(

@@ -40,9 +40,8 @@ class RunState:
         self._workshop, self._model, self._optimizer, self._say = workshop, model, optimizer, say
         self._settings, self._run_dir = config.checkpoint, Path(config.train.run_dir)
         self.parameters = dict(model.named_parameters())
-        self.changed = [
-            name for name, parameter in self.parameters.items() if parameter.requires_grad
-        ]  # from published
+        # from published
+        self.changed = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         self.media = TrainedMedia()
         self._own: dict[str, Any] = {
             "model": fingerprint(workshop.checkpoint),
@@ -59,14 +58,14 @@ class RunState:
                 if (lora := policies[adapter.base].lora) and (lora.rank, lora.alpha) != (adapter.rank, adapter.alpha)
             },
         }
-        self._saver = dcp.Saver(
+        self.saver = dcp.Saver(
             self._run_dir,
             keep=self._settings.keep,
             asynchronous=self._settings.asynchronous,
             timeout=layout.ranks.timeout,
         )
-        self.group = self._saver.group
-        stack.callback(self._saver.close)
+        self.group = self.saver.group
+        stack.callback(self.saver.close)
 
     def find(self, *, overwrite: bool = False) -> StoredCheckpoint | None:
         """The checkpoint to go on from, verified; with `overwrite` only one that is named.
@@ -74,13 +73,11 @@ class RunState:
         Raises: ValueError for one of another model or policy.
         """
         stored = None
-        if self._settings.resume == "auto" and overwrite:
-            return None
-        if self._settings.resume == "auto":
+        if self._settings.resume == "auto" and not overwrite:
             stored, passed_over = find_latest(self._run_dir, group=self.group)
             for words in passed_over:
                 self._say(f"warning: {words}")
-        elif self._settings.resume != "none":
+        elif self._settings.resume not in ("auto", "none"):
             stored = open_stored(self._settings.resume, group=self.group)
         if stored is not None:
             self._check(stored)
@@ -114,11 +111,7 @@ class RunState:
         state = dcp.model_state({name: self.parameters[name] for name in self.changed})
         if self._settings.save_optimizer:
             state |= dcp.optimizer_state(self.parameters, self._optimizer)
-        self._saver.save(step, state | dcp.rng_state(), {"data": data, "media": self.media.state(), **self._own})
-
-    def finish(self) -> None:
-        """Wait for the checkpoint under way."""
-        self._saver.finish()
+        self.saver.save(step, state | dcp.rng_state(), {"data": data, "media": self.media.state(), **self._own})
 
     def _check(self, stored: StoredCheckpoint) -> None:
         """What a checkpoint does not keep must be as it was."""

@@ -221,7 +221,7 @@ class Trainer:
             self.records.say(warning)
         if saved != step:
             self._save(step)
-        self.state.finish()
+        self.state.saver.finish()
         if self.evaluation is not None and evaluated != step:
             report = self._evaluate(step)
             if report is None:
@@ -251,7 +251,7 @@ class Trainer:
 
     def _leave_early(self, step: int) -> int:
         """Say why, on screen and in `stopped.json`, after `step` steps that are saved. Collective."""
-        self.state.finish()
+        self.state.saver.finish()
         reason = next(reason for reason in self.layout.exchange(self.stop.reason) if reason)
         if self.layout.is_first:
             write_stopped(self.run_dir, reason=reason, step=step)

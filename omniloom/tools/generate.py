@@ -23,7 +23,7 @@ from omniloom.data.rows import RowReader, SourceReader, clips_of
 from omniloom.data.sources import Sources, open_sources
 from omniloom.processors.rendering import split_reasoning
 from omniloom.run.opening import Workshop, open_workshop
-from omniloom.run.rows import open_rows
+from omniloom.run.rows import PROMPT_KEYS, ROW_KEYS, open_rows
 from omniloom.training.lora import merging
 from omniloom.types import Conversation, Part, SampleError
 
@@ -34,14 +34,6 @@ TEXT_CLASSES = {
     "Qwen2_5OmniForConditionalGeneration": "Qwen2_5OmniThinkerForConditionalGeneration",
 }
 BATCH_ROWS = 64
-PROMPT_TAKES = (
-    *("data.template", "data.system", "data.enable_thinking", "data.allow_urls"),
-    *("data.image.*", "data.video.*", "data.audio.*"),
-)
-ROWS_TAKE = (
-    *("data.format", "data.attr.*", "data.max_samples", "data.media_dir", "data.allow_outside_media_dir"),
-    "data.unplaced_media",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +59,12 @@ def open_reader(model: str | Path, data: DataConfig, source: Sources) -> RowRead
 
     Raises: ValueError for no known checkpoint.
     """
-    return _reader(_open(model, data, None), source)
+    return _reader(_open(model, data), source)
 
 
-def _open(model: str | Path, data: DataConfig, adapter: str | None) -> Workshop:
-    return open_workshop(Config(model=ModelConfig(path=str(model), adapter=adapter), data=data), adapter_decides=True)
+def _open(model: str | Path, data: DataConfig, adapter: str | Path | None = None) -> Workshop:
+    named = ModelConfig(path=str(model), adapter=None if adapter is None else str(adapter))
+    return open_workshop(Config(model=named, data=data), adapter_decides=True)
 
 
 def _reader(workshop: Workshop, source: Sources) -> RowReader:
@@ -169,8 +162,7 @@ def add_adapter(model: Any, workshop: Workshop) -> None:
 def answer(model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
     """The greedy answer to every prompt, in order, without special tokens and surrounding space."""
     answers = [""] * len(prompts)
-    pad_id = model.generation_config.pad_token_id
-    pad_id = 0 if pad_id is None else pad_id
+    pad_id = model.generation_config.pad_token_id or 0
     for indexes in _batches(prompts):
         inputs = join_inputs([prompts[index].inputs for index in indexes], pad_id=pad_id)
         inputs = {key: _on_device(value, model) for key, value in inputs.items()}
@@ -213,23 +205,11 @@ def split_words(words: Sequence[str], *, has_data: bool) -> tuple[str | None, Se
     return words[0], words[1:]
 
 
-def print_answers(
-    model: str | Path,
-    prompt: str | None,
-    media: Mapping[str, Sequence[str | Path]],
-    *,
-    data: str | Path | None,
-    max_new_tokens: int,
-    overrides: Sequence[str] = (),
-    adapter: str | None = None,
-) -> None:
-    """`omniloom generate`: the answer to one prompt, or one JSON line per row of a file. Raises: as `answers`."""
-    found = answers(
-        model, prompt, media, data=data, max_new_tokens=max_new_tokens, overrides=overrides, adapter=adapter
-    )
+def print_answers(lines: Iterable[Mapping[str, str]], *, as_json: bool) -> None:
+    """The answer to one prompt, or a JSON line per row. Raises: as `answers`, and ValueError where all rows are bad."""
     num_rows, errors = 0, []
-    for line in found:
-        print(line["answer"] if data is None else json.dumps(line, ensure_ascii=False), flush=True)
+    for line in lines:
+        print(json.dumps(line, ensure_ascii=False) if as_json else line["answer"], flush=True)
         num_rows += 1
         errors += [line["error"]] if "error" in line else []
     if errors and len(errors) == num_rows:
@@ -246,7 +226,7 @@ def answers(
     data: str | Path | None = None,
     max_new_tokens: int = 256,
     overrides: Sequence[str] = (),
-    adapter: str | None = None,
+    adapter: str | Path | None = None,
 ) -> Iterator[dict[str, str]]:
     """The answer to one prompt about media (by kind), or to each row of a file as soon as it is there.
 
@@ -257,7 +237,7 @@ def answers(
     """
     if (prompt is None) == (data is None):
         raise ValueError("expected either a prompt or --data FILE; give one of the two")
-    takes = PROMPT_TAKES if data is None else (*PROMPT_TAKES, *ROWS_TAKE)
+    takes = PROMPT_KEYS if data is None else (*PROMPT_KEYS, *ROW_KEYS)
     config = override_config(Config(), overrides, verb="generate", takes=takes).data
     if data is not None:
         source = open_sources((str(data),), max_samples=config.max_samples)
@@ -319,8 +299,7 @@ def _split_answer(conversation: Conversation) -> tuple[Conversation, str]:
     while turns and turns[-1].role == "assistant":
         words = "".join(part.text for part in turns[-1].parts if part.kind == "text") + words
         turns = turns[:-1]
-    asked = Conversation(id=conversation.id, source=conversation.source, turns=turns, tools=conversation.tools)
-    return asked, words.strip()
+    return replace(conversation, turns=turns), words.strip()
 
 
 def _batches(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
@@ -344,8 +323,6 @@ def _pad(values: Sequence[Any], *, left: bool, value: int) -> Any:
 
 
 def _on_device(value: Any, model: Any) -> Any:
-    if not hasattr(value, "to"):
+    if not isinstance(value, torch.Tensor):
         return value
-    return (
-        value.to(model.device, model.dtype) if value.is_floating_point() and value.dim() > 1 else value.to(model.device)
-    )
+    return value.to(model.device, model.dtype if value.is_floating_point() and value.dim() > 1 else value.dtype)

@@ -16,20 +16,18 @@ from omniloom.data.sources import open_sources
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import materialize
 from omniloom.run.opening import Workshop, load_weights, open_workshop
-from omniloom.run.rows import open_rows
+from omniloom.run.rows import PROMPT_KEYS, ROW_KEYS, open_rows
 from omniloom.types import BadSample, LoadedPack
 
 TAKES = (
     *("model.modalities", "model.num_layers.*", "model.attention.*", "model.dtype", "memory.loss_chunk_tokens"),
-    *("data.format", "data.attr.*", "data.max_samples", "data.media_dir", "data.allow_outside_media_dir"),
-    *("data.allow_urls", "data.unplaced_media", "data.template", "data.system", "data.train_on_prompt"),
-    *("data.last_turn_only", "data.enable_thinking", "data.pack_tokens", "data.overlong", "data.workers"),
-    *("data.cache_dir", "data.image.*", "data.video.*", "data.audio.*"),
+    *(*PROMPT_KEYS, *ROW_KEYS, "data.train_on_prompt", "data.last_turn_only", "data.pack_tokens", "data.overlong"),
+    *("data.workers", "data.cache_dir"),
 )
 
 
 def score_file(
-    model: str | Path, data: str | Path, overrides: Sequence[str] = (), *, adapter: str | None = None
+    model: str | Path, data: str | Path, overrides: Sequence[str] = (), *, adapter: str | Path | None = None
 ) -> None:
     """Print {"id", "num_loss_tokens", "loss"} per row, in the order of the file; bad rows go to standard error.
 
@@ -45,13 +43,14 @@ def score_file(
 
 
 def score_rows(
-    model: str | Path, data: str | Path, overrides: Sequence[str] = (), *, adapter: str | None = None
+    model: str | Path, data: str | Path, overrides: Sequence[str] = (), *, adapter: str | Path | None = None
 ) -> tuple[list[dict[str, object]], list[BadSample]]:
     """The loss of every row of one file, in order, and the rows that have none. `adapter` is one of PEFT, put on top.
 
     Raises: ValueError for a checkpoint, adapter or file that cannot be read, and for overrides that scoring ignores.
     """
-    given = Config(model=ModelConfig(path=str(model), adapter=adapter), data=DataConfig(train=(str(data),)))
+    named = ModelConfig(path=str(model), adapter=None if adapter is None else str(adapter))
+    given = Config(model=named, data=DataConfig(train=(str(data),)))
     config = override_config(given, overrides, verb="score", takes=TAKES)
     workshop = open_workshop(config, adapter_decides=True)
     source = open_sources(config.data.train, max_samples=config.data.max_samples)

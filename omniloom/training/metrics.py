@@ -10,12 +10,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from omniloom.types import TEXT, RunError
+from omniloom.types import TEXT, PackStats, RunError
 
 EXPERT_LOAD = "expert_load.jsonl"  # of a run directory
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')  # how each of our lines begins
@@ -47,19 +47,13 @@ class StepFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepMetrics:
+class StepMetrics(PackStats):
     """One line of `metrics.jsonl`. Counts are of the whole step, over all ranks; memory is the largest of any rank."""
 
     step: int
     loss: float | None  # null in the file where the step measured nothing
     grad_norm: float
     learning_rate: float
-    num_tokens: int
-    num_loss_tokens: int
-    num_samples: int
-    num_images: int
-    video_frames: int
-    audio_seconds: float
     tokens_per_second: float
     mfu: float
     data_wait_fraction: float
@@ -89,7 +83,7 @@ class MetricsLog:
 
     def write(self, metrics: StepMetrics, expert_load: Sequence[Sequence[int]] = ()) -> None:
         """Raises: RunError where the disk takes no more."""
-        line = {item.name: getattr(metrics, item.name) for item in fields(metrics)}
+        line = {"step": metrics.step, **vars(metrics)}
         line |= {f"{name}_loss": value for name, value in (line.pop("other_losses") or {}).items()}
         line |= line.pop("evaluation") or {}
         line = {key: value for key, value in line.items() if value is not None or key == "loss"}

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from omniloom.checkpoint.dcp import Saver
-from omniloom.checkpoint.run_lock import RunLock
+from omniloom.checkpoint.run_lock import run_lock
 from omniloom.checkpoint.stored import (
     METADATA_NAME,
     checksum,
@@ -170,7 +170,7 @@ def test_a_directory_that_cannot_be_written_is_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match="could not save step 1: Not a directory"):
         Saver(tmp_path).save(1, STATE, {})
     with pytest.raises(ValueError, match="cannot write the run directory"):
-        RunLock(tmp_path / "checkpoints").__enter__()
+        run_lock(tmp_path / "checkpoints").__enter__()
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -245,8 +245,8 @@ def test_two_runs_in_one_directory_are_refused_until_the_first_ends_or_is_killed
     holder = start(
         """
         import os, sys, time
-        from omniloom.checkpoint.run_lock import RunLock
-        with RunLock(sys.argv[1]):
+        from omniloom.checkpoint.run_lock import run_lock
+        with run_lock(sys.argv[1]):
             child = os.fork()  # a loader worker that outlives its parent must not keep the lock
             if child:
                 print(child, flush=True)
@@ -257,13 +257,13 @@ def test_two_runs_in_one_directory_are_refused_until_the_first_ends_or_is_killed
     child = int(holder.stdout.readline())
     try:
         with pytest.raises(ValueError, match=rf"is in use by process {holder.pid} on .*set another train\.run_dir"):
-            RunLock(tmp_path / "run").__enter__()
+            run_lock(tmp_path / "run").__enter__()
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        with RunLock(tmp_path / "run"):
+        with run_lock(tmp_path / "run"):
             assert f"process {os.getpid()} " in (tmp_path / "run" / "run.lock").read_text()
     finally:
         os.kill(child, signal.SIGKILL)
         holder.communicate()
-    with RunLock(tmp_path / "run"):
+    with run_lock(tmp_path / "run"):
         pass
