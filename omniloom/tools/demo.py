@@ -137,7 +137,9 @@ def _test(model_dir: Path, tokenizer: Any, prompts: Mapping[Path, Sequence[Promp
         "accuracy_frozen_frame": controls["frozen"],
         "accuracy_muted": controls["muted"],
         "chance": data.chance,
-        "accuracy_by_question": {name: _by_question(data.held_out[name], words) for name, words in answers.items()},
+        "accuracy_by_question": {
+            name: _by_question(prompts[data.held_out[name]], words) for name, words in answers.items()
+        },
     }
 
 
@@ -145,10 +147,10 @@ def _share_right(prompts: Sequence[Prompt], answers: Sequence[str]) -> float:
     return fmean(words == prompt.expected for prompt, words in zip(prompts, answers, strict=True))
 
 
-def _by_question(path: Path, answers: Sequence[str]) -> dict[str, float]:
+def _by_question(prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str, float]:
     right: dict[str, list[bool]] = {}
-    for row, words in zip(_read_rows(path), answers, strict=True):
-        right.setdefault(_question(row), []).append(words == row["messages"][-1]["content"])
+    for prompt, words in zip(prompts, answers, strict=True):
+        right.setdefault(prompt.question, []).append(words == prompt.expected)
     return {question: fmean(hits) for question, hits in right.items()}
 
 
@@ -173,31 +175,24 @@ def _accuracy_curve(
     return points
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _question(row: Mapping[str, Any]) -> str:
-    return row["messages"][0]["content"].split(">", 1)[1]
-
-
 # ---------------------------------------------------------------------------------------- screen
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bars and remarks of transformers between the demo's own lines."""
-    from transformers.utils import logging
+    import transformers
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    remarks: Any = transformers.utils.logging
+    level, bars = remarks.get_verbosity(), remarks.is_progress_bar_enabled()
+    remarks.set_verbosity_error()
+    remarks.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        remarks.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            remarks.enable_progress_bar()
 
 
 def _say(start: float, text: str) -> None:

@@ -15,15 +15,16 @@ import json
 import math
 import multiprocessing
 import os
-import wave
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 COLOURS = {"red": (224, 62, 62), "green": (70, 196, 92), "blue": (72, 118, 240), "yellow": (236, 204, 70)}
 SHAPES = ("circle", "square", "triangle")
@@ -40,10 +41,15 @@ STEP_PIXELS = 4.0  # that a square moves from one frame to the next
 START_PIXELS = 10.0  # a square starts anywhere up to this far from the middle, whatever its direction
 SAMPLE_RATE = 16_000
 VIDEO_SECONDS = NUM_FRAMES / FRAMES_PER_SECOND
+SOUND_CODECS: dict[str, tuple[str, dict[str, str]]] = {
+    ".wav": ("pcm_s16le", {}),
+    ".mp3": ("libmp3lame", {}),
+    ".flac": ("flac", {}),
+    ".mp4": ("aac", {"aac_coder": "fast", "b": "48k"}),
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
+class Question(NamedTuple):
     """One question, all its answers (each equally frequent), and the modality it belongs to."""
 
     modality: str
@@ -52,21 +58,13 @@ class Question:
 
 
 QUESTIONS = (
-    Question(modality="image", text="Which colour?", answers=tuple(COLOURS)),
-    Question(modality="image", text="Which shape?", answers=SHAPES),
-    Question(
-        modality="image",
-        text="Which colour and shape?",
-        answers=tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
-    ),
-    Question(modality="audio", text="Which pitch?", answers=tuple(PITCHES_HERTZ)),
-    Question(modality="audio", text="Rising or falling?", answers=CONTOURS),
-    Question(modality="video", text="Which way?", answers=tuple(DIRECTIONS)),
-    Question(
-        modality="joint",
-        text="Which way and pitch?",
-        answers=tuple(f"{way} {pitch}" for way in DIRECTIONS for pitch in PITCHES_HERTZ),
-    ),
+    Question("image", "Which colour?", tuple(COLOURS)),
+    Question("image", "Which shape?", SHAPES),
+    Question("image", "Which colour and shape?", tuple(map(" ".join, product(COLOURS, SHAPES)))),
+    Question("audio", "Which pitch?", tuple(PITCHES_HERTZ)),
+    Question("audio", "Rising or falling?", CONTOURS),
+    Question("video", "Which way?", tuple(DIRECTIONS)),
+    Question("joint", "Which way and pitch?", tuple(map(" ".join, product(DIRECTIONS, PITCHES_HERTZ)))),
 )
 
 
@@ -165,17 +163,15 @@ class _Scene:
         path = directory / self.media_name(variant)
         if self.modality == "image":
             _write_image(path, self._picture(variant))
-        elif self.modality == "audio":
-            _write_audio(path, self._tone(variant))
         else:
-            _write_video(path, self._frames(variant), self._tone(variant))
+            _write_clip(path, self._frames(variant) if self.modality != "audio" else [], self._tone(variant))
 
-    def _picture(self, variant: str) -> np.ndarray:
+    def _picture(self, variant: str) -> NDArray[np.uint8]:
         if variant == "blank":
             return _blank_picture()
         return _draw(self.shape, COLOURS[self.colour], self.centre, self.radius_pixels)
 
-    def _frames(self, variant: str) -> list[np.ndarray]:
+    def _frames(self, variant: str) -> list[NDArray[np.uint8]]:
         if variant == "blank":
             return [_blank_picture()] * NUM_FRAMES
         dx, dy = DIRECTIONS[self.direction]
@@ -186,7 +182,7 @@ class _Scene:
             frames.append(_draw("square", COLOURS[self.colour], centre, self.radius_pixels))
         return frames
 
-    def _tone(self, variant: str) -> np.ndarray:
+    def _tone(self, variant: str) -> NDArray[np.float32]:
         """float32 [samples] at 16 kHz in [-1, 1]."""
         rng = np.random.default_rng(self.seed)
         seconds = VIDEO_SECONDS if self.modality in ("video", "joint") else rng.uniform(0.5, 0.8)
@@ -261,11 +257,11 @@ def _write_share(directory: Path, contents: Sequence[tuple[_Scene, str]]) -> Non
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def _blank_picture() -> np.ndarray:
+def _blank_picture() -> NDArray[np.uint8]:
     return np.broadcast_to(np.array(BACKGROUND, dtype=np.uint8), (NUM_PIXELS, NUM_PIXELS, 3)).copy()
 
 
-def _draw(shape: str, colour: tuple[int, int, int], centre: tuple[float, float], radius: float) -> np.ndarray:
+def _draw(shape: str, colour: tuple[int, int, int], centre: tuple[float, float], radius: float) -> NDArray[np.uint8]:
     """uint8 [height, width, 3]: one filled shape with soft edges on the background; shapes have like areas."""
     axis = np.arange(NUM_PIXELS, dtype=np.float32) + 0.5
     x, y = axis[None, :] - centre[0], axis[:, None] - centre[1]
@@ -277,86 +273,45 @@ def _draw(shape: str, colour: tuple[int, int, int], centre: tuple[float, float],
         slope = math.sqrt(3) / 2
         outside = np.maximum(y, np.abs(x) * slope - y / 2) - 0.74 * radius
     cover = np.clip(0.5 - outside, 0.0, 1.0)[..., None]
-    blended = np.array(BACKGROUND) * (1 - cover) + np.array(colour) * cover
-    return blended.round().astype(np.uint8)
+    pixels: NDArray[np.uint8] = (np.array(BACKGROUND) * (1 - cover) + np.array(colour) * cover).round().astype(np.uint8)
+    return pixels
 
 
-def _write_image(path: Path, pixels: np.ndarray) -> None:
+def _write_image(path: Path, pixels: NDArray[np.uint8]) -> None:
     from PIL import Image
 
     # compression effort is time, and these files are tiny anyway
-    Image.fromarray(pixels).save(path, **({"compress_level": 1} if path.suffix == ".png" else {"quality": 92}))
+    options: dict[str, Any] = {"compress_level": 1} if path.suffix == ".png" else {"quality": 92}
+    Image.fromarray(pixels).save(path, **options)
 
 
 # ---------------------------------------------------------------------------------------- sound and video
 
 
-def _write_audio(path: Path, samples: np.ndarray) -> None:
-    if path.suffix == ".wav":
-        with wave.open(str(path), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(SAMPLE_RATE)
-            file.writeframes(_to_int16(samples).tobytes())
-        return
-    codec = {".mp3": "libmp3lame", ".flac": "flac"}[path.suffix]
-    _mux(path, lambda container: _encode_audio(container, codec, samples))
-
-
-def _write_video(path: Path, frames: Sequence[np.ndarray], samples: np.ndarray) -> None:
-    def fill(container: Any) -> None:
-        video = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"preset": "ultrafast", "crf": "16"})
-        video.width = video.height = NUM_PIXELS
-        video.pix_fmt = "yuv420p"
-        video.codec_context.thread_count = 1
-        sound = _add_audio_stream(container, "aac", {"aac_coder": "fast", "b": "48k"})
-        for index, pixels in enumerate(frames):
-            container.mux(video.encode(_video_frame(pixels, index)))
-        container.mux(video.encode(None))
-        _feed_audio(container, sound, samples)
-
-    _mux(path, fill)
-
-
-def _mux(path: Path, fill: Callable[[Any], None]) -> None:
-    """Write one container, put together in memory so that the disk sees a single write."""
+def _write_clip(path: Path, frames: Sequence[NDArray[np.uint8]], samples: NDArray[np.float32]) -> None:
+    """Write frames, if any, and sound as one container, put together in memory so that the disk sees a single write."""
     import av
 
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=path.suffix[1:]) as container:
-        fill(container)
+        if frames:
+            options = {"preset": "ultrafast", "crf": "16"}
+            video: Any = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=options)
+            video.width = video.height = NUM_PIXELS
+            video.pix_fmt = "yuv420p"
+            video.codec_context.thread_count = 1
+        codec, options = SOUND_CODECS[path.suffix]
+        sound: Any = container.add_stream(codec, rate=SAMPLE_RATE, layout="mono", options=options)
+        sound.codec_context.thread_count = 1
+        for index, pixels in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            picture.pts, picture.time_base = index, Fraction(1, FRAMES_PER_SECOND)
+            container.mux(video.encode(picture))
+        if frames:
+            container.mux(video.encode(None))
+        levels = (samples * 32767).round().astype(np.int16)
+        wave = av.AudioFrame.from_ndarray(levels[None], format="s16", layout="mono")
+        wave.sample_rate, wave.pts, wave.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
+        container.mux(sound.encode(wave))
+        container.mux(sound.encode(None))
     path.write_bytes(buffer.getvalue())
-
-
-def _encode_audio(container: Any, codec: str, samples: np.ndarray) -> None:
-    _feed_audio(container, _add_audio_stream(container, codec, {}), samples)
-
-
-def _add_audio_stream(container: Any, codec: str, options: dict[str, str]) -> Any:
-    stream = container.add_stream(codec, rate=SAMPLE_RATE, layout="mono", options=options)
-    stream.codec_context.thread_count = 1
-    return stream
-
-
-def _feed_audio(container: Any, stream: Any, samples: np.ndarray) -> None:
-    import av
-
-    frame = av.AudioFrame.from_ndarray(_to_int16(samples)[None], format="s16", layout="mono")
-    frame.sample_rate = SAMPLE_RATE
-    frame.pts = 0
-    frame.time_base = Fraction(1, SAMPLE_RATE)
-    container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
-
-
-def _video_frame(pixels: np.ndarray, index: int) -> Any:
-    import av
-
-    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-    frame.pts = index
-    frame.time_base = Fraction(1, FRAMES_PER_SECOND)
-    return frame
-
-
-def _to_int16(samples: np.ndarray) -> np.ndarray:
-    return (samples * 32767).round().astype(np.int16)

@@ -43,6 +43,7 @@ class Prompt:
     id: str
     file: str  # the data file that it comes from
     inputs: Mapping[str, Any]  # a batch of one, tensors by transformers' names
+    question: str  # the words of the turn that is answered
     expected: str  # the words of the answer that the row gives, "" if it gives none
 
 
@@ -115,7 +116,8 @@ def read_prompt(reader: SourceReader, conversation: Conversation, file: str) -> 
     clips = processor.geometry(asked, headers)
     decoded = [reader.decode(source, clip) for (source, _), clip in zip(media, clips, strict=True)]
     inputs = processor.prompt(asked, headers, decoded)
-    return Prompt(id=conversation.id, file=file, inputs=inputs, expected=expected)
+    question = "".join(part.text for turn in asked.turns[-1:] for part in turn.parts)
+    return Prompt(id=conversation.id, file=file, inputs=inputs, question=question, expected=expected)
 
 
 def load_model(model_dir: Path) -> Any:
