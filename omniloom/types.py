@@ -485,7 +485,7 @@ class PackedBatch:
     targets: Mapping[str, Targets] = field(default_factory=dict)  # of losses beside text's, by name
     # of losses whose gradient is attached within the model: what the step's objective multiplies them by
     loss_scales: Mapping[str, float] = field(default_factory=dict)
-    draw_key: int | None = None  # from which, with a module's name, all random draws of this pack follow
+    draw_key: int | None = None  # from which, with a layer and a weight, all random draws of this pack follow
     media_route: MediaRoute | None = None  # of these media, where ranks share the towers' work
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from omniloom.dims import AudioTowerConfig, halved
 from omniloom.models.layers import ACTIVATIONS, MLP, Attention, LayerCall, Linear
+from omniloom.ops.linear_map import layer_key
 from omniloom.types import AudioBatch, Kernel, Segments
 
 NORM_EPS = 1e-5
@@ -30,7 +31,7 @@ class AudioStem(nn.Module):
         self.conv3 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         self.out = Linear(channels * halved(config.num_mel_bins, config.num_halvings), config.d_model, bias=False)
 
-    def forward(self, features: Tensor, chunk_frames: Tensor, draw_key: int | None = None) -> Tensor:
+    def forward(self, features: Tensor, chunk_frames: Tensor, draw_key: Tensor | None = None) -> Tensor:
         """features [num_chunks, mel bins, frames], chunk_frames int64 [num_chunks] -> [num_chunks, rows, d_model].
 
         What a chunk has past its `chunk_frames` is zero before every convolution, as if it ended there.
@@ -41,7 +42,7 @@ class AudioStem(nn.Module):
             past_end = torch.arange(x.shape[-1], device=x.device) >= frames[:, None]
             x = F.gelu(conv(x.masked_fill(past_end[:, None, None], 0.0)))  # [num_chunks, channels, bins, frames]
             frames = (frames + 1) // 2
-        rows = self.out(x.permute(0, 3, 1, 2).flatten(2), draw_key)
+        rows = self.out(x.permute(0, 3, 1, 2).flatten(2).flatten(0, 1), draw_key).unflatten(0, (x.shape[0], -1))
         return rows + sinusoids(rows.shape[1], rows.shape[2], rows.device).to(rows.dtype)
 
 
@@ -56,7 +57,7 @@ class WhisperStem(nn.Module):
         self.conv1 = nn.Conv1d(config.num_mel_bins, config.d_model, 3, padding=1)
         self.conv2 = nn.Conv1d(config.d_model, config.d_model, 3, stride=2, padding=1)
 
-    def forward(self, features: Tensor, chunk_frames: Tensor, draw_key: int | None = None) -> Tensor:
+    def forward(self, features: Tensor, chunk_frames: Tensor, draw_key: Tensor | None = None) -> Tensor:
         """As `AudioStem.forward`."""
         past_end = (torch.arange(features.shape[-1], device=features.device) >= chunk_frames[:, None])[:, None]
         x = F.gelu(self.conv1(features.to(self.conv1.weight.dtype).masked_fill(past_end, 0.0)))
@@ -96,7 +97,7 @@ class AudioBlock(nn.Module):
             activation=config.activation_function,
         )
 
-    def forward(self, hidden: Tensor, segments: Segments, draw_key: int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, segments: Segments, draw_key: Tensor | None = None) -> Tensor:
         """hidden [A, C] -> [A, C]."""
         hidden = hidden + self.attention(self.norm1(hidden), None, segments, draw_key)
         return hidden + self.mlp(self.norm2(hidden), draw_key)
@@ -111,7 +112,7 @@ class AudioProjector(nn.Module):
         self.act = ACTIVATIONS[config.activation_function]
         self.proj2 = Linear(config.d_model, config.output_dim)
 
-    def forward(self, hidden: Tensor, draw_key: int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, draw_key: Tensor | None = None) -> Tensor:
         """hidden [A, C] -> [A, output_dim]."""
         if self.proj1 is not None:
             hidden = self.act(self.proj1(hidden, draw_key))
@@ -132,10 +133,10 @@ class AudioTower(nn.Module):
 
     def forward(self, batch: AudioBatch, draw_key: int | None = None) -> Tensor:
         """Rows [A, output_dim], pooled rows [B, output_dim]."""
-        chunks = self.stem(batch.features, batch.chunk_frames, draw_key)  # [num_chunks, chunk_rows, d_model]
+        chunks = self.stem(batch.features, batch.chunk_frames, layer_key(draw_key))  # [num_chunks, chunk_rows, d_model]
         hidden = chunks.flatten(0, 1)[batch.valid_index]  # [A, d_model]
         for index, layer in enumerate(self.layers):
-            hidden = self.call(index, layer, hidden, batch.segments, draw_key)
+            hidden = self.call(index, layer, hidden, batch.segments, layer_key(draw_key, index))
         if batch.pool_index is not None:
             hidden = hidden[batch.pool_index].mean(dim=1)  # [B, d_model]
-        return self.projector(self.norm(hidden), draw_key)
+        return self.projector(self.norm(hidden), layer_key(draw_key))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from omniloom.models.layers import LayerCall, Linear, RMSNorm
 from omniloom.ops.auxiliary_loss import attach_loss
 from omniloom.ops.cross_entropy import linear_cross_entropy
+from omniloom.ops.linear_map import LinearMap, layer_key
 from omniloom.ops.rotary import Rotary
 from omniloom.types import ROUTER, TEXT, LossTerms, PackedBatch, Segments, TowerRows
 
@@ -46,7 +47,7 @@ class DecoderLayer(nn.Module):
         self.mlp, self.moe = mlp, moe
 
     def forward(
-        self, hidden: Tensor, rotary: Rotary, segments: Segments, is_padding: Tensor, draw_key: int | None = None
+        self, hidden: Tensor, rotary: Rotary, segments: Segments, is_padding: Tensor, draw_key: Tensor | None = None
     ) -> tuple[Tensor] | tuple[Tensor, Tensor, Tensor]:
         """hidden [T, C] -> (hidden [T, C],), with experts also the router loss float32 [] and counts int64 [E]."""
         hidden = hidden + self.attention(self.attention_norm(hidden), rotary, segments, draw_key)
@@ -64,11 +65,9 @@ class CrossEntropy(nn.Module):
         super().__init__()
         self.chunk_tokens = chunk_tokens
 
-    def forward(
-        self, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, low: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """hidden [L, C], head [V, C], labels int64 [L], weights float32 [L], low [L, R] and [V, R] -> float32 []."""
-        return linear_cross_entropy(hidden, head, labels, weights, low=low, chunk_tokens=self.chunk_tokens)
+    def forward(self, hidden: Tensor, head: LinearMap, labels: Tensor, weights: Tensor) -> Tensor:
+        """hidden [L, C], head to [L, V], labels int64 [L], weights float32 [L] -> float32 []."""
+        return linear_cross_entropy(hidden, head, labels, weights, chunk_tokens=self.chunk_tokens)
 
 
 class LossHead(nn.Module):
@@ -81,7 +80,7 @@ class LossHead(nn.Module):
         self.cross_entropy = CrossEntropy(chunk_tokens)
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None, weights: Tensor | None, draw_key: int | None = None
+        self, hidden: Tensor, labels: Tensor | None, weights: Tensor | None, draw_key: Tensor | None = None
     ) -> Tensor:
         """hidden [L, C], labels int64 [L], weights float32 [L] -> weighted sum of cross entropies, float32 [].
 
@@ -90,8 +89,7 @@ class LossHead(nn.Module):
         hidden = self.norm(hidden)
         if labels is None or weights is None:
             return self.head(hidden, draw_key).float()
-        low = None if isinstance(self.head, nn.Linear) else self.head.low_rank(hidden, draw_key)
-        return self.cross_entropy(hidden, self.head.weight, labels, weights, low)
+        return self.cross_entropy(hidden, self.head.as_map(draw_key), labels, weights)
 
 
 class Decoder(nn.Module):
@@ -130,12 +128,12 @@ class Decoder(nn.Module):
         hidden, sums, counts = self.run_layers(hidden, batch, media)
         if self.loss_head is None:
             return LossTerms(sums=sums, expert_counts=counts, hidden=hidden)
+        draw_key, index = layer_key(batch.draw_key), batch.loss_index
         if want == "logits":
-            return self.loss_head(hidden, None, None, batch.draw_key)
-        index = batch.loss_index
+            return self.loss_head(hidden, None, None, draw_key)
         if want == "best_tokens":
-            return self.loss_head(hidden[index], None, None, batch.draw_key).argmax(dim=-1)
-        text = self.loss_head(hidden[index], batch.labels[index], batch.loss_weights[index], batch.draw_key)
+            return self.loss_head(hidden[index], None, None, draw_key).argmax(dim=-1)
+        text = self.loss_head(hidden[index], batch.labels[index], batch.loss_weights[index], draw_key)
         return LossTerms(sums={TEXT: text, **sums}, expert_counts=counts)
 
     def embed_rows(self, batch: PackedBatch, media: TowerRows) -> Tensor:
@@ -162,7 +160,7 @@ class Decoder(nn.Module):
         router_scale = batch.loss_scales.get(ROUTER, 0.0)
         router_losses, counts = [], []
         for name, layer in self.layers.items():
-            inputs = (hidden, rotary, batch.segments, batch.is_padding, batch.draw_key)
+            inputs = (hidden, rotary, batch.segments, batch.is_padding, layer_key(batch.draw_key, int(name)))
             hidden, *of_router = self.call(int(name), layer, *inputs)
             if of_router:
                 router_loss = of_router[0] / self.num_router_losses  # its share of the mean over layers

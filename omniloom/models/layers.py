@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from omniloom.ops.attention import HeadNorms, segment_attention
 from omniloom.ops.gated_mlp import gated_mlp
+from omniloom.ops.linear_map import LinearMap
 from omniloom.ops.norm import rms_norm
 from omniloom.ops.rotary import Rotary, apply_rotary
 from omniloom.types import Kernel, Segments
@@ -46,10 +47,14 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear in whose place one may stand that draws at random: `draw_key` is for that one."""
+    """A linear in whose place an adapted one may stand, which draws at random by `draw_key`."""
 
-    def forward(self, input: Tensor, draw_key: int | None = None) -> Tensor:
+    def forward(self, input: Tensor, draw_key: Tensor | None = None) -> Tensor:
         return super().forward(input)
+
+    def as_map(self, draw_key: Tensor | None) -> LinearMap:
+        """For operations that take several linears at once."""
+        return LinearMap(self.weight, self.bias)
 
 
 class LayerCall(nn.Module):
@@ -98,7 +103,9 @@ class Attention(nn.Module):
         self.core = AttentionCore(causal=causal, kernel=kernel)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=biases[3])
 
-    def forward(self, hidden: Tensor, rotary: Rotary | None, segments: Segments, draw_key: int | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, rotary: Rotary | None, segments: Segments, draw_key: Tensor | None = None
+    ) -> Tensor:
         """hidden [T, C] -> [T, C]."""
         heads = (-1, self.head_dim)
         q = self.q_proj(hidden, draw_key).unflatten(-1, heads)  # [T, H, D]
@@ -123,33 +130,44 @@ class FusedAttention(nn.Module):
         self.core = AttentionCore(causal=False, kernel=kernel)
         self.proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, segments: Segments, draw_key: int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, rotary: Rotary, segments: Segments, draw_key: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(hidden, draw_key).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # each [P, H, D]
         out = self.core(apply_rotary(q, rotary), apply_rotary(k, rotary), v, segments)
         return self.proj(out.flatten(1), draw_key)
 
 
+class GatedProduct(nn.Module):
+    """A gated feed-forward as a module without parameters, so that weights may be shards."""
+
+    def forward(
+        self,
+        hidden: Tensor,
+        gate: LinearMap,
+        up: LinearMap,
+        down: LinearMap,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """As `ops.gated_mlp`: hidden [T, C], its norm's weight [C] -> [T, C]."""
+        return gated_mlp(hidden, gate, up, down, norm, eps)
+
+
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) x up(x)). Source: Shazeer 2020 (arXiv 2002.05202)."""
+    """down(silu(gate(x)) x up(x)). Source: Shazeer 2020 (arXiv 2002.05202)."""
 
     def __init__(self, *, hidden_size: int, intermediate_size: int, activation: str, bias: bool = False) -> None:
         super().__init__()
+        if activation != "silu":
+            raise ValueError(f"hidden_act {activation!r} of a gated feed-forward is not supported; expected silu")
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
-        self.act = ACTIVATIONS[activation]
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
-        self.is_plain = activation == "silu" and not bias
+        self.product = GatedProduct()
 
-    def forward(self, hidden: Tensor, draw_key: int | None = None, norm: RMSNorm | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, draw_key: Tensor | None = None, norm: RMSNorm | None = None) -> Tensor:
         """hidden [T, C] -> [T, C]; `norm` is applied to it first."""
-        projections = (self.gate_proj, self.up_proj, self.down_proj)
-        if self.is_plain and all(isinstance(projection, nn.Linear) for projection in projections):  # no adapters
-            of_norm = () if norm is None else (norm.weight, norm.eps)
-            return gated_mlp(hidden, *(projection.weight for projection in projections), *of_norm)
-        if norm is not None:
-            hidden = norm(hidden)
-        inner = self.act(self.gate_proj(hidden, draw_key)) * self.up_proj(hidden, draw_key)
-        return self.down_proj(inner, draw_key)
+        maps = (projection.as_map(draw_key) for projection in (self.gate_proj, self.up_proj, self.down_proj))
+        return self.product(hidden, *maps, *(() if norm is None else (norm.weight, norm.eps)))
 
 
 class MLP(nn.Module):
@@ -161,5 +179,5 @@ class MLP(nn.Module):
         self.act = ACTIVATIONS[activation]
         self.fc2 = Linear(intermediate_size, hidden_size)
 
-    def forward(self, hidden: Tensor, draw_key: int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, draw_key: Tensor | None = None) -> Tensor:
         return self.fc2(self.act(self.fc1(hidden, draw_key)), draw_key)

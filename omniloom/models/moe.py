@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omniloom.models.layers import GatedMLP, Linear
-from omniloom.ops.gated_experts import Copies, gated_experts, routed_experts
+from omniloom.ops.gated_experts import Copies, gated_experts
 from omniloom.ops.grouped_gemm import group_multiple, sort_by_group
+from omniloom.ops.linear_map import LinearMap
 
 
 class Router(nn.Module):
@@ -67,16 +68,14 @@ class LocalCounts(nn.Module):
         return counts
 
 
-class GatedProduct(nn.Module):
+class ExpertsProduct(nn.Module):
     """All experts' feed-forwards as a module without parameters, so that weights may be shards."""
 
     def forward(
-        self, rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, copies: Copies | None = None
+        self, rows: Tensor, gate_up: LinearMap, down: LinearMap, offsets: Tensor, copies: Copies | None = None
     ) -> Tensor:
-        """rows [N, C], gate_up [E, 2 I, C], down [E, C, I], offsets int32 [E] -> [N, C]."""
-        if copies is None:
-            return gated_experts(rows, gate_up, down, offsets)
-        return routed_experts(rows, gate_up, down, offsets, copies)
+        """As `ops.gated_experts`: rows [N, C], or tokens [T, C] with `copies`, offsets int32 [E] -> the same shape."""
+        return gated_experts(rows, gate_up, down, offsets, copies)
 
 
 class Experts(nn.Module):
@@ -88,16 +87,16 @@ class Experts(nn.Module):
             raise ValueError(f"hidden_act {activation!r} of a model with experts is not supported; expected silu")
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
-        self.product = GatedProduct()
+        self.product = ExpertsProduct()
 
     def forward(
-        self, rows: Tensor, offsets: Tensor, copies: Copies | None = None, draw_key: int | None = None
+        self, rows: Tensor, offsets: Tensor, copies: Copies | None = None, draw_key: Tensor | None = None
     ) -> Tensor:
         """rows [N, C] sorted by expert, offsets int32 [E] where each expert's rows end -> [N, C].
 
         With `copies`, rows are tokens in their own order, and what comes back are the weighted sums of their copies.
         """
-        return self.product(rows, self.gate_up, self.down, offsets, copies)
+        return self.product(rows, LinearMap(self.gate_up), LinearMap(self.down), offsets, copies)
 
 
 class LocalDispatch(nn.Module):
@@ -124,7 +123,7 @@ class SharedExpert(nn.Module):
         self.mlp = GatedMLP(hidden_size=hidden_size, intermediate_size=intermediate_size, activation=activation)
         self.gate = Linear(hidden_size, 1, bias=False)
 
-    def forward(self, hidden: Tensor, draw_key: int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, draw_key: Tensor | None = None) -> Tensor:
         """hidden [T, C] -> [T, C]."""
         return self.gate(hidden, draw_key).sigmoid() * self.mlp(hidden, draw_key)
 
@@ -159,7 +158,9 @@ class MoE(nn.Module):
         )
         self.shared = shared
 
-    def forward(self, hidden: Tensor, is_padding: Tensor, draw_key: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, is_padding: Tensor, draw_key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [T, C], is_padding bool [T] -> [T, C], router loss float32 [], counts of these rows int64 [E]."""
         probabilities, expert_index, expert_weights = self.router(hidden)
         counts = count_experts(expert_index, is_padding, self.num_experts)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from omniloom.dims import VisionTowerConfig
 from omniloom.models.layers import ACTIVATIONS, MLP, Attention, FusedAttention, GatedMLP, LayerCall, Linear, RMSNorm
+from omniloom.ops.linear_map import layer_key
 from omniloom.ops.rotary import Rotary, axial_rotary
 from omniloom.types import Kernel, Segments, VisionBatch
 
@@ -48,7 +49,7 @@ class VisionBlock(nn.Module):
         else:
             self.mlp = MLP(hidden_size=size, intermediate_size=config.intermediate_size, activation=config.hidden_act)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, segments: Segments, draw_key: int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, rotary: Rotary, segments: Segments, draw_key: Tensor | None = None) -> Tensor:
         """hidden [P, C] -> [P, C]."""
         hidden = hidden + self.attention(self.norm1(hidden), rotary, segments, draw_key)
         return hidden + self.mlp(self.norm2(hidden), draw_key)
@@ -69,7 +70,7 @@ class PatchMerger(nn.Module):
         self.act = ACTIVATIONS["gelu"]
         self.fc2 = Linear(self.merged_size, config.out_hidden_size)
 
-    def forward(self, hidden: Tensor, draw_key: int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, draw_key: Tensor | None = None) -> Tensor:
         """hidden [P, C] -> [P / merge^2, out_hidden_size]."""
         if self.norm_merged:
             hidden = self.norm(hidden.view(-1, self.merged_size))
@@ -96,7 +97,8 @@ class VisionTower(nn.Module):
 
     def forward(self, batch: VisionBatch, draw_key: int | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Rows [P / merge^2, out_hidden_size], and as many per deepstack level."""
-        hidden = self.patch_embed(batch.patches.to(self.patch_embed.weight.dtype), draw_key)  # [P, C]
+        own_key = layer_key(draw_key)
+        hidden = self.patch_embed(batch.patches.to(self.patch_embed.weight.dtype), own_key)  # [P, C]
         if self.pos_embed is not None:
             positions = self.pos_embed(batch.interpolation_index) * batch.interpolation_weights[:, :, None]  # [P, 4, C]
             hidden = hidden + positions.sum(dim=1).to(hidden.dtype)
@@ -106,7 +108,7 @@ class VisionTower(nn.Module):
         levels = []
         for index, layer in enumerate(self.layers):
             seen = windows if self.config.sees_windows(index) else batch.segments
-            hidden = self.call(index, layer, hidden, rotary, seen, draw_key)
+            hidden = self.call(index, layer, hidden, rotary, seen, layer_key(draw_key, index))
             if index in self.config.deepstack_visual_indexes:
-                levels.append(self.deepstack[len(levels)](hidden, draw_key))
-        return self.merger(hidden, draw_key), tuple(levels)
+                levels.append(self.deepstack[len(levels)](hidden, own_key))
+        return self.merger(hidden, own_key), tuple(levels)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from omniloom.ops.linear_map import LinearMap, dropped
+
 LOGIT_BUDGET_BYTES = 2**28  # of float32 logits held at a time
 DEVICE_LOGIT_BUDGET_BYTES = 2**31  # on accelerators: every chunk there adds the whole head to its gradient once more
 
@@ -24,25 +26,24 @@ def choose_chunk_tokens(vocab_size: int, device_type: str) -> int:
 
 def linear_cross_entropy(
     hidden: Tensor,
-    head: Tensor,
+    head: LinearMap,
     labels: Tensor,
     weights: Tensor,
     *,
-    low: tuple[Tensor, Tensor] | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Sum over tokens of weight x cross entropy of `hidden @ head.T` against `labels`, a float32 scalar.
+    """Sum over tokens of weight x cross entropy of `head(hidden)` against `labels`, a float32 scalar.
 
     Args:
         hidden: [L, C], float32 or bfloat16. L may be 0: the loss is then 0 and all gradients are zeros.
-        head: [V, C], same dtype.
+        head: to [L, V], in the same dtype, without bias or scale; its low and up train too.
         labels: int64 [L], all in 0..V-1 (rows without a label are not passed).
         weights: float32 [L]; no gradient flows to them.
-        low: an adapter's [L, R] and [V, R], whose product is added to the logits.
         chunk_tokens: tokens whose logits are held at a time; None chooses by the device's budget.
     """
-    chunk = choose_chunk_tokens(head.shape[0], hidden.device.type) if chunk_tokens is None else chunk_tokens
-    return _LinearCrossEntropy.apply(labels, weights, chunk, torch.is_grad_enabled(), hidden, head, *(low or ()))
+    chunk = choose_chunk_tokens(head.weight.shape[0], hidden.device.type) if chunk_tokens is None else chunk_tokens
+    low = () if head.low is None else (F.linear(dropped(hidden, head.dropout), head.low), head.up)
+    return _LinearCrossEntropy.apply(labels, weights, chunk, torch.is_grad_enabled(), hidden, head.weight, *low)
 
 
 def linear_cross_entropy_reference(hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

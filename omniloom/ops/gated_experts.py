@@ -8,7 +8,7 @@ tokens cost as much as the products.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omniloom.ops.grouped_gemm import grouped_linear, grouped_linear_reference, grouped_outer
+from omniloom.ops.grouped_gemm import grouped_linear_reference
+from omniloom.ops.linear_map import NUM_PARTS, Dropout, LinearMap
+
+Dropouts = tuple[Dropout | None, ...]
 
 
 class Copies(NamedTuple):
@@ -28,149 +31,188 @@ class Copies(NamedTuple):
     weights: Tensor  # [T, K]
 
 
-def gated_experts(rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) -> Tensor:
-    """down[e] (silu(gate[e] x) * up[e] x) for each row x of each group e.
+def gated_experts(
+    rows: Tensor, gate_up: LinearMap, down: LinearMap, offsets: Tensor, copies: Copies | None = None
+) -> Tensor:
+    """down[e](silu(gate[e](x)) * up[e](x)) for each row x of each group e.
 
     Args:
-        rows: [N, C], sorted by group.
-        gate_up: [E, 2 I, C], gate's rows before up's.
-        down: [E, C, I].
-        offsets: int32 [E], where each group ends in `rows`; empty groups repeat the bound before them.
+        rows: [N, C], sorted by group; with `copies` the tokens [T, C] in their own order.
+        gate_up: stacked, to [N, 2 I], gate's before up's.
+        down: stacked, from [N, I] to [N, C].
+        offsets: int32 [E], where each group ends in the sorted rows; empty groups repeat the bound before them.
 
-    Returns: [N, C]. Rows past the last bound are uninitialised memory, in the gradient of `rows` too.
+    Returns: [N, C], rows past the last bound being uninitialised memory, in the gradient of `rows` too; with `copies`
+    the weighted sums over a token's copies [T, C].
     Source: Shazeer 2020 (arXiv 2002.05202).
     """
-    return _GatedExperts.apply(rows, gate_up, down, offsets)
-
-
-def routed_experts(tokens: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, copies: Copies) -> Tensor:
-    """Weighted sum over a token's copies of what `gated_experts` makes of them: tokens [T, C] -> [T, C].
-
-    Weights and offsets as in `gated_experts`, the groups being those of the sorted copies.
-    """
-    return _RoutedExperts.apply(tokens.device.type == "cpu", tokens, gate_up, down, offsets, *copies)
+    dropouts = (gate_up.dropout, down.dropout)
+    if copies is None:
+        return _GatedExperts.apply(dropouts, rows, offsets, None, None, None, *gate_up.parts, *down.parts)
+    function = _CPUExperts if rows.device.type == "cpu" else _GatedExperts
+    return function.apply(dropouts, rows, offsets, *copies, *gate_up.parts, *down.parts)
 
 
 def routed_experts_reference(tokens: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, copies: Copies) -> Tensor:
-    """What `routed_experts` computes, each step for all copies before the next."""
+    """What `gated_experts` computes with copies, each step for all of them before the next."""
     sorted_rows = tokens[copies.slot // copies.weights.shape[1]]
     gate, up = grouped_linear_reference(sorted_rows, gate_up, offsets).chunk(2, dim=-1)
     rows = grouped_linear_reference(F.silu(gate) * up, down, offsets)
     return (rows[copies.row].unflatten(0, copies.weights.shape) * copies.weights[:, :, None]).sum(dim=1)
 
 
+# ---------------------------------------------------------------------------------------- all groups in one call
+
+
 class _GatedExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) -> Tensor:
-        out, wide = _products(rows, gate_up, down, offsets)
-        ctx.save_for_backward(rows, wide, gate_up, down, offsets)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(grad, *ctx.saved_tensors, None, ctx.needs_input_grad)[:3], None
-
-
-class _RoutedExperts(torch.autograd.Function):
-    """`by_group` takes one group after another, which only the CPU can."""
+    """`parts` are those of gate_up and down; `slot`, `row` and `weights` may be None."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        by_group: bool,
+        dropouts: Dropouts,
         tokens: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
         offsets: Tensor,
-        slot: Tensor,
-        row: Tensor,
-        weights: Tensor,
+        slot: Tensor | None,
+        row: Tensor | None,
+        weights: Tensor | None,
+        *parts: Tensor | None,
     ) -> Tensor:
-        if by_group:
-            out, wide = _cpu_routed_experts(tokens, gate_up, down, offsets, slot, row, weights)
-        else:
-            rows, wide = _products(tokens.index_select(0, slot // weights.shape[1]), gate_up, down, offsets)
+        gate_up, down = _maps(parts, dropouts)
+        rows = tokens if slot is None or weights is None else tokens.index_select(0, slot // weights.shape[1])
+        wide = gate_up(rows, offsets)  # [N, 2 I]
+        gate, up = wide.chunk(2, dim=-1)
+        out = down(F.silu(gate).mul_(up), offsets)
+        if row is not None and weights is not None:
             # a bag is a token: an embedding's kernel happens to be the fused weighted gather
-            out = F.embedding_bag(row.view_as(weights), rows, mode="sum", per_sample_weights=weights)
-        ctx.save_for_backward(tokens, wide, gate_up, down, offsets, slot, row, weights)
-        ctx.by_group = by_group
+            out = F.embedding_bag(row.view_as(weights), out, mode="sum", per_sample_weights=weights)
+        ctx.save_for_backward(tokens, offsets, slot, row, weights, wide, *parts)
+        ctx.dropouts = dropouts
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # asked for once: a recomputing backward has each for one use
-        tokens, wide, gate_up, down, offsets, slot, row, weights = saved
-        wanted = list(ctx.needs_input_grad[1:4])
-        if ctx.by_group:
-            *grads, weights_grad = _cpu_routed_experts_backward(grad.contiguous(), *saved, wanted)
-            kept = (value if want else None for value, want in zip(grads, wanted, strict=True))
-            return None, *kept, None, None, None, weights_grad
+        tokens, offsets, slot, row, weights, wide, *parts = saved
+        maps = _maps(parts, ctx.dropouts)
+        wanted = [ctx.needs_input_grad[start:][:4] for start in (6, 6 + NUM_PARTS)]
+        if slot is None:
+            rows_grad, _, grads = _gradients(grad, tokens, wide, maps, offsets, None, wanted)
+            return None, rows_grad, None, None, None, None, *grads
         token = slot // weights.shape[1]
-        weight = weights.new_zeros(slot.shape[0], 1).scatter_(0, row[:, None], weights.view(-1, 1))
-        rows, out_grad = tokens.index_select(0, token), grad.index_select(0, token)
-        rows_grad, *grads, weights_grad = _gradients(out_grad, rows, wide, gate_up, down, offsets, weight, wanted)
-        tokens_grad = None if rows_grad is None else F.embedding_bag(row.view_as(weights), rows_grad, mode="sum")
-        assert weights_grad is not None
-        return None, tokens_grad, *grads, None, None, None, weights_grad[row].view_as(weights)
-
-
-# ---------------------------------------------------------------------------------------- all groups in one call
-
-
-def _products(rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """What the groups make of their rows [N, C], and what went into the activation [N, 2 I]."""
-    wide = grouped_linear(rows, gate_up, offsets)
-    gate, up = wide.chunk(2, dim=-1)
-    return grouped_linear(F.silu(gate).mul_(up), down, offsets), wide
+        weight = weights.new_zeros(slot.shape[0], 1).scatter_(0, row[:, None], weights.view(-1, 1))  # 0 for filling
+        rows, rows_out_grad = tokens.index_select(0, token), grad.index_select(0, token)
+        rows_grad, weight_grad, grads = _gradients(rows_out_grad, rows, wide, maps, offsets, weight, wanted)
+        tokens_grad = F.embedding_bag(row.view_as(weights), rows_grad, mode="sum")
+        return None, tokens_grad, None, None, None, weight_grad[row].view_as(weights), *grads
 
 
 def _gradients(
     grad: Tensor,
     rows: Tensor,
     wide: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    offsets: Tensor,
+    maps: Sequence[LinearMap],
+    offsets: Tensor | None,
     weight: Tensor | None,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of rows, gate_up, down and of `weight` [N], by which each row of the result is multiplied if given."""
+    wanted: Sequence[Sequence[bool]],
+    start: int = 0,
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Gradients of rows [N, C], of `weight` [N, 1], by which each row's result is multiplied if given, and of parts.
+
+    Without offsets all rows are of one group, whose maps are given; `wanted` are those of both maps' parts.
+    """
+    gate_up, down = maps
     gate, up = wide.chunk(2, dim=-1)
-    active, inner_grad = F.silu(gate), grouped_linear(grad, down.mT, offsets)  # [N, I]
+    active = F.silu(gate)  # [N, I]
+    inner_grad, narrow_grad = down.row_gradient(grad, offsets, start=start)
     inner = active * up
-    weight_grad = None
+    # <grad, down inner> = <down^T grad, inner>: the weight's gradient needs no result of the expert
+    weight_grad = torch.linalg.vecdot(inner_grad, inner) if weight is not None else inner.new_empty(0)
     if weight is not None:
-        # <grad, down inner> = <down^T grad, inner>: the weight's gradient needs no result of the expert
-        weight_grad = torch.linalg.vecdot(inner_grad, inner)
         inner, inner_grad = inner.mul_(weight), inner_grad.mul_(weight)
-    down_grad = grouped_outer(grad, inner, offsets) if wanted[2] else None
+    down_grads = _of_parts(down, grad, narrow_grad, inner, wanted[1], offsets, start)
     wide_grad = torch.empty_like(wide)
     gate_grad, up_grad = wide_grad.chunk(2, dim=-1)
     torch.mul(inner_grad, active, out=up_grad)
     torch.ops.aten.silu_backward.grad_input(inner_grad.mul_(up), gate, grad_input=gate_grad)
-    gate_up_grad = grouped_outer(wide_grad, rows, offsets) if wanted[1] else None
-    rows_grad = grouped_linear(wide_grad, gate_up.mT, offsets) if wanted[0] else None
-    return rows_grad, gate_up_grad, down_grad, weight_grad
+    rows_grad, narrow_grad = gate_up.row_gradient(wide_grad, offsets, start=start)
+    gate_up_grads = _of_parts(gate_up, wide_grad, narrow_grad, rows, wanted[0], offsets, start)
+    return rows_grad, weight_grad, [*gate_up_grads, *down_grads]
+
+
+def _of_parts(
+    linear: LinearMap,
+    grad: Tensor,
+    narrow_grad: Tensor | None,
+    rows: Tensor,
+    wanted: Sequence[bool],
+    offsets: Tensor | None,
+    start: int,
+) -> tuple[Tensor | None, ...]:
+    weight, low, up = linear.weight_gradients(grad, narrow_grad, rows, (wanted[0], *wanted[2:4]), offsets, start=start)
+    return weight, None, low, up, None  # neither bias nor scale
+
+
+def _maps(parts: Sequence[Any], dropouts: Dropouts) -> tuple[LinearMap, LinearMap]:
+    return LinearMap(*parts[:NUM_PARTS], dropouts[0]), LinearMap(*parts[NUM_PARTS:], dropouts[1])
 
 
 # ---------------------------------------------------------------------------------------- group by group, on CPU
 
 
+class _CPUExperts(torch.autograd.Function):
+    """As `_GatedExperts` with copies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dropouts: Dropouts,
+        tokens: Tensor,
+        offsets: Tensor,
+        slot: Tensor,
+        row: Tensor,
+        weights: Tensor,
+        *parts: Tensor | None,
+    ) -> Tensor:
+        settings = _plain(dropouts)
+        out, wide = _cpu_routed_experts(tokens, offsets, slot, row, weights, parts, *settings)
+        ctx.save_for_backward(tokens, offsets, slot, row, weights, wide, *parts)
+        ctx.settings = settings
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted, saved = list(ctx.needs_input_grad[6:]), ctx.saved_tensors
+        results = _cpu_routed_experts_backward(grad.contiguous(), *saved[:6], saved[6:], wanted, *ctx.settings)
+        tokens_grad, weights_grad, *grads = results
+        kept = (each if want else None for each, want in zip(grads, wanted, strict=True))
+        return None, tokens_grad, None, None, None, weights_grad, *kept
+
+
 @torch.library.custom_op("omniloom::cpu_routed_experts", mutates_args=())
 def _cpu_routed_experts(
-    tokens: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, slot: Tensor, row: Tensor, weights: Tensor
+    tokens: Tensor,
+    offsets: Tensor,
+    slot: Tensor,
+    row: Tensor,
+    weights: Tensor,
+    parts: Sequence[Tensor | None],
+    rates: Sequence[float],
+    salts: Sequence[int],
+    key: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the sums [T, C], and of every copy what went into its activation [P, 2 I]."""
-    wide = tokens.new_empty(slot.shape[0], gate_up.shape[1])
+    maps = _maps(parts, _dropouts(rates, salts, key))
+    wide = tokens.new_empty(slot.shape[0], maps[0].weight.shape[1])
     rows = tokens.new_empty(slot.shape[0], tokens.shape[1])
     token = slot // weights.shape[1]
     for group, block in _groups(offsets):
-        torch.mm(tokens.index_select(0, token[block]), gate_up[group].T, out=wide[block])
+        gate_up, down = (each.of_group(group) for each in maps)
+        gate_up(tokens.index_select(0, token[block]), start=block.start, out=wide[block])
         gate, up = wide[block].chunk(2, dim=-1)
-        torch.mm(F.silu(gate).mul_(up), down[group].T, out=rows[block])
-    # a bag is a token: an embedding's kernel happens to be the fused weighted gather
+        down(F.silu(gate).mul_(up), start=block.start, out=rows[block])
     return F.embedding_bag(row.view_as(weights), rows, mode="sum", per_sample_weights=weights), wide
 
 
@@ -178,44 +220,57 @@ def _cpu_routed_experts(
 def _cpu_routed_experts_backward(
     grad: Tensor,
     tokens: Tensor,
-    wide: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
     offsets: Tensor,
     slot: Tensor,
     row: Tensor,
     weights: Tensor,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of tokens, gate_up, down and weights; of the first three, nothing [0] where not `wanted`."""
-    copies_grad = torch.empty(slot.shape[0], tokens.shape[1], dtype=tokens.dtype) if wanted[0] else tokens.new_empty(0)
-    # zeros: an expert may have no rows
-    gate_up_grad, down_grad = (
-        torch.zeros_like(weight, memory_format=torch.contiguous_format) if want else weight.new_empty(0)
-        for weight, want in zip((gate_up, down), wanted[1:], strict=True)
-    )
-    token, weights_grad = slot // weights.shape[1], weights.new_zeros(slot.shape[0])
+    wide: Tensor,
+    parts: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    rates: Sequence[float],
+    salts: Sequence[int],
+    key: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of tokens, weights and parts; of the last, nothing [0] where not `wanted`."""
+    maps = _maps(parts, _dropouts(rates, salts, key))
+    copies_grad, weights_grad = tokens.new_empty(slot.shape[0], tokens.shape[1]), weights.new_zeros(slot.shape[0])
+    grads = _like_wanted(torch.zeros_like, tokens, parts, wanted)  # zeros: an expert may have no rows
+    token = slot // weights.shape[1]
     weight = weights.new_zeros(slot.shape[0], 1).scatter_(0, row[:, None], weights.view(-1, 1))  # 0 for filling
+    of_maps = (wanted[:NUM_PARTS], wanted[NUM_PARTS:])
     for group, block in _groups(offsets):
         rows, out_grad = tokens.index_select(0, token[block]), grad.index_select(0, token[block])  # [n, C]
-        gate, up = wide[block].chunk(2, dim=-1)
-        active, inner_grad = F.silu(gate), out_grad @ down[group]  # [n, I]
-        inner = active * up
-        # <grad, down inner> = <down^T grad, inner>: the weight's gradient needs no result of the expert
-        torch.linalg.vecdot(inner_grad, inner, out=weights_grad[block])
-        if wanted[2]:
-            torch.mm(out_grad.T, inner.mul_(weight[block]), out=down_grad[group])
-        inner_grad *= weight[block]
-        wide_grad = torch.empty_like(wide[block])
-        gate_grad, up_grad = wide_grad.chunk(2, dim=-1)
-        torch.mul(inner_grad, active, out=up_grad)
-        torch.ops.aten.silu_backward.grad_input(inner_grad.mul_(up), gate, grad_input=gate_grad)
-        if wanted[1]:
-            torch.mm(wide_grad.T, rows, out=gate_up_grad[group])
-        if wanted[0]:
-            torch.mm(wide_grad, gate_up[group], out=copies_grad[block])
-    tokens_grad = F.embedding_bag(row.view_as(weights), copies_grad, mode="sum") if wanted[0] else copies_grad
-    return tokens_grad, gate_up_grad, down_grad, weights_grad[row].view_as(weights)
+        own = [each.of_group(group) for each in maps]
+        copies_grad[block], weights_grad[block], of_group = _gradients(
+            out_grad, rows, wide[block], own, None, weight[block], of_maps, block.start
+        )
+        for whole, part in zip(grads, of_group, strict=True):
+            if part is not None:
+                whole[group] = part
+    tokens_grad = F.embedding_bag(row.view_as(weights), copies_grad, mode="sum")
+    return [tokens_grad, weights_grad[row].view_as(weights), *grads]
+
+
+def _plain(dropouts: Dropouts) -> tuple[list[float], list[int], Tensor | None]:
+    """What an operation can be given: rates, of which 0 is none, salts and the key."""
+    keys = [each.key for each in dropouts if each is not None]
+    rates = [0.0 if each is None else each.rate for each in dropouts]
+    return rates, [0 if each is None else each.salt for each in dropouts], keys[0] if keys else None
+
+
+def _dropouts(rates: Sequence[float], salts: Sequence[int], key: Tensor | None) -> Dropouts:
+    pairs = zip(rates, salts, strict=True)
+    return tuple(Dropout(rate, salt, key) if rate and key is not None else None for rate, salt in pairs)
+
+
+def _like_wanted(
+    make: Callable[..., Tensor], tokens: Tensor, parts: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor]:
+    pairs = zip(parts, wanted, strict=True)
+    return [
+        tokens.new_empty(0) if part is None or not want else make(part, memory_format=torch.contiguous_format)
+        for part, want in pairs
+    ]
 
 
 def _groups(offsets: Tensor) -> list[tuple[int, slice]]:
@@ -225,19 +280,15 @@ def _groups(offsets: Tensor) -> list[tuple[int, slice]]:
 
 
 def _fake(
-    tokens: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, slot: Tensor, row: Tensor, weights: Tensor
+    tokens: Tensor, offsets: Tensor, slot: Tensor, row: Tensor, weights: Tensor, parts: Sequence[Any], *_others: object
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
-    return out, tokens.new_empty(slot.shape[0], gate_up.shape[1])
+    return out, tokens.new_empty(slot.shape[0], parts[0].shape[1])
 
 
-def _fake_backward(_grad: Tensor, tokens: Tensor, _wide: Tensor, gate_up: Tensor, down: Tensor, *others):
-    *_, weights, wanted = others
-    first, second, third = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if want else x.new_empty(0)
-        for x, want in zip((tokens, gate_up, down), wanted, strict=True)
-    )
-    return first, second, third, torch.empty_like(weights)
+def _fake_backward(_grad: Tensor, tokens: Tensor, *others: Any) -> list[Tensor]:
+    _, _, _, weights, _, parts, wanted, *_ = others
+    return [torch.empty_like(tokens), torch.empty_like(weights), *_like_wanted(torch.empty_like, tokens, parts, wanted)]
 
 
 _cpu_routed_experts.register_fake(_fake)

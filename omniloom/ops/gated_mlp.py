@@ -8,6 +8,7 @@ feed-forwards are, passes over all rows, and fresh memory for each, cost as much
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,19 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from omniloom.ops.linear_map import NUM_PARTS, Dropout, LinearMap
 from omniloom.ops.norm import normalise, normalise_backward
 
+Dropouts = tuple[Dropout | None, ...]
 BLOCK_ELEMENTS = 2**20  # of the wide intermediate on CPU: 4 MiB of float32
 
 
 def gated_mlp(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, norm: Tensor | None = None, eps: float = 0.0
+    x: Tensor, gate: LinearMap, up: LinearMap, down: LinearMap, norm: Tensor | None = None, eps: float = 0.0
 ) -> Tensor:
-    """down (silu(gate y) * up y) with y = x, or y = rms_norm(x, norm, eps) if `norm` [C] is given.
+    """down(silu(gate(y)) * up(y)) with y = x, or y = rms_norm(x, norm, eps) if `norm` [C] is given.
 
-    x [N, C], gate and up [I, C], down [C, I] -> [N, C]. Source: Shazeer 2020 (arXiv 2002.05202).
+    x [N, C], gate and up to [N, I], down to [N, O] -> [N, O]. Source: Shazeer 2020 (arXiv 2002.05202).
     """
-    return _GatedMLP.apply(eps, x, norm, gate, up, down)
+    maps = (gate, up, down)
+    return _GatedMLP.apply(eps, tuple(each.dropout for each in maps), x, norm, *gate.parts, *up.parts, *down.parts)
 
 
 def gated_mlp_reference(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -36,56 +40,66 @@ def gated_mlp_reference(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Te
 
 
 class _GatedMLP(torch.autograd.Function):
+    """`parts` are those of gate, up and down."""
+
     @staticmethod
-    def forward(ctx: Any, eps: float, x: Tensor, norm: Tensor | None, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        out = x.new_empty(x.shape[0], down.shape[0])
+    def forward(
+        ctx: Any, eps: float, dropouts: Dropouts, x: Tensor, norm: Tensor | None, *parts: Tensor | None
+    ) -> Tensor:
+        gate, up, down = _maps(parts, dropouts)
+        out = x.new_empty(x.shape[0], down.weight.shape[0])
         kept: list[Tensor] = []  # block by block: what one large tensor would take, the allocator cannot reuse
-        for block in _blocks(x, gate):
+        for block in _blocks(x, gate.weight):
             rows = x[block] if norm is None else normalise(x[block], norm, eps)[0]
-            gated, upped = rows @ gate.T, rows @ up.T  # [n, I]
-            torch.mm(F.silu(gated).mul_(upped), down.T, out=out[block])
+            gated, upped = gate(rows, start=block.start), up(rows, start=block.start)  # [n, I]
+            down(F.silu(gated).mul_(upped), start=block.start, out=out[block])
             kept += (gated, upped)
-        ctx.save_for_backward(x, norm, gate, up, down, *kept)
-        ctx.eps = eps
+        ctx.save_for_backward(x, norm, None if down.scale is None else out, *parts, *kept)
+        ctx.settings = eps, dropouts
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm, gate, up, down, *kept = ctx.saved_tensors
-        _, x_wanted, *wanted = ctx.needs_input_grad
-        x_grad = torch.empty_like(x) if x_wanted or wanted[0] else None
+        eps, dropouts = ctx.settings
+        saved = ctx.saved_tensors  # asked for once: a recomputing backward has each for one use
+        x, norm, out, *parts = saved[: 3 + 3 * NUM_PARTS]
+        kept, (gate, up, down) = saved[3 + len(parts) :], _maps(parts, dropouts)
+        of_gate, of_up, of_down = (ctx.needs_input_grad[4 + n * NUM_PARTS :][:NUM_PARTS] for n in range(3))
+        x_grad = torch.empty_like(x)
         # blocks add up in at least float32, since in bfloat16 the sum over many would lose the small ones
-        wide = torch.promote_types(gate.dtype, torch.float32) if len(kept) > 2 else gate.dtype
-        sums: list[Tensor | None] = [None] * 4  # of norm, gate, up and down
-        for number, block in enumerate(_blocks(x, gate)):
-            rows, scale = (x[block], None) if norm is None else normalise(x[block], norm, ctx.eps)
+        wide = torch.promote_types(x.dtype, torch.float32) if len(kept) > 2 else x.dtype
+        sums: list[Tensor | None] = [None] * (1 + len(parts))  # of norm and parts
+        for number, block in enumerate(_blocks(x, gate.weight)):
+            rows, scale = (x[block], None) if norm is None else normalise(x[block], norm, eps)
             gated, upped = kept[2 * number : 2 * number + 2]
-            active, inner_grad = F.silu(gated), grad[block] @ down  # [n, I]
-            if wanted[3]:
-                sums[3] = _add(sums[3], grad[block].T @ (active * upped), wide)
+            active, start = F.silu(gated), block.start
+            inner = active * upped if any(of_down) else active
+            result = None if out is None else out[block]
+            inner_grad, down_grads = down.backward(grad[block], inner, result, of_down, start=start)
             up_grad = active.mul_(inner_grad)
             gate_grad = torch.ops.aten.silu_backward(inner_grad.mul_(upped), gated)
-            for place, wide_grad in ((1, gate_grad), (2, up_grad)):
-                if wanted[place]:
-                    sums[place] = _add(sums[place], wide_grad.T @ rows, wide)
-            if x_grad is None:
-                continue
-            torch.mm(gate_grad, gate, out=x_grad[block])
-            x_grad[block].addmm_(up_grad, up)
+            rows_grad, gate_grads = gate.backward(gate_grad, rows, gated, of_gate, start=start, out=x_grad[block])
+            rows_grad, up_grads = up.backward(up_grad, rows, upped, of_up, start=start, out=rows_grad, adds=True)
+            norm_grad = None
             if norm is not None:
-                x_grad[block], norm_grad = normalise_backward(x_grad[block], x[block], norm, scale)
-                sums[0] = _add(sums[0], norm_grad, wide)
-        return None, x_grad, *(None if total is None else total.to(gate.dtype) for total in sums)
+                x_grad[block], norm_grad = normalise_backward(rows_grad, x[block], norm, scale)
+            parts_grads = (norm_grad, *gate_grads, *up_grads, *down_grads)
+            sums = [_add(total, part, wide) for total, part in zip(sums, parts_grads, strict=True)]
+        return None, None, x_grad, *(None if total is None else total.to(x.dtype) for total in sums)
 
 
-def _add(total: Tensor | None, part: Tensor, dtype: torch.dtype) -> Tensor:
-    return part.to(dtype) if total is None else total.add_(part)
+def _maps(parts: Sequence[Any], dropouts: Dropouts) -> list[LinearMap]:
+    return [LinearMap(*parts[n * NUM_PARTS :][:NUM_PARTS], dropouts[n]) for n in range(3)]
+
+
+def _add(total: Tensor | None, part: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return total if part is None else part.to(dtype) if total is None else total.add_(part)
 
 
 def _blocks(x: Tensor, gate: Tensor) -> list[slice]:
     """Rows that go through all products together; at least one block, which may be empty."""
     if x.device.type != "cpu" or not x.shape[0]:
-        return [slice(None)]
+        return [slice(0, None)]
     size = max(1, BLOCK_ELEMENTS // gate.shape[0])
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]

@@ -7,6 +7,7 @@ expert is computed; none is dropped. Knows of the model only the signatures of `
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from omniloom.ops.grouped_gemm import combine_copies, gather_copies, permute_rows, sort_by_group
+from omniloom.ops.linear_map import LinearMap
 from omniloom.parallel.collectives import all_to_all_rows, exchange_sizes, sum_over_group
 
 
@@ -53,10 +55,14 @@ class LocalWeights(nn.Module):
         super().__init__()
         self.product = product
 
-    def forward(self, rows: Tensor, *weights_and_offsets: Tensor | None) -> Tensor:
-        """rows [N, C] of local experts; weights [E, ...] global or [E / n, ...] local, then offsets int32 [E / n]."""
-        local = (x.to_local() if isinstance(x, DTensor) else x for x in weights_and_offsets)
-        return self.product(rows, *local)
+    def forward(self, rows: Tensor, gate_up: LinearMap, down: LinearMap, *others: Any) -> Tensor:
+        """rows [N, C] of local experts; maps of all experts, or of local ones; offsets int32 [E / n]."""
+        return self.product(rows, _local(gate_up), _local(down), *others)
+
+
+def _local(linear: LinearMap) -> LinearMap:
+    parts = (part.to_local() if isinstance(part, DTensor) else part for part in linear.parts)
+    return LinearMap(*parts, dropout=linear.dropout)
 
 
 class SumOverGroup(nn.Module):

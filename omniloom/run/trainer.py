@@ -22,6 +22,7 @@ from omniloom.data.loader import Loader
 from omniloom.data.sources import Sources
 from omniloom.data.stream import BadSampleFile, LoadedStep
 from omniloom.exit_codes import LOST_RANK, STOPPED_EARLY
+from omniloom.ops.linear_map import keyed_seed
 from omniloom.parallel.device import only_deterministic, peak_memory_bytes
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
@@ -51,7 +52,6 @@ from omniloom.run.rows import open_planner, open_rows, open_run, open_stream
 from omniloom.run.state import RunState
 from omniloom.run.stopping import StopRequest, StopWanted, write_stopped
 from omniloom.training.flops import TrainingWork
-from omniloom.training.lora import keyed_seed
 from omniloom.training.metrics import StepFigures, StepMetrics
 from omniloom.training.optimizer import set_learning_rate
 from omniloom.training.profile import Profile

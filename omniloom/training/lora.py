@@ -7,46 +7,43 @@ and key maps hold as they are. Knows no family: what may be adapted, and its nam
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omniloom.config import LoraConfig, PolicyRule
 from omniloom.ops.gated_experts import Copies
-from omniloom.ops.grouped_gemm import combine_copies, gather_copies, grouped_linear
+from omniloom.ops.linear_map import Dropout, LinearMap, adapted_linear, keyed_seed
 from omniloom.training.policy import ParameterPolicy, covers
 from omniloom.types import Adapter
 
 
-class KeyedDropout(nn.Module):
-    """Dropout whose mask follows from a key and this module's name alone, so that a recomputing backward repeats it.
+class _Addition(NamedTuple):
+    """What of an adapter a layer computes with. Alike for all layers, each of which would be compiled anew otherwise:
+    dropout draws by a key that knows the layer, so its salt need not."""
 
-    Does nothing outside of training, or at rate 0.
-    """
+    scaling: float
+    dropout: float
+    salt: int
 
-    def __init__(self, rate: float, name: str) -> None:
-        super().__init__()
-        self.rate = rate
-        self.name = name
+    @classmethod
+    def of(cls, adapter: Adapter) -> _Addition:
+        salt = keyed_seed(re.sub(r"(?<=\.layers\.)\d+\.", "", adapter.base))
+        return cls(adapter.scaling, adapter.dropout, salt)
 
-    def forward(self, x: Tensor, draw_key: int | None) -> Tensor:
-        if self.rate == 0 or not self.training:
-            return x
-        mask: Tensor = self._mask(x, draw_key)
-        return x * mask
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the key changes every step: a compiled graph would be made anew for each
-    def _mask(self, x: Tensor, draw_key: int | None) -> Tensor:
-        assert draw_key is not None, f"the batch has no draw_key, which the dropout of {self.name} follows"
-        generator = torch.Generator(x.device).manual_seed(keyed_seed(self.name, draw_key))
-        kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.rate
-        mask: Tensor = kept.to(x.dtype) / (1 - self.rate)
-        return mask
+    def to(
+        self, linear: LinearMap, lora_a: Tensor, lora_b: Tensor, draw_key: Tensor | None, *, training: bool
+    ) -> LinearMap:
+        """The map with its addition, in the dtype of its weight; dropout in training only."""
+        dropout, scaling, dtype = None, self.scaling, linear.weight.dtype
+        if self.dropout and training:
+            assert draw_key is not None, "the batch has no draw_key, which the dropout of adapters follows"
+            dropout, scaling = Dropout(self.dropout, self.salt, draw_key), scaling / (1 - self.dropout)
+        return linear._replace(low=lora_a.to(dtype), up=(scaling * lora_b).to(dtype), dropout=dropout)
 
 
 class LoraLinear(nn.Module):
@@ -66,32 +63,20 @@ class LoraLinear(nn.Module):
         self.magnitude = (
             None if adapter.magnitude is None else nn.Parameter(base.weight.new_empty(out_features, dtype=dtype))
         )
-        self.scaling = adapter.scaling
-        self.dropout = KeyedDropout(adapter.dropout, adapter.base)
+        self.addition = _Addition.of(adapter)
 
-    def forward(self, x: Tensor, draw_key: int | None = None) -> Tensor:
-        """[..., in] -> [..., out]."""
-        base = F.linear(x, self.weight, self.bias if self.magnitude is None else None)
-        low, up = self.low_rank(x, draw_key)
-        out = torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.T).view_as(base)  # no pass of its own to add
-        if self.magnitude is None:
-            return out
-        with torch.no_grad():
-            norms = row_norms(self.weight, self.scaling, self.lora_a.to(x.dtype), self.lora_b.to(x.dtype))
-        out = (self.magnitude / norms.to(self.magnitude.dtype)).to(x.dtype) * out
-        return out if self.bias is None else out + self.bias
+    def forward(self, x: Tensor, draw_key: Tensor | None = None) -> Tensor:
+        """[N, in] -> [N, out]."""
+        return adapted_linear(x, self.as_map(draw_key))
 
-    def low_rank(self, x: Tensor, draw_key: int | None = None) -> tuple[Tensor, Tensor]:
-        """[..., in] -> the addition's factors [..., rank] and [out, rank]; a head's loss multiplies them in chunks."""
-        return self.scaling * F.linear(self.dropout(x, draw_key), self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype)
-
-
-class GroupedLinear(nn.Module):
-    """Grouped GEMM as a module without parameters, so that weights may be shards."""
-
-    def forward(self, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        """rows [N, C], weight [E, O, C], offsets int32 [E] -> [N, O]."""
-        return grouped_linear(rows, weight, offsets)
+    def as_map(self, draw_key: Tensor | None) -> LinearMap:
+        linear, dtype = LinearMap(self.weight, self.bias), self.weight.dtype
+        if self.magnitude is not None:
+            with torch.no_grad():
+                factors = self.lora_a.to(dtype), self.lora_b.to(dtype)
+                norms = row_norms(self.weight, self.addition.scaling, *factors).to(self.magnitude.dtype)
+            linear = linear._replace(scale=(self.magnitude / norms).to(dtype))
+        return self.addition.to(linear, self.lora_a, self.lora_b, draw_key, training=self.training)
 
 
 class LoraExperts(nn.Module):
@@ -100,11 +85,11 @@ class LoraExperts(nn.Module):
     def __init__(self, base: nn.Module, adapters: Mapping[str, Adapter], dtype: torch.dtype) -> None:
         """`adapters` by the base's own name, `gate_up` or `down`."""
         super().__init__()
-        self.product = GroupedLinear()
+        assert isinstance(base.product, nn.Module)
+        self.product = base.product
         self.gate_up = base.gate_up
         self.down = base.down
-        self.scalings = {name: adapter.scaling for name, adapter in adapters.items()}
-        self.dropouts = nn.ModuleDict({name: KeyedDropout(a.dropout, a.base) for name, a in adapters.items()})
+        self.additions = {name: _Addition.of(adapter) for name, adapter in adapters.items()}
         for name, adapter in adapters.items():
             weight = getattr(base, name)
             num_experts, out_features, in_features = weight.shape
@@ -113,24 +98,19 @@ class LoraExperts(nn.Module):
             self.register_parameter(f"{name}_lora_b", nn.Parameter(weight.new_empty(b_shape, dtype=dtype)))
 
     def forward(
-        self, rows: Tensor, offsets: Tensor, copies: Copies | None = None, draw_key: int | None = None
+        self, rows: Tensor, offsets: Tensor, copies: Copies | None = None, draw_key: Tensor | None = None
     ) -> Tensor:
         """As the experts' own: sorted rows [N, C] -> [N, C], or with `copies` tokens [T, C] -> their sums [T, C]."""
-        if copies is not None:
-            rows = gather_copies(rows, copies.slot, copies.row, copies.weights.shape[1])
-            return combine_copies(self(rows, offsets, None, draw_key), copies.weights, copies.slot, copies.row)
-        gate, up = self._adapted("gate_up", rows, offsets, draw_key).chunk(2, dim=-1)
-        return self._adapted("down", F.silu(gate) * up, offsets, draw_key)
+        maps = (self._as_map(name, draw_key) for name in ("gate_up", "down"))
+        out: Tensor = self.product(rows, *maps, offsets, copies)
+        return out
 
-    def _adapted(self, name: str, rows: Tensor, offsets: Tensor, draw_key: int | None) -> Tensor:
-        out: Tensor = self.product(rows, getattr(self, name), offsets)
-        if name not in self.scalings:
-            return out
-        lora_a, lora_b = getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
-        lora_a, lora_b = lora_a.to(rows.dtype), lora_b.to(rows.dtype)
-        low: Tensor = self.product(self.dropouts[name](rows, draw_key), lora_a, offsets)
-        # scaled while it is narrow, and added in place: passes over all rows at full width cost as much as products
-        return out.add_(self.product(self.scalings[name] * low, lora_b, offsets))
+    def _as_map(self, name: str, draw_key: Tensor | None) -> LinearMap:
+        linear = LinearMap(getattr(self, name))
+        if name not in self.additions:
+            return linear
+        factors = getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
+        return self.additions[name].to(linear, *factors, draw_key, training=self.training)
 
 
 def choose_adapted(
@@ -228,12 +208,6 @@ def merging(gather: Callable[[str], Tensor], adapters: Collection[Adapter]) -> C
         return merged * ratio[:, None]
 
     return gather_merged
-
-
-def keyed_seed(*key: object) -> int:
-    """63 bits that depend on all parts of a key and are the same in every process."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
 
 
 def _describe(model: nn.Module, base: str, settings: LoraConfig) -> Adapter:

@@ -19,11 +19,12 @@ from omniloom.checkpoint.adapters import fill
 from omniloom.checkpoint.hf import gather_full
 from omniloom.config import Config, LoraConfig, MemoryConfig, ModelConfig, ParallelConfig, PolicyRule
 from omniloom.models.fusion import OmniModel
+from omniloom.ops.linear_map import keyed_seed
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import Ranks, build_layout, close_distributed, init_distributed, resolve_degrees
 from omniloom.parallel.step import Objective, run_packs
 from omniloom.run.opening import Workshop, build_model, load_weights, open_workshop
-from omniloom.training.lora import keyed_seed, merging
+from omniloom.training.lora import merging
 from omniloom.types import PackedBatch
 
 PACK_TOKENS = 64

@@ -15,9 +15,10 @@ from torch import Tensor
 from omniloom.config import LoraConfig
 from omniloom.models.decoder import Decoder
 from omniloom.models.fusion import OmniModel
+from omniloom.ops.linear_map import keyed_seed
 from omniloom.parallel.recompute import recompute_layers
 from omniloom.parallel.step import Objective, list_rows, map_rows
-from omniloom.training.lora import install_lora, keyed_seed
+from omniloom.training.lora import install_lora
 from omniloom.types import LossTerms, PackedBatch, TowerRows
 
 CASE = Case(dims=Dims(num_layers=4, vision_depth=3, deepstack=(0, 2)), seed=7)

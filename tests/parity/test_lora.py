@@ -20,11 +20,11 @@ from omniloom.checkpoint.hf import gather_full
 from omniloom.config import Config, LoraConfig, ModelConfig, PolicyRule
 from omniloom.keymap import canonical_name
 from omniloom.models.fusion import OmniModel
+from omniloom.ops.linear_map import keyed_seed
 from omniloom.run.opening import Workshop, load_weights, open_workshop
 from omniloom.run.results import export_adapter, export_model
 from omniloom.run.trained_media import TrainedMedia
 from omniloom.tools.tiny import make_tiny
-from omniloom.training.lora import KeyedDropout, keyed_seed
 from tests.parity import builders
 from tests.parity.builders import Sample
 
@@ -365,7 +365,6 @@ def test_peft_merges_every_family_as_we_do(tmp_path: Path, family: str, name: st
 def test_dropout_follows_from_its_key_alone(published: Published) -> None:
     policy = {"text": PolicyRule(lora=LoraConfig(rank=4, dropout=0.5)), "vision": PolicyRule(freeze=True)}
     model = build(published.open({**policy, "audio": PolicyRule(freeze=True), **FROZEN_HEAD}), spread=0.1)
-    dropouts = [module for module in model.modules() if isinstance(module, KeyedDropout)]
 
     def run(*key: int) -> Tensor:
         with torch.no_grad():
@@ -376,10 +375,6 @@ def test_dropout_follows_from_its_key_alone(published: Published) -> None:
     assert torch.equal(run(0, 1, 2), first)
     for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
         assert not torch.equal(run(*other), first)
-    masks = {dropout.name: dropout(torch.ones(64), 7) for dropout in dropouts if dropout.rate}
-    assert len({tuple(mask.tolist()) for mask in masks.values()}) == len(masks)
-    mean = torch.stack(list(masks.values())).mean()
-    assert abs(mean - 1) < 0.2  # what is kept is scaled up
     model.eval()
     quiet = run(0, 1, 2)
     assert torch.equal(run(5, 5, 5), quiet)

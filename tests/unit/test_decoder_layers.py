@@ -32,7 +32,7 @@ class GatedDeltaRule(nn.Module):
         self.gates = Linear(WIDTH, 2, bias=True)
         self.out = Linear(WIDTH, WIDTH, bias=False)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, segments: Segments, draw_key: int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, rotary: Rotary, segments: Segments, draw_key: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(hidden, draw_key).chunk(3, dim=-1)
         k = k / k.norm(dim=-1, keepdim=True)
         keep, write = self.gates(hidden, draw_key).sigmoid().unbind(-1)

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from omniloom.ops.gated_experts import (
     Copies,
-    _RoutedExperts,
+    _GatedExperts,
     gated_experts,
-    routed_experts,
     routed_experts_reference,
 )
 from omniloom.ops.grouped_gemm import combine_copies, gather_copies, sort_by_group
+from omniloom.ops.linear_map import LinearMap
 
 NUM_EXPERTS, HIDDEN, INNER = 5, 7, 3
 
@@ -32,11 +32,15 @@ def make(
     return leaves, counts.cumsum(0).to(torch.int32), Copies(slot, row, leaves[3])
 
 
+def routed(tokens: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, *others: object) -> torch.Tensor:
+    return gated_experts(tokens, LinearMap(gate_up), LinearMap(down), *others)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 3), st.sampled_from([1, 4]), st.integers(0, 99))
 def test_results_and_gradients_equal_the_steps_one_after_another(num_tokens, num_copies, multiple, seed):
     leaves, offsets, copies = make(num_tokens, num_copies, multiple=multiple, seed=seed)
-    got, wanted = (f(*leaves[:3], offsets, copies) for f in (routed_experts, routed_experts_reference))
+    got, wanted = (f(*leaves[:3], offsets, copies) for f in (routed, routed_experts_reference))
     torch.testing.assert_close(got, wanted)
     upstream = torch.randn(got.shape, dtype=got.dtype)
     grads = [torch.autograd.grad(out, leaves, upstream) for out in (got, wanted)]
@@ -54,8 +58,9 @@ def test_all_groups_in_one_call_give_the_same(frozen):
     if frozen is not None:
         leaves[frozen].requires_grad_(False)
     rows = gather_copies(leaves[0], copies.slot, copies.row, 2)
-    apart = combine_copies(gated_experts(rows, *leaves[1:3], offsets), copies.weights, copies.slot, copies.row)
-    for got in (_RoutedExperts.apply(False, *leaves[:3], offsets, *copies), apart):
+    apart = combine_copies(routed(rows, *leaves[1:3], offsets), copies.weights, copies.slot, copies.row)
+    parts = (part for weight in leaves[1:3] for part in LinearMap(weight).parts)
+    for got in (_GatedExperts.apply((None, None), leaves[0], offsets, *copies, *parts), apart):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         for leaf in leaves:
             leaf.grad = None
@@ -69,7 +74,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(frozen):
     leaves, offsets, copies = make(6, 2)
     wanted = torch.autograd.grad(routed_experts_reference(*leaves[:3], offsets, copies).square().sum(), leaves)
     leaves[frozen].requires_grad_(False)
-    routed_experts(*leaves[:3], offsets, copies).square().sum().backward()
+    routed(*leaves[:3], offsets, copies).square().sum().backward()
     for number, (leaf, grad) in enumerate(zip(leaves, wanted, strict=True)):
         assert leaf.grad is None if number == frozen else torch.allclose(leaf.grad, grad)
 
@@ -78,5 +83,5 @@ def test_bfloat16_is_as_close_as_its_rounding():
     leaves, offsets, copies = make(64, 2, dtype=torch.bfloat16, multiple=64)
     exact = [leaf.detach().double() for leaf in leaves]
     wanted = routed_experts_reference(*exact[:3], offsets, copies._replace(weights=exact[3]))
-    got = routed_experts(*leaves[:3], offsets, copies).double()
+    got = routed(*leaves[:3], offsets, copies).double()
     assert (got - wanted).norm() < 0.02 * wanted.norm()  # bfloat16 keeps 8 bits

@@ -7,6 +7,7 @@ import torch
 
 from omniloom.ops import gated_mlp as module
 from omniloom.ops.gated_mlp import gated_mlp, gated_mlp_reference
+from omniloom.ops.linear_map import LinearMap
 from omniloom.ops.norm import rms_norm
 
 
@@ -16,11 +17,15 @@ def make(num_rows: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
+def gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, *norm: object) -> torch.Tensor:
+    return gated_mlp(x, LinearMap(gate), LinearMap(up), LinearMap(down), *norm)
+
+
 @pytest.mark.parametrize("num_rows", [0, 1, 4, 11])
 def test_results_and_gradients_equal_the_steps_one_after_another(num_rows, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_ELEMENTS", 4 * 9)  # blocks of four rows, the last one short
     tensors = make(num_rows)
-    got, wanted = gated_mlp(*tensors), gated_mlp_reference(*tensors)
+    got, wanted = gated(*tensors), gated_mlp_reference(*tensors)
     torch.testing.assert_close(got, wanted)
     upstream = torch.randn(got.shape, dtype=got.dtype)
     grads = [torch.autograd.grad(out, tensors, upstream) for out in (got, wanted)]
@@ -33,7 +38,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(frozen):
     tensors = make(6)
     wanted = torch.autograd.grad(gated_mlp_reference(*tensors).square().sum(), tensors)
     tensors[frozen].requires_grad_(False)
-    gated_mlp(*tensors).square().sum().backward()
+    gated(*tensors).square().sum().backward()
     for number, (tensor, grad) in enumerate(zip(tensors, wanted, strict=True)):
         assert tensor.grad is None if number == frozen else torch.allclose(tensor.grad, grad)
 
@@ -45,7 +50,7 @@ def test_a_norm_within_gives_what_one_before_gives(frozen, monkeypatch):
     if frozen is not None:
         tensors[frozen].requires_grad_(False)
     x, *weights, norm = tensors
-    got, wanted = gated_mlp(x, *weights, norm, 1e-6), gated_mlp_reference(rms_norm(x, norm, 1e-6), *weights)
+    got, wanted = gated(x, *weights, norm, 1e-6), gated_mlp_reference(rms_norm(x, norm, 1e-6), *weights)
     torch.testing.assert_close(got, wanted)
     leaves, upstream = [tensor for tensor in tensors if tensor.requires_grad], torch.randn(got.shape)
     grads = [torch.autograd.grad(out, leaves, upstream) for out in (got, wanted)]
@@ -56,4 +61,4 @@ def test_a_norm_within_gives_what_one_before_gives(frozen, monkeypatch):
 def test_bfloat16_is_as_close_as_its_rounding():
     tensors = make(64, torch.bfloat16)
     wanted = gated_mlp_reference(*(tensor.double() for tensor in tensors))
-    assert (gated_mlp(*tensors).double() - wanted).norm() < 0.02 * wanted.norm()  # bfloat16 keeps 8 bits
+    assert (gated(*tensors).double() - wanted).norm() < 0.02 * wanted.norm()  # bfloat16 keeps 8 bits
