@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,19 @@ def load_balancing_loss(counts: Tensor, probability_sums: Tensor, num_experts_pe
     """
     num_tokens = (counts.sum() / num_experts_per_tok).clamp(min=1.0)  # an empty pack
     return counts.shape[0] * ((counts / num_tokens) * (probability_sums / num_tokens)).sum()
+
+
+class _Cleared(torch.autograd.Function):
+    """Rows with those of padding at zero. Saves nothing, so that a recomputing backward need not come this far."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, is_padding: Tensor) -> Tensor:
+        ctx.is_padding = is_padding  # the batch's own, which outlives the step
+        return rows.masked_fill(is_padding[:, None], 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.masked_fill(ctx.is_padding[:, None], 0.0), None
 
 
 class LocalCounts(nn.Module):
@@ -169,5 +183,5 @@ class MoE(nn.Module):
         in_turn = torch.arange(expert_index.numel(), device=hidden.device).view_as(expert_index) % self.num_experts
         expert_index = torch.where(is_padding[:, None], in_turn, expert_index)
         out = self.dispatch(hidden, expert_index, expert_weights, partial(self.experts, draw_key=draw_key))
-        out = out.masked_fill(is_padding[:, None], 0.0)
+        out = _Cleared.apply(out, is_padding)
         return out if self.shared is None else out + self.shared(hidden, draw_key), router_loss, counts

@@ -47,10 +47,11 @@ def gated_experts(
     Source: Shazeer 2020 (arXiv 2002.05202).
     """
     dropouts = (gate_up.dropout, down.dropout)
-    if copies is None:
-        return _GatedExperts.apply(dropouts, rows, offsets, None, None, None, *gate_up.parts, *down.parts)
-    function = _CPUExperts if rows.device.type == "cpu" else _GatedExperts
-    return function.apply(dropouts, rows, offsets, *copies, *gate_up.parts, *down.parts)
+    slot, row, weights = copies or (None, None, None)
+    inputs = (dropouts, rows, offsets, slot, row, weights, *gate_up.parts, *down.parts)
+    if copies is not None and rows.device.type == "cpu":
+        return _CPUExperts.apply(*inputs)
+    return _Result.apply(*_GatedExperts.apply(*inputs), down, offsets, row, weights)
 
 
 def routed_experts_reference(tokens: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, copies: Copies) -> Tensor:
@@ -65,7 +66,11 @@ def routed_experts_reference(tokens: Tensor, gate_up: Tensor, down: Tensor, offs
 
 
 class _GatedExperts(torch.autograd.Function):
-    """`parts` are those of gate_up and down; `slot`, `row` and `weights` may be None."""
+    """`parts` are those of gate_up and down; `slot`, `row` and `weights` may be None.
+
+    Returns what went into the activation, and a place for the gradient of the result, without memory: `_Result` is
+    apart since a recomputing backward needs all of the former and nothing of the latter, and stops between the two.
+    """
 
     @staticmethod
     def forward(
@@ -77,22 +82,19 @@ class _GatedExperts(torch.autograd.Function):
         row: Tensor | None,
         weights: Tensor | None,
         *parts: Tensor | None,
-    ) -> Tensor:
-        gate_up, down = _maps(parts, dropouts)
+    ) -> tuple[Tensor, Tensor]:
+        gate_up, _ = _maps(parts, dropouts)
         rows = tokens if slot is None or weights is None else tokens.index_select(0, slot // weights.shape[1])
         wide = gate_up(rows, offsets)  # [N, 2 I]
-        gate, up = wide.chunk(2, dim=-1)
-        out = down(F.silu(gate).mul_(up), offsets)
-        if row is not None and weights is not None:
-            # a bag is a token: an embedding's kernel happens to be the fused weighted gather
-            out = F.embedding_bag(row.view_as(weights), out, mode="sum", per_sample_weights=weights)
         ctx.save_for_backward(tokens, offsets, slot, row, weights, wide, *parts)
         ctx.dropouts = dropouts
-        return out
+        ctx.mark_non_differentiable(wide)
+        ctx.set_materialize_grads(False)  # zeros as large as `wide` otherwise
+        return tokens.new_zeros(()).expand_as(tokens), wide
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # asked for once: a recomputing backward has each for one use
         tokens, offsets, slot, row, weights, wide, *parts = saved
         maps = _maps(parts, ctx.dropouts)
@@ -106,6 +108,32 @@ class _GatedExperts(torch.autograd.Function):
         rows_grad, weight_grad, grads = _gradients(rows_out_grad, rows, wide, maps, offsets, weight, wanted)
         tokens_grad = F.embedding_bag(row.view_as(weights), rows_grad, mode="sum")
         return None, tokens_grad, None, None, None, weight_grad[row].view_as(weights), *grads
+
+
+class _Result(torch.autograd.Function):
+    """What the experts return. Its gradient goes where `place` came from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        place: Tensor,
+        wide: Tensor,
+        down: LinearMap,
+        offsets: Tensor,
+        row: Tensor | None,
+        weights: Tensor | None,
+    ) -> Tensor:
+        gate, up = wide.chunk(2, dim=-1)
+        out = down(F.silu(gate).mul_(up), offsets)
+        if row is None or weights is None:
+            return out
+        # a bag is a token: an embedding's kernel happens to be the fused weighted gather
+        return F.embedding_bag(row.view_as(weights), out, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None, None, None
 
 
 def _gradients(

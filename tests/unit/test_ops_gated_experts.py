@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from omniloom.ops.gated_experts import (
     Copies,
     _GatedExperts,
+    _Result,
     gated_experts,
     routed_experts_reference,
 )
@@ -59,8 +61,9 @@ def test_all_groups_in_one_call_give_the_same(frozen):
         leaves[frozen].requires_grad_(False)
     rows = gather_copies(leaves[0], copies.slot, copies.row, 2)
     apart = combine_copies(routed(rows, *leaves[1:3], offsets), copies.weights, copies.slot, copies.row)
-    parts = (part for weight in leaves[1:3] for part in LinearMap(weight).parts)
-    for got in (_GatedExperts.apply((None, None), leaves[0], offsets, *copies, *parts), apart):
+    gate_up, down = (LinearMap(weight) for weight in leaves[1:3])
+    kept = _GatedExperts.apply((None, None), leaves[0], offsets, *copies, *gate_up.parts, *down.parts)
+    for got in (_Result.apply(*kept, down, offsets, copies.row, copies.weights), apart):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         for leaf in leaves:
             leaf.grad = None
@@ -85,3 +88,16 @@ def test_bfloat16_is_as_close_as_its_rounding():
     wanted = routed_experts_reference(*exact[:3], offsets, copies._replace(weights=exact[3]))
     got = routed(*leaves[:3], offsets, copies).double()
     assert (got - wanted).norm() < 0.02 * wanted.norm()  # bfloat16 keeps 8 bits
+
+
+def test_a_recomputing_backward_stops_before_the_last_product(monkeypatch):
+    """A third of the experts' arithmetic, which nothing in backward asks for."""
+    leaves, offsets, copies = make(8, 2, dtype=torch.float32)
+    calls = []
+    forward = LinearMap.__call__
+    monkeypatch.setattr(LinearMap, "__call__", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    rows = gather_copies(leaves[0], copies.slot, copies.row, 2)
+    out = checkpoint(routed, rows, *leaves[1:3], offsets, use_reentrant=False)
+    assert len(calls) == 2
+    out.sum().backward()
+    assert len(calls) == 3

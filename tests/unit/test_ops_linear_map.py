@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omniloom.ops import gated_mlp as gated_mlp_module
-from omniloom.ops.gated_experts import Copies, _GatedExperts, gated_experts
+from omniloom.ops.gated_experts import Copies, _GatedExperts, _Result, gated_experts
 from omniloom.ops.gated_mlp import gated_mlp
 from omniloom.ops.grouped_gemm import sort_by_group
 from omniloom.ops.linear_map import Dropout, LinearMap, adapted_linear, dropped, layer_key
@@ -98,7 +98,8 @@ def test_experts_take_adapted_maps(has: tuple[str, str], rate: float, by_group: 
     wanted = (torch.cat(parts)[row].unflatten(0, (5, 2)) * weights[:, :, None]).sum(dim=1)
     got = gated_experts(tokens, gate_up, down, offsets, copies)
     if not by_group:
-        got = _GatedExperts.apply((None, None), tokens, offsets, *copies, *gate_up.parts, *down.parts)
+        kept = _GatedExperts.apply((None, None), tokens, offsets, *copies, *gate_up.parts, *down.parts)
+        got = _Result.apply(*kept, down, offsets, row, weights)
     check(got, wanted, [tokens, weights, *trained(gate_up, down)], tolerance=1e-4)
 
 
