@@ -172,7 +172,8 @@ def multiply(
     """
     if offsets is not None:
         product = grouped_linear(rows, weight, offsets)
-        return out.add_(product) if adds and out is not None else product
+        # into fresh memory: selective recompute keeps what grouped GEMM returned, as it was
+        return out + product if adds and out is not None else product
     if adds and out is not None:
         return out.addmm_(rows, weight.mT)
     if out is None:

@@ -13,6 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.layers import LayerCall
+from omniloom.ops.gated_experts import gated_experts
+from omniloom.ops.linear_map import LinearMap
 from omniloom.parallel import collectives  # noqa: F401  defines two of the operations
 from omniloom.parallel.device import HostCopies
 from omniloom.parallel.recompute import COSTLY, ROUTING, OffloadingCall, RecomputingCall, recompute_layers
@@ -205,3 +207,18 @@ def test_small_tensors_stay_and_so_does_all_without_gradients() -> None:
     with torch.no_grad():
         model(torch.randn(5, 6))
     assert not copies.put_away
+
+
+def test_adapted_experts_leave_what_selective_recompute_saved_as_it_is() -> None:
+    """torch refuses what was changed in place since; of accelerators, whose products are grouped."""
+    gate_up = LinearMap(torch.randn(2, 8, 4), low=torch.randn(2, 3, 4), up=torch.randn(2, 8, 3).requires_grad_())
+    down, root = LinearMap(torch.randn(2, 4, 4), low=torch.randn(2, 3, 4), up=torch.randn(2, 4, 3)), torch.nn.Module()
+    recompute_layers(root, "selective", routes=True)
+    rows, offsets = torch.randn(6, 4).requires_grad_(), torch.tensor([2, 6], dtype=torch.int32)
+    experts = torch.nn.Module()
+    experts.forward = lambda rows: gated_experts(rows, gate_up, down, offsets)
+    for run in (experts, lambda rows: root.call(0, experts, rows)):
+        rows.grad = gate_up.up.grad = None
+        run(rows).square().sum().backward()
+        found = (rows.grad, gate_up.up.grad)
+    torch.testing.assert_close(found, torch.autograd.grad(experts(rows).square().sum(), (rows, gate_up.up)))
