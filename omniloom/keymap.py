@@ -24,15 +24,16 @@ the same. `{i}` in a name stands for a whole dot-separated part that is a number
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
 from typing import Literal
 
-Layout = Literal["same", "transpose", "flatten"]
+Reshape = Literal["same", "transpose", "flatten"]
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]  # (start, stop) along each dim
+_Members = dict[tuple[int, int], str]  # published names by row of a stack and part of a row
 
 MAX_LISTED = 8  # names of one kind of fault that a message spells out
 # buffers that follow from config.json, which older versions of transformers saved
@@ -46,7 +47,7 @@ _COMPUTED = re.compile(r"(.*\.)?(original_inv_freq|inv_freq|position_ids|positio
 class Rule:
     """One tensor of ours (for each `{i}`) from a published one, or from as many as `{index}` counts.
 
-    A `layout` says how the published dims become ours: "transpose" lets the last two change places (published
+    `reshape` says how the published dims become ours: "transpose" lets the last two change places (published
     `[..., in, out]`, ours `[..., out, in]`), unless the tensor has the shape `unless`, since transformers 5 saves
     experts the other way round; "flatten" makes one of all dims after the first, of a convolution's kernel
     `[C, c, t, h, w]` a matrix `[C, c*t*h*w]`.
@@ -57,7 +58,7 @@ class Rule:
 
     published: str | tuple[str, ...]
     ours: str
-    layout: Layout = "same"
+    reshape: Reshape = "same"
     unless: Shape | None = None
     index: str | None = None
 
@@ -65,8 +66,8 @@ class Rule:
     def templates(self) -> tuple[str, ...]:
         return (self.published,) if isinstance(self.published, str) else self.published
 
-    def layout_of(self, shape: Shape) -> Layout:
-        return "same" if shape == self.unless else self.layout
+    def reshape_of(self, shape: Shape) -> Reshape:
+        return "same" if shape == self.unless else self.reshape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,21 +92,21 @@ class Piece:
 
     published: str
     shape: Shape  # as published
-    layout: Layout
-    box: Box  # region of our tensor; one dim more than the laid-out piece if `stacked`
+    reshape: Reshape
+    box: Box  # region of our tensor; one dim more than the reshaped piece if `stacked`
     stacked: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Read:
-    """One slice to read: `published[box]`, put into `layout`, cropped to `crop`, is `region[target]`.
+    """One slice to read: `published[box]`, reshaped, cropped to `crop`, is `region[target]`.
 
     `target` is relative to the region asked for and has a leading dim of 1 where the piece is stacked.
     """
 
     published: str
     box: Box
-    layout: Layout
+    reshape: Reshape
     crop: Box
     target: Box
 
@@ -121,7 +122,7 @@ class Assembly:
     def reads(self, region: Box | None = None) -> Iterator[Read]:
         """What to read for `region` of our tensor (None: all of it); nothing outside of it is touched.
 
-        Only `Flatten` reads whole rows where `region` cuts its flattened dim.
+        Only "flatten" reads whole rows where `region` cuts its flattened dim.
         """
         region = whole(self.shape) if region is None else region
         assert len(region) == len(self.shape), f"{self.ours}: region {region} for shape {self.shape}"
@@ -145,21 +146,21 @@ def _read(piece: Piece, common: Box, region: Box) -> Read:
     if piece.stacked:
         inner = inner[1:]
     crop = tuple((0, high - low) for low, high in inner)
-    if piece.layout == "transpose":
+    if piece.reshape == "transpose":
         box = (*inner[:-2], inner[-1], inner[-2])
-    elif piece.layout == "flatten":
+    elif piece.reshape == "flatten":
         box = (inner[0], *whole(piece.shape[1:]))
         crop = (crop[0], inner[1])
     else:
         box = inner
     target = tuple((low - start, high - start) for (low, high), (start, _) in zip(common, region, strict=True))
-    return Read(published=piece.published, box=box, layout=piece.layout, crop=crop, target=target)
+    return Read(published=piece.published, box=box, reshape=piece.reshape, crop=crop, target=target)
 
 
-def _lay_out(shape: Shape, layout: Layout) -> Shape:
-    if layout == "transpose":
+def _reshaped(shape: Shape, reshape: Reshape) -> Shape:
+    if reshape == "transpose":
         return (*shape[:-2], shape[-1], shape[-2])
-    if layout == "flatten":
+    if reshape == "flatten":
         return (shape[0], prod(shape[1:]))
     return shape
 
@@ -188,45 +189,63 @@ class KeyMap:
         Raises: ValueError listing names that no rule knows, stacks with holes, unlike shapes, and tensors that are
             there twice.
         """
-        rules = [rule for rule in self.rules if isinstance(rule, Rule)]
-        finder = _Finder([(template, (number, part)) for number, rule in enumerate(rules) for part, template in
-                          enumerate(rule.templates)])  # fmt: skip
-        groups: dict[tuple[int, str], dict[tuple[int, int], str]] = {}
-        unknown, faults = [], []
-        carried = tuple(map(canonical_name, self.carried))
-        tied = {canonical_name(rule.published) for rule in self.rules if isinstance(rule, Tied)}
-        for name in shapes:
-            canonical = canonical_name(name)
-            found = finder.find(canonical)
-            if found is not None:
-                (number, part), values = found
-                index = rules[number].index
-                row = values.pop(index) if index is not None else 0
-                members = groups.setdefault((number, _fill(rules[number].ours, values)), {})
-                if (other := members.setdefault((row, part), name)) != name:
-                    faults.append(f"{other} and {name} are the same tensor")
-            elif not (canonical.startswith(carried) or canonical in tied or _COMPUTED.fullmatch(name)):
-                unknown.append(name)
-        if unknown:
-            faults.append(f"no rule for {listed(unknown)}")
+        groups, faults = self._group(shapes)
         assemblies: dict[str, Assembly] = {}
-        for (number, ours), members in groups.items():
+        for (rule, ours), members in groups.items():
             if ours in assemblies:
                 names = next(iter(members.values())), assemblies[ours].pieces[0].published
                 faults.append(f"{' and '.join(names)} are the same weights")
                 continue
             try:
-                assemblies[ours] = _assemble(rules[number], ours, members, shapes)
+                assemblies[ours] = _assemble(rule, ours, members, shapes)
             except ValueError as error:
                 faults.append(str(error))
         if faults:
             raise ValueError("tensors do not fit the model family: " + listed(faults, "; "))
-        return self._with_tied(assemblies)
+        for second in self._tied.values():
+            if second.same_as in assemblies and second.ours not in assemblies:
+                source = assemblies[second.same_as]
+                assemblies[second.ours] = replace(source, ours=second.ours)
+        return assemblies
+
+    @property
+    def _tied(self) -> dict[str, Tied]:
+        return {canonical_name(rule.published): rule for rule in self.rules if isinstance(rule, Tied)}
+
+    def _group(self, shapes: Iterable[str]) -> tuple[dict[tuple[Rule, str], _Members], list[str]]:
+        """Published names by the rule that they fit and the tensor of ours that it makes of them, and faults."""
+        # by signature, so that 36,000 names of experts take no time
+        templates: dict[str, list[tuple[str, Rule, int]]] = {}
+        for rule in (rule for rule in self.rules if isinstance(rule, Rule)):
+            for part, template in enumerate(map(canonical_name, rule.templates)):
+                templates.setdefault(_signature(template), []).append((template, rule, part))
+        groups: dict[tuple[Rule, str], _Members] = {}
+        unknown, faults = [], []
+        carried, tied = tuple(map(canonical_name, self.carried)), self._tied
+        for name in shapes:
+            canonical = canonical_name(name)
+            fitting = [
+                (rule, part, values)
+                for template, rule, part in templates.get(_signature(canonical), ())
+                if (values := _match(template, canonical)) is not None
+            ]
+            assert len(fitting) < 2, f"{name} fits two rules: {fitting}"
+            for rule, part, values in fitting:
+                row = 0 if rule.index is None else values.pop(rule.index)
+                members = groups.setdefault((rule, _fill(rule.ours, values)), {})
+                if (other := members.setdefault((row, part), name)) != name:
+                    faults.append(f"{other} and {name} are the same tensor")
+            passed_over = canonical.startswith(carried) or canonical in tied or _COMPUTED.fullmatch(name)
+            if not fitting and not passed_over:
+                unknown.append(name)
+        if unknown:
+            faults.append(f"no rule for {listed(unknown)}")
+        return groups, faults
 
     def second_names(self, shapes: Mapping[str, Shape]) -> dict[str, str]:
         """Published names in `shapes` that repeat another tensor, each with the name of ours that it repeats."""
-        same_as = {canonical_name(rule.published): rule.same_as for rule in self.rules if isinstance(rule, Tied)}
-        return {name: same_as[found] for name in shapes if (found := canonical_name(name)) in same_as}
+        tied = self._tied
+        return {name: tied[found].same_as for name in shapes if (found := canonical_name(name)) in tied}
 
     def published_names(self, ours: str) -> tuple[str, ...]:
         """The published names that `ours` is made of, for messages; `*` for a stacked index.
@@ -244,15 +263,8 @@ class KeyMap:
                 return tuple(_fill(template, {**values, **row}) for template in rule.templates)
         return ()
 
-    def _with_tied(self, assemblies: dict[str, Assembly]) -> dict[str, Assembly]:
-        for rule in self.rules:
-            if isinstance(rule, Tied) and rule.same_as in assemblies and rule.ours not in assemblies:
-                source = assemblies[rule.same_as]
-                assemblies[rule.ours] = Assembly(ours=rule.ours, shape=source.shape, pieces=source.pieces)
-        return assemblies
 
-
-def _assemble(rule: Rule, ours: str, members: dict[tuple[int, int], str], shapes: Mapping[str, Shape]) -> Assembly:
+def _assemble(rule: Rule, ours: str, members: _Members, shapes: Mapping[str, Shape]) -> Assembly:
     num_rows = 1 + max(row for row, _ in members)
     if num_rows * len(rule.templates) != len(members):
         places = ((row, part) for row in range(num_rows) for part in range(len(rule.templates)))
@@ -271,18 +283,18 @@ def _assemble(rule: Rule, ours: str, members: dict[tuple[int, int], str], shapes
         offset = 0
         for part in range(len(rule.templates)):
             name = members[row, part]
-            shape, layout = shapes[name], rule.layout_of(shapes[name])
-            if len(shape) < (least := 1 if rule.index is not None else 0 if layout == "same" else 2):
+            shape, reshape = shapes[name], rule.reshape_of(shapes[name])
+            if len(shape) < (least := 1 if rule.index is not None else 0 if reshape == "same" else 2):
                 raise ValueError(f"{name}: expected at least {least} dims, got shape {_dims(shape)}")
             # parts of a row differ in dim 0 at most, rows not at all
             expected = (*shapes[members[0, part]][:1], *shapes[members[0, 0]][1:])
             if shape != expected:
                 raise ValueError(f"{name}: expected {_dims(expected)} like its neighbours, got {_dims(shape)}")
-            box, stacked = whole(_lay_out(shape, layout)), rule.index is not None
+            box, stacked = whole(_reshaped(shape, reshape)), rule.index is not None
             if stacked:
                 box = ((row, row + 1), (offset, offset + shape[0]), *box[1:])
                 offset += shape[0]
-            pieces.append(Piece(published=name, shape=shape, layout=layout, box=box, stacked=stacked))
+            pieces.append(Piece(published=name, shape=shape, reshape=reshape, box=box, stacked=stacked))
     return Assembly(ours=ours, shape=tuple(stop for _, stop in box), pieces=tuple(pieces))
 
 
@@ -300,25 +312,6 @@ def canonical_name(name: str) -> str:
     if name.startswith(("visual.", "audio_tower.")):
         return f"model.{name}"
     return re.sub(r"^model\.(?!(language_model|visual|audio_tower)\.)", "model.language_model.", name)
-
-
-class _Finder:
-    """Finds the template that a canonical name fits, by its signature, so that 36,000 expert names take no time."""
-
-    def __init__(self, templates: list[tuple[str, tuple[int, int]]]) -> None:
-        self._by_signature: dict[str, list[tuple[str, tuple[int, int]]]] = {}
-        for template, place in templates:
-            template = canonical_name(template)
-            self._by_signature.setdefault(_signature(template), []).append((template, place))
-
-    def find(self, name: str) -> tuple[tuple[int, int], dict[str, int]] | None:
-        found = None
-        for template, place in self._by_signature.get(_signature(name), ()):
-            values = _match(template, name)
-            if values is not None:
-                assert found is None, f"{name} fits two rules; one of them is {template}"
-                found = (place, values)
-        return found
 
 
 def _signature(name: str) -> str:

@@ -79,7 +79,7 @@ def adapter_targets(assemblies: Mapping[str, Assembly]) -> dict[str, Target]:
             leaves = {piece.published.removesuffix(".weight").rpartition(".")[2] for piece in assembly.pieces}
             parameter = "gate_up_proj" if leaves == {"gate_proj", "up_proj"} else leaves.pop()
             targets[name] = Target(published=f"{module}.experts", parameter=parameter)
-        elif len(assembly.shape) == 2 and first.layout == "same":
+        elif len(assembly.shape) == 2 and first.reshape == "same":
             targets[name] = Target(published=first.published.removesuffix(".weight"))
     return targets
 
@@ -452,7 +452,7 @@ def _whole_part(assembly: Assembly) -> _Part:
     if target is not None and target.parameter is not None:
         return _Part(key=target.name, parameter=assembly.ours)
     piece = assembly.pieces[0]
-    return _Part(key=canonical_name(piece.published), parameter=assembly.ours, layout=piece.layout)
+    return _Part(key=canonical_name(piece.published), parameter=assembly.ours, layout=piece.reshape)
 
 
 def _check_fit(

@@ -158,7 +158,7 @@ class _Writer:
             if (piece := pieces.get(published)) is not None:
                 part = tensor[tuple(slice(start, stop) for start, stop in piece.box)]
                 part = part[0] if piece.stacked else part
-                part = part.transpose(-1, -2) if piece.layout == "transpose" else part
+                part = part.transpose(-1, -2) if piece.reshape == "transpose" else part
             self._put(published, part.to(DTYPES[entry.dtype]).reshape(entry.shape).contiguous())
 
     def commit(self) -> None:

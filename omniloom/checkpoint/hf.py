@@ -192,9 +192,9 @@ def _row_chunks(region: Box, itemsize: int) -> Iterator[Box]:
 
 
 def _lay_out(tensor: Tensor, item: Read) -> Tensor:
-    if item.layout == "transpose":
+    if item.reshape == "transpose":
         return tensor.transpose(-1, -2)
-    if item.layout == "flatten":
+    if item.reshape == "flatten":
         return tensor.flatten(1)[_slices(item.crop)]
     return tensor
 

@@ -29,7 +29,7 @@ def vision_rules(tower: str, *, merger: Mapping[str, str], deepstack: str) -> li
         "mlp.linear_fc2": "mlp.fc2",
     }
     return [
-        Rule(layout="flatten", published=f"{tower}.patch_embed.proj.weight", ours="vision.patch_embed.weight"),
+        Rule(reshape="flatten", published=f"{tower}.patch_embed.proj.weight", ours="vision.patch_embed.weight"),
         Rule(published=f"{tower}.patch_embed.proj.bias", ours="vision.patch_embed.bias"),
         Rule(published=f"{tower}.pos_embed.weight", ours="vision.pos_embed.weight"),
         *linears(f"{tower}.blocks.{{i}}", "vision.layers.{i}", block, bias=True),
@@ -44,7 +44,7 @@ def window_vision_rules(tower: str, *, attention: Mapping[str, str]) -> list[Rul
     parts |= {f"mlp.{name}": f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
     block, merger = f"{tower}.blocks.{{i}}", f"{tower}.merger"
     return [
-        Rule(layout="flatten", published=f"{tower}.patch_embed.proj.weight", ours="vision.patch_embed.weight"),
+        Rule(reshape="flatten", published=f"{tower}.patch_embed.proj.weight", ours="vision.patch_embed.weight"),
         *linears(block, "vision.layers.{i}", {"norm1": "norm1", "norm2": "norm2"}, bias=False),
         *linears(block, "vision.layers.{i}", parts, bias=True),
         *linears(merger, "vision.merger", {"ln_q": "norm"}, bias=False),

@@ -28,21 +28,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     """
     if min(height, width) < 1:
         raise SampleError("images", f"expected an image of at least 1x1 pixels, got {width}x{height}")
-    ratio = max(height, width) / min(height, width)
-    if ratio > MAX_ASPECT_RATIO:
-        raise SampleError(
-            "media", f"expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {ratio:.1f} ({width}x{height})"
-        )
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        beta = math.sqrt(height * width / max_pixels)
-        new_height = max(factor, math.floor(height / beta / factor) * factor)
-        new_width = max(factor, math.floor(width / beta / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        beta = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * beta / factor) * factor
-        new_width = math.ceil(width * beta / factor) * factor
-    return new_height, new_width
+    return _fit(1, 1, height, width, factor, min_pixels, max_pixels)
 
 
 def smart_resize_video(
@@ -58,13 +44,21 @@ def smart_resize_video(
     if min(height, width) < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
+    whole_frames = round(num_frames / temporal) * temporal
+    return _fit(num_frames, whole_frames, height, width, factor, min_pixels, max_pixels)
+
+
+def _fit(
+    num_frames: int, whole_frames: int, height: int, width: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """As published, an area is tested with the frames of whole grids and scaled by all there are."""
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
         raise SampleError(
             "media", f"expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {ratio:.1f} ({width}x{height})"
         )
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    area = round(num_frames / temporal) * temporal * new_height * new_width
+    area = whole_frames * new_height * new_width
     if area > max_pixels:
         beta = math.sqrt(num_frames * height * width / max_pixels)
         new_height = max(factor, math.floor(height / beta / factor) * factor)

@@ -140,7 +140,6 @@ class TowerInputs:
         # As published, a grid lasts temporal / fps; only where a bound kept fewer frames, as long as it truly does.
         wanted = max(math.floor(header.num_frames / rate * fps / temporal), 1)
         as_published = wanted == num_grids and options.num_frames is None
-        seconds_per_grid = temporal / fps if as_published else seconds / num_grids
         num_samples = self._num_sound_samples(source, header)
         num_mel_frames = num_samples // self.settings.hop_length if num_samples else 0
         return ClipGeometry(
@@ -149,7 +148,7 @@ class TowerInputs:
             grid_thw=grid,
             frame_indices=tuple(header.first_frame + index for index in indices),
             duration_seconds=seconds,
-            seconds_per_grid=seconds_per_grid,
+            seconds_per_grid=temporal / fps if as_published else seconds / num_grids,
             num_mel_frames=num_mel_frames,
             num_audio_samples=num_samples,
             sound_seconds=num_samples / self.settings.sampling_rate if num_samples else 0.0,

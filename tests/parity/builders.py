@@ -159,7 +159,7 @@ def assemble(key_map: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
         ours[name] = torch.full(assembly.shape, float("nan"))
         for piece in assembly.pieces:
             part = tensors[piece.published]
-            part = part.mT if piece.layout == "transpose" else part.flatten(1) if piece.layout == "flatten" else part
+            part = part.mT if piece.reshape == "transpose" else part.flatten(1) if piece.reshape == "flatten" else part
             region = tuple(slice(*bounds) for bounds in piece.box)
             ours[name][region] = part[None] if piece.stacked else part
     return ours

@@ -25,13 +25,13 @@ KEY_MAP = KeyMap(
         Tied(published="thinker.lm_head.weight", ours="head.weight", same_as="embed.weight"),
         Rule(published="thinker.layers.{i}.norm.weight", ours="layers.{i}.norm.weight"),
         Rule(published="thinker.layers.{i}.scale", ours="layers.{i}.scale"),
-        Rule(layout="transpose", published="thinker.layers.{i}.turned", ours="layers.{i}.turned"),
+        Rule(reshape="transpose", published="thinker.layers.{i}.turned", ours="layers.{i}.turned"),
         Rule(
             index="e",
             published=("thinker.layers.{i}.experts.{e}.gate.weight", "thinker.layers.{i}.experts.{e}.up.weight"),
             ours="layers.{i}.gate_up",
         ),
-        Rule(layout="flatten", published="thinker.visual.patch.weight", ours="vision.patch.weight"),
+        Rule(reshape="flatten", published="thinker.visual.patch.weight", ours="vision.patch.weight"),
     ),
     carried=("talker.",),
 )

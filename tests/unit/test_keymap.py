@@ -11,8 +11,8 @@ RULES = KeyMap(
     rules=(
         Rule(published="thinker.layers.{i}.norm.weight", ours="text.layers.{i}.norm.weight"),
         Rule(published="thinker.layers.{i}.mlp.0.bias", ours="text.layers.{i}.mlp.first.bias"),
-        Rule(layout="transpose", published="thinker.layers.{i}.turned", ours="text.layers.{i}.turned"),
-        Rule(layout="flatten", published="thinker.patch.weight", ours="vision.patch.weight"),
+        Rule(reshape="transpose", published="thinker.layers.{i}.turned", ours="text.layers.{i}.turned"),
+        Rule(reshape="flatten", published="thinker.patch.weight", ours="vision.patch.weight"),
         Rule(
             index="e",
             published=("thinker.layers.{i}.experts.{e}.gate.weight", "thinker.layers.{i}.experts.{e}.up.weight"),
@@ -41,7 +41,7 @@ def assemble(assembly, published, region=None):
     out = np.full([stop - start for start, stop in region], -1, dtype=np.int64)
     filled = np.zeros(out.shape, dtype=np.int64)
     for read in assembly.reads(region):
-        part = lay_out(published[read.published][slices(read.box)], read.layout)[slices(read.crop)]
+        part = lay_out(published[read.published][slices(read.box)], read.reshape)[slices(read.crop)]
         out[slices(read.target)] = part
         filled[slices(read.target)] += 1
     assert (filled == 1).all(), "every element must be read exactly once"
@@ -52,7 +52,7 @@ def take_apart(assembly, ours):
     for piece in assembly.pieces:
         part = ours[slices(piece.box)]
         part = part[0] if piece.stacked else part
-        yield piece.published, (part.swapaxes(-1, -2) if piece.layout == "transpose" else part).reshape(piece.shape)
+        yield piece.published, (part.swapaxes(-1, -2) if piece.reshape == "transpose" else part).reshape(piece.shape)
 
 
 @st.composite

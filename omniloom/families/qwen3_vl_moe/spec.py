@@ -24,13 +24,13 @@ def key_map(config: FamilyConfig) -> KeyMap:
     experts = (
         router_rule(qwen3_vl.MODEL),
         Rule(
-            layout="transpose",
+            reshape="transpose",
             published=f"{theirs}.gate_up_proj",
             ours=f"{ours}.gate_up",
             unless=(text.num_experts, 2 * text.moe_intermediate_size, text.hidden_size),
         ),
         Rule(
-            layout="transpose",
+            reshape="transpose",
             published=f"{theirs}.down_proj",
             ours=f"{ours}.down",
             unless=(text.num_experts, text.hidden_size, text.moe_intermediate_size),
