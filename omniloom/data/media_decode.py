@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from omniloom.data.media_files import MediaLimits, clip_file, find_stream, name_of, open_container, open_image
 from omniloom.data.packets import decode_packets
+from omniloom.data.seeking import CannotSeek, sought_frames, worth_seeking
 from omniloom.types import ClipGeometry, ClipOptions, DecodedClip, MediaKind, MediaSource, SampleError
 
 if TYPE_CHECKING:
@@ -103,9 +105,22 @@ def _listed_frames(source: MediaSource, frame_indices: Sequence[int], limits: Me
 
 
 def _file_frames(source: MediaSource, frame_indices: Sequence[int]) -> Iterator[np.ndarray]:
+    """Each wanted frame in order: by seeking where that passes over some, else from the beginning to the last."""
+    file, done = clip_file(source, "video"), 0
+    with open_container(file, "video") as container:
+        if worth_seeking(container, frame_indices):
+            stream = find_stream(container, "video", "video", file)
+            size = stream.codec_context.width, stream.codec_context.height
+            with suppress(CannotSeek):
+                for frame in sought_frames(container, stream, frame_indices, file):
+                    yield _frame_pixels(frame, size)
+                    done += 1
+    if done < len(frame_indices):
+        yield from _frames_in_turn(file, frame_indices[done:])
+
+
+def _frames_in_turn(file: str | bytes, wanted: Sequence[int]) -> Iterator[np.ndarray]:
     """Each wanted frame in order; the last one again for indices up to 100 ms beyond it."""
-    file = clip_file(source, "video")
-    wanted = list(frame_indices)
     with open_container(file, "video") as container:
         stream = find_stream(container, "video", "video", file)
         slot, count, size, last = 0, 0, None, None

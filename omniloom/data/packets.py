@@ -111,7 +111,8 @@ def decode_packets(packets: Iterable[Packet], stream: Any, kind: MediaKind, file
     """
     import av
 
-    stream.codec_context.thread_count = 1  # workers are the parallelism
+    if not stream.codec_context.is_open:
+        stream.codec_context.thread_count = 1  # workers are the parallelism
     broken: list[int] = []
     num_good = 0
     for number, packet in enumerate(packets):

@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from omniloom.data.media_decode import decode_audio, decode_clip, decode_image, decode_video_frames, resampled_length
+from omniloom.data import seeking
+from omniloom.data.media_decode import (
+    _frames_in_turn,
+    decode_audio,
+    decode_clip,
+    decode_image,
+    decode_video_frames,
+    resampled_length,
+)
 from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import read_header
 from omniloom.processors.features import sample_frame_indices
-from omniloom.types import ClipGeometry, MediaSource, SampleError
+from omniloom.types import ClipGeometry, ClipOptions, MediaSource, SampleError
 from tests.unit.media_files import picture, tone, truth_of_video, write_audio, write_video
 
 LIMITS = MediaLimits()
@@ -69,6 +77,49 @@ def test_only_the_frames_asked_for_are_kept_and_they_are_the_right_ones(tmp_path
     assert np.array_equal(decode_video_frames(source_of(path), indices, LIMITS), truth[indices])
     repeated = [0, 0, 7, 7, 7, 39]
     assert np.array_equal(decode_video_frames(source_of(path), repeated, LIMITS), truth[repeated])
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("closed.mp4", "libx264", {"bf": "2", "g": "40"}),
+        ("open.mp4", "libx264", {"bf": "3", "g": "40", "x264-params": "open-gop=1"}),
+        ("open.mkv", "libx264", {"bf": "3", "g": "40", "x264-params": "open-gop=1"}),
+        ("late.mov", "mpeg4", {"bf": "2", "g": "40"}),
+        ("fragmented.mp4", "libx264", {"g": "40"}),
+        ("vp8.webm", "libvpx", {"lag-in-frames": "5", "auto-alt-ref": "1", "g": "40"}),
+        ("vp9.webm", "libvpx-vp9", {"lag-in-frames": "8", "auto-alt-ref": "1", "cpu-used": "8", "g": "40"}),
+        ("refreshed.mp4", "libx264", {"bf": "0", "g": "250", "x264-params": "intra-refresh=1"}),
+    ],
+)
+def test_seeking_gives_the_frames_of_decoding_all(tmp_path, monkeypatch, name, codec, options):
+    first = -5 if name.startswith("late") else 0  # an edit list hides frames
+    path = write_video(tmp_path / name, codec, 240, 25, options=options, first_pts=first)
+    wanted, decoded = [100, 101, 101, 164, 230], []
+    count_all = seeking.decode_packets
+
+    def count(*arguments):
+        for frame in count_all(*arguments):
+            decoded.append(frame)
+            yield frame
+
+    monkeypatch.setattr(seeking, "decode_packets", count)
+    found = decode_video_frames(MediaSource(path=str(path)), wanted, LIMITS)
+    truth = np.stack(list(_frames_in_turn(str(path), wanted)))
+    assert (found == truth).all()
+    if name.startswith("refreshed"):
+        assert len({int(frame.mean()) for frame in found}) > 1
+    else:
+        assert 4 <= len(decoded) < 140, "frames in between are passed over"
+
+
+def test_a_span_that_begins_late_is_sought(tmp_path):
+    path = write_video(tmp_path / "long.mp4", num_frames=240, options={"g": "40"})
+    source = MediaSource(path=str(path), options=ClipOptions(start_seconds=6.0, end_seconds=8.0))
+    header = read_header(source, "video", LIMITS)
+    assert (header.first_frame, header.num_frames) == (150, 51)
+    wanted = [header.first_frame, header.first_frame + 50]
+    assert (decode_video_frames(source, wanted, LIMITS) == np.stack(list(_frames_in_turn(str(path), wanted)))).all()
 
 
 def test_up_to_100_ms_of_missing_frames_repeat_the_last_and_more_is_an_error(tmp_path):
