@@ -16,6 +16,8 @@ from omniloom.training.metrics import read_lines
 from tests.faults.run_server import ROOT
 from tests.mixed_rows import write_rows
 
+STEPS = 2
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -38,15 +40,17 @@ def test_a_recipe_runs_as_it_is(server, tiny, tmp_path, name: str, num_ranks: in
     model, rows = tiny
     own = [
         *(f"model.path={model}", f"data.train={rows}", f"train.run_dir={tmp_path / 'run'}"),
-        *("train.steps=3", "train.epochs=null", "train.eval_every=2", "checkpoint.every=2", "train.warmup_steps=0"),
-        *("data.pack_tokens=256", "data.workers=1", "data.image.max_pixels=4096", "data.max_bad_fraction=0.3"),
+        *(f"train.steps={STEPS}", "train.epochs=null", "train.warmup_steps=0", f"train.packs_per_step={num_ranks}"),
+        *("data.pack_tokens=256", "data.workers=0", "data.image.max_pixels=4096", "data.max_bad_fraction=0.3"),
+        *("checkpoint.every=1", "log.tensorboard=false"),
     ]
     recipe = ROOT / f"recipes/{name}.yaml"
     config = load_config(recipe)
-    own += ["data.split=0.2"] if config.data.split else []  # of as few rows as there are
+    if config.data.split:  # of as few rows as there are
+        own += ["data.split=0.2", f"train.eval_every={STEPS}"]
     run = server.run([str(recipe), *own, *words], tmp_path, num_ranks=num_ranks)
     assert set(run.wait()) == {0}, run.tail()
-    assert [line["loss"] > 0 for line in read_lines(tmp_path / "run/metrics.jsonl")] == [True] * 3
+    assert [line["loss"] > 0 for line in read_lines(tmp_path / "run/metrics.jsonl")] == [True] * STEPS
     assert (tmp_path / "run/adapter").is_dir() == any(rule.lora is not None for rule in config.policy.values())
     before, after = (
         {key: tensor for file in path.glob("*.safetensors") for key, tensor in load_file(file).items()}
