@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import traceback
 from pathlib import Path
@@ -11,7 +12,13 @@ import typer
 
 from omniloom.exit_codes import BAD_INPUT
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 Overrides = Annotated[
@@ -188,6 +195,30 @@ def plan(
     from omniloom.tools.preview import show_plan
 
     show_plan(words or [], steps)
+
+
+@app.command()
+def config(
+    name: Annotated[
+        str | None, typer.Argument(help="a section or key; without it all", metavar="[SECTION|KEY]")
+    ] = None,
+    defaults: Annotated[bool, typer.Option("--defaults", help="a YAML file with every key, default and word")] = False,
+    page: Annotated[bool, typer.Option("--page", help="the text of docs/configuration.md")] = False,
+) -> None:
+    """Say what can be set: every key, its type, its default and what it does."""
+    from omniloom.tools import configuration
+
+    print(configuration.page() if page else configuration.defaults() if defaults else configuration.describe(name))
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="print the version and leave", is_eager=True)] = False,
+) -> None:
+    """Fine-tune omni-modal language models from a published checkpoint and a data file."""
+    if show:
+        print(f"omniloom {importlib.metadata.version('omniloom')}")
+        raise typer.Exit
 
 
 def main() -> None:

@@ -43,6 +43,9 @@ Format = Literal[
 ]
 
 
+OTHER_TRAINERS = Path(__file__).with_name("other_trainers.yaml")
+
+
 class ConfigError(ValueError):
     """One or more faults of a configuration; the message lists all of them."""
 
@@ -299,7 +302,7 @@ def override_config(config: Config, overrides: Sequence[str], *, verb: str, take
     """
     faults: list[str] = []
     tree = config_to_dict(config)
-    known = {path for path, _ in keys_of(Config)}
+    known = {path for path, *_ in keys_of()}
     for override in overrides:
         name = override.partition("=")[0]
         taken = any(fnmatchcase(name, pattern) or fnmatchcase(f"{name}.", pattern) for pattern in takes)
@@ -335,15 +338,23 @@ def dump_config(config: Config) -> str:
     return text
 
 
-def keys_of(section: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key below a section class with its annotation, by dotted path; a component's name is a `*`."""
-    for name, kind in typing.get_type_hints(section, include_extras=True).items():
-        yield path + name, kind
-        for member in _members(kind):
+def keys_of(section: Any = None, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every key below a section class, in order: dotted path, annotation, default.
+
+    A component's name, and the place of a record in a list, is a `*`.
+    """
+    section = Config if section is None else section
+    hints = typing.get_type_hints(section, include_extras=True)
+    for item in dataclasses.fields(section):
+        kind = hints[item.name]
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        yield path + item.name, kind, default
+        for member in members_of(kind):
+            arguments = typing.get_args(member)
             if dataclasses.is_dataclass(member):
-                yield from keys_of(member, f"{path}{name}.")
-            elif typing.get_origin(member) is dict and dataclasses.is_dataclass(typing.get_args(member)[1]):
-                yield from keys_of(typing.get_args(member)[1], f"{path}{name}.*.")
+                yield from keys_of(member, f"{path}{item.name}.")
+            elif typing.get_origin(member) is dict and dataclasses.is_dataclass(arguments[1]):
+                yield from keys_of(arguments[1], f"{path}{item.name}.*.")
 
 
 def _copy(value: Any) -> Any:
@@ -406,14 +417,14 @@ def _find_key(keys: list[str]) -> tuple[list[str], Any]:
         at = next((at for at in range(2, len(keys)) if keys[at] in hints), len(keys) - 1 if mistyped else len(keys))
         keys, kind = ["policy", ".".join(keys[1:at]), *keys[at:]], PolicyRule
     for key in keys[2 if kind is PolicyRule else 0 :]:
-        section = next((member for member in _members(kind) if dataclasses.is_dataclass(member)), None)
+        section = next((member for member in members_of(kind) if dataclasses.is_dataclass(member)), None)
         kind = typing.get_type_hints(section, include_extras=True).get(key) if section is not None else None
     return keys, kind
 
 
 def _value_of(text: str, kind: Any) -> Any:
     """The text of an override by its key's type; what is no text is YAML."""
-    members = _members(kind)
+    members = members_of(kind)
     if any(typing.get_origin(member) is tuple for member in members):
         return text  # the walk splits it, as in a file
     if members and all(member is str or typing.get_origin(member) is Literal for member in members):
@@ -472,12 +483,29 @@ def _read_section(kind: Any, value: Mapping[Any, Any], path: str, faults: list[s
         if key in hints:
             fields[key] = _read(hints[key], item, f"{path}{key}", faults)
             continue
-        elsewhere = [name for name, _ in keys_of(Config) if name.rpartition(".")[2] == key]
-        hint = suggest(str(key), hints, among="known here:", before=path)
-        if "did you mean" not in hint and elsewhere:
+        elsewhere = [name for name, *_ in keys_of() if name.rpartition(".")[2] == key]
+        hint = _of_other_trainers(str(key)) or suggest(str(key), hints, among="known here:", before=path)
+        if elsewhere and "did you mean" not in hint:
             hint = f"; did you mean {elsewhere[0]}?"
         faults.append(f"{path}{key}: unknown {'key' if path else 'section'}{hint}")
     return kind(**fields)
+
+
+def _of_other_trainers(name: str) -> str:
+    """What to say of a name that LLaMA-Factory, ms-swift, transformers or Megatron have; empty for others."""
+    tree = yaml.safe_load(OTHER_TRAINERS.read_text(encoding="utf-8"))
+    name = name.replace("-", "_")
+    for names, words in tree.pop("together").items():
+        if name in names.split():
+            return f"; here it is {words}"
+    for rules in reversed(tree.values()):  # names of transformers are the commoner ones
+        if name in rules["keys"]:
+            key, _, *note = rules["keys"][name]
+            return f"; here it is {key}" + (f" ({note[0]})" if note and note[0] else "")
+        for kind in ("needless", "lost"):
+            if why := next((why for why, names in rules[kind].items() if name in names.split()), None):
+                return f"; {'not needed here' if kind == 'needless' else 'without a counterpart here'}: {why}"
+    return ""
 
 
 def _read(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
@@ -508,7 +536,7 @@ def _read(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
         hint = "; put it in quotes" if kind is str and value is not None else ""
         if origin is Literal and isinstance(value, str):
             hint = suggest(value, map(str, arguments), among="")
-        faults.append(f"{path}: expected {_describe(kind)}, got {'null' if value is None else repr(value)}{hint}")
+        faults.append(f"{path}: expected {describe_type(kind)}, got {'null' if value is None else repr(value)}{hint}")
     return None
 
 
@@ -541,8 +569,7 @@ def _read_union(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
         if len(members) == 1:
             faults += own
             return None
-    words = [*(_describe(member) for member in members), *(["null"] if type(None) in arguments else [])]
-    faults.append(f"{path}: expected {' or '.join(words)}, got {value!r}")
+    faults.append(f"{path}: expected {describe_type(kind)}, got {value!r}")
     return None
 
 
@@ -570,22 +597,24 @@ def _read_plain(kind: Any, value: Any) -> Any:
     return value if type(value) is kind else None
 
 
-def _members(kind: Any) -> list[Any]:
+def members_of(kind: Any) -> list[Any]:
     """The types that an annotation allows, without None, ranges and words."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        return _members(arguments[0])
+        return members_of(arguments[0])
     if origin in (typing.Union, types.UnionType):
-        return [member for argument in arguments for member in _members(argument)]
+        return [member for argument in arguments for member in members_of(argument)]
     return [] if kind in (None, type(None)) else [kind]
 
 
-def _describe(kind: Any) -> str:
+def describe_type(kind: Any) -> str:
     """A type in words."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(member) for member in arguments)
     if origin is Annotated:
         limits = [words for limit in arguments[1:] if isinstance(limit, Range) and (words := _outside(limit, math.nan))]
-        return " of ".join([_describe(arguments[0]), *limits])
+        return " of ".join([describe_type(arguments[0]), *limits])
     if origin is Literal:
         return " or ".join(map(str, arguments))
     if origin is tuple:
@@ -594,7 +623,7 @@ def _describe(kind: Any) -> str:
         return "names with values"
     if dataclasses.is_dataclass(kind):
         return "a section"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    return {type(None): "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
 
 
 def _contradictions(config: Config) -> list[str]:

@@ -202,7 +202,7 @@ def split_words(words: Sequence[str], *, has_data: bool) -> tuple[str | None, Se
     """
     if has_data or not words:
         return None, words
-    if words[0].partition("=")[0] in {path for path, _ in keys_of(Config)}:
+    if words[0].partition("=")[0] in {path for path, *_ in keys_of()}:
         raise ValueError(f"no prompt: expected it before the overrides, got {words[0]!r} there")
     return words[0], words[1:]
 

@@ -52,6 +52,13 @@ def _read_model(family: str, size: str) -> TinyModel:
     return TinyModel(**fields)
 
 
+def tiny_config(family: str) -> dict[str, Any]:
+    """config.json of a tiny checkpoint, with made-up ids of its tokens. Raises: ValueError for an unknown family."""
+    model = _read_model(family, "tiny")
+    config: dict[str, Any] = _filled(model.config, {token: number for number, token in enumerate(model.tokens)})
+    return config
+
+
 def make_tiny(
     family: str,
     directory: str | Path,

@@ -1,13 +1,16 @@
 """The configuration: what is refused, and that every fault is named at once with the way out."""
 
 import dataclasses
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from omniloom.config import (
+    OTHER_TRAINERS,
     Config,
     ConfigError,
     PolicyRule,
@@ -17,6 +20,7 @@ from omniloom.config import (
     keys_of,
     load_config,
 )
+from omniloom.tools import configuration
 
 
 def faults_of(*overrides: str) -> str:
@@ -155,9 +159,9 @@ def test_a_file_whose_name_holds_an_equals_sign_is_a_file(tmp_path, monkeypatch)
 
 
 def test_every_key_says_in_a_line_what_it_does() -> None:
-    for path, kind in keys_of(Config):
+    for path, kind, _ in keys_of():
         texts = [part for part in getattr(kind, "__metadata__", ()) if isinstance(part, str)]
-        has_keys = any(other.startswith(f"{path}.") for other, _ in keys_of(Config))
+        has_keys = any(other.startswith(f"{path}.") for other, *_ in keys_of())
         assert len(texts) == 1 or has_keys, path
 
 
@@ -189,3 +193,56 @@ def test_config_is_frozen_and_imports_nothing_slow() -> None:
         Config().train.steps = 3  # type: ignore[misc]
     code = "import sys, omniloom.config; print(any(m in sys.modules for m in ('torch', 'pydantic', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("gradient_accumulation_steps=4", "here it is train.packs_per_step, the packs of an optimizer step"),
+        ("train.per_device_train_batch_size=4", "here it is train.packs_per_step"),
+        ("lora_rank=8", "here it is policy.text.lora.rank"),
+        ("cutoff_len=4096", "here it is data.pack_tokens (longer rows are listed, never cut)"),
+        ("num-train-epochs=3", "here it is train.epochs"),
+        ("freeze_vit=true", "here it is policy.vision.freeze and policy.audio.freeze"),
+        ("train.micro_batch_size=1", "here it is train.packs_per_step"),
+        ("variable_seq_lengths=true", "not needed here: samples are packed"),
+        ("eval_iters=10", "without a counterpart here: evaluation takes all held-out rows"),
+    ],
+)
+def test_names_of_other_trainers_are_answered_with_ours(override, words) -> None:
+    assert words in faults_of(override)
+
+
+def test_a_name_near_one_of_ours_is_ours() -> None:
+    assert faults_of("train.learning_rte=1").endswith(
+        "train.learning_rte: unknown key; did you mean train.learning_rate?"
+    )
+
+
+def test_the_words_for_names_of_other_trainers_name_keys_that_exist() -> None:
+    known = {path for path, *_ in keys_of()}
+    words = yaml.safe_load(OTHER_TRAINERS.read_text(encoding="utf-8"))["together"].values()
+    named = re.findall(r"\b(?:model|data|train|policy|parallel|checkpoint|log)\.[a-z_.]*[a-z]", " ".join(words))
+    assert len(named) > 10
+    for path in named:
+        assert re.sub(r"^policy\.(text|vision\.merger|vision|audio)\.", "policy.*.", path) in known, path
+
+
+def test_the_defaults_read_back_as_the_defaults() -> None:
+    assert load_config(yaml.safe_load(configuration.defaults())) == Config()
+
+
+def test_the_page_of_all_keys_is_the_one_in_docs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8").strip() == configuration.page().strip(), (
+        f"write it again: omniloom config --page > {page.name}"
+    )
+
+
+def test_a_section_and_a_key_are_described() -> None:
+    assert configuration.describe("train.loss") == (
+        "train.loss: token or sample or sqrt or batch; default token\n    what a token weighs"
+    )
+    assert "memory.recompute: " in configuration.describe("memory")
+    with pytest.raises(ConfigError, match=r"no such section or key; did you mean train\.loss"):
+        configuration.describe("train.los")

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import yaml
 
+from omniloom.config import OTHER_TRAINERS
 from omniloom.tools.migrate.readers import FLAGS, READERS, NotNeeded, NotOffered, Value
 from omniloom.tools.migrate.shell import is_open
 
@@ -43,8 +43,8 @@ class Rule:
 
 
 def read_rules(system: str) -> Rules:
-    """The rules of `rules.yaml` for one system; exact names stand before patterns."""
-    tree = yaml.safe_load((Path(__file__).parent / "rules.yaml").read_text(encoding="utf-8"))[system]
+    """The rules of `other_trainers.yaml` for one system; exact names stand before patterns."""
+    tree = yaml.safe_load(OTHER_TRAINERS.read_text(encoding="utf-8"))[system]
     fields = ("key", "reads", "note", "value")
     rules = {name: Rule(**dict(zip(fields, row, strict=False))) for name, row in tree["keys"].items()}
     for kind in ("needless", "lost"):

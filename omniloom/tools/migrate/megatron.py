@@ -1,7 +1,7 @@
 """The settings of MindSpeed-MM and Pai-Megatron-Patch: Megatron's flags, `data.json`, `model.json`, YAML files.
 
 Names are as their files spell them: flags with underscores, the paths of the JSON and YAML trees with dots. What one
-setting alone decides is in `rules.yaml`; here is what several decide together.
+setting alone decides is in `other_trainers.yaml`; here is what several decide together.
 """
 
 from __future__ import annotations

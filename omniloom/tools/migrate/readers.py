@@ -1,4 +1,4 @@
-"""How the values of other trainers' settings read here, by the names that `rules.yaml` has for it.
+"""How the values of other trainers' settings read here, by the names that `other_trainers.yaml` has for it.
 
 A reader takes what JSON, YAML or a command line holds and returns what our key takes. Raises: ValueError saying what
 was expected; NotNeeded and NotOffered for what comes to no key.
