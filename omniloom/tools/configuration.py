@@ -106,7 +106,10 @@ def page() -> str:
             default = "" if key.is_section else f"`{_as_yaml(key.default)}`"
             cells = (f"`{key.name}`", key.type, default, key.words)
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    parts.append("\n## Components\n\nWhat a key of `policy` may name, or any outer part of it:\n")
+    parts += [
+        "\n## Components\n",
+        "What a key of `policy` names, or an outer part of it; `lm_head` too where the head is not the embedding:\n",
+    ]
     parts.append("| family | components |\n|---|---|")
     parts += [f"| {spec.name} | {', '.join(f'`{name}`' for name in _components(spec))} |" for spec in SPECS]
     return "\n".join(parts) + "\n"

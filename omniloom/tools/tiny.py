@@ -55,7 +55,8 @@ def _read_model(family: str, size: str) -> TinyModel:
 def tiny_config(family: str) -> dict[str, Any]:
     """config.json of a tiny checkpoint, with made-up ids of its tokens. Raises: ValueError for an unknown family."""
     model = _read_model(family, "tiny")
-    config: dict[str, Any] = _filled(model.config, {token: number for number, token in enumerate(model.tokens)})
+    known = {f"token {token}": number for number, token in enumerate(model.tokens)}
+    config: dict[str, Any] = _filled(model.config, {**known, "vocab_size": len(known)})
     return config
 
 
