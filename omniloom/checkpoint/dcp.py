@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +51,19 @@ MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."  # prefixes of names in a
 
 
 class Saver:
-    """Writes the checkpoints of one run. Every rank makes one (a collective: it needs a gloo group of its own).
+    """Writes the checkpoints of one run. Every rank makes one (a collective where no `group` is given).
 
     With `asynchronous`, `save` only copies the rank's tensors to host memory (kept between saves) and returns; a thread
-    writes them. An error of that thread is raised by the next `save` or by `finish`. `timeout` is how long ranks wait
-    for one another; None is torch's own.
+    writes them. An error of that thread is raised by the next `save` or by `finish`. `group` is a gloo group that is
+    used for nothing else meanwhile.
     """
 
     def __init__(
-        self, run_dir: str | Path, *, keep: int = 2, asynchronous: bool = False, timeout: timedelta | None = None
+        self, run_dir: str | Path, *, keep: int = 2, asynchronous: bool = False, group: dist.ProcessGroup | None = None
     ) -> None:
         self.root = Path(run_dir) / "checkpoints"
         self.keep = keep
-        self.group = dist.new_group(backend="gloo", timeout=timeout) if in_group() else None
+        self.group = dist.new_group(backend="gloo") if group is None and in_group() else group
         self._staged: dict[str, Tensor] | None = {} if asynchronous else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None

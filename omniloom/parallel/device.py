@@ -7,9 +7,10 @@ the local index that picks a device.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +20,19 @@ from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # What vendors' libraries read once, before their first product or collective, to add up in a fixed order.
+# Segments that grow: packs differ in their media, whose sizes would leave gaps that nothing else fits into.
+GROWING_SEGMENTS = {
+    "cuda": ("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
+    "npu": ("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True"),
+}
 FIXED_ORDER = {"cuda": ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), "npu": ("HCCL_DETERMINISTIC", "true")}
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """The accelerator with this local index, made current, or the CPU where there is none."""
+    """The accelerator with this local index, made current, or the CPU where there is none.
+
+    Its allocator is set up as in `GROWING_SEGMENTS`, unless the environment says otherwise.
+    """
     if not torch.accelerator.is_available():
         _keep_freed_memory()
         return torch.device("cpu")
@@ -36,6 +45,8 @@ def choose_device(local_rank: int) -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None, "torch.accelerator is available but names no device"
     device = torch.device(accelerator.type, local_rank)
+    if accelerator.type in GROWING_SEGMENTS:
+        os.environ.setdefault(*GROWING_SEGMENTS[accelerator.type])  # read when the device is first used
     torch.accelerator.set_device_index(local_rank)
     return device
 
@@ -72,6 +83,22 @@ def only_deterministic(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def collect_on_call(generation: int = 1) -> Iterator[Callable[[], None]]:
+    """Inside, Python's garbage is collected when what this yields is called, and at no other time.
+
+    All ranks then pause in the same step; left to itself each rank pauses in another one, and all others wait for it.
+    """
+    gc.collect()
+    gc.freeze()  # what was imported and built stays: to look through it again takes a tenth of a second
+    gc.disable()
+    try:
+        yield lambda: gc.collect(generation) and None
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 class HostCopies:

@@ -252,7 +252,7 @@ def build_layout(degrees: Degrees, ranks: Ranks) -> Layout:
         context_group=dist.new_subgroups(degrees.context, timeout=ranks.timeout)[0] if degrees.context > 1 else None,
         channels={
             name: dist.group.WORLD
-            if name == "main" and on_host
+            if ranks.world_size == 1 or (name == "main" and on_host)
             else dist.new_group(backend="gloo", timeout=ranks.timeout)
             for name in CHANNELS
         },

@@ -62,7 +62,7 @@ class RunState:
             self._run_dir,
             keep=self._settings.keep,
             asynchronous=self._settings.asynchronous,
-            timeout=layout.ranks.timeout,
+            group=layout.channels["checkpoint"],
         )
         self.group = self.saver.group
         stack.callback(self.saver.close)

@@ -23,7 +23,7 @@ from omniloom.data.sources import Sources
 from omniloom.data.stream import BadSampleFile, LoadedStep
 from omniloom.exit_codes import LOST_RANK, STOPPED_EARLY
 from omniloom.ops.linear_map import keyed_seed
-from omniloom.parallel.device import only_deterministic, peak_memory_bytes
+from omniloom.parallel.device import collect_on_call, only_deterministic, peak_memory_bytes
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import (
@@ -58,6 +58,7 @@ from omniloom.training.profile import Profile
 from omniloom.training.schedule import decay_progress, describe_warmup, schedule_factor
 from omniloom.types import TEXT, RunError
 
+STEPS_BETWEEN_COLLECTIONS = 50  # of Python's garbage
 COLLECTIVE_GRACE_SECONDS = 60.0  # collectives give up this much later than the watchdog, which has more to say
 
 
@@ -176,6 +177,7 @@ class Trainer:
         if overwrite and layout.is_first:
             remove_own_files(self.run_dir)
         self.records.begin(self.first_step, about, policies, self.state.parameters)
+        self.collect_garbage = stack.enter_context(collect_on_call())
         self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json")
 
     def _find_start(self, overwrite: bool) -> StoredCheckpoint | None:
@@ -204,6 +206,8 @@ class Trainer:
             with self.profile.step(loaded.plan.step):
                 figures, stop = self._step(loaded)
             step = loaded.plan.step + 1
+            if step % STEPS_BETWEEN_COLLECTIONS == 0:
+                self.collect_garbage()
             self.state.media.add(loaded.plan)
             report = None  # of an evaluation at this step
             if self.evaluation is not None and eval_every and step % eval_every == 0 and not stop:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from omniloom.checkpoint.stored import open_stored, read_stored_tensor
 from omniloom.config import keys_of, load_config
 from omniloom.data.formats import parse_row
-from omniloom.parallel.device import only_deterministic
+from omniloom.parallel.device import choose_device, collect_on_call, only_deterministic
 from omniloom.run.opening import open_workshop
 from omniloom.run.trainer import run
 from omniloom.tools.tiny import make_tiny
@@ -112,6 +114,45 @@ def test_the_libraries_of_a_device_are_told_too(device: str, name: str | None, m
     with only_deterministic(torch.device(device)):
         pass
     assert list(environment) == ([name] if name else [])
+
+
+def test_a_devices_allocator_grows_its_segments_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environment: dict[str, str] = {}
+    monkeypatch.setattr("omniloom.parallel.device.os.environ", environment)
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "current_accelerator": torch.device("cuda"),
+        "set_device_index": None,
+    }.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda *_, value=value: value)
+    assert choose_device(0) == torch.device("cuda", 0)
+    assert environment == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    environment["PYTORCH_ALLOC_CONF"] = "max_split_size_mb:512"
+    choose_device(0)
+    assert environment == {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}
+
+
+def test_garbage_is_collected_between_steps_alone_and_as_ever_after_a_run(train: Train) -> None:
+    seen: list[bool] = []
+    train(on_step=lambda _: seen.append(gc.isenabled()))
+    assert seen == [False]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    with collect_on_call() as collect:
+        gone = weakref.ref(Cyclic())
+        assert gone() is not None
+        collect()
+        assert gone() is None
+
+
+class Cyclic:
+    """Only the collector ends it."""
+
+    def __init__(self) -> None:
+        self.own = self
 
 
 class MostLogits(TorchDispatchMode):
