@@ -83,7 +83,7 @@ def make_config(size: Size) -> FamilyConfig:
             qk_norm=True,
             rope_theta=1e6,
             mrope_section=_mrope_section(size.hidden // size.heads),
-            mrope_layout="interleaved",
+            mrope_order="interleaved",
             tie_word_embeddings=False,
             num_experts=size.experts,
             num_experts_per_tok=2,

@@ -228,7 +228,7 @@ def read_decoder(
         qk_norm=not qwen2_5,
         rope_theta=float(rope_theta),
         mrope_section=rope.field("mrope_section", kind=tuple),
-        mrope_layout="blocks" if qwen2_5 else "interleaved",
+        mrope_order="blocks" if qwen2_5 else "interleaved",
         tie_word_embeddings=any(section.field("tie_word_embeddings", kind=bool, default=False) for section in tied),
         **(_expert_fields(text) if has_experts else {}),
     )

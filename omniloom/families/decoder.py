@@ -14,7 +14,7 @@ from torch import nn
 from omniloom.models.decoder import Decoder, DecoderLayer, LossHead
 from omniloom.models.layers import Attention, GatedMLP
 from omniloom.models.moe import MoE
-from omniloom.ops.rotary import SectionLayout, multimodal_rotary
+from omniloom.ops.rotary import SectionOrder, multimodal_rotary
 from omniloom.types import Kernel
 
 
@@ -35,7 +35,7 @@ class DecoderConfig:
     qk_norm: bool
     rope_theta: float
     mrope_section: tuple[int, int, int]
-    mrope_layout: SectionLayout
+    mrope_order: SectionOrder
     tie_word_embeddings: bool
     num_experts: int = 0
     num_experts_per_tok: int = 0
@@ -110,7 +110,7 @@ def make_decoder(
             head_dim=config.head_dim,
             theta=config.rope_theta,
             sections=config.mrope_section,
-            layout=config.mrope_layout,
+            order=config.mrope_order,
         ),
         embed=embed,
         loss_head=loss_head,

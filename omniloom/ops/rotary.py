@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SectionLayout = Literal["interleaved", "blocks"]
+SectionOrder = Literal["interleaved", "blocks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +35,14 @@ def inverse_frequencies(num_frequencies: int, theta: float, device: torch.device
 
 
 def multimodal_rotary(
-    position_ids: Tensor, *, head_dim: int, theta: float, sections: tuple[int, int, int], layout: SectionLayout
+    position_ids: Tensor, *, head_dim: int, theta: float, sections: tuple[int, int, int], order: SectionOrder
 ) -> Rotary:
     """Angles of text heads whose frequencies are shared out over time, height and width.
 
     Args:
         position_ids: int64 [3, T].
         sections: frequencies per axis, summing to head_dim / 2.
-        layout: `interleaved` deals frequencies in turn t, h, w, t, h, w, ...; what h and w leave over is time's.
+        order: `interleaved` deals frequencies in turn t, h, w, t, h, w, ...; what h and w leave over is time's.
             `blocks` gives the first sections[0] to time, the next to height, the last to width.
 
     Source: Qwen3-VL (interleaved) and Qwen2-VL (blocks) modelling code in transformers.
@@ -51,7 +51,7 @@ def multimodal_rotary(
     frequencies = inverse_frequencies(num_frequencies, theta, position_ids.device)
     time, height, width = (position_ids.float()[:, :, None] * frequencies).unbind(0)  # each [T, D / 2]
     angles = time.clone()
-    if layout == "interleaved":
+    if order == "interleaved":
         angles[:, 1 : 3 * sections[1] : 3] = height[:, 1 : 3 * sections[1] : 3]
         angles[:, 2 : 3 * sections[2] : 3] = width[:, 2 : 3 * sections[2] : 3]
     else:

@@ -7,6 +7,7 @@ output is `rendering`'s.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import traceback
@@ -190,14 +191,13 @@ class ChatTemplate:
     def _find_forms(self) -> dict[str, Form]:
         """The form in which each role's content is written out whole: typed wherever that works."""
         forms: dict[str, Form] = dict.fromkeys(_PROBES, "typed")
-        both: tuple[Form, ...] = ("typed", "string")
         for before in ((), ("system",)):  # some demand a system turn
-            for of_user in both:
-                for of_assistant in both:
-                    for of_system in both if before else both[:1]:
-                        chosen: dict[str, Form] = {"user": of_user, "assistant": of_assistant, "system": of_system}
-                        if self._writes(forms | chosen, (*before, "user", "assistant")):
-                            return self._find_other_forms(forms | chosen)
+            roles = ("user", "assistant", *before)
+            both: tuple[Form, ...] = ("typed", "string")
+            for chosen in itertools.product(both, repeat=len(roles)):
+                found = forms | dict(zip(roles, chosen, strict=True))
+                if self._writes(found, (*before, "user", "assistant")):
+                    return self._find_other_forms(found)
         plain = [{"role": role, "content": word} for role, word in _PROBES.items() if role in ("user", "assistant")]
         try:
             got = f"it writes {self.write(plain)[:200]!r}"

@@ -101,7 +101,7 @@ def make_config(dims: Dims) -> FamilyConfig:
             qk_norm=True,
             rope_theta=1e4,
             mrope_section=(2, 1, 1),
-            mrope_layout="interleaved",
+            mrope_order="interleaved",
             tie_word_embeddings=dims.tie,
             num_experts=dims.num_experts,
             num_experts_per_tok=dims.experts_per_tok,

@@ -134,6 +134,12 @@ def test_values_of_another_kind_in_config_json_are_named(changed, field, value, 
         changed("config.json", **{f"thinker_config__{field}": value})
 
 
+@pytest.mark.parametrize("field", ["image_token_id", "audio_token_id", "vision_start_token_id", "audio_start_token_id"])
+def test_a_media_token_that_is_another_to_the_tokenizer_is_refused(changed, field):
+    with pytest.raises(ValueError, match=rf"{field} of config\.json is 7, expected the token <\|"):
+        changed("config.json", **{f"thinker_config__{field}": 7})
+
+
 def test_tokens_beyond_the_embedding_are_named_at_start(changed, checkpoint, tmp_path):
     from transformers import Qwen2Tokenizer
 

@@ -58,7 +58,7 @@ def make_decoder() -> Decoder:
     ]
     decoder = Decoder(
         layers,
-        rotary=partial(multimodal_rotary, head_dim=4, theta=1e4, sections=(1, 1, 0), layout="blocks"),
+        rotary=partial(multimodal_rotary, head_dim=4, theta=1e4, sections=(1, 1, 0), order="blocks"),
         embed=nn.Embedding(VOCABULARY, WIDTH),
         loss_head=LossHead(vocab_size=VOCABULARY, hidden_size=WIDTH, norm_eps=EPS, chunk_tokens=None),
     )

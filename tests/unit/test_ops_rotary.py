@@ -12,7 +12,7 @@ SECTIONS = (2, 3, 3)
 
 
 def table(position_ids: torch.Tensor, layout: str = "interleaved", theta: float = 10_000.0):
-    return multimodal_rotary(position_ids, head_dim=16, theta=theta, sections=SECTIONS, layout=layout)
+    return multimodal_rotary(position_ids, head_dim=16, theta=theta, sections=SECTIONS, order=layout)
 
 
 @settings(max_examples=25, deadline=None)
