@@ -112,18 +112,6 @@ class PackReport:
     media: Any = None  # what ranks that share the towers' work must know of it
 
 
-def agree(
-    step: StepPlan, packs: Sequence[LoadedPack], exchange: Exchange, *, pack_means: bool = False
-) -> tuple[StepAgreement, tuple[LoadedPack, ...]]:
-    """Exchange what was loaded; returns the agreement and this rank's packs with every agreed failure blanked.
-
-    Where several ranks load the same pack (context and tensor groups, each decoding its share of the clips) a sample
-    that failed on one of them becomes padding on all, and the pack counts once. With `pack_means` (train.loss=batch)
-    the others of its pack are weighted up, so that the pack stays a mean over its labels. Raises: RanksStopped.
-    """
-    return settle(step, packs, gather(exchange, [report_pack(pack) for pack in packs]), pack_means=pack_means)
-
-
 def settle(
     step: StepPlan,
     packs: Sequence[LoadedPack],
@@ -131,7 +119,13 @@ def settle(
     *,
     pack_means: bool = False,
 ) -> tuple[StepAgreement, tuple[LoadedPack, ...]]:
-    """The second half of `agree`: the same numbers on every rank from the same reports."""
+    """What all ranks reported of a step, and this rank's packs with every sample blanked that any could not load.
+
+    `gathered` are the reports of each rank's packs. Where several ranks load the same pack (context and tensor groups,
+    each decoding its share of the clips) a sample that failed on one of them becomes padding on all, and the pack
+    counts once. With `pack_means` (train.loss=batch) the others of its pack are weighted up, so that the pack stays a
+    mean over its labels. The same numbers on every rank.
+    """
     failed: dict[int, dict[int, BadSample]] = {}
     sums: dict[int, Mapping[str, tuple[float, ...]]] = {}
     for report in (report for reports in gathered for report in reports):

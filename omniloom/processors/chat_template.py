@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -340,18 +341,25 @@ _CALL = re.compile(r'\{"name": ("(?:[^"\\]|\\.)*"), "arguments": ')
 class Leaf:
     """A piece of a conversation's text as it goes into a message."""
 
+    number: int  # counts all of a conversation
     text: str
     turn: int
     part: int
     is_json: bool = False  # arguments of a call: the template gets the value, and writes it in a way of its own
 
 
-def messages_of(turns: Sequence[Turn], template: ChatTemplate, put: Callable[[Leaf], str]) -> list[Message]:
-    """The turns as templates take them, with what `put` makes of every piece of text that is not blank."""
+def messages_of(
+    turns: Sequence[Turn], template: ChatTemplate, mark: Callable[[Leaf], str] = attrgetter("text")
+) -> tuple[list[Message], list[Leaf]]:
+    """The turns as templates take them, with what `mark` makes of every piece of text that is not blank; the pieces."""
     forms, words = template.forms, template.media_words
+    leaves: list[Leaf] = []
 
     def place(text: str, turn: int, part: int, *, is_json: bool = False) -> str:
-        return put(Leaf(text=text, turn=turn, part=part, is_json=is_json)) if text.strip() else text
+        if not text.strip():
+            return text
+        leaves.append(Leaf(number=len(leaves), text=text, turn=turn, part=part, is_json=is_json))
+        return mark(leaves[-1])
 
     messages: list[Message] = []
     for index, turn in enumerate(turns):
@@ -377,7 +385,7 @@ def messages_of(turns: Sequence[Turn], template: ChatTemplate, put: Callable[[Le
         if calls:
             message["tool_calls"] = calls
         messages.append(message)
-    return messages
+    return messages, leaves
 
 
 def _call(part: Part, template: ChatTemplate, index: int, number: int, place: Callable[..., str]) -> dict[str, Any]:
@@ -391,14 +399,6 @@ def _call(part: Part, template: ChatTemplate, index: int, number: int, place: Ca
     else:
         arguments = json.loads(place(spell(arguments), index, number, is_json=True))
     return {"type": "function", "function": call | {"name": name, "arguments": arguments}}
-
-
-def collect(leaves: list[Leaf]) -> Callable[[Leaf], str]:
-    def put(leaf: Leaf) -> str:
-        leaves.append(leaf)
-        return leaf.text
-
-    return put
 
 
 def _text(text: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
-from omniloom.processors.chat_template import ChatTemplate, Leaf, collect, messages_of, spell
+from omniloom.processors.chat_template import ChatTemplate, Leaf, messages_of, spell
 from omniloom.types import Conversation, Part, ProcessorOptions, Role, SampleError, Turn
 
 
@@ -51,14 +51,14 @@ class Renderer:
         """
         turns = self._turns(conversation)
         tools = tuple(json.loads(tool) for tool in conversation.tools)
-        leaves: list[Leaf] = []
-        text = self.template.write(messages_of(turns, self.template, collect(leaves)), tools)
+        messages, leaves = messages_of(turns, self.template)
+        text = self.template.write(messages, tools)
         places = self._finder.find(turns, tools, text, leaves)
         return Rendered(text=text, weights=self._weigh(turns, places, len(text)))
 
     def prompt(self, conversation: Conversation) -> str:
         """The conversation's text, up to where the answer to it begins. Raises: as `render`."""
-        messages = messages_of(self._turns(conversation), self.template, attrgetter("text"))
+        messages, _ = messages_of(self._turns(conversation), self.template)
         return self.template.write(messages, [json.loads(tool) for tool in conversation.tools], generation_prompt=True)
 
     # ------------------------------------------------------------------------------------ messages
@@ -88,8 +88,8 @@ class Renderer:
     def _written_call(self, call: Part) -> str:
         question = Turn(role="user", parts=(Part(kind="text", text="question"),))
         turns = (question, Turn(role="assistant", parts=(replace(call, weight=None),)))
-        leaves: list[Leaf] = []
-        text = self.template.write(messages_of(turns, self.template, collect(leaves)))
+        messages, leaves = messages_of(turns, self.template)
+        text = self.template.write(messages)
         place = self._finder.find(turns, (), text, leaves)[1]
         assert place is not None
         return text[place.start : place.end].removesuffix(self._finder.ending)
@@ -186,19 +186,21 @@ class TurnFinder:
         return [line for line in lines if line.strip() and (line == opening or line not in asked)], ending
 
     def _write(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> str:
-        return self.template.write(
-            messages_of(turns, self.template, attrgetter("text")), generation_prompt=generation_prompt
-        )
+        messages, _ = messages_of(turns, self.template)
+        return self.template.write(messages, generation_prompt=generation_prompt)
 
     def find(self, turns: Sequence[Turn], tools: Sequence[Any], text: str, leaves: Sequence[Leaf]) -> Places:
         """Where each turn is in `text`, by marks that change nothing else of it; None for one that is not written."""
         marks = _Marks(text, len(leaves))
 
-        def stays(mark: Callable[[Leaf], str], turn: int | None = None) -> bool:
-            marks.begin(turn)
-            messages = messages_of(turns, self.template, mark)
+        def stays(mark: Callable[[Leaf], str], only_turn: int | None = None) -> bool:
+            def mark_some(leaf: Leaf) -> str:
+                return mark(leaf) if only_turn in (None, leaf.turn) else leaf.text
+
+            marks.placed.clear()
+            messages, _ = messages_of(turns, self.template, mark_some)
             try:
-                return marks.read(self.template.write(messages, tools, generation_marks=marks.of_generation))
+                return marks.find(self.template.write(messages, tools, generation_marks=marks.of_generation))
             except SampleError:  # a template may refuse what the marks make of the words
                 return False
 
@@ -206,19 +208,19 @@ class TurnFinder:
             for number in range(len(turns)):
                 if not stays(marks.around, number):
                     stays(marks.inside, number)
-            if not stays(marks.nowhere):
+            if not stays(attrgetter("text")):
                 raise SampleError(
                     "messages",
                     "what trains cannot be found in what the chat template writes: its generation blocks do not come "
                     f"out as they are written ({self.template.where}): {text[-200:]!r}",
                 )
         for index, turn in enumerate(turns):
-            said = [number for number, leaf in enumerate(leaves) if leaf.turn == index]
+            said = {leaf.number for leaf in leaves if leaf.turn == index}
             words = any(part.kind != "reasoning" and part.text.strip() for part in turn.parts)
-            if turn.role == "assistant" and words and all(number in marks.left_out for number in said):
+            if turn.role == "assistant" and words and said <= marks.left_out:
                 reason = f"the chat template leaves out this answer ({self.template.where})"
                 raise SampleError(f"messages[{index}]", reason)
-        extents = [marks.extent(number, leaf, text) for number, leaf in enumerate(leaves)]
+        extents = [marks.extent(leaf, text) for leaf in leaves]
         places = self._place_turns(turns, tools, text, leaves, extents)
         return _within(places, turns, marks.generated) if self.template.has_generation_marks else places
 
@@ -230,7 +232,7 @@ class TurnFinder:
         leaves: Sequence[Leaf],
         extents: Sequence[tuple[int, int] | None],
     ) -> Places:
-        of_turn = [_hull(extents[n] for n, leaf in enumerate(leaves) if leaf.turn == i) for i in range(len(turns))]
+        of_turn = [_hull(extents[leaf.number] for leaf in leaves if leaf.turn == i) for i in range(len(turns))]
         found: Places = []
         done = 0
         for index, turn in enumerate(turns):
@@ -283,8 +285,9 @@ class TurnFinder:
         if ending and rest.startswith(ending):
             return len(ending)
         marks = _Marks(rest, 1 << 10)
+        messages, _ = messages_of(turns, self.template, marks.around)
         try:  # were the conversation over here, all that follows would be the answer's
-            alone = self.template.write(messages_of(turns, self.template, marks.around), tools)
+            alone = self.template.write(messages, tools)
         except SampleError:
             alone = ""
         length = _length_in_common(rest, marks.after_last(alone).rstrip())
@@ -360,47 +363,35 @@ class _Marks:
         self.left_out: set[int] = set()  # leaves whose marks did not come out, though all else stayed
         self.generated: list[tuple[int, int]] = []
         self._offsets: dict[int, tuple[int, int]] = {}  # of a leaf's two marks in its own text
+        self.placed: dict[int, tuple[int, int]] = {}  # the same, of those that are looked for next
         self._several: set[int] = set()  # leaves with a pair of marks for each of their strings
-        self.begin(None)
-
-    def begin(self, turn: int | None) -> None:
-        """The next leaf to be marked is the first one, and only those of one turn are, if one is given."""
-        self._next, self._turn = 0, turn
-        self._put_now: dict[int, tuple[int, int]] = {}
 
     def _mark(self, number: int) -> str:
         return f"{self._prefix}{number:05d}"
 
-    # ---- writing: a function for `put` each, called for one leaf after another
+    # ---- writing
 
     def around(self, leaf: Leaf) -> str:
         """Around all but blanks at the ends, which a template may trim."""
         text = leaf.text
-        return self._put(leaf, len(text) - len(text.lstrip()), len(text.rstrip()))
+        return self._mark_leaf(leaf, len(text) - len(text.lstrip()), len(text.rstrip()))
 
     def inside(self, leaf: Leaf) -> str:
         """Inside the first and the last word, so that what a template looks for (a tag, a beginning) stays whole."""
         words = [match.span() for match in _WORD_OR_TAG.finditer(leaf.text) if match[1]]
-        return self._put(leaf, words[0][0] + 1, words[-1][1] - 1) if words else self.nowhere(leaf)
+        return self._mark_leaf(leaf, words[0][0] + 1, words[-1][1] - 1) if words else leaf.text
 
-    def nowhere(self, leaf: Leaf) -> str:
-        self._next += 1
-        return leaf.text
-
-    def _put(self, leaf: Leaf, first: int, last: int) -> str:
-        if self._turn not in (None, leaf.turn):
-            return self.nowhere(leaf)
-        begin, end = self._mark(2 * self._next), self._mark(2 * self._next + 1)
-        self._put_now[self._next] = first, last
-        self._next += 1
+    def _mark_leaf(self, leaf: Leaf, first: int, last: int) -> str:
+        begin, end = self._mark(2 * leaf.number), self._mark(2 * leaf.number + 1)
+        self.placed[leaf.number] = first, last
         if leaf.is_json:
-            self._several.add(self._next - 1)
+            self._several.add(leaf.number)
             return spell(_mark_strings(json.loads(leaf.text), begin, end))
         return f"{leaf.text[:first]}{begin}{leaf.text[first:last]}{end}{leaf.text[last:]}"
 
     # ---- reading
 
-    def read(self, marked: str) -> bool:
+    def find(self, marked: str) -> bool:
         """Whether the text is the same but for its marks; if so, where they are is noted."""
         pieces = self._pattern.split(marked)
         if "".join(pieces[::2]) != self._text:
@@ -419,20 +410,20 @@ class _Marks:
                 found[leaf] = found.get(leaf, (position, position))[0], position
                 (open_leaves.discard if is_end else open_leaves.add)(leaf)
         self.found |= found
-        self._offsets |= self._put_now
-        self.left_out |= self._put_now.keys() - found.keys() - self._several
+        self._offsets |= self.placed
+        self.left_out |= self.placed.keys() - found.keys() - self._several
         return True
 
     def after_last(self, marked: str) -> str:
         return self._pattern.split(marked)[-1]
 
-    def extent(self, number: int, leaf: Leaf, text: str) -> tuple[int, int] | None:
+    def extent(self, leaf: Leaf, text: str) -> tuple[int, int] | None:
         """Where a leaf's words are, without blanks at the ends; None where no mark of it was seen."""
-        if number not in self.found:
+        if leaf.number not in self.found:
             return None
-        first, last = self.found[number]
+        first, last = self.found[leaf.number]
         words = leaf.text.strip()
-        start = first - (self._offsets[number][0] - (len(leaf.text) - len(leaf.text.lstrip())))
+        start = first - (self._offsets[leaf.number][0] - (len(leaf.text) - len(leaf.text.lstrip())))
         if not leaf.is_json and start >= 0 and text.startswith(words, start):
             return start, start + len(words)
         return first, last

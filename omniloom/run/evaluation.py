@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from omniloom.checkpoint.files import write_json
-from omniloom.data.agreement import PlanningRanks, StepAgreement, agree
+from omniloom.data.agreement import PlanningRanks, StepAgreement, gather, report_pack, settle
 from omniloom.data.loader import Loader
 from omniloom.data.packing import pack_everything
 from omniloom.data.planner import PlanError, plan_all
@@ -203,7 +203,8 @@ class Evaluation:
             on_pack()
             together = tuple(packs[number * layout.data_world :][: layout.data_world])
             # ranks that share a pack decode different clips: what one could not read must count on none
-            agreement, (pack,) = agree(StepPlan(step=number, packs=together, rows_planned=0), (pack,), layout.exchange)
+            step = StepPlan(step=number, packs=together, rows_planned=0)
+            agreement, (pack,) = settle(step, (pack,), gather(layout.exchange, [report_pack(pack)]))
             self._list_bad(agreement.bad)
             yield mine[number], pack, agreement
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from omniloom.data.agreement import PlanningRanks, RanksStopped, agree
+from omniloom.data.agreement import PlanningRanks, RanksStopped, report_pack, settle
 from omniloom.data.extent_cache import ExtentCache, extent_key, fingerprint_of
 from omniloom.data.loader import Loader
 from omniloom.data.planner import PlanError, Planner
@@ -661,7 +661,7 @@ def test_agreement_counts_what_is_left():
     )
     step = StepPlan(step=0, packs=plans, rows_planned=3)
     packs = [rows.load(plan, None, {}, lambda row: None) for plan in plans]
-    agreement, _ = agree(step, packs, lambda value: [value])
+    agreement, _ = settle(step, packs, [[report_pack(pack) for pack in packs]])
     assert agreement.weight_sums["router"] == 1
     assert agreement.weight_sums["text"] == 0.5 * (sample(6).extent.num_tokens // 2)
     assert agreement.stats.num_samples == 1
