@@ -266,7 +266,7 @@ def axes_of(layout: Layout) -> dict[str, str]:
     axes = {}
     if layout.degrees.replicate > 1:
         axes[layout.fsdp.get_group("replicate").group_name] = "replicate"
-        if layout.expert_fsdp is not None:
+        if layout.expert is not None:
             axes[layout.expert_fsdp.get_group("replicate").group_name] = "replicate"
     if layout.expert is not None:
         axes[layout.expert.get_group().group_name] = "expert"

@@ -10,6 +10,28 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
+class TensorSharding:
+    """How the decoder's matrices are divided over tensor ranks, each of which holds some rows of a pack's tokens.
+
+    What of `root` no pattern names is held by every tensor rank and works on its own rows.
+    """
+
+    root: str
+    # called with rows first, gives rows: computed for all rows of the tensor ranks, each giving its share of a sum
+    regions: tuple[str, ...]
+    outputs: tuple[str, ...]  # linears in regions, divided by what comes out of them
+    key_values: tuple[str, ...]  # linears likewise, but held whole where the key-value heads do not divide
+    inputs: tuple[str, ...]  # linears in regions, divided by what goes into them
+    embedding: str  # divided by the vocabulary, as the head is
+    loss_head: str  # called with (rows, labels or None, weights or None, draw_key)
+    head: str
+    cross_entropy: str  # parameter-free: (rows, head, labels, weights)
+    widths: tuple[tuple[str, int], ...]  # sizes that must divide, with their names in config.json
+    vocab_size: int
+    has_output_bias: bool = False  # of one of `inputs`
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardingPlan:
     roots: tuple[str, ...]  # modules entered by a call of their own: the towers and the decoder
     blocks: tuple[str, ...]  # each match is sharded by itself, and in execution order
@@ -22,6 +44,7 @@ class ShardingPlan:
     expert_products: tuple[str, ...] = ()  # parameter-free: (rows, stacked weights..., offsets)
     router_counts: tuple[str, ...] = ()  # parameter-free: reduces a pack's expert counts over who shares the pack
     attention_cores: tuple[str, ...] = ()  # parameter-free: (q, k, v, segments, norms), decoder only
+    tensor: TensorSharding | None = None  # None: this family's decoder is not divided
     num_attention_heads: int = 1
     num_key_value_heads: int = 1
     num_experts: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.families.decoder import DecoderConfig
-from omniloom.sharding import ShardingPlan
+from omniloom.sharding import ShardingPlan, TensorSharding
 
 
 def standard_sharding(
@@ -24,9 +24,32 @@ def standard_sharding(
         expert_products=(f"{moe}.experts.product",) if moe else (),
         router_counts=(f"{moe}.reduce_counts",) if moe else (),
         attention_cores=("text.layers.*.attention.core",),
+        tensor=_tensor_sharding(text),
         num_attention_heads=text.num_attention_heads,
         num_key_value_heads=text.num_key_value_heads,
         num_experts=text.num_experts,
         patches_per_row=vision.spatial_merge_size**2,
         audio_rows_per_chunk=1 if audio is None else audio.chunk_rows,
+    )
+
+
+def _tensor_sharding(text: DecoderConfig) -> TensorSharding:
+    """Experts are not in it: their rows go to whole experts, which `expert` divides over tensor ranks too."""
+    layer = "text.layers.*"
+    feed_forwards = (f"{layer}.mlp", f"{layer}.moe.shared.mlp")
+    return TensorSharding(
+        root="text",
+        regions=(f"{layer}.attention", *feed_forwards),
+        outputs=(f"{layer}.attention.q_proj", *(f"{f}.{name}_proj" for f in feed_forwards for name in ("gate", "up"))),
+        key_values=(f"{layer}.attention.k_proj", f"{layer}.attention.v_proj"),
+        inputs=(f"{layer}.attention.o_proj", *(f"{name}.down_proj" for name in feed_forwards)),
+        embedding="text.embed",
+        loss_head="text.loss_head",
+        head="text.loss_head.head",
+        cross_entropy="text.loss_head.cross_entropy",
+        widths=()
+        if text.num_moe_layers == text.num_hidden_layers
+        else (("intermediate_size", text.intermediate_size),),
+        vocab_size=text.vocab_size,
+        has_output_bias=text.attention_biases[3],
     )

@@ -6,6 +6,9 @@ vocabulary. The head's sharding is not known here: a vocabulary-parallel version
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +18,9 @@ from omniloom.ops.linear_map import LinearMap, dropped
 
 LOGIT_BUDGET_BYTES = 2**28  # of float32 logits held at a time
 DEVICE_LOGIT_BUDGET_BYTES = 2**31  # on accelerators: every chunk there adds the whole head to its gradient once more
+
+# each row's log of the sum of exponentials and logit of the label, both float32 [n, 1], over parts of the vocabulary
+JoinVocabulary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def choose_chunk_tokens(vocab_size: int, device_type: str) -> int:
@@ -31,6 +37,7 @@ def linear_cross_entropy(
     weights: Tensor,
     *,
     chunk_tokens: int | None = None,
+    join_vocabulary: JoinVocabulary | None = None,
 ) -> Tensor:
     """Sum over tokens of weight x cross entropy of `head(hidden)` against `labels`, a float32 scalar.
 
@@ -40,10 +47,13 @@ def linear_cross_entropy(
         labels: int64 [L], all in 0..V-1 (rows without a label are not passed).
         weights: float32 [L]; no gradient flows to them.
         chunk_tokens: tokens whose logits are held at a time; None chooses by the device's budget.
+        join_vocabulary: where `head` is a part of the vocabulary, joins the parts of a row; labels then count from
+            the part's first entry, and lie outside of it where another part has them.
     """
     chunk = choose_chunk_tokens(head.weight.shape[0], hidden.device.type) if chunk_tokens is None else chunk_tokens
     low = () if head.low is None else (F.linear(dropped(hidden, head.dropout), head.low), head.up)
-    return _LinearCrossEntropy.apply(labels, weights, chunk, torch.is_grad_enabled(), hidden, head.weight, *low)
+    factors = (hidden, head.weight, *low)
+    return _LinearCrossEntropy.apply(labels, weights, chunk, join_vocabulary, torch.is_grad_enabled(), *factors)
 
 
 def linear_cross_entropy_reference(hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -57,11 +67,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, labels: Tensor, weights: Tensor, chunk_tokens: int, with_gradients: bool, *factors: Tensor
+        ctx: Any,
+        labels: Tensor,
+        weights: Tensor,
+        chunk_tokens: int,
+        join_vocabulary: JoinVocabulary | None,
+        with_gradients: bool,
+        *factors: Tensor,
     ) -> Tensor:
         inputs, heads = factors[::2], factors[1::2]
         loss = weights.new_zeros((), dtype=torch.float32)
-        wanted = [with_gradients and needs for needs in ctx.needs_input_grad[4:]]
+        wanted = [with_gradients and needs for needs in ctx.needs_input_grad[5:]]
         # of weights in float32, since in bfloat16 the sum over many chunks would lose the small ones
         grads = [
             torch.zeros_like(factor, dtype=torch.float32 if place % 2 else None) if wanted[place] else None
@@ -74,11 +90,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for part, head in zip(parts[1:], heads[1:], strict=True):
                 logits += F.linear(part, head)
             normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            loss += ((normaliser - logits.gather(1, label)) * weight).sum()
+            if join_vocabulary is None:
+                here, label_logits = torch.ones_like(weight), logits.gather(1, label)
+            else:
+                here = ((label >= 0) & (label < logits.shape[1])).float()
+                label = label.clamp(0, logits.shape[1] - 1)
+                normaliser, label_logits = join_vocabulary(normaliser, logits.gather(1, label) * here)
+            loss += ((normaliser - label_logits) * weight).sum()
             if not any(wanted):
                 continue
             logits_grad = logits.sub_(normaliser).exp_()  # the softmax, in the logits' memory
-            logits_grad.scatter_add_(1, label, torch.full_like(weight, -1.0))
+            logits_grad.scatter_add_(1, label, -here)
             if logits_grad.dtype == parts[0].dtype:
                 logits_grad.mul_(weight)
             else:  # weighted and rounded in one pass
@@ -94,6 +116,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.grads, ctx.dtypes, strict=True)
-        return (None,) * 4 + tuple(None if grad is None else (grad * loss_grad).to(dtype) for grad, dtype in pairs)
+        return (None,) * 5 + tuple(None if grad is None else (grad * loss_grad).to(dtype) for grad, dtype in pairs)

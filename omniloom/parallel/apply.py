@@ -18,15 +18,16 @@ from omniloom.parallel.expert import ExpertDispatch, LocalWeights, SumOverGroup
 from omniloom.parallel.fsdp import match_modules, shard_parameters
 from omniloom.parallel.mesh import Degrees, Layout
 from omniloom.parallel.recompute import OffloadingCall, recompute_layers
+from omniloom.parallel.tensor import check_tensor, divide_tensors
 from omniloom.sharding import ShardingPlan
 
 
 def check_plan(plan: ShardingPlan, degrees: Degrees) -> None:
     """Raises: ValueError listing every degree that this model cannot be divided by, with the ones it can."""
-    faults = []
-    if degrees.context > 1:
+    faults = check_tensor(plan, degrees.tensor) if degrees.tensor > 1 else []
+    if degrees.context > 1 and not faults:
         try:
-            check_heads(plan.num_attention_heads, plan.num_key_value_heads, degrees.context)
+            check_heads(plan.num_attention_heads // degrees.tensor, 1, degrees.context)  # the others are repeated
         except ValueError as error:
             faults.append(str(error))
     if degrees.expert > 1 and not plan.num_experts:
@@ -61,8 +62,11 @@ def apply_parallelism(
     if layout.context_group is not None:
         for name in match_modules(model, plan.attention_cores):
             model.set_submodule(name, UlyssesCore(model.get_submodule(name), layout.context_group))
+    if layout.sharers_group is not None:
         for name in match_modules(model, plan.router_counts):
-            model.set_submodule(name, SumOverGroup(layout.context_group))
+            model.set_submodule(name, SumOverGroup(layout.sharers_group))
+    if layout.tensor is not None:
+        divide_tensors(model, layout.tensor, plan)
     if layout.expert is not None:
         group = layout.expert.get_group()
         for name in match_modules(model, plan.dispatches):

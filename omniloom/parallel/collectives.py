@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -92,6 +95,68 @@ def scatter_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def gather_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[t * n, h, D] (every token, a slice of the heads) -> [t, h * n, D]; the inverse of `scatter_heads`."""
     return _SwapHeadsForTokens.apply(x, group, False)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_gather(rows, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _reduce_scatter(gradient, ctx.group), None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _reduce_scatter(rows, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _all_gather(gradient, ctx.group), None
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[t, ...] of each rank of `group` -> [n * t, ...] of all in rank order. Collective: one all-gather.
+
+    The gradient that reaches a row is the sum of what all ranks have for it: one reduce-scatter.
+    """
+    return _GatherRows.apply(rows, group)
+
+
+def sum_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n * t, ...], each rank's share of a sum -> [t, ...], the sums of this rank's rows.
+
+    The way of `gather_rows`'s gradient, and back. Collective: one reduce-scatter.
+    """
+    return _SumRows.apply(rows, group)
+
+
+def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    gathered = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
+    dist.all_gather_single(gathered, rows.contiguous(), group=group)
+    return gathered
+
+
+def _reduce_scatter(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    summed = rows.new_empty((rows.shape[0] // group.size(), *rows.shape[1:]))
+    dist.reduce_scatter_single(summed, rows.contiguous(), group=group)
+    return summed
+
+
+def swap_rows_for_columns(x: Tensor, group: dist.ProcessGroup, num_columns: int) -> Tensor:
+    """[n * t, v] of all rows, this rank's columns -> [t, num_columns] of its rows, all columns; no gradient passes.
+
+    Columns are divided as `torch.chunk` does, so that the last ranks may have fewer. Collective: one all-to-all.
+    """
+    widest = -(-num_columns // group.size())
+    send = F.pad(x.detach(), (0, widest - x.shape[1])).contiguous()
+    received = torch.empty_like(send)
+    dist.all_to_all_single(received, send, group=group)
+    return received.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1)[:, :num_columns]
 
 
 # ---------------------------------------------------------------------------------------- as operations of torch

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -18,30 +19,39 @@ from omniloom.parallel.collectives import gather_heads, scatter_heads
 from omniloom.types import PackedBatch, Segments, Targets
 
 
-def slice_batch(batch: PackedBatch, context_rank: int, degree: int) -> PackedBatch:
-    """The share of one context rank: tokens `[rank * T / degree, (rank + 1) * T / degree)`.
+def slice_batch(batch: PackedBatch, rank: int, degree: int, tensor: int = 1) -> PackedBatch:
+    """The share of one of the ranks among which a pack's tokens are: `[rank * T / degree, (rank + 1) * T / degree)`.
 
     Token tensors become local, `loss_index` counts local rows; `segments` and the media stay those of the whole pack.
+    Of `degree` ranks, each `tensor` neighbours compute with all their rows: they get the same position_ids, of these
+    rows, and loss rows of one number, filled up with rows that have no weight.
     Raises: ValueError where T does not divide.
     """
     if degree == 1:
         return batch
     num_tokens = batch.input_ids.shape[0]
     if num_tokens % degree:
-        raise ValueError(f"a pack of {num_tokens} tokens does not divide over {degree} context ranks")
+        raise ValueError(f"a pack of {num_tokens} tokens does not divide over {degree} ranks")
     size = num_tokens // degree
-    start, end = context_rank * size, (context_rank + 1) * size
-    mine = (batch.loss_index >= start) & (batch.loss_index < end)
+    start, end, first = rank * size, (rank + 1) * size, rank // tensor * tensor
     return dataclasses.replace(
         batch,
         input_ids=batch.input_ids[start:end],
         labels=batch.labels[start:end],
         loss_weights=batch.loss_weights[start:end],
-        loss_index=batch.loss_index[mine] - start,
-        position_ids=batch.position_ids[:, start:end],
+        loss_index=_slice_loss_index(batch.loss_index, size, rank, range(first, first + tensor)),
+        position_ids=batch.position_ids[:, first * size : (first + tensor) * size],
         is_padding=batch.is_padding[start:end],
         targets={name: _slice_targets(targets, start, end) for name, targets in batch.targets.items()},
     )
+
+
+def _slice_loss_index(loss_index: Tensor, size: int, rank: int, neighbours: range) -> Tensor:
+    counts = [((loss_index >= size * each) & (loss_index < size * (each + 1))).sum() for each in neighbours]
+    mine = loss_index[(loss_index >= size * rank) & (loss_index < size * (rank + 1))] - size * rank
+    missing = int(max(counts)) - len(mine)
+    free = torch.ones(size, dtype=torch.bool).index_fill(0, mine, False).nonzero().squeeze(1)
+    return torch.cat((mine, free[:missing]))
 
 
 def _slice_targets(targets: Targets, start: int, end: int) -> Targets:

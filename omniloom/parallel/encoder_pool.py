@@ -138,7 +138,7 @@ def route_tower(
     row_receive, tokens = _landing_rows(placed, sizes, seats, me, pack_tokens)
     packs, local = np.divmod(tokens, pack_tokens)
     landing = np.argsort(packs, kind="stable")
-    local = local[landing] - seats[me].context_rank * (pack_tokens // seats[me].context)
+    local = local[landing] - seats[me].sharer_rank * (pack_tokens // seats[me].sharers)
     counts = np.bincount(packs, minlength=num_packs)
     return TowerRoute(
         segments=segments,
@@ -198,14 +198,14 @@ def _leaving_rows(
 ) -> tuple[Ints, tuple[int, ...]]:
     """Rows of the tower here by the owner of their token, and how many each owner gets."""
     tokens = _tokens_of(here, sizes)
-    first, context = min(seat.data_rank for seat in seats), seats[0].context
-    num_owners = context * (1 + max(seat.data_rank for seat in seats) - first)
+    first, sharers = min(seat.data_rank for seat in seats), seats[0].sharers
+    num_owners = sharers * (1 + max(seat.data_rank for seat in seats) - first)
     lengths = np.array(list(map(len, tokens)), dtype=np.int64)
     # a fixed tower encodes all that its rank holds, in the order it was loaded
     starts = np.array([sizes[s.source].row_starts[s.index] for s in here], dtype=np.int64)
     places = spread(starts if fixed else np.cumsum(lengths) - lengths, lengths)
     data_rank = np.repeat(np.array([seats[s.source].data_rank for s in here], dtype=np.int64) - first, lengths)
-    owners = data_rank * context + _context_rank(_concatenate(tokens), pack_tokens, context)
+    owners = data_rank * sharers + _sharer_rank(_concatenate(tokens), pack_tokens, sharers)
     return places[np.argsort(owners, kind="stable")], tuple(np.bincount(owners, minlength=num_owners).tolist())
 
 
@@ -218,12 +218,12 @@ def _landing_rows(
     parts = _tokens_of(coming, sizes)
     encoders = np.repeat(np.array([segment.encoder for segment in coming], dtype=np.int64), list(map(len, parts)))
     tokens = _concatenate(parts)
-    lands = _context_rank(tokens, pack_tokens, seat.context) == seat.context_rank
+    lands = _sharer_rank(tokens, pack_tokens, seat.sharers) == seat.sharer_rank
     return tuple(np.bincount(encoders[lands], minlength=len(seats)).tolist()), tokens[lands]
 
 
-def _context_rank(tokens: Ints, pack_tokens: int, context: int) -> Ints:
-    return tokens % pack_tokens // (pack_tokens // context)
+def _sharer_rank(tokens: Ints, pack_tokens: int, sharers: int) -> Ints:
+    return tokens % pack_tokens // (pack_tokens // sharers)
 
 
 def _concatenate(parts: Sequence[Ints]) -> Ints:
@@ -246,7 +246,7 @@ class EncoderPool:
     def __init__(self, layout: Layout, plan: ShardingPlan, scope: Literal["group", "data"]) -> None:
         self.layout = layout
         self.patches_per_row, self.rows_per_chunk = plan.patches_per_row, plan.audio_rows_per_chunk
-        self.group = dist.group.WORLD if scope == "data" else layout.context_group
+        self.group = dist.group.WORLD if scope == "data" else layout.sharers_group
         members = list(range(layout.world_size))
         if scope == "group":
             members = [rank for rank in members if layout.seat(rank).data_rank == layout.data_rank]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from math import prod
 
 import torch
 from torch import nn
@@ -40,8 +41,9 @@ def shard_parameters(
 
     Parameters are gathered in `compute_dtype`, gradients reduced in float32.
 
-    Experts go to `layout.expert` and `layout.expert_fsdp`, everything else to `layout.fsdp`. Roots that the model
-    was built without are passed over. Raises: ValueError where the number of experts does not divide.
+    Experts go to `layout.expert` and `layout.expert_fsdp`, the root whose matrices may be divided to `layout.fsdp`,
+    everything else to `layout.whole_fsdp`. Roots that the model was built without are passed over.
+    Raises: ValueError where the number of experts does not divide.
 
     A single rank that computes in the parameters' own float32 has nothing to gather, cast or offload: there they stay
     plain, which saves a twentieth of a step of small models.
@@ -49,21 +51,27 @@ def shard_parameters(
     if layout.world_size == 1 and compute_dtype == torch.float32 and not parallel.cpu_offload:
         return
     modules = dict(model.named_modules())
-    if layout.expert is not None:
+    wrap = partial(_wrap, layout=layout, parallel=parallel, compute_dtype=compute_dtype)
+    if layout.expert is not None or layout.tensor is not None:
         for name in match_modules(model, plan.experts):
-            _divide_experts(modules[name], layout.expert, name)
-            _wrap([modules[name]], layout, parallel, compute_dtype, of_experts=True)
+            if layout.expert is not None:
+                _divide_experts(modules[name], layout.expert, name)
+            wrap([modules[name]], layout.expert_fsdp)
+    meshes = dict.fromkeys(plan.roots, layout.whole_fsdp)
+    if plan.tensor is not None:
+        meshes[plan.tensor.root] = layout.fsdp
     wrapped: dict[str, list[FSDPModule]] = {root: [] for root in plan.roots}
     for name in match_modules(model, plan.blocks):
-        wrapped[name.split(".")[0]].append(_wrap([modules[name]], layout, parallel, compute_dtype))
+        root = name.split(".")[0]
+        wrapped[root].append(wrap([modules[name]], meshes[root]))
     for patterns in plan.groups:
         if names := match_modules(model, patterns):
             # what forward uses last, backward uses first: the head stays gathered between the two
             of_group = replace(parallel, reshard_after_forward=False) if patterns is plan.groups[-1] else parallel
-            _wrap([modules[name] for name in names], layout, of_group, compute_dtype)
+            wrap([modules[name] for name in names], meshes[names[0].split(".")[0]], parallel=of_group)
     for root, blocks in wrapped.items():
         if root in modules:
-            _wrap([modules[root]], layout, parallel, compute_dtype)
+            wrap([modules[root]], meshes[root])
             _set_prefetch(blocks, parallel.prefetch)
     loose = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     assert not loose, f"no root of the sharding plan {plan.roots} holds {', '.join(loose[:5])}"
@@ -85,16 +93,9 @@ def _divide_experts(experts: nn.Module, mesh: DeviceMesh, name: str) -> None:
 
 
 def _wrap(
-    modules: list[nn.Module],
-    layout: Layout,
-    parallel: ParallelConfig,
-    compute_dtype: torch.dtype,
-    *,
-    of_experts: bool = False,
+    modules: list[nn.Module], mesh: DeviceMesh, *, layout: Layout, parallel: ParallelConfig, compute_dtype: torch.dtype
 ) -> FSDPModule:
-    """One all-gather for all parameters of `modules` that no earlier call took."""
-    mesh = layout.expert_fsdp if of_experts else layout.fsdp
-    assert mesh is not None, "experts are not divided in this layout"
+    """One all-gather over `mesh` for all parameters of `modules` that no earlier call took."""
     num_shards = mesh.size(mesh.ndim - 1)
     # of one rank there are no groups; `resolve_degrees` has refused what divides no other mesh
     reshard = parallel.reshard_after_forward if num_shards > 1 else True
@@ -103,7 +104,7 @@ def _wrap(
         modules if len(modules) > 1 else modules[0],
         mesh=mesh,
         reshard_after_forward=reshard,
-        shard_placement_fn=partial(_choose_placement, num_shards, layout.degrees.expert if of_experts else 1),
+        shard_placement_fn=partial(_choose_placement, num_shards),
         # inputs stay as they are: loss weights must not be rounded to bfloat16
         mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy(pin_memory=layout.device.type != "cpu")
@@ -116,11 +117,18 @@ def _wrap(
     return first
 
 
-def _choose_placement(num_shards: int, expert_degree: int, parameter: nn.Parameter) -> Shard:
-    """The first dim, or, where few stacked experts would leave ranks with nothing, an inner dim that divides."""
-    rows = parameter.shape[0] // expert_degree
-    even = [dim for dim in range(1, parameter.ndim) if parameter.shape[dim] % num_shards == 0]
-    return Shard(even[0] if even and rows % num_shards and (rows < num_shards or expert_degree > 1) else 0)
+def _choose_placement(num_shards: int, parameter: nn.Parameter) -> Shard:
+    """The first dim, or an inner dim that divides: where ranks would be left with nothing, and where another axis
+    divides the first, unless those are stacked experts that both axes divide evenly."""
+
+    def cuts(dim: int) -> int:
+        axes = enumerate(parameter.placements) if isinstance(parameter, DTensor) else ()
+        return prod(parameter.device_mesh.size(axis) for axis, placement in axes if placement.is_shard(dim))
+
+    even = [dim for dim in range(1, parameter.ndim) if parameter.shape[dim] % (cuts(dim) * num_shards) == 0]
+    is_uneven = parameter.shape[0] % (cuts(0) * num_shards) > 0
+    is_cut_twice = cuts(0) > 1 and (is_uneven or parameter.ndim == 2)
+    return Shard(even[0] if even and (is_cut_twice or (is_uneven and parameter.shape[0] < num_shards)) else 0)
 
 
 def _set_prefetch(blocks: list[FSDPModule], depth: int) -> None:

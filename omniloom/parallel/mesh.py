@@ -1,8 +1,8 @@
 """Who the ranks are: joining the job, the named axes, and the groups that cut across them.
 
 `world = pipeline x replicate x shard x context x tensor`, tensor innermost. Data parallelism is `replicate x shard`;
-FSDP shards over `shard x context`. `expert` multiplies nothing: it regroups the same `shard x context` ranks as
-`expert_shard x expert`, expert innermost. Knows no model.
+FSDP shards the decoder over `shard x context`, towers and whole experts over `shard x context x tensor`. `expert`
+multiplies nothing: it regroups the latter as `expert_shard x expert`, expert innermost. Knows no model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHANNELS: tuple[Channel, ...] = ("main", "planning", "agreement", "checkpoint")
 
 @dataclass(frozen=True, kw_only=True)
 class Degrees:
-    """Size of each axis, all numbers. `expert` divides `shard * context`."""
+    """Size of each axis, all numbers. `expert` divides `shard * context * tensor`."""
 
     replicate: int = 1
     shard: int = 1
@@ -34,6 +34,11 @@ class Degrees:
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
+
+    @property
+    def sharers(self) -> int:
+        """Ranks that share the tokens of a pack."""
+        return self.context * self.tensor
 
     @property
     def world(self) -> int:
@@ -53,9 +58,8 @@ def resolve_degrees(config: ParallelConfig, world_size: int, *, packs_per_step: 
     given = {name: getattr(config, name) for name in ("replicate", "context", "tensor", "pipeline")}
     rest = math.prod(given.values())
     faults = []
-    for name in ("tensor", "pipeline"):
-        if given[name] != 1:
-            faults.append(f"parallel.{name}: {given[name]} is not supported yet; set it to 1")
+    if given["pipeline"] != 1:
+        faults.append(f"parallel.pipeline: {given['pipeline']} is not supported yet; set it to 1")
     shard = config.shard
     if shard == "auto":
         shard = max(world_size // rest, 1)
@@ -73,12 +77,12 @@ def resolve_degrees(config: ParallelConfig, world_size: int, *, packs_per_step: 
             f"parallel.expert: {config.expert} does not divide shard x context x tensor = {inner}; "
             f"choose from {_divisors(inner)}"
         )
-    group, expert_shards = config.reshard_after_forward, inner // config.expert  # 1: experts are not sharded
-    groups = [d for d in _divisors(inner) if d > 1 and (expert_shards == 1 or expert_shards % d == 0)]
+    group, sharers, expert_shards = config.reshard_after_forward, inner // given["tensor"], inner // config.expert
+    groups = [d for d in _divisors(sharers) if d > 1 and (expert_shards == 1 or expert_shards % d == 0)]  # 1: whole
     if not isinstance(group, bool) and group not in groups:
         of_experts = f", and the {expert_shards} that share experts" if config.expert > 1 else ""
         faults.append(
-            f"parallel.reshard_after_forward: groups of {group} ranks do not divide the {inner} that share parameters"
+            f"parallel.reshard_after_forward: groups of {group} ranks do not divide the {sharers} that share parameters"
             f"{of_experts}; choose {', '.join(['true', 'false', *map(str, groups)])}"
         )
     data = given["replicate"] * shard
@@ -86,7 +90,7 @@ def resolve_degrees(config: ParallelConfig, world_size: int, *, packs_per_step: 
         faults.append(
             f"train.packs_per_step: {packs_per_step} packs cannot feed {data} data-parallel ranks "
             f"(replicate {given['replicate']} x shard {shard}); raise it to at least {data}, or give ranks to "
-            f"parallel.context"
+            f"parallel.context or parallel.tensor"
         )
     if faults:
         raise ValueError("\n".join(faults))
@@ -145,29 +149,32 @@ def says_rank_is_gone(error: RuntimeError) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Seat:
-    """What a rank works on: the packs of its data rank, and of each the tokens of one of `context` context ranks."""
+    """What a rank works on: the packs of its data rank, and of each the tokens of one of `sharers` ranks."""
 
     data_rank: int
-    context_rank: int
-    context: int
+    sharer_rank: int
+    sharers: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The axes of a run and this rank's place in each. Made by `build_layout`.
 
-    Dense parameters are sharded over `fsdp` (2-D with `replicate` in front where that is larger than one). Stacked
-    experts are divided over `expert` and then sharded over `expert_fsdp`; both are None where experts are not divided,
-    as `context_group` is where no rank shares its packs. Process groups cost threads and memory, so none is made that
-    is not needed.
+    The decoder's parameters are divided over `tensor` and sharded over `fsdp`, towers over `whole_fsdp`. Stacked
+    experts are divided over `expert` and sharded over `expert_fsdp`, `whole_fsdp` where they are not divided. Meshes of
+    FSDP are 2-D with `replicate` in front where that is larger than one. What an axis of one rank would need is None:
+    process groups cost threads and memory.
     """
 
     degrees: Degrees
     ranks: Ranks
     fsdp: DeviceMesh
-    expert_fsdp: DeviceMesh | None
+    whole_fsdp: DeviceMesh
+    tensor: DeviceMesh | None
+    expert_fsdp: DeviceMesh
     expert: DeviceMesh | None
     context_group: dist.ProcessGroup | None
+    sharers_group: dist.ProcessGroup | None  # ranks that share a pack's tokens, context x tensor, in the tokens' order
     channels: dict[Channel, dist.ProcessGroup]  # host tensors, all ranks, one per thread of control
 
     @property
@@ -194,9 +201,8 @@ class Layout:
 
     def seat(self, rank: int) -> Seat:
         """The place of any rank."""
-        rest = rank // self.degrees.tensor
-        context = self.degrees.context
-        return Seat(data_rank=rest // context % self.data_world, context_rank=rest % context, context=context)
+        sharers = self.degrees.sharers
+        return Seat(data_rank=rank // sharers % self.data_world, sharer_rank=rank % sharers, sharers=sharers)
 
     @property
     def data_rank(self) -> int:
@@ -204,7 +210,12 @@ class Layout:
 
     @property
     def context_rank(self) -> int:
-        return self.seat(self.rank).context_rank
+        return self.sharer_rank // self.degrees.tensor
+
+    @property
+    def sharer_rank(self) -> int:
+        """This rank's place among those that share its packs: it holds the tokens of this place."""
+        return self.rank % self.degrees.sharers
 
     def exchange(self, value: Any, channel: Channel = "main") -> list[Any]:
         """All-gather one picklable object per rank on the host; item i is rank i's. Collective over all ranks.
@@ -226,30 +237,34 @@ class Layout:
 
 
 def build_layout(degrees: Degrees, ranks: Ranks) -> Layout:
-    """Make the meshes and groups. Collective over all ranks.
-
-    All meshes are views of one, which is what lets a parameter live on `expert_fsdp` and `expert` at once.
-    """
+    """Make the meshes and groups. Collective over all ranks."""
     if degrees.world != ranks.world_size:
         raise ValueError(f"layout {degrees.describe()} needs {degrees.world} ranks, {ranks.world_size} were started")
-    inner = degrees.shard * degrees.context
-    fsdp = init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("fsdp",))
-    if degrees.replicate > 1:
-        fsdp = fsdp._unflatten(0, (degrees.replicate, inner), ("replicate", "fsdp"))
-    expert_fsdp = expert = None
+    inner = degrees.shard * degrees.context * degrees.tensor
+    fsdp = whole_fsdp = expert_fsdp = _make_mesh(degrees, ranks, inner // degrees.tensor, tensor=degrees.tensor)
+    tensor = expert = None
+    if degrees.tensor > 1:
+        tensor, fsdp = fsdp["tensor"], _without(fsdp, "tensor")
+        whole_fsdp = expert_fsdp = _make_mesh(degrees, ranks, inner)
     if degrees.expert > 1:
-        sizes = (inner // degrees.expert, degrees.expert)
-        regrouped = fsdp._unflatten("fsdp", sizes, ("expert_shard", "expert"))
-        expert = regrouped["expert"]
-        expert_fsdp = regrouped["replicate", "expert_shard"] if degrees.replicate > 1 else regrouped["expert_shard"]
+        regrouped = _make_mesh(degrees, ranks, inner // degrees.expert, expert=degrees.expert)
+        expert, expert_fsdp = regrouped["expert"], _without(regrouped, "expert")
+    sharers = context = None
+    if degrees.sharers > 1:
+        sharers = dist.new_subgroups(degrees.sharers, timeout=ranks.timeout)[0]
+    if degrees.context > 1:
+        context = sharers if degrees.tensor == 1 else _make_context_group(degrees, ranks)
     on_host = ranks.device.type == "cpu"
     return Layout(
         degrees=degrees,
         ranks=ranks,
         fsdp=fsdp,
+        whole_fsdp=whole_fsdp,
+        tensor=tensor,
         expert_fsdp=expert_fsdp,
         expert=expert,
-        context_group=dist.new_subgroups(degrees.context, timeout=ranks.timeout)[0] if degrees.context > 1 else None,
+        context_group=context,
+        sharers_group=sharers,
         channels={
             name: dist.group.WORLD
             if ranks.world_size == 1 or (name == "main" and on_host)
@@ -257,3 +272,25 @@ def build_layout(degrees: Degrees, ranks: Ranks) -> Layout:
             for name in CHANNELS
         },
     )
+
+
+def _make_mesh(degrees: Degrees, ranks: Ranks, fsdp: int, **divided: int) -> DeviceMesh:
+    """All ranks as replicate x fsdp x divided, axes of one rank left out but for `fsdp`."""
+    sizes = {"replicate": degrees.replicate, "fsdp": fsdp, **divided}
+    kept = {name: size for name, size in sizes.items() if size > 1 or name == "fsdp"}
+    return init_device_mesh(ranks.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+
+
+def _without(mesh: DeviceMesh, axis: str) -> DeviceMesh:
+    return mesh[tuple(name for name in mesh.mesh_dim_names or () if name != axis)]
+
+
+def _make_context_group(degrees: Degrees, ranks: Ranks) -> dist.ProcessGroup:
+    """Ranks that hold all tokens of a pack between them and the same part of every matrix."""
+    size, step = degrees.sharers, degrees.tensor
+    members = [
+        list(range(first + place, first + size, step))
+        for first in range(0, ranks.world_size, size)
+        for place in range(step)
+    ]
+    return dist.new_subgroups_by_enumeration(members, timeout=ranks.timeout)[0]

@@ -148,8 +148,8 @@ def best_tokens(
 
     `batch`, on the host, may differ from the one that was prepared in `input_ids` and `loss_index`. Collective.
     """
-    start = layout.context_rank * (batch.input_ids.shape[0] // layout.degrees.context)
-    text = slice_batch(replace(batch, vision=None, audio=None), layout.context_rank, layout.degrees.context)
+    start = layout.sharer_rank * (batch.input_ids.shape[0] // layout.degrees.sharers)
+    text = own_tokens(replace(batch, vision=None, audio=None), layout)
     rows, text = text.loss_index + start, to_device(text, layout.device)
     local, media = prepared
     tokens = model.best_tokens(replace(local, input_ids=text.input_ids, loss_index=text.loss_index), media)
@@ -168,8 +168,8 @@ class EncodedShare:
 def encode_share(model: EncodeDecode, batch: PackedBatch, layout: Layout, pool: EncoderPool | None) -> EncodedShare:
     """Encode this rank's part of the pool's media."""
     shared = pool is not None and not pool.is_alone
-    assert shared or layout.degrees.context == 1, "ranks that share a pack need an encoder pool to share its media"
-    text = to_device(slice_batch(batch, layout.context_rank, layout.degrees.context), layout.device)
+    assert shared or layout.degrees.sharers == 1, "ranks that share a pack need an encoder pool to share its media"
+    text = to_device(own_tokens(batch, layout), layout.device)
     media = pool.gather_features(text) if pool is not None and shared else text
     return EncodedShare(text=text, media=media, rows=model.encode(media))
 
@@ -180,6 +180,11 @@ def deliver(share: EncodedShare, pool: EncoderPool | None) -> tuple[PackedBatch,
         return share.text, map_rows(Tensor.detach, share.rows)
     vision, audio, rows = pool.send_rows(share.media, share.rows)
     return replace(share.text, vision=vision, audio=audio), rows
+
+
+def own_tokens(batch: PackedBatch, layout: Layout) -> PackedBatch:
+    """This rank's tokens of a pack."""
+    return slice_batch(batch, layout.sharer_rank, layout.degrees.sharers, layout.degrees.tensor)
 
 
 def list_rows(rows: TowerRows) -> list[Tensor]:

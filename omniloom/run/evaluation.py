@@ -176,7 +176,7 @@ class Evaluation:
                 }
                 for one in answers
             ]
-        return [row for part in self.layout.exchange(found if self.layout.context_rank == 0 else []) for row in part]
+        return [row for part in self.layout.exchange(found if self.layout.sharer_rank == 0 else []) for row in part]
 
     def _question(self, row: int) -> dict[str, Any]:
         """The words of the question before the last answer, and the files of all media."""

@@ -185,7 +185,7 @@ def set_up(case: Case, parallel: ParallelConfig, memory: MemoryConfig, layouts: 
     if not case.holds_values:
         materialize(model, layout.device)
         load(model, random_weights(config, case.seed))
-    share = (layout.context_rank, layout.degrees.context) if case.shares_decoding else (0, 1)
+    share = (layout.sharer_rank, layout.degrees.sharers) if case.shares_decoding else (0, 1)
     return Setup(
         model=model,
         layout=layout,
@@ -271,7 +271,7 @@ def _box(parameter: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 NUM_STEPS = 20
-TRAINED = ("fsdp4", "context2_expert2", "pool_of_all_hsdp_context2")
+TRAINED = ("fsdp4", "context2_expert2", "pool_of_all_hsdp_context2", "context2_tensor2")
 
 
 def run_job(rank: int, world_size: int, port: int, cases: dict[str, tuple], result: str) -> None:

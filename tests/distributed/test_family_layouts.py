@@ -15,38 +15,39 @@ from tests.media_rows import write_media_rows
 
 STEPS = 6
 TOLERANCE = 1e-5  # of the loss, as in test_training_ranks.py, where Qwen3-Omni is
-LAYOUTS = {
-    False: ("parallel.context=2", "parallel.encoder_pool=data"),  # beside it, two shards
-    True: ("parallel.context=2", "parallel.expert=4", "parallel.encoder_pool=data"),
+LAYOUTS = {  # of dense families, and of those with experts
+    "tensor": (("parallel.tensor=2",), ("parallel.tensor=2", "parallel.expert=4")),  # beside it, two shards
+    "context": (("parallel.context=2",), ("parallel.context=2", "parallel.expert=4")),
 }
 SAMPLED = ("qwen2_5_omni", "qwen3_vl_moe")  # a dense one with all media, and one with experts
-FAMILIES = [
-    pytest.param(spec.name, marks=() if spec.name in SAMPLED else pytest.mark.full)
+CASES = [
+    pytest.param(spec.name, axis, marks=() if spec.name in SAMPLED and axis == "tensor" else pytest.mark.full)
     for spec in SPECS
     if spec.name != "qwen3_omni"
+    for axis in LAYOUTS
 ]
 
 
-def curve(family: str, model: Path, rows: Path, nproc: int) -> list[dict]:
+def curve(model: Path, rows: Path, nproc: int, layout: tuple[str, ...]) -> list[dict]:
     run_dir = rows.parent / f"{nproc}"
-    layout = LAYOUTS[family.endswith("moe")] if nproc > 1 else ()
     command = [
         *(sys.executable, "-m", "omniloom.cli", "train", "--nproc", str(nproc)),
         *(f"model.path={model}", f"data.train={rows}", f"train.run_dir={run_dir}", f"train.steps={STEPS}"),
         *("train.packs_per_step=4", "data.pack_tokens=512", "data.workers=0", "train.learning_rate=1e-3"),
         *("data.image.max_pixels=4096", "data.video.max_pixels=4096", "model.dtype=float32", "checkpoint.every=0"),
-        *("checkpoint.export=false", "log.tensorboard=false", *layout),
+        *("checkpoint.export=false", "log.tensorboard=false", "parallel.encoder_pool=data", *layout),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return read_lines(run_dir / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_four_ranks_draw_the_loss_curve_of_one(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "axis"), CASES)
+def test_four_ranks_draw_the_loss_curve_of_one(family: str, axis: str, tmp_path: Path) -> None:
     model = make_tiny(family, tmp_path / "model")
     rows = write_media_rows(tmp_path, hears="omni" in family)
-    one, four = (curve(family, model, rows, nproc) for nproc in (1, 4))
+    layout = LAYOUTS[axis][family.endswith("moe")]
+    one, four = curve(model, rows, 1, ()), curve(model, rows, 4, layout)
     assert one[0]["video_frames"] > 0
     assert one[0]["num_images"] > 0
     assert (one[0]["audio_seconds"] > 0) == ("omni" in family)

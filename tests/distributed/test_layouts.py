@@ -53,15 +53,22 @@ LAYOUTS = {
     "hsdp_expert2": {"replicate": 2, "expert": 2},
     "hsdp_context2": {"replicate": 2, "context": 2},
     "hsdp_context2_expert2": {"replicate": 2, "context": 2, "expert": 2},
+    "tensor4": {"tensor": 4},
+    "fsdp2_tensor2": {"tensor": 2},
+    "hsdp_tensor2": {"replicate": 2, "tensor": 2},
+    "context2_tensor2": {"context": 2, "tensor": 2},
+    "tensor2_expert2": {"tensor": 2, "expert": 2},
+    "tensor4_expert4": {"tensor": 4, "expert": 4},
+    "context2_tensor2_expert4": {"context": 2, "tensor": 2, "expert": 4},
 }
 
 
 def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
     plain = MemoryConfig()
     cases = {name: (Case(), ParallelConfig(**axes), plain) for name, axes in LAYOUTS.items()}
-    for name in ("fsdp4", "context4", "context2_expert2", "hsdp_context2"):
+    for name in ("fsdp4", "context4", "context2_expert2", "hsdp_context2", "tensor4", "fsdp2_tensor2"):
         cases[f"odd_{name}"] = (Case(dims=ODD, seed=1), ParallelConfig(**LAYOUTS[name]), plain)
-    for name in ("hsdp2x2", "expert4"):
+    for name in ("hsdp2x2", "expert4", "fsdp2_tensor2"):
         cases[f"tied_{name}"] = (Case(dims=TIED, seed=2), ParallelConfig(**LAYOUTS[name]), plain)
     for seed, name in enumerate(LAYOUTS, start=10):
         cases[f"random_{name}"] = (Case(dims=random_dims(seed), seed=seed), ParallelConfig(**LAYOUTS[name]), plain)
@@ -93,6 +100,7 @@ SAMPLED = {
     *("fsdp4", "hsdp2x2", "fsdp2_context2", "expert4", "context2_expert2", "hsdp_context2_expert2"),
     *("odd_context2_expert2", "tied_hsdp2x2", "random_context2_expert4", "frozen_towers_context2_expert2"),
     *("frozen_below_fsdp4", "recompute_context2_expert2", "clips_shared_context2", "pool_of_all_fsdp2_context2"),
+    *("tensor4", "hsdp_tensor2", "odd_tensor4", "tied_fsdp2_tensor2", "random_context2_tensor2_expert4"),
     *("pool_of_all_frozen", "from_values", "no_reshard", "reshard_to_pairs", "cpu_offload", *TRAINED),
 }
 NAMES = [pytest.param(name, marks=() if name in SAMPLED else pytest.mark.full) for name in make_cases()]

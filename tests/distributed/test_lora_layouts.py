@@ -23,12 +23,16 @@ CASES = {
     "context2": Case(lora=LORA, parallel=ParallelConfig(context=2)),
     "replicate2": Case(lora=LORA, parallel=ParallelConfig(replicate=2)),
     "recompute_expert2": Case(lora=LORA, recompute=True, parallel=ParallelConfig(expert=2)),
+    "tensor2": Case(lora=LORA, parallel=ParallelConfig(tensor=2)),
+    "head_tensor2": Case(lora=LORA, head=True, parallel=ParallelConfig(tensor=2)),
+    "recompute_tensor2_expert2": Case(lora=LORA, recompute=True, parallel=ParallelConfig(tensor=2, expert=2)),
     "dora_fsdp2": Case(lora=DORA, experts=False, parallel=ParallelConfig()),
     "dora_context2": Case(lora=DORA, experts=False, parallel=ParallelConfig(context=2)),
 }
 
 DROPPING = {
     "fsdp2": CASES["fsdp2"],
+    "head_tensor2": CASES["head_tensor2"],
     "bf16_fsdp2": Case(lora=LORA, dtype="bf16", parallel=ParallelConfig()),  # frozen weights in bf16, adapters float32
     "bf16_head_fsdp2": Case(lora=LORA, head=True, dtype="bf16", parallel=ParallelConfig()),
     "bf16_expert2": Case(lora=LoraConfig(rank=4, dtype="bf16"), dtype="bf16", parallel=ParallelConfig(expert=2)),

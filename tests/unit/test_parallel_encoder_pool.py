@@ -106,11 +106,11 @@ def test_every_row_reaches_the_owner_of_its_token_once(
             tokens = rng.permutation(pack_tokens)
             bounds = np.unique(np.concatenate([[0], np.cumsum(rng.integers(1, 5, size=rng.integers(0, 7)))]))
             clips_of_pack.append([np.sort(tokens[low:high]) for low, high in pairwise(bounds.clip(max=local).tolist())])
-        for context_rank in range(context):
-            seats.append(Seat(data_rank=data_rank, context_rank=context_rank, context=context))
+        for sharer_rank in range(context):
+            seats.append(Seat(data_rank=data_rank, sharer_rank=sharer_rank, sharers=context))
             own, tags = [], []
             for number, clips in enumerate(clips_of_pack):
-                mine = [clip for clip in (clips if shared_loading else clips[context_rank::context]) if len(clip)]
+                mine = [clip for clip in (clips if shared_loading else clips[sharer_rank::context]) if len(clip)]
                 index = np.concatenate([*mine, np.zeros(0, dtype=np.int64)]).astype(np.int64)
                 own.append(sizes_of([len(clip) for clip in mine], index, fixed))
                 tags.append(np.repeat(data_rank * 10_000 + number * pack_tokens + index, 2))
@@ -129,7 +129,7 @@ def test_every_row_reaches_the_owner_of_its_token_once(
     rows = [units[::2] for units in encoded]
     landed = exchange(rows, [(r.row_order.numpy(), r.row_send, r.row_receive) for r in routes])
     for rank, seat in enumerate(seats):
-        route, first = routes[rank], seat.context_rank * local
+        route, first = routes[rank], seat.sharer_rank * local
         wanted = {
             int(token)
             for size, other in zip(sizes, seats, strict=True)
@@ -173,8 +173,8 @@ def vision_of(frames: list[int]) -> VisionBatch:
     )
 
 
-ALONE = Seat(data_rank=0, context_rank=0, context=2)
-BESIDE = Seat(data_rank=0, context_rank=1, context=2)
+ALONE = Seat(data_rank=0, sharer_rank=0, sharers=2)
+BESIDE = Seat(data_rank=0, sharer_rank=1, sharers=2)
 
 
 def test_a_vision_batch_is_put_together_from_chosen_frames() -> None:

@@ -35,7 +35,8 @@ def test_shard_auto_fills_the_world() -> None:
             8,
             ("groups of 4 ranks", "the 2 that share experts", "choose true, false, 2"),
         ),
-        (ParallelConfig(tensor=2), 4, 8, ("parallel.tensor: 2 is not supported yet",)),
+        (ParallelConfig(tensor=3), 4, 8, ("degrees from [1, 2, 4]", "or start 3 ranks")),
+        (ParallelConfig(reshard_after_forward=4, tensor=2), 4, 8, ("do not divide the 2", "choose true, false, 2")),
         (ParallelConfig(pipeline=2), 4, 8, ("parallel.pipeline: 2 is not supported yet",)),
     ],
 )
