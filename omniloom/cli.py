@@ -127,17 +127,15 @@ def generate(
 
 @app.command()
 def convert(
-    kind: Annotated[str, typer.Argument(help="format of the source: llava, sharegpt, ...")],
+    kind: Annotated[str, typer.Argument(help="format of the source (llava, sharegpt, ...), or webdataset")],
     source: Path,
     target: Path,
-    media_dir: Annotated[
-        Path | None, typer.Option(help="where relative media paths start; default: by the source")
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
-    """Write rows of another format in the messages form; training reads every format as it is."""
+    """Write rows of another format in the messages form, or any rows as tar shards (webdataset)."""
     from omniloom.tools.convert import convert_file
 
-    num_written, problems = convert_file(kind, source, target, media_dir=media_dir)
+    num_written, problems = convert_file(kind, source, target, overrides or [])
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     print(f"wrote {num_written} rows to {target}, left out {len(problems)}")

@@ -25,14 +25,12 @@ from omniloom.types import (
     Count,
     CountOrZero,
     Decay,
-    ImageConfig,
     Kernels,
     NotNegative,
     Positive,
     ProcessorOptions,
     Range,
     Share,
-    VideoConfig,
     suggest,
 )
 
@@ -111,25 +109,20 @@ class FieldNames:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """A file of rows with options of its own, each in place of that of the data section; null takes the section's."""
+    """A data set, and what it has in place of the data section: any of `OWN_OPTIONS`, in `options`."""
 
-    path: Annotated[str, "the file"] = ""
-    format: Annotated[Format | None, "in place of data.format"] = None
-    attr: Annotated[FieldNames | None, "in place of data.attr, whole"] = None
-    max_samples: Annotated[Count | None, "in place of data.max_samples"] = None
-    media_dir: Annotated[str | None, "in place of data.media_dir"] = None
-    template: Annotated[str | None, "in place of data.template"] = None
-    image: Annotated[ImageConfig | None, "in place of data.image, whole"] = None
-    video: Annotated[VideoConfig | None, "in place of data.video, whole"] = None
-    audio: Annotated[AudioConfig | None, "in place of data.audio, whole"] = None
+    path: Annotated[str, "a file, a pattern of files, or a folder"] = ""
+    name: Annotated[str | None, "what metrics call it; null is the last part of the path"] = None
+    part: Annotated[str | None, "of a folder that has several, as train and val; null is train for data.train"] = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(ProcessorOptions):
     """Which rows there are, and what becomes of them."""
 
-    train: Annotated[tuple[str | DataSource, ...], "files of training rows, or records of a path with options"] = ()
-    eval: Annotated[tuple[str | DataSource, ...], "files of evaluation rows, as train"] = ()
+    train: Annotated[tuple[str | DataSource, ...], "data sets: paths, or records of a path with options"] = ()
+    eval: Annotated[tuple[str | DataSource, ...], "data sets to evaluate on, as train"] = ()
     split: Annotated[Share, "share of the training rows held out for evaluation where `eval` is empty"] = 0.0
     format: Annotated[Format, "of the rows; auto detects it row by row"] = "auto"
     attr: FieldNames = field(default_factory=FieldNames)
@@ -149,7 +142,23 @@ class DataConfig(ProcessorOptions):
     prefetch_packs: Annotated[Count, "packs loaded ahead"] = 4
     shuffle: Annotated[bool, "draw rows in random order, by train.seed"] = True
     cache_dir: Annotated[str | None, "where measured sizes are kept; null is cache/ of the run"] = None
+    scratch: Annotated[str | None, "a folder of each node for indexes and unpacked files; null is in TMPDIR"] = None
     audio: AudioConfig = field(default_factory=AudioConfig)
+
+
+OWN_OPTIONS = (  # of the data section, what a data set may have of its own
+    *("format", "attr", "max_samples", "split", "media_dir", "unplaced_media", "image", "video", "audio"),
+    *("template", "system", "train_on_prompt", "last_turn_only", "enable_thinking"),
+)
+
+
+def as_source(entry: str | DataSource) -> DataSource:
+    return DataSource(path=entry) if isinstance(entry, str) else entry
+
+
+def options_of(data: DataConfig, entry: str | DataSource) -> DataConfig:
+    """The data section as it holds for one data set."""
+    return dataclasses.replace(data, **as_source(entry).options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +328,10 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     data = tree["data"]
     data["attr"] = _without_nulls(data["attr"])
     for name in ("train", "eval"):  # an empty section would be refused when it is read again
-        data[name] = [_without_nulls(entry) if isinstance(entry, dict) else entry for entry in data[name]]
+        data[name] = [
+            _without_nulls({**entry.pop("options"), **entry}) if isinstance(entry, dict) else entry
+            for entry in data[name]
+        ]
     tree["policy"] = {name: _without_nulls(rule) for name, rule in tree["policy"].items()}
     return tree
 
@@ -355,6 +367,16 @@ def keys_of(section: Any = None, path: str = "") -> Iterator[tuple[str, Any, Any
                 yield from keys_of(member, f"{path}{item.name}.")
             elif typing.get_origin(member) is dict and dataclasses.is_dataclass(arguments[1]):
                 yield from keys_of(arguments[1], f"{path}{item.name}.*.")
+
+
+def _hints(section: Any) -> dict[str, Any]:
+    """The keys that a section may have in a file, with their annotations."""
+    hints = typing.get_type_hints(section, include_extras=True)
+    if section is DataSource:
+        whole = typing.get_type_hints(DataConfig, include_extras=True)
+        del hints["options"]
+        hints |= {name: whole[name] for name in OWN_OPTIONS}
+    return hints
 
 
 def _copy(value: Any) -> Any:
@@ -477,8 +499,8 @@ def _checked(tree: dict[str, Any], where: str, faults: list[str]) -> Config:
 
 
 def _read_section(kind: Any, value: Mapping[Any, Any], path: str, faults: list[str]) -> Any:
-    hints = typing.get_type_hints(kind, include_extras=True)
-    fields = {}
+    hints = _hints(kind)
+    fields: dict[str, Any] = {}
     for key, item in value.items():
         if key in hints:
             fields[key] = _read(hints[key], item, f"{path}{key}", faults)
@@ -488,6 +510,8 @@ def _read_section(kind: Any, value: Mapping[Any, Any], path: str, faults: list[s
         if elsewhere and "did you mean" not in hint:
             hint = f"; did you mean {elsewhere[0]}?"
         faults.append(f"{path}{key}: unknown {'key' if path else 'section'}{hint}")
+    if kind is DataSource:
+        fields["options"] = {name: fields.pop(name) for name in OWN_OPTIONS if name in fields}
     return kind(**fields)
 
 
@@ -634,7 +658,7 @@ def _contradictions(config: Config) -> list[str]:
         faults.append(f"log.profile: expected [first step, last step], got {list(config.log.profile)}")
     for one, other, both in (
         ("train.steps", "train.epochs", train.steps is not None and train.epochs is not None),
-        ("data.split", "data.eval", data.split and data.eval),
+        ("data.split", "data.eval", data.eval and any(options_of(data, entry).split for entry in data.train)),
         ("data.train_on_prompt", "data.last_turn_only", data.train_on_prompt and data.last_turn_only),
     ):
         if both:
@@ -644,8 +668,8 @@ def _contradictions(config: Config) -> list[str]:
         for index, entry in enumerate(entries):
             if isinstance(entry, DataSource) and not entry.path:
                 faults.append(f"data.{name}.{index}.path: not set; name the file of the source")
-            if isinstance(entry, DataSource) and entry.attr is not None:
-                attrs[f"data.{name}.{index}.attr"] = entry.attr
+            if isinstance(entry, DataSource) and "attr" in entry.options:
+                attrs[f"data.{name}.{index}.attr"] = entry.options["attr"]
     for path, attr in attrs.items():
         for name in ("ranking", "chosen", "rejected", "kto_tag"):
             if value := getattr(attr, name):

@@ -6,91 +6,120 @@ as null. Such a null cannot be told from a key that was never there, and is left
 
 from __future__ import annotations
 
-import bisect
 import datetime
 import decimal
 import hashlib
 import json
 import uuid
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from omniloom.data.shared_index import IndexTable, SharedIndex, open_index
 from omniloom.types import Row, SampleError
 
 if TYPE_CHECKING:
     import pyarrow
 
 
-class ArrowRows:
-    """Rows of a Parquet or Arrow file, read by row group or record batch; the last one is kept."""
+_OPEN_FILES = 128  # in each process
 
-    def __init__(self, path: str, *, kind: str, ends: list[int], num_rows: int, fingerprint: str) -> None:
-        self._path = path
+
+class ColumnRows:
+    """Rows of Parquet or Arrow files, read by row group or record batch; the last one is kept.
+
+    Rows of the index are [end, file, group]: the number of rows up to the end of each group of each file.
+    """
+
+    def __init__(self, kind: str, index: SharedIndex) -> None:
         self._kind = kind
-        self._ends = ends  # cumulative rows of the row groups or batches
-        self._num_rows = num_rows
-        self._reader: Any = None
+        self._index = index
+        self._readers: dict[int, Any] = {}  # by file
         self._group: tuple[int, Any] | None = None
-        self.fingerprint = fingerprint
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reader": None, "_group": None}
+        return {**self.__dict__, "_readers": {}, "_group": None}
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self._index.facts["digest"])
 
     def __len__(self) -> int:
-        return self._num_rows
+        return int(self._index.facts["num_rows"])
 
     def locate(self, row: int) -> tuple[str, int]:
+        group, _ = self._place(row)
+        file = int(self._index.table[group, 1])
+        before = np.searchsorted(self._index.table[:, 1], file)
+        return self._index.facts["files"][file], row + 1 - (int(self._index.table[before - 1, 0]) if before else 0)
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """The group of a row, and its number in there."""
         assert 0 <= row < len(self), f"row {row} of {len(self)}"
-        return self._path, row + 1
+        ends = self._index.table[:, 0]
+        group = int(np.searchsorted(ends, row, side="right"))
+        return group, row - (int(ends[group - 1]) if group else 0)
 
     def read_row(self, row: int) -> tuple[Row, str, int]:
         import pyarrow
 
-        path, line = self.locate(row)
-        index = bisect.bisect_right(self._ends, row)
+        (path, line), (index, offset) = self.locate(row), self._place(row)
         try:
             if self._group is None or self._group[0] != index:
-                self._group = (index, self._read_group(index))
-            offset = row - (self._ends[index - 1] if index else 0)
+                self._group = (index, self._read_group(*self._index.table[index, 1:].tolist()))
             group = self._group[1]
             (value,) = group.slice(offset, 1).to_pylist()
         except (OSError, pyarrow.ArrowException, ValueError) as error:
-            raise SampleError("row", f"cannot read row {row} of {path}: {error}") from None
+            raise SampleError("row", f"cannot read row {line} of {path}: {error}") from None
         return as_json(value, pyarrow.struct(list(group.schema))), path, line
 
-    def _read_group(self, index: int) -> Any:
+    def _read_group(self, file: int, group: int) -> Any:
+        if file not in self._readers:
+            if len(self._readers) == _OPEN_FILES:
+                self._readers.clear()
+            self._readers[file] = _OPENERS[self._kind](self._index.facts["files"][file])
+        reader = self._readers[file]
         if self._kind == "parquet":
-            if self._reader is None:
-                import pyarrow.parquet
-
-                self._reader = pyarrow.parquet.ParquetFile(self._path)
-            return self._reader.read_row_group(index, use_threads=False)  # threads do not survive a fork
-        if self._reader is None:
-            self._reader = _open_batches(self._path)
-        return self._reader[index]
+            return reader.read_row_group(group, use_threads=False)  # threads do not survive a fork
+        return reader[group]
 
 
-def open_parquet(path: str, max_samples: int | None) -> ArrowRows:
+def open_columns(files: Sequence[str], kind: str, max_samples: int | None, scratch: str | None) -> ColumnRows:
+    """`kind`: parquet or arrow. Raises: ValueError for a file that is none, and where there are no rows; OSError."""
+    make = partial(_index_groups, files, kind, max_samples)
+    return ColumnRows(kind, open_index(files, [kind, max_samples, *files], make, columns=3, scratch=scratch))
+
+
+def _index_groups(files: Sequence[str], kind: str, max_samples: int | None, table: IndexTable) -> dict[str, Any]:
     import pyarrow
+
+    digest, num_rows = hashlib.sha256(), 0
+    for number, path in enumerate(files):
+        try:
+            reader = _OPENERS[kind](path)
+            for group, size in enumerate(_group_sizes(reader, kind)):
+                num_rows += size
+                table.append(num_rows, number, group)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is not a readable {kind.capitalize()} file: {error}") from None
+        with open(path, "rb") as handle:  # footers hold offsets and statistics of all that is written
+            size = handle.seek(0, 2)
+            handle.seek(max(0, size - 65536))
+            digest.update(f"{size} ".encode() + handle.read())
+        if max_samples is not None and num_rows >= max_samples:
+            num_rows = max_samples
+            break
+    if not num_rows:
+        raise ValueError(f"{files[0]} has no rows, expected at least one")
+    return {"digest": f"{digest.hexdigest()} {num_rows}", "num_rows": num_rows, "files": list(files)}
+
+
+def _open_parquet(path: str) -> Any:
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
-    return _arrow_rows(path, "parquet", groups, max_samples)
-
-
-def open_arrow(path: str, max_samples: int | None) -> ArrowRows:
-    import pyarrow
-
-    try:
-        groups = [batch.num_rows for batch in _open_batches(path)]
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable Arrow file: {error}") from None
-    return _arrow_rows(path, "arrow", groups, max_samples)
+    return pyarrow.parquet.ParquetFile(path)
 
 
 def _open_batches(path: str) -> list[Any]:
@@ -105,16 +134,13 @@ def _open_batches(path: str) -> list[Any]:
     return list(pyarrow.ipc.open_stream(source))
 
 
-def _arrow_rows(path: str, kind: str, groups: list[int], max_samples: int | None) -> ArrowRows:
-    ends = np.cumsum(groups).tolist() if groups else [0]
-    num_rows = ends[-1] if max_samples is None else min(ends[-1], max_samples)
-    if not num_rows:
-        raise ValueError(f"{path} has no rows, expected at least one")
-    with open(path, "rb") as handle:  # footers hold offsets and statistics of all that is written
-        size = handle.seek(0, 2)
-        handle.seek(max(0, size - 65536))
-        fingerprint = hashlib.sha256(f"{size} {num_rows} ".encode() + handle.read()).hexdigest()
-    return ArrowRows(path, kind=kind, ends=ends, num_rows=num_rows, fingerprint=fingerprint)
+_OPENERS: dict[str, Callable[[str], Any]] = {"parquet": _open_parquet, "arrow": _open_batches}
+
+
+def _group_sizes(reader: Any, kind: str) -> list[int]:
+    if kind == "parquet":
+        return [reader.metadata.row_group(group).num_rows for group in range(reader.num_row_groups)]
+    return [batch.num_rows for batch in reader]
 
 
 def as_json(value: Any, kind: pyarrow.DataType) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from typing import Any, Literal, get_args
 
 from omniloom.config import DataConfig, FieldNames, Format
-from omniloom.data.row_media import KINDS, RowMedia, as_clips, join_sound, names_clip
+from omniloom.data.row_media import KINDS, PARTS, RowMedia, as_clips, join_sound, names_clip
 from omniloom.data.row_objects import RowObjects
 from omniloom.data.tool_calls import parse_tool_calls, parse_tools, tool_call_part, write_json
 from omniloom.types import Conversation, MediaKind, Part, Role, SampleError, Turn
@@ -59,6 +59,8 @@ def detect_format(row: Mapping[str, Any], names: FieldNames | None = None) -> st
         return _detect_dialogue(row, turns, names)
     pairs = {name: [row.get(key) for key in _pair_keys(row, name, names)] for name in ("alpaca", "query_response")}
     asked = [name for name, (question, _) in pairs.items() if question is not None]
+    if not asked and any(_clips_beside(row, getattr(names, f"{kind}s"), kind) for kind in KINDS):  # are asked about
+        asked = [name for name, (_, answer) in pairs.items() if answer is not None]
     if asked:  # whoever has an answer too first: an Alpaca row may have a `query`, and the other way round
         return next((name for name in asked if pairs[name][1] is not None), asked[0])
     raise SampleError(
@@ -76,7 +78,7 @@ def describe_format(row: Mapping[str, Any], options: DataConfig) -> str:
     set_by_hand = _format_of(options)
     name = detect_format(row, options.attr) if set_by_hand is None else set_by_hand
     renamed = {value for item in fields(FieldNames) if (value := getattr(options.attr, item.name)) is not None}
-    present = [str(key) for key, value in row.items() if value is not None]
+    present = [str(key) for key, value in row.items() if value is not None and key != PARTS]
     read = [key for key in present if key in _ROW_KEYS or key in renamed]
     ignored = [key for key in present if key not in read]
     line = f"format {name} ({'detected' if set_by_hand is None else 'set by data.format'}), read from {', '.join(read)}"
@@ -125,6 +127,7 @@ def parse_row(
         file=file,
         rules=options,
         use_audio=row.get("use_audio_in_video"),
+        parts=_parts_of(row),
         typed=any(_blocks(_find(message, names.content_tag, "content", "value")) for message in messages),
     )
     turns: list[Turn] = []
@@ -151,6 +154,11 @@ def parse_row(
     return conversation
 
 
+def _parts_of(row: Mapping[str, Any]) -> dict[str, bytes]:
+    parts = row.get(PARTS)
+    return {name: part for name, part in parts.items() if isinstance(part, bytes)} if isinstance(parts, dict) else {}
+
+
 def _messages(row: Mapping[str, Any], name: str, names: FieldNames) -> list[Mapping[str, Any]]:
     turns = _find(row, names.messages, *_DIALOGUE_KEYS)
     key = names.messages or ("conversations" if name in ("sharegpt", "llava") else "messages")
@@ -174,7 +182,10 @@ def _clips_beside(row: Mapping[str, Any], renamed: str | None, kind: MediaKind) 
 def _pairs(row: Mapping[str, Any], name: str, names: FieldNames, needs_answer: bool) -> list[Mapping[str, Any]]:
     """The instruction and query/response formats written as messages, history first."""
     question, answer = _pair_keys(row, name, names)
-    prompt = _words(row, question)
+    clips = {kind: len(_clips_beside(row, getattr(names, f"{kind}s"), kind)) for kind in KINDS}
+    is_asked = row.get(question) is not None or not any(clips.values())
+    # clips alone, as in a table of recordings and their words, are what is asked about
+    prompt = _words(row, question) if is_asked else "".join(f"<{kind}>" * clips[kind] for kind in KINDS)
     extra = _find(row, names.query, "input") if name == "alpaca" else None
     if extra is not None and not isinstance(extra, str):
         raise SampleError("input", f"expected text, got {type(extra).__name__}: {str(extra)[:60]!r}")

@@ -22,6 +22,7 @@ from omniloom.data.row_objects import RowObjects
 from omniloom.types import MediaKind, MediaSource, Part, SampleError, Turn
 
 KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
+PARTS = "__parts__"  # of a row of a tar: its sample's files by name, which the row may name as its media
 PLACEHOLDER = re.compile(r"<(image|video|audio)>")
 _URL_SAFE = str.maketrans("-_", "+/")
 _FILE_URI = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
@@ -48,8 +49,13 @@ class RowMedia:
         rules: DataConfig,
         use_audio: Any,
         typed: bool,
+        parts: Mapping[str, bytes],
     ) -> None:
-        """`typed`: the content is a list of typed blocks, where clips have blocks of their own."""
+        """`typed`: the content is a list of typed blocks, where clips have blocks of their own.
+
+        `parts` are files that came with the row, by the names that it may call them.
+        """
+        self._parts = parts
         self._folder = os.path.abspath(rules.media_dir if rules.media_dir is not None else os.path.dirname(file))
         self._rules = rules
         if use_audio is not None and not isinstance(use_audio, bool):
@@ -154,6 +160,8 @@ class RowMedia:
             return {"data": bytes(item)}
         if not isinstance(item, str) or not item:
             raise SampleError(field, f"expected a path, bytes or a data URI, got {str(item)[:60]!r}")
+        if item in self._parts:
+            return {"data": self._parts[item]}
         if item.startswith("data:"):
             return {"data": decode_data_uri(item, field)}
         if _looks_like_base64(item) and not os.path.exists(os.path.join(self._folder, item)):

@@ -1,8 +1,8 @@
-"""The data sources of a run: files that are opened by what they hold, chained into one range of row numbers.
+"""The data sets of a run: what each entry of `data.train` names, opened by what it holds and chained into one range.
 
-Owns what `data.train` names and in which order; how rows lie in a file is `text_rows`' and `columnar`'s, what a row
-means `formats`', who reads which row when the planner's. A source holds no rows and no offsets: it is cheap to send to
-a worker process.
+Owns which files a data set is made of (a file, a pattern, a folder of shards) and in which order they come; how rows
+lie in a file is `text_rows`', `columnar`'s and `tar_rows`', what a row means `formats`', who reads which row when the
+planner's. A source holds no rows and no offsets: it is cheap to send to a worker process.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import numpy as np
-from numpy import bool_, int64
-from numpy.typing import NDArray
-
-from omniloom.config import DataSource
-from omniloom.data.columnar import open_arrow, open_parquet
+from omniloom.config import DataConfig, DataSource, as_source, options_of
+from omniloom.data.columnar import open_columns
+from omniloom.data.source_files import find_files
+from omniloom.data.tar_rows import open_tars
 from omniloom.data.text_rows import open_text
-from omniloom.types import Row, Source, suggest
+from omniloom.types import Row, Source
 
-_ARROW_MAGIC = (b"ARROW1", b"\xff\xff\xff\xff")  # file and stream; the latter is what `datasets` writes
+_MAGIC = {b"PAR1": "parquet", b"ARRO": "arrow", b"\xff\xff\xff\xff": "arrow"}  # the last is a stream of `datasets`
+_TAR_MAGIC = slice(257, 262)
 
 
 class Sources:
@@ -35,7 +35,7 @@ class Sources:
     `entries` are what the config says of each: a path, or a record with options of its own.
     """
 
-    def __init__(self, parts: Sequence[Source], entries: Sequence[str | DataSource]) -> None:
+    def __init__(self, parts: Sequence[Source], entries: Sequence[DataSource]) -> None:
         assert len(parts) == len(entries), (len(parts), len(entries))
         self.parts = tuple(parts)
         self.entries = tuple(entries)
@@ -48,6 +48,15 @@ class Sources:
     def sizes(self) -> tuple[int, ...]:
         """Rows of each source."""
         return tuple(map(len, self.parts))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of each source, no two alike: what the config calls it, or its path does."""
+        found: list[str] = []
+        for entry in self.entries:
+            name = entry.name or Path(entry.path).name or entry.path
+            found.append(name if name not in found else f"{name}.{len(found)}")
+        return tuple(found)
 
     @property
     def fingerprint(self) -> str:
@@ -68,102 +77,137 @@ class Sources:
         return part, row - (self._ends[part - 1] if part else 0)
 
     def first_rows(self) -> list[int]:
-        """The first row of each source that has any."""
-        return [end - len(part) for part, end in zip(self.parts, self._ends, strict=True) if len(part)]
+        """The first row of each source."""
+        return [end - len(part) for part, end in zip(self.parts, self._ends, strict=True)]
 
     def origin(self, row: int) -> tuple[str, int]:
-        """The data file that a row is of, as the config names it, and the row's number in it, from 1."""
+        """The data set that a row is of, as the config names it, and the row's number in it, from 1."""
         part, own_row = self.find(row)
-        source, entry = self.parts[part], self.entries[part]
+        source = self.parts[part]
         while isinstance(source, _Chosen):
-            own_row, source = int(source.rows[own_row]), source.source
-        return entry if isinstance(entry, str) else entry.path, own_row + 1
+            own_row, source = source.choice.row(own_row), source.source
+        return self.entries[part].path, own_row + 1
 
     def without(self, excludes: str) -> Sources:
         """All rows but those that a file of excludes names. Raises: ValueError for rows that are not there."""
         named, parts = read_excludes(excludes), []
         for part, entry in zip(self.parts, self.entries, strict=True):
-            path = entry if isinstance(entry, str) else entry.path
-            rows = named.get(os.path.realpath(path), [0])
+            rows = named.get(os.path.realpath(entry.path), [0])
             if max(rows) > len(part):
-                reason = f"{excludes} names row {max(rows)} of {path}, which has {len(part)}"
+                reason = f"{excludes} names row {max(rows)} of {entry.path}, which has {len(part)}"
                 raise ValueError(f"data.exclude: {reason}; write it anew by omniloom check --write-excludes")
-            parts.append(_Chosen(part, partial(_choose_others, excludes, path, len(part))) if max(rows) else part)
+            parts.append(_Chosen(part, _Others(excludes, entry.path, len(part))) if max(rows) else part)
         return Sources(parts, self.entries)
 
-    def split(self, num_held_out: int, seed: int) -> tuple[Sources, Sources]:
-        """Rows to train on, and rows held out of all sources together: the same on every rank and at every start."""
-        starts = [0, *self._ends]
-        sides = (
-            [
-                _Chosen(part, partial(_choose_side, start, len(part), len(self), num_held_out, seed, held_out))
-                for part, start in zip(self.parts, starts, strict=False)
-            ]
-            for held_out in (False, True)
-        )
-        kept, held = (Sources(side, self.entries) for side in sides)
+    def split(self, shares: Sequence[float], seed: int) -> tuple[Sources, Sources]:
+        """Rows to train on, and the share held out of each source: the same on every rank and at every start.
+
+        Sources that have no row on a side are left out there.
+        """
+        sides: tuple[list[tuple[Source, DataSource]], list[tuple[Source, DataSource]]] = ([], [])
+        for number, (part, entry, share) in enumerate(zip(self.parts, self.entries, shares, strict=True)):
+            num_held_out = round(share * len(part))
+            split = _Split(len(part), num_held_out, (seed, number))
+            if num_held_out:
+                sides[1].append((_Chosen(part, replace(split, held_out=True)), entry))
+            if num_held_out < len(part):
+                sides[0].append((_Chosen(part, split) if num_held_out else part, entry))
+        kept, held = (Sources([part for part, _ in side], [entry for _, entry in side]) for side in sides)
         return kept, held
 
 
-class _Chosen:
-    """Some rows of a source. Which these are is computed anew in every process."""
-
-    def __init__(self, source: Source, choose: Callable[[], NDArray[bool_]]) -> None:
-        """`choose` pickles, and says of each row of the source whether it is one of these: bool [rows]."""
-        self.source = source
-        self._choose = choose
-        self._cached: NDArray[int64] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+class _Choice(Protocol):
+    """Some rows of a source: how many, and which of its rows each is. Holds next to nothing."""
 
     @property
-    def rows(self) -> NDArray[int64]:
-        """Their numbers in the source, int64."""
-        if self._cached is None:
-            self._cached = np.flatnonzero(self._choose())
-        return self._cached
+    def fingerprint(self) -> str: ...
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __len__(self) -> int: ...
+
+    def row(self, number: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Rows that are held out, one somewhere in each of as many equal stretches, or the others."""
+
+    num_rows: int
+    num_held_out: int
+    key: tuple[int, int]
+    held_out: bool = False
 
     @property
     def fingerprint(self) -> str:
-        return _hash_of(self.source.fingerprint, hashlib.sha256(self.rows.tobytes()).hexdigest())
+        return repr(self)
+
+    def __len__(self) -> int:
+        return self.num_held_out if self.held_out else self.num_rows - self.num_held_out
+
+    def row(self, number: int) -> int:
+        if self.held_out:
+            return self._held_row(number)
+        stretch = bisect.bisect_right(range(self.num_held_out), number, key=lambda at: self._start(at) - at) - 1
+        own = number + stretch  # so many are held out before it
+        return own + (own >= self._held_row(stretch))
+
+    def _start(self, stretch: int) -> int:
+        return stretch * self.num_rows // self.num_held_out
+
+    def _held_row(self, stretch: int) -> int:
+        start, end = self._start(stretch), self._start(stretch + 1)
+        drawn = hashlib.blake2b(repr((self.key, stretch)).encode(), digest_size=8).digest()
+        return start + int.from_bytes(drawn, "little") % (end - start)
+
+
+@dataclass(frozen=True)
+class _Others:
+    """Rows that a file of excludes does not name."""
+
+    excludes: str
+    path: str
+    num_rows: int
+
+    @property
+    def _left_out(self) -> list[int]:
+        return read_excludes(self.excludes)[os.path.realpath(self.path)]
+
+    @property
+    def fingerprint(self) -> str:
+        return repr(self._left_out)
+
+    def __len__(self) -> int:
+        return self.num_rows - len(self._left_out)
+
+    def row(self, number: int) -> int:
+        left_out = self._left_out
+        return number + bisect.bisect_right(range(len(left_out)), number, key=lambda at: left_out[at] - 1 - at)
+
+
+class _Chosen:
+    """Some rows of a source."""
+
+    def __init__(self, source: Source, choice: _Choice) -> None:
+        self.source = source
+        self.choice = choice
+
+    def __len__(self) -> int:
+        return len(self.choice)
+
+    @property
+    def fingerprint(self) -> str:
+        return _hash_of(self.source.fingerprint, self.choice.fingerprint)
 
     def read_row(self, row: int) -> tuple[Row, str, int]:
-        return self.source.read_row(int(self.rows[row]))
+        return self.source.read_row(self.choice.row(row))
 
     def locate(self, row: int) -> tuple[str, int]:
-        return self.source.locate(int(self.rows[row]))
-
-
-def _choose_side(start: int, num_rows: int, total: int, num_held_out: int, seed: int, held_out: bool) -> NDArray[bool_]:
-    """Of the `num_rows` rows from `start` on, which are on one side of a split of all `total` rows."""
-    side: NDArray[bool_] = _draw_held_out(total, num_held_out, seed)[start : start + num_rows] == held_out
-    return side
-
-
-@lru_cache(maxsize=1)
-def _draw_held_out(total: int, num_held_out: int, seed: int) -> NDArray[bool_]:
-    """Which of `total` rows are held out, bool [total]."""
-    keys = np.random.PCG64(np.random.SeedSequence([seed, total, 1])).random_raw(total)
-    chosen = np.zeros(total, dtype=bool)
-    chosen[np.argsort(keys, kind="stable")[:num_held_out]] = True
-    return chosen
-
-
-def _choose_others(excludes: str, path: str, num_rows: int) -> NDArray[bool_]:
-    """Of the rows of a data file, those that the file of excludes does not name."""
-    kept = np.ones(num_rows, dtype=bool)
-    kept[[row - 1 for row in read_excludes(excludes).get(os.path.realpath(path), ())]] = False
-    return kept
+        return self.source.locate(self.choice.row(row))
 
 
 @lru_cache(maxsize=1)
 def read_excludes(path: str) -> dict[str, list[int]]:
-    """The rows, from 1, that a file of excludes names of each data file. Raises: ValueError."""
-    excluded: dict[str, list[int]] = {}
+    """The rows, from 1, in order, that a file of excludes names of each data set. Raises: ValueError."""
+    excluded: dict[str, set[int]] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -179,55 +223,59 @@ def read_excludes(path: str) -> dict[str, list[int]]:
                 f'data.exclude: {path}:{number}: expected {{"source": FILE, "row": N}}, rows of a file counted from 1, '
                 f"got {line[:80]!r}; omniloom check --write-excludes writes such lines"
             )
-        excluded.setdefault(os.path.realpath(source), []).append(row)
-    return excluded
+        excluded.setdefault(os.path.realpath(source), set()).add(row)
+    return {source: sorted(rows) for source, rows in excluded.items()}
 
 
 # ---------------------------------------------------------------------------------------- opening
 
 
-def open_sources(entries: Sequence[str | DataSource], *, max_samples: int | None = None) -> Sources:
-    """Open data files and chain their rows; `max_samples` keeps the first rows of each file that says nothing itself.
+def open_sources(
+    entries: Sequence[str | DataSource], options: DataConfig | None = None, *, part: str | None = "train"
+) -> Sources:
+    """Open data sets and chain their rows. `options` is the config's section, without which its defaults hold.
 
-    Raises: ValueError for a file that is missing, empty, a directory, broken or of no known kind.
+    `part` is taken of directories that have several parts where the entry names none; None is none of them.
+    Raises: ValueError for what is missing, empty, broken or of no known kind.
     """
     if not entries:
         raise ValueError("no data files: expected at least one JSON, JSONL, Parquet or Arrow file, got an empty list")
-    parts = []
-    for entry in entries:
-        path, most = (entry, None) if isinstance(entry, str) else (entry.path, entry.max_samples)
-        parts.append(_open_file(path, max_samples if most is None else most))
-    return Sources(parts, entries)
+    data = options or DataConfig()
+    sources = [as_source(entry) for entry in entries]
+    return Sources([_open_set(source, options_of(data, source), part) for source in sources], sources)
 
 
-def _open_file(path: str, max_samples: int | None) -> Source:
-    file = Path(path)
-    if file.is_dir():
-        near = sorted(p.name for p in file.iterdir() if p.suffix in (".json", ".jsonl", ".parquet", ".arrow"))[:5]
-        hint = f"; it holds {', '.join(near)}" if near else ""
-        raise ValueError(f"{path} is a directory, expected a data file{hint}")
-    if not file.exists():
-        raise ValueError(f"no such data file: {path}{_nearest(file)}")
-    if not file.is_file():
-        raise ValueError(
-            f"{path} is a pipe or a device, expected a file, since rows are read in any order; save it first"
-        )
+def _open_set(source: DataSource, data: DataConfig, part: str | None) -> Source:
+    """The rows of one entry, the first `data.max_samples` of them."""
     try:
-        with file.open("rb") as handle:
-            head = handle.read(4096)
-        if head[:4] == b"PAR1":
-            return open_parquet(path, max_samples)
-        if head.startswith(_ARROW_MAGIC):
-            return open_arrow(path, max_samples)
-        return open_text(path, head, max_samples)
+        found = find_files(source.path, source.part or part)
+        kinds = {_kind_of(file): file for file in found.files}
+        if len(kinds) > 1:
+            names = ", ".join(kinds.values())
+            raise ValueError(f"{source.path} names files of several kinds ({names}); name them one by one")
+        (kind,) = kinds
+        if kind == "tar":
+            return open_tars(found, data.max_samples, data.scratch)
+        if kind != "text":
+            return open_columns(found.files, kind, data.max_samples, data.scratch)
+        parts: list[Source] = []
+        most = data.max_samples
+        for file in found.files:
+            parts.append(open_text(file, most, data.scratch))
+            most = None if most is None else most - len(parts[-1])
+            if most == 0:
+                break
     except OSError as error:
-        raise ValueError(f"cannot read the data file {path}: {error.strerror or error}") from None
+        name = error.filename or source.path
+        raise ValueError(f"cannot read the data file {name}: {error.strerror or error}") from None
+    return parts[0] if len(parts) == 1 else Sources(parts, [source] * len(parts))
 
 
-def _nearest(file: Path) -> str:
-    if not file.parent.is_dir():
-        return f"; the folder {file.parent} does not exist"
-    return suggest(file.name, [path.name for path in file.parent.iterdir()], among="", before=f"{file.parent}/")
+def _kind_of(path: str) -> str:
+    """By what the file holds."""
+    with open(path, "rb") as handle:
+        head = handle.read(512)
+    return "tar" if head[_TAR_MAGIC] == b"ustar" or path.endswith(".tar") else _MAGIC.get(head[:4], "text")
 
 
 def _hash_of(*parts: str) -> str:

@@ -1,32 +1,29 @@
-"""Rows of JSON arrays and JSONL files, by byte offset.
+"""Rows of JSON arrays, JSONL, CSV and TSV files, by byte offset.
 
-A file is read once to find where its rows lie; what was found is a file of its own in a folder of this machine, which
-all processes map: made once for all ranks and workers of a node and for later runs, and sent to none of them.
+A file is read once, a stretch at a time, to find where its rows lie; what was found is a `SharedIndex`. A compressed
+file is unpacked once per machine into the scratch folder, since its rows are read in any order.
 """
 
 from __future__ import annotations
 
-import fcntl
+import codecs
 import hashlib
 import json
 import os
 import re
-import tempfile
-import time
-from functools import cached_property
+import shutil
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
-from numpy import int64
-from numpy.typing import NDArray
-
+from omniloom.data.shared_index import IndexTable, SharedIndex, hold_place, open_index
 from omniloom.types import Row, SampleError
 
 _BOM = b"\xef\xbb\xbf"
-_VERSION = 1  # of the index files
-_DIGEST_WORDS = 4  # int64 that a SHA-256 takes
-_SETTLED_SECONDS = 2.0  # a file changed later than this before may change again without another time stamp
+_STRETCH_BYTES = 1 << 22
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by how files begin
+_CUT_OFF = 16  # characters before the end of a stretch within which a fault may only mean that more is to come
 
 
 class _SharedLine(int):
@@ -39,35 +36,25 @@ class _SharedLine(int):
 
 
 class TextRows:
-    """Rows of a JSON array or of a JSONL file. `index` is a file made by `_write_index`."""
+    """Rows of a text file. `text` is where it lies unpacked; rows of the index are [start, end, line]."""
 
-    def __init__(self, path: str, index: Path) -> None:
+    def __init__(self, path: str, text: str, index: SharedIndex) -> None:
         self._path = path
+        self._text = text
         self._index = index
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_path": self._path, "_index": self._index}
-
-    @cached_property
-    def _words(self) -> NDArray[int64]:
-        return np.memmap(self._index, dtype=np.int64, mode="r")
-
-    @cached_property
-    def _bounds(self) -> NDArray[int64]:
-        """int64 [3, rows]: where each row starts, where it ends, and its line."""
-        return self._words[_DIGEST_WORDS:].reshape(3, -1)
 
     @property
     def fingerprint(self) -> str:
-        return self._words[:_DIGEST_WORDS].tobytes().hex()
+        return str(self._index.facts["digest"])
 
     def __len__(self) -> int:
-        return int(self._bounds.shape[1])
+        return len(self._index.table)
 
     def locate(self, row: int) -> tuple[str, int]:
         assert 0 <= row < len(self), f"row {row} of {len(self)}"
-        line = int(self._bounds[2, row])
-        if (self._bounds[2, max(0, row - 1) : row + 2] == line).sum() == 1:
+        lines = self._index.table[:, 2]
+        line = int(lines[row])
+        if (lines[max(0, row - 1) : row + 2] == line).sum() == 1:
             return self._path, line
         shared = _SharedLine(line)
         shared.row = row + 1
@@ -76,75 +63,110 @@ class TextRows:
     def read_row(self, row: int) -> tuple[Row, str, int]:
         path, line = self.locate(row)
         try:
-            with open(path, "rb") as handle:  # anew each time: a handle kept over a fork would share its position
-                start, end, _ = self._bounds[:, row].tolist()
+            with open(self._text, "rb") as handle:  # anew each time: a handle kept over a fork would share its position
+                start, end, _ = self._index.table[row].tolist()
                 handle.seek(start)
                 text = handle.read(end - start)
         except OSError as error:
             raise SampleError("row", f"cannot read {path}: {error.strerror or error}") from None
-        try:
-            value = json.loads(text)
-        except UnicodeDecodeError as error:
-            raise SampleError("row", f"not UTF-8 at byte {error.start} of the row: {error.reason}") from None
-        except json.JSONDecodeError as error:
-            raise SampleError("row", f"not JSON: {error.msg} at column {error.colno}") from None
-        except RecursionError:
-            raise SampleError("row", "nested too deeply to be read") from None
-        except ValueError as error:  # an integer of thousands of digits
-            raise SampleError("row", f"not JSON that can be read: {error}") from None
-        return _as_row(value), path, line
+        header = self._index.facts.get("header")
+        if header is not None:
+            return _named_cells(text, header, self._index.facts["delimiter"]), path, line
+        return parse_json_row(text), path, line
 
 
-# ---------------------------------------------------------------------------------------- the index
+def parse_json_row(text: bytes) -> Row:
+    """Raises: SampleError."""
+    try:
+        value = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise SampleError("row", f"not UTF-8 at byte {error.start} of the row: {error.reason}") from None
+    except json.JSONDecodeError as error:
+        raise SampleError("row", f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise SampleError("row", "nested too deeply to be read") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise SampleError("row", f"not JSON that can be read: {error}") from None
+    return as_row(value)
 
 
-def open_text(path: str, head: bytes, max_samples: int | None) -> TextRows:
-    """`head`: the first bytes of the file. Raises: ValueError for what is neither JSON nor JSONL; OSError."""
+def as_row(value: Any) -> Row:
+    """Raises: SampleError."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {"messages": value}  # a bare message list
+    if not isinstance(value, dict):
+        raise SampleError("row", f"expected an object with keys, got {type(value).__name__}: {str(value)[:60]!r}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------- opening
+
+
+def open_text(path: str, max_samples: int | None, scratch: str | None) -> TextRows:
+    """Raises: ValueError for what is no text of rows; OSError."""
+    text, name, head = path, path, _head_of(path)
+    compression = next((kind for magic, kind in COMPRESSIONS.items() if head.startswith(magic)), None)
+    if compression is not None:
+        name, text = str(Path(path).with_suffix("")), _unpack(path, compression, scratch)
+        head = _head_of(text)
     start = head.removeprefix(_BOM).lstrip()
     if not start:
-        raise ValueError(f"{path} is empty, expected JSON or JSONL with at least one row")
-    if b"\x00" in head or start[:1] not in b"[{":
+        raise ValueError(f"{path} is empty, expected rows, got none")
+    delimiter = {".csv": ",", ".tsv": "\t"}.get(Path(name).suffix.lower())
+    if b"\x00" in head or (delimiter is None and start[:1] not in b"[{"):
         raise ValueError(
-            f"{path} is neither JSON, JSONL, Parquet nor Arrow (it begins with {head[:8]!r}); expected a JSON array "
-            "of rows, or one JSON object per line, in UTF-8"
+            f"{path} is neither JSON, JSONL, Parquet, Arrow nor tar (it begins with {head[:8]!r}) and is not named "
+            ".csv or .tsv; expected a JSON array of rows, or one JSON object per line, in UTF-8"
         )
-    is_array = start[:1] == b"[" and not _is_row_of_lists(path)
-    stat = os.stat(path)
-    version = [_VERSION, os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, max_samples]
-    index = _index_folder() / hashlib.sha256(json.dumps(version).encode()).hexdigest()[:32]
-    with open(f"{index}.lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the first process of this machine makes it, the others wait
-        if not index.exists() or time.time() - stat.st_mtime < _SETTLED_SECONDS:
-            digest, bounds = (_index_array if is_array else _index_lines)(path, max_samples)
-            _write_index(index, digest, bounds)
-    rows = TextRows(path, index)
-    if not is_array:
-        _refuse_spread_object(path)
+    if delimiter is not None:
+        make, kind = partial(_index_cells, text, delimiter, max_samples), "cells"
+    elif start[:1] == b"[" and not _is_row_of_lists(text):
+        make, kind = partial(_index_array, path, text, max_samples), "array"
+    else:
+        make, kind = partial(_index_lines, text, max_samples), "lines"
+    rows = TextRows(path, text, open_index([text], [kind, max_samples], make, columns=3, scratch=scratch))
+    if kind == "lines":
+        _refuse_spread_object(path, text)
+    if not len(rows):
+        raise ValueError(f"{path} holds a header and no rows, expected at least one")
     return rows
 
 
-def _index_folder() -> Path:
-    """A folder of this user on this machine. Raises: ValueError where it cannot be had."""
-    folder = Path(tempfile.gettempdir()) / f"omniloom-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise ValueError(
-            f"{folder} belongs to another user, expected a folder of this one; set TMPDIR to another place"
-        )
-    return folder
+def _head_of(path: str) -> bytes:
+    with open(path, "rb") as handle:
+        return handle.read(4096)
 
 
-def _write_index(index: Path, digest: bytes, bounds: list[list[int]]) -> None:
-    words = np.concatenate([np.frombuffer(digest, dtype=np.int64), np.array(bounds, dtype=np.int64).ravel()])
-    unfinished = index.with_suffix(".new")
-    try:
-        words.tofile(unfinished)
-        os.replace(unfinished, index)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise ValueError(
-            f"cannot write {words.nbytes} bytes to {index.parent}: {error}; set TMPDIR to another place"
-        ) from None
+def _unpack(path: str, compression: str, scratch: str | None) -> str:
+    """A compressed file's text in the scratch folder."""
+    import pyarrow
+
+    with hold_place([path], [compression], scratch) as (place, is_there):
+        if not is_there:
+            unfinished = place.with_suffix(".new")
+            try:
+                with open_packed(path, compression) as packed, unfinished.open("wb") as file:
+                    shutil.copyfileobj(packed, file, _STRETCH_BYTES)
+                os.replace(unfinished, place)
+            except (OSError, pyarrow.ArrowException, EOFError) as error:
+                raise ValueError(
+                    f"cannot unpack {path} to {place}: {error}; repair it, or set data.scratch to a place with room"
+                ) from None
+            finally:
+                unfinished.unlink(missing_ok=True)
+    return str(place)
+
+
+def open_packed(path: str, compression: str) -> BinaryIO:
+    """A compressed file as a stream of its content."""
+    if compression == "gzip":
+        import gzip
+
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    import pyarrow
+
+    stream: BinaryIO = pyarrow.input_stream(path, compression=compression)
+    return stream
 
 
 def _is_row_of_lists(path: str) -> bool:
@@ -157,29 +179,26 @@ def _is_row_of_lists(path: str) -> bool:
         return False
 
 
-def _index_lines(path: str, max_samples: int | None) -> tuple[bytes, list[list[int]]]:
-    """Digest of the rows, and [starts, ends, lines]."""
-    starts: list[int] = []
-    ends: list[int] = []
-    lines: list[int] = []
+# ---------------------------------------------------------------------------------------- lines and cells
+
+
+def _index_lines(path: str, max_samples: int | None, table: IndexTable) -> Mapping[str, Any]:
     digest = hashlib.sha256()
     position = 0
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, start=1):
             if line.removeprefix(_BOM).strip():  # blank lines are no rows
-                if len(starts) == max_samples:
+                if len(table) == max_samples:
                     break
-                starts.append(position)
-                ends.append(position + len(line))
-                lines.append(number)
+                table.append(position, position + len(line), number)
                 digest.update(line)
             position += len(line)
-    return digest.digest(), [starts, ends, lines]
+    return {"digest": digest.hexdigest()}
 
 
-def _refuse_spread_object(path: str) -> None:
+def _refuse_spread_object(path: str, text: str) -> None:
     """A file whose first line is the opening of one big object is not JSONL with every line broken."""
-    with open(path, "rb") as handle:
+    with open(text, "rb") as handle:
         first = handle.readline().removeprefix(_BOM).strip()
     if re.fullmatch(rb'\{\s*("[^"]*"\s*:\s*[\[{]?)?', first):
         raise ValueError(
@@ -188,91 +207,178 @@ def _refuse_spread_object(path: str) -> None:
         )
 
 
-def _index_array(path: str, max_samples: int | None) -> tuple[bytes, list[list[int]]]:
-    raw = Path(path).read_bytes()
-    body = raw.removeprefix(_BOM)
+def _index_cells(path: str, delimiter: str, max_samples: int | None, table: IndexTable) -> Mapping[str, Any]:
+    """Rows of cells; the first names the columns. A quoted cell may hold line breaks."""
+    digest = hashlib.sha256()
+    header: list[str] = []
+    position = 0
+    with open(path, "rb") as handle:
+        lines = enumerate(handle, start=1)
+        for number, record in lines:
+            while record.count(b'"') % 2 and (more := next(lines, None)) is not None:
+                record += more[1]
+            if record.removeprefix(_BOM).strip():
+                if len(table) == max_samples:
+                    break
+                digest.update(record)
+                if header:
+                    table.append(position, position + len(record), number)
+                else:
+                    header = _column_names(record, delimiter, path)
+            position += len(record)
+    return {"digest": digest.hexdigest(), "header": header, "delimiter": delimiter}
+
+
+def _column_names(record: bytes, delimiter: str, path: str) -> list[str]:
     try:
-        text = body.decode("utf-8")
+        return _cells(record.removeprefix(_BOM), delimiter)
+    except SampleError as error:
+        raise ValueError(f"{path}: its first row names the columns and cannot be read: {error.reason}") from None
+
+
+def _named_cells(text: bytes, header: list[str], delimiter: str) -> Row:
+    """A row by the names of its columns, empty cells left out. Raises: SampleError."""
+    cells = _cells(text, delimiter)
+    if len(cells) != len(header):
+        raise SampleError("row", f"has {len(cells)} cells, expected {len(header)} ({', '.join(header)})")
+    return {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+
+
+def _cells(text: bytes, delimiter: str) -> list[str]:
+    """The cells of a row. Not by `csv`, which limits their size for the whole process. Raises: SampleError."""
+    try:
+        line = text.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; save it as UTF-8"
-        ) from None
-    starts, ends, lines = _scan_array(text, path, max_samples)
-    if not starts:
-        raise ValueError(f"{path} holds an empty array, expected at least one row")
-    shift = len(raw) - len(body)
-    if len(text) != len(body):  # offsets so far count characters
-        starts, ends = _byte_offsets(text, starts, ends)
-    digest = hashlib.sha256(body[: ends[-1]]).digest()
-    return digest, [[start + shift for start in starts], [end + shift for end in ends], lines]
-
-
-def _scan_array(text: str, path: str, max_samples: int | None) -> tuple[list[int], list[int], list[int]]:
-    """Start, end (in characters) and line of each element of a JSON array. Raises: ValueError with line and column."""
-    decoder = json.JSONDecoder()
-    space = re.compile(r"[ \t\r\n]*")
-    starts: list[int] = []
-    ends: list[int] = []
-    lines: list[int] = []
-    line, counted = 1, 0
-
-    def skip_space(position: int) -> int:
-        match = space.match(text, position)
+        raise SampleError("row", f"not UTF-8 at byte {error.start} of the row: {error.reason}") from None
+    found, position = [], 0
+    cell = re.compile(rf'"((?:[^"]|"")*)"(?={delimiter}|\Z)|([^{delimiter}]*)', re.DOTALL)
+    while position <= len(line):
+        match = cell.match(line, position)
         assert match is not None
-        return match.end()
+        found.append(match[2] if match[1] is None else match[1].replace('""', '"'))
+        position = match.end() + 1
+    return found
 
-    position = skip_space(skip_space(0) + 1)
-    closed = text.startswith("]", position)
-    while not closed and len(starts) != max_samples:
+
+# ---------------------------------------------------------------------------------------- arrays
+
+
+class NotText(ValueError):
+    """A file that is not UTF-8."""
+
+
+class _ArrayText:
+    """The text of a JSON array a stretch at a time, and where its characters lie in the file."""
+
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self._file = file
+        self._path = path
+        self._decode = codecs.getincrementaldecoder("utf-8")()
+        self._num_read = 0
+        self.text = ""
+        self.position = 0  # in `text`
+        self.byte = 0  # of the file at `position`
+        self.line, self._line_start = 1, 0  # at `position`; in characters, from the beginning of `text`
+        self.is_whole = False  # whether `text` reaches the end of the file
+
+    def advance(self, position: int) -> None:
+        passed = self.text[self.position : position]
+        self.byte += len(passed) if passed.isascii() else len(passed.encode("utf-8"))
+        if breaks := passed.count("\n"):
+            self.line += breaks
+            self._line_start = self.position + passed.rindex("\n") + 1
+        self.position = position
+
+    def read_more(self) -> None:
+        """Twice as much of what is not yet passed. Raises: ValueError for what is not UTF-8."""
+        left = self.text[self.position :]
+        raw = self._file.read(max(_STRETCH_BYTES, len(left)))
         try:
-            _, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise _broken_array(path, text, error.pos, error.msg, len(starts)) from None
-        except RecursionError:
-            raise _broken_array(path, text, position, "nested too deeply", len(starts)) from None
-        except ValueError as error:
-            raise _broken_array(path, text, position, str(error), len(starts)) from None
-        line += text.count("\n", counted, position)
-        counted = position
-        starts.append(position)
-        ends.append(end)
-        lines.append(line)
-        position = skip_space(end)
-        closed = text.startswith("]", position)
-        if not closed:
-            if not text.startswith(",", position):
-                raise _broken_array(path, text, position, "expected ',' or ']'", len(starts))
-            position = skip_space(position + 1)
-    if closed and (rest := text[position + 1 :].strip()):
-        raise _broken_array(path, text, text.index(rest, position + 1), "text after the array", len(starts))
-    return starts, ends, lines
+            self.text = left + self._decode.decode(raw, final=not raw)
+        except UnicodeDecodeError as error:
+            at = self._num_read - len(self._decode.getstate()[0]) + error.start
+            raise NotText(
+                f"{self._path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {at}; save it as UTF-8"
+            ) from None
+        self._num_read += len(raw)
+        self._line_start -= self.position
+        self.position = 0
+        self.is_whole = not raw
+
+    def skip_space(self) -> str:
+        """Past white space; the character that follows, or nothing at the end of the file."""
+        while True:
+            match = re.compile(r"[ \t\r\n]*").match(self.text, self.position)
+            assert match is not None
+            self.advance(match.end())
+            if self.position < len(self.text) or self.is_whole:
+                return self.text[self.position : self.position + 1]
+            self.read_more()
+
+    def skip_value(self) -> str:
+        """Past a JSON value; its text. Raises: json.JSONDecodeError, RecursionError, ValueError."""
+        decoder = json.JSONDecoder()
+        while True:
+            try:
+                _, end = decoder.raw_decode(self.text, self.position)
+                if end < len(self.text) or self.is_whole:
+                    break
+            except json.JSONDecodeError as error:
+                is_cut_off = error.pos >= len(self.text) - _CUT_OFF or error.msg.startswith("Unterminated string")
+                if self.is_whole or not is_cut_off:
+                    raise
+            self.read_more()
+        value = self.text[self.position : end]
+        self.advance(end)
+        return value
+
+    def broken(self, problem: str, num_rows: int, position: int | None = None) -> ValueError:
+        if position is not None:
+            self.advance(position)
+        return ValueError(
+            f"{self._path}, line {self.line}, column {self.position - self._line_start + 1}: broken JSON after "
+            f"{num_rows} good rows: {problem}; repair the file, or write one row per line (JSONL) so that a broken row "
+            "costs only itself"
+        )
 
 
-def _broken_array(path: str, text: str, position: int, problem: str, num_rows: int) -> ValueError:
-    line = text.count("\n", 0, position) + 1
-    column = position - text.rfind("\n", 0, position)
-    return ValueError(
-        f"{path}, line {line}, column {column}: broken JSON after {num_rows} good rows: {problem}; "
-        "repair the file, or write one row per line (JSONL) so that a broken row costs only itself"
-    )
+def _index_array(path: str, text: str, max_samples: int | None, table: IndexTable) -> Mapping[str, Any]:
+    """Raises: ValueError with line and column of what is broken."""
+    digest = hashlib.sha256()
+    with open(text, "rb") as handle:
+        array = _ArrayText(handle, path)
+        if array.skip_space() == "\ufeff":
+            array.advance(1)
+            array.skip_space()
+        array.advance(array.position + 1)  # the bracket
+        following = array.skip_space()
+        while following != "]" and len(table) != max_samples:
+            start, line = array.byte, array.line
+            digest.update(_element(array, len(table)).encode("utf-8"))
+            table.append(start, array.byte, line)
+            following = array.skip_space()
+            if following == ",":
+                array.advance(array.position + 1)
+                array.skip_space()
+            elif following != "]":
+                raise array.broken("expected ',' or ']'", len(table))
+        if following == "]":
+            array.advance(array.position + 1)
+            if array.skip_space():
+                raise array.broken("text after the array", len(table))
+    if not len(table):
+        raise ValueError(f"{path} holds an empty array, expected at least one row")
+    return {"digest": digest.hexdigest()}
 
 
-def _byte_offsets(text: str, starts: list[int], ends: list[int]) -> tuple[list[int], list[int]]:
-    new_starts: list[int] = []
-    new_ends: list[int] = []
-    characters = num_bytes = 0
-    for start, end in zip(starts, ends, strict=True):
-        num_bytes += len(text[characters:start].encode("utf-8"))
-        new_starts.append(num_bytes)
-        num_bytes += len(text[start:end].encode("utf-8"))
-        new_ends.append(num_bytes)
-        characters = end
-    return new_starts, new_ends
-
-
-def _as_row(value: Any) -> Row:
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        return {"messages": value}  # a bare message list
-    if not isinstance(value, dict):
-        raise SampleError("row", f"expected an object with keys, got {type(value).__name__}: {str(value)[:60]!r}")
-    return value
+def _element(array: _ArrayText, num_rows: int) -> str:
+    try:
+        return array.skip_value()
+    except json.JSONDecodeError as error:
+        raise array.broken(error.msg, num_rows, error.pos) from None
+    except RecursionError:
+        raise array.broken("nested too deeply", num_rows) from None
+    except NotText:
+        raise
+    except ValueError as error:
+        raise array.broken(str(error), num_rows) from None

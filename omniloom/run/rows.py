@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from omniloom.config import Config, ConfigError, DataConfig, DataSource
+from omniloom.config import Config, ConfigError, DataConfig, options_of
 from omniloom.data.agreement import PlanningRanks
 from omniloom.data.extent_cache import ExtentCache, fingerprint_of
 from omniloom.data.formats import describe_format, parse_row
@@ -38,7 +38,7 @@ PROMPT_KEYS = (
 )
 ROW_KEYS = (
     *("data.format", "data.attr.*", "data.max_samples", "data.media_dir", "data.allow_outside_media_dir"),
-    "data.unplaced_media",
+    *("data.unplaced_media", "data.scratch"),
 )
 # Of `data`, what does not change the sample that a row becomes: the planner itself holds on to which rows there are and
 # how they are packed; the rest is where files lie, what may be opened, speed, and evaluation.
@@ -47,6 +47,7 @@ _OTHER_OPTIONS = frozenset(
     for name in (
         *("train", "eval", "split", "max_samples", "exclude", "pack_tokens", "window", "overlong", "max_bad_fraction"),
         *("shuffle", "media_dir", "allow_outside_media_dir", "allow_urls", "workers", "prefetch_packs", "cache_dir"),
+        "scratch",
     )
 )
 
@@ -77,29 +78,19 @@ def open_data(config: DataConfig, seed: int) -> tuple[Sources, Sources | None]:
 
     Raises: ValueError for files that cannot be read and for a split that leaves nothing on one side.
     """
-    rows = open_sources(config.train, max_samples=config.max_samples)
-    eval_rows = open_sources(config.eval) if config.eval else None
+    rows = open_sources(config.train, config)
+    eval_rows = open_sources(config.eval, config, part=None) if config.eval else None
     if config.exclude is not None:
         rows = rows.without(config.exclude)
         eval_rows = eval_rows and eval_rows.without(config.exclude)
-    if eval_rows is not None:
+    shares = [options_of(config, entry).split for entry in rows.entries]
+    if eval_rows is not None or not any(shares):
         return rows, eval_rows
-    if not config.split:
-        return rows, None
-    num_held_out = round(config.split * len(rows))
-    if not 0 < num_held_out < len(rows):
-        raise ValueError(
-            f"data.split: {config.split:g} of {len(rows)} rows holds out {num_held_out}; both sides need at least one"
-        )
-    return rows.split(num_held_out, seed)
-
-
-def options_of(data: DataConfig, entry: str | DataSource) -> DataConfig:
-    """The data section as it holds for one source."""
-    if isinstance(entry, str):
-        return data
-    named = ((item.name, getattr(entry, item.name)) for item in fields(entry) if item.name != "path")
-    return replace(data, **{name: value for name, value in named if value is not None})
+    kept, held_out = rows.split(shares, seed)
+    if not (len(kept) and len(held_out)):
+        said = ", ".join(f"{share:g} of {size}" for share, size in zip(shares, rows.sizes, strict=True))
+        raise ValueError(f"data.split: {said} rows holds out {len(held_out)}; both sides need at least one")
+    return kept, held_out
 
 
 def describe_files(source: Sources, config: Config) -> list[str]:

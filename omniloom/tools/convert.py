@@ -1,4 +1,4 @@
-"""`omniloom convert`: rows of another format written in the messages form, for those who want the file.
+"""`omniloom convert`: rows of another format written in the messages form, as a file or as tar shards.
 
 Training reads every format as it is; nothing has to be converted first. What is written reads back as the same
 conversation: clips stand in the content with their options, so that `<image>` in a text is only a word.
@@ -9,60 +9,85 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
-from omniloom.config import DataConfig, Format
+from omniloom.config import Config, DataConfig, Format, override_config
 from omniloom.data.clip_options import option_words
 from omniloom.data.formats import FORMATS, parse_row
 from omniloom.data.sources import open_sources
+from omniloom.run.rows import ROW_KEYS
+from omniloom.tools.write_shards import SampleParts, ShardWriter
 from omniloom.types import Conversation, MediaKind, MediaSource, Part, SampleError, Turn, VideoConfig, suggest
 
-_USUAL = DataConfig(allow_urls=True, allow_outside_media_dir=True)
-# what a row leaves to the config of a run is what reads otherwise under another
-_OTHER = replace(_USUAL, video=VideoConfig(use_audio=True, fps=_USUAL.video.fps + 1))
+SHARDS = "webdataset"
+TAKES = (*ROW_KEYS, "data.allow_urls")
 
 
-def convert_file(kind: str, source: Path, target: Path, *, media_dir: Path | None = None) -> tuple[int, list[str]]:
-    """Write `source`, rows of format `kind`, as JSON lines of messages to `target`.
+class Place(Protocol):
+    """Where a written row finds its media."""
 
-    Media stay where they are. Their paths start in `media_dir` (the source's folder); they are written as seen from the
-    target's folder where they lie below it, else in full. Embedded media are written as data URIs.
+    def file(self, path: str, kind: MediaKind) -> str:
+        """What the row calls a file. Raises: SampleError where it cannot be had."""
+
+    def data(self, content: bytes, kind: MediaKind) -> str:
+        """What the row calls a clip that is embedded."""
+
+
+def convert_file(kind: str, source: Path, target: Path, overrides: Sequence[str] = ()) -> tuple[int, list[str]]:
+    """Write `source`, rows of format `kind`, as JSON lines of messages to `target`, their media staying where they are.
+
+    Paths of media are written as seen from the target's folder where they lie below it, else in full; embedded media
+    are written as data URIs. For the kind `webdataset` the target is a folder of tar shards that hold the media, too,
+    bytes unchanged, and the source may have any format.
     Returns the number of rows written and a line for each that was left out, a missing file among the reasons.
     Raises: ValueError for an unknown format and for a target that exists.
     """
-    if kind not in ("auto", *FORMATS):
-        raise ValueError(f"unknown format {kind!r}{suggest(kind, FORMATS, among='expected auto or one of')}")
+    if kind not in ("auto", SHARDS, *FORMATS):
+        known = (SHARDS, *FORMATS)
+        raise ValueError(f"unknown format {kind!r}{suggest(kind, known, among='expected auto or one of')}")
     if target.exists():
-        raise ValueError(f"{target} exists and nothing is overwritten; name another file")
-    rows = open_sources((str(source),))
-    problems: list[str] = []
-    num_written = 0
+        raise ValueError(f"{target} exists and nothing is overwritten; name another place")
+    usual = Config(data=DataConfig(allow_urls=True, allow_outside_media_dir=True))
+    options = override_config(usual, overrides, verb="convert", takes=TAKES).data
+    if kind == SHARDS:
+        with ShardWriter(target) as shards:
+            return _convert_rows(source, options, SampleParts, shards.add)
+    options = replace(options, format=cast(Format, kind))
     with target.open("x", encoding="utf-8") as file:
-        for index in range(len(rows)):
-            where = "{}:{}".format(*rows.locate(index))
-            try:
-                row, name, line = rows.read_row(index)
-                written = convert_row(row, name, line, kind, media_dir or source.parent, target.parent)
-            except SampleError as error:
-                problems.append(f"{where}: {error}")
-                continue
-            file.write(json.dumps(written, ensure_ascii=False) + "\n")
-            num_written += 1
-    return num_written, problems
+        return _convert_rows(
+            source,
+            options,
+            lambda: InFolder(target.parent),
+            lambda written, _: file.write(json.dumps(written, ensure_ascii=False) + "\n"),
+        )
 
 
-def convert_row(row: dict[str, Any], file: str, line: int, kind: str, media_dir: Path, folder: Path) -> dict[str, Any]:
-    """A row of format `kind` as one of the messages form, for a file in `folder`. Raises: SampleError."""
-    named = cast(Format, kind)
-    usual, other = (
-        parse_row(row, file=file, line=line, options=replace(config, format=named, media_dir=str(media_dir)))
-        for config in (_USUAL, _OTHER)
-    )
-    _require_files(usual)
-    writer = _TurnWriter(folder, _clips(other, "video"))
+def _convert_rows(
+    source: Path, options: DataConfig, open_place: Callable[[], Any], write: Callable[[dict[str, Any], Any], object]
+) -> tuple[int, list[str]]:
+    rows = open_sources((str(source),), options)
+    problems: list[str] = []
+    for index in range(len(rows)):
+        place = open_place()
+        try:
+            row, name, line = rows.read_row(index)
+            written = convert_row(row, name, line, options, place)
+        except SampleError as error:
+            problems.append("{}:{}: {}".format(*rows.locate(index), error))
+            continue
+        write(written, place)
+    return len(rows) - len(problems), problems
+
+
+def convert_row(row: dict[str, Any], file: str, line: int, options: DataConfig, place: Place) -> dict[str, Any]:
+    """A row as one of the messages form, with its media where `place` says. Raises: SampleError."""
+    # what a row leaves to the config of a run is what reads otherwise under another
+    asked = replace(options, video=VideoConfig(use_audio=True, fps=options.video.fps + 1))
+    usual, other = (parse_row(row, file=file, line=line, options=config) for config in (options, asked))
+    writer = _TurnWriter(place, _clips(other, "video"))
     found: dict[str, Any] = {"id": usual.id}
     found["messages"] = [message for turn in usual.turns for message in writer.messages(turn)]
     if boxes := [box for turn in usual.turns for part in turn.parts for box in part.boxes]:
@@ -72,11 +97,27 @@ def convert_row(row: dict[str, Any], file: str, line: int, kind: str, media_dir:
     return found if usual.weight == 1.0 else {**found, "weight": usual.weight}
 
 
-class _TurnWriter:
-    """Writes turns for a file in a folder; `others` are the row's videos in order, as another config reads them."""
+class InFolder:
+    """Media that stay where they are, as seen from a file in a folder."""
 
-    def __init__(self, folder: Path, others: Iterator[MediaSource]) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = os.path.abspath(folder)
+
+    def file(self, path: str, kind: MediaKind) -> str:
+        if not path.startswith(("data:", "http://", "https://")) and not os.path.isfile(path):
+            raise SampleError(kind, f"{path} does not exist")
+        is_below = path.startswith(self._folder.rstrip(os.sep) + os.sep)
+        return os.path.relpath(path, self._folder) if is_below else path
+
+    def data(self, content: bytes, kind: MediaKind) -> str:
+        return "data:;base64," + base64.b64encode(content).decode()
+
+
+class _TurnWriter:
+    """Writes turns; `others` are the row's videos in order, as another config reads them."""
+
+    def __init__(self, place: Place, others: Iterator[MediaSource]) -> None:
+        self._place = place
         self._others = others
 
     def messages(self, turn: Turn) -> Iterator[dict[str, Any]]:
@@ -130,20 +171,16 @@ class _TurnWriter:
                 options["use_audio_in_video"] = clip.use_audio
             if clip.options.fps != other.options.fps:
                 del options["fps"]
-        block = {"type": part.kind, part.kind: self._place(clip), **options}
+        block = {"type": part.kind, part.kind: self._file(clip, kind), **options}
         return [block] if clip.sound is None else [block, *self._blocks(Part(kind="audio", media=clip.sound))]
 
-    def _place(self, clip: MediaSource) -> str | list[str]:
+    def _file(self, clip: MediaSource, kind: MediaKind) -> str | list[str]:
         if clip.data is not None:
-            return "data:;base64," + base64.b64encode(clip.data).decode()
+            return self._place.data(clip.data, kind)
         if clip.frames is not None:
-            return [self._path(frame) for frame in clip.frames]
+            return [self._place.file(frame, "image") for frame in clip.frames]
         assert clip.path is not None
-        return self._path(clip.path)
-
-    def _path(self, path: str) -> str:
-        is_below = path.startswith(self._folder.rstrip(os.sep) + os.sep)
-        return os.path.relpath(path, self._folder) if is_below else path
+        return self._place.file(clip.path, kind)
 
 
 def _tagged(part: Part) -> str:
@@ -160,17 +197,6 @@ def _call(text: str) -> dict[str, Any]:
     return {**call, "arguments": text[start:end]}
 
 
-def _clips(conversation: Conversation, kind: str | None = None) -> Iterator[MediaSource]:
-    parts = (part for turn in conversation.turns for part in turn.parts if kind in (None, part.kind))
+def _clips(conversation: Conversation, kind: str) -> Iterator[MediaSource]:
+    parts = (part for turn in conversation.turns for part in turn.parts if kind == part.kind)
     return (part.media for part in parts if part.media is not None)
-
-
-def _require_files(conversation: Conversation) -> None:
-    """Raises: SampleError for a file that is not there."""
-    for clip in _clips(conversation):
-        for one in (clip, *([clip.sound] if clip.sound is not None else [])):
-            for path in (one.path, *(one.frames or ())):
-                if path is None or path.startswith(("data:", "http://", "https://")):
-                    continue
-                if not os.path.isfile(path):
-                    raise SampleError("media", f"{path} does not exist")

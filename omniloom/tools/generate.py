@@ -242,7 +242,7 @@ def answers(
     takes = PROMPT_KEYS if data is None else (*PROMPT_KEYS, *ROW_KEYS)
     config = override_config(Config(), overrides, verb="generate", takes=takes).data
     if data is not None:
-        source = open_sources((str(data),), max_samples=config.max_samples)
+        source = open_sources((str(data),), config)
         workshop = _open(model, config, adapter)
         yield from _answer_rows(workshop, _reader(workshop, source), max_new_tokens)
     elif prompt is not None:

@@ -7,11 +7,11 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from omniloom.config import config_from_words
+from omniloom.config import config_from_words, options_of
 from omniloom.data.formats import describe_format
 from omniloom.data.loader import Loader
 from omniloom.data.rows import SourceReader, clips_of
-from omniloom.run.rows import open_planner, open_rows, open_run, options_of
+from omniloom.run.rows import open_planner, open_rows, open_run
 from omniloom.types import SampleError, StepPlan
 
 

@@ -53,7 +53,7 @@ def score_rows(
     given = Config(model=named, data=DataConfig(train=(str(data),)))
     config = override_config(given, overrides, verb="score", takes=TAKES)
     workshop = open_workshop(config, adapter_decides=True)
-    source = open_sources(config.data.train, max_samples=config.data.max_samples)
+    source = open_sources(config.data.train, config.data)
     loader = Loader(open_rows(workshop, source, cache=False), workers=config.data.workers)
     scores: dict[int, dict[str, object]] = {}
     try:

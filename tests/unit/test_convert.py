@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from omniloom.config import DataConfig
 from omniloom.data.formats import FORMATS, parse_row
-from omniloom.tools.convert import convert_file, convert_row
+from omniloom.tools.convert import InFolder, convert_file, convert_row
 from omniloom.types import Conversation, SampleError, VideoConfig
 
+ANYWHERE = DataConfig(allow_urls=True, allow_outside_media_dir=True)
 CONFIGS = (DataConfig(), DataConfig(video=VideoConfig(use_audio=True, fps=5.0)))  # what rows may leave open
 TEXTS = st.sampled_from(
     ["a", "Is <image> a tag?", "<video>", " <audio>\n", "<think>\nx\n</think>\n\ny", "<tool_call>", "天气\n", "{}", " "]
@@ -144,7 +145,9 @@ def test_a_converted_row_reads_back_as_its_source(folder: Path, name: str) -> No
             sources = [read(row, source, replace(config, format=name)) for config in CONFIGS]
         except SampleError:
             return
-        written = json.loads(json.dumps(convert_row(row, str(source), 1, name, folder, folder / target)))
+        written = json.loads(
+            json.dumps(convert_row(row, str(source), 1, replace(ANYWHERE, format=name), InFolder(folder / target)))
+        )
         wide = {"media_dir": None if not target else str(folder / target), "allow_outside_media_dir": True}
         for config, before in zip(CONFIGS, sources, strict=True):
             assert read(written, folder / target / "new.jsonl", replace(config, **wide)) == before
@@ -159,7 +162,7 @@ def test_media_are_found_from_the_new_file_wherever_it_lies(folder: Path, tmp_pa
     (folder / "rows.json").write_text(json.dumps([row, {**row, "image": "gone.png"}]))
     for target, path in ((folder, "media/a.png"), (tmp_path, str(folder / "media" / "a.png"))):
         num_written, problems = convert_file(
-            "llava", folder / "rows.json", target / "new.jsonl", media_dir=folder / "media"
+            "llava", folder / "rows.json", target / "new.jsonl", [f"data.media_dir={folder / 'media'}"]
         )
         assert (num_written, len(problems)) == (1, 1)
         assert "rows.json:1" in problems[0]
@@ -170,7 +173,7 @@ def test_media_are_found_from_the_new_file_wherever_it_lies(folder: Path, tmp_pa
 
 def test_plain_words_stay_plain(folder: Path) -> None:
     row = {"query": "Where?", "response": "There.", "system": "Be brief."}
-    written = convert_row(row, "rows.json", 3, "auto", folder, folder)
+    written = convert_row(row, "rows.json", 3, ANYWHERE, InFolder(folder))
     said = [("system", "Be brief."), ("user", "Where?"), ("assistant", "There.")]
     assert written == {"id": "rows.json:3", "messages": [{"role": role, "content": words} for role, words in said]}
 

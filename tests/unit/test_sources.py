@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omniloom.config import DataConfig, DataSource, FieldNames
 from omniloom.data import text_rows
+from omniloom.data.formats import describe_format, parse_row
 from omniloom.data.sources import open_sources
 from omniloom.types import SampleError
 
@@ -89,7 +91,7 @@ def test_rows_that_share_a_line_are_told_apart_by_their_location(tmp_path):
     places = ["{}:{}".format(*pickle.loads(pickle.dumps(source.locate(row)))) for row in range(4)]
     assert places == [f"{path}:1 (row 1)", f"{path}:1 (row 2)", f"{path}:1 (row 3)", f"{path}:2"]
     assert json.dumps([source.read_row(row)[2] for row in range(4)]) == "[1, 1, 1, 2]"
-    assert "{}:{}".format(*open_sources((str(path),), max_samples=1).locate(0)) == f"{path}:1"
+    assert "{}:{}".format(*open_sources((str(path),), DataConfig(max_samples=1)).locate(0)) == f"{path}:1"
 
 
 def test_lines_are_counted_from_one_and_blank_lines_count(tmp_path):
@@ -107,7 +109,7 @@ def test_files_chain_and_max_samples_counts_per_file(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("".join(f'{{"file": "{name}", "n": {n}}}\n' for n in range(5)))
     paths = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
-    source = open_sources(paths, max_samples=2)
+    source = open_sources(paths, DataConfig(max_samples=2))
     assert [source.read_row(row)[0] for row in range(len(source))] == [
         {"file": name, "n": n} for name in ("a.jsonl", "b.jsonl") for n in range(2)
     ]
@@ -116,7 +118,7 @@ def test_files_chain_and_max_samples_counts_per_file(tmp_path):
 
 def test_max_samples_applies_to_every_kind_of_file(tmp_path):
     for name, path in write_kinds(tmp_path, ROWS).items():
-        source = open_sources((path,), max_samples=3)
+        source = open_sources((path,), DataConfig(max_samples=3))
         assert len(source) == 3, name
         assert [source.read_row(row)[0] for row in range(3)] == ROWS[:3], name
 
@@ -125,21 +127,21 @@ def test_a_split_holds_out_the_same_rows_in_every_process(tmp_path):
     for name, count in (("a.jsonl", 30), ("b.jsonl", 10)):
         (tmp_path / name).write_text("".join(f'{{"n": "{name[0]}{n}"}}\n' for n in range(count)))
     paths = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
-    sides = open_sources(paths).split(8, seed=1)
-    again = [pickle.loads(pickle.dumps(side)) for side in open_sources(paths).split(8, seed=1)]
+    sides = open_sources(paths).split((0.2, 0.2), seed=1)
+    again = [pickle.loads(pickle.dumps(side)) for side in open_sources(paths).split((0.2, 0.2), seed=1)]
     rows = [[side.read_row(row)[0]["n"] for row in range(len(side))] for side in sides]
     assert rows == [[side.read_row(row)[0]["n"] for row in range(len(side))] for side in again]
     assert (len(rows[0]), len(rows[1])) == (32, 8)
     assert sorted(rows[0] + rows[1]) == sorted([f"a{n}" for n in range(30)] + [f"b{n}" for n in range(10)])
     assert sides[0].sizes == (30 - sides[1].sizes[0], 10 - sides[1].sizes[1])
     assert sides[0].locate(0)[0] == paths[0]
-    assert sides[0].fingerprint == again[0].fingerprint != open_sources(paths).split(8, seed=2)[0].fingerprint
+    assert sides[0].fingerprint == again[0].fingerprint != open_sources(paths).split((0.2, 0.2), seed=2)[0].fingerprint
 
 
 def test_no_source_travels_by_value_however_many_rows_it_has(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"n": 1}\n' * 50_000)
-    for rows in (open_sources((str(path),)), *open_sources((str(path),)).split(1000, seed=0)):
+    for rows in (open_sources((str(path),)), *open_sources((str(path),)).split((0.02,), seed=0)):
         rows.read_row(7)
         assert len(pickle.dumps(rows)) < 1000
 
@@ -154,7 +156,7 @@ def test_an_index_is_made_once_and_anew_where_the_file_has_changed(tmp_path, mon
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     prints = [open_sources((str(path),)).fingerprint for _ in range(3)]
     assert (len(made), len(set(prints))) == (1, 1)
-    assert len(open_sources((str(path),), max_samples=1)) == 1
+    assert len(open_sources((str(path),), DataConfig(max_samples=1))) == 1
     path.write_text('{"n": 1}\n{"n": 3}\n')  # of the same size
     os.utime(path, (2, 2))
     source = open_sources((str(path),))
@@ -215,6 +217,75 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path, content, words)
     assert str(path) in str(caught.value)
 
 
+def test_packed_files_and_tables_give_the_rows_of_plain_ones(tmp_path):
+    import gzip
+
+    import pyarrow
+
+    text = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    half = len(text) // 2
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text[:half]) + gzip.compress(text[half:]))  # two members
+    with pyarrow.output_stream(str(tmp_path / "rows.jsonl.zst"), compression="zstd") as file:
+        file.write(text)
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    for name in ("rows.jsonl.gz", "rows.jsonl.zst", "rows.json.gz"):
+        source = pickle.loads(
+            pickle.dumps(open_sources((str(tmp_path / name),), DataConfig(scratch=str(tmp_path / "s"))))
+        )
+        assert [source.read_row(row)[0] for row in range(len(source))] == ROWS, name
+        assert source.locate(0)[0] == str(tmp_path / name)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(text)[:40])
+    with pytest.raises(ValueError, match=r"cannot unpack .*cut\.jsonl\.gz"):
+        open_sources((str(tmp_path / "cut.jsonl.gz"),))
+
+
+def test_a_table_of_recordings_and_their_words_is_a_data_set(tmp_path):
+    cells = 'path,words,"a, b"\r\na.wav,"He said ""yes"",\nthen no",1\n\nb.wav,two,\n"c.wav",three\n'
+    (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbf" + cells.encode())
+    (tmp_path / "rows.tsv").write_text("path\twords\na.wav\tone, two\n")
+    source = open_sources((str(tmp_path / "rows.csv"), str(tmp_path / "rows.tsv")))
+    assert [source.locate(row)[1] for row in range(4)] == [2, 5, 6, 2]
+    assert source.read_row(0)[0] == {"path": "a.wav", "words": 'He said "yes",\nthen no', "a, b": "1"}
+    assert source.read_row(1)[0] == {"path": "b.wav", "words": "two"}
+    with pytest.raises(SampleError, match="has 2 cells, expected 3"):
+        source.read_row(2)
+    row, file, line = source.read_row(3)
+    options = DataConfig(attr=FieldNames(audios="path", response="words"))
+    question, answer = parse_row(row, file=file, line=line, options=options).turns
+    assert [part.media.path for part in question.parts] == [str(tmp_path / "a.wav")]
+    assert answer.parts[0].text == "one, two"
+    assert "read from path, words" in describe_format(row, options)
+
+
+def test_folders_and_patterns_are_one_data_set(tmp_path):
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    for number in (0, 1):
+        (tmp_path / "p" / "deep").mkdir(parents=True, exist_ok=True)
+        table = pyarrow.Table.from_pylist([{"n": 3 * number + n} for n in range(3)])
+        pyarrow.parquet.write_table(table, tmp_path / "p" / "deep" / f"{number}.parquet", row_group_size=2)
+        (tmp_path / f"{number}.jsonl").write_text("".join(f'{{"n": {3 * number + n}}}\n' for n in range(3)))
+    datasets.disable_progress_bars()
+    saved = datasets.Dataset.from_list([{"n": n} for n in range(6)])
+    saved.save_to_disk(tmp_path / "saved", num_shards=2)
+    both = datasets.DatasetDict({"train": saved, "test": saved.select(range(1))})
+    both.save_to_disk(tmp_path / "both")
+    for name in ("p", "p/*/*.parquet", "[01].jsonl", "saved", "both"):
+        source = pickle.loads(pickle.dumps(open_sources((str(tmp_path / name),))))
+        assert [source.read_row(row)[0]["n"] for row in range(len(source))] == list(range(6)), name
+        assert len(open_sources((str(tmp_path / name),), DataConfig(max_samples=4))) == 4
+    assert open_sources((str(tmp_path / "p"),)).locate(4) == (str(tmp_path / "p" / "deep" / "1.parquet"), 2)
+    assert len(open_sources((DataSource(path=str(tmp_path / "both"), part="test"),))) == 1
+    with pytest.raises(ValueError, match=r"has the parts train, test, expected one; name one: \{path: .*both, part: "):
+        open_sources((str(tmp_path / "both"),), part=None)
+    with pytest.raises(ValueError, match="no data file matches"):
+        open_sources((str(tmp_path / "*.arrow"),))
+    with pytest.raises(ValueError, match="files of several kinds"):
+        open_sources((str(tmp_path),))
+
+
 def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match="is a pipe or a device, expected a file"):
@@ -225,8 +296,10 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"a": 1}')
     with pytest.raises(ValueError, match=r"no such data file: .*train.json; did you mean .*train\.jsonl"):
         open_sources((str(tmp_path / "train.json"),))
-    with pytest.raises(ValueError, match=r"is a directory.*it holds train\.jsonl"):
-        open_sources((str(tmp_path),))
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "rows.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"is a directory.*it holds rows\.json; name a data file"):
+        open_sources((str(tmp_path / "media"),))
     with pytest.raises(ValueError, match="does not exist"):
         open_sources((str(tmp_path / "no" / "train.json"),))
     with pytest.raises(ValueError, match="no data files"):

@@ -1,0 +1,322 @@
+"""Tar shards of every layout read as the rows that they hold, and rows written as shards come back unchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import sqlite3
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omniloom.config import DataConfig, DataSource
+from omniloom.data.formats import describe_format, parse_row
+from omniloom.data.plain_pickle import read_plain_pickle
+from omniloom.data.sources import open_sources
+from omniloom.data.tar_rows import sample_row
+from omniloom.tools.convert import convert_file
+from omniloom.tools.score import score_rows
+from omniloom.tools.tiny import make_tiny
+from omniloom.types import Conversation, SampleError
+from tests.media_rows import write_media_rows
+
+JPEG, MP3 = b"\xff\xd8\xff picture", b"ID3 sound"
+ASKED = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a cat"}]
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def conversations(path: str | Path, part: str | None = None, **options: Any) -> list[Conversation]:
+    data = DataConfig(**options)
+    rows = open_sources((DataSource(path=str(path), part=part),), data)
+    rows = pickle.loads(pickle.dumps(rows))
+    assert len(pickle.dumps(rows)) < 1000
+    return [
+        parse_row(row, file=file, line=line, options=data)
+        for row, file, line in (rows.read_row(row) for row in range(len(rows)))
+    ]
+
+
+def media_of(conversation: Conversation) -> list[tuple[str, Any]]:
+    found = []
+    for part in (part for turn in conversation.turns for part in turn.parts):
+        if part.media is not None:
+            found.append((part.kind, part.media.data or part.media.frames))
+    return found
+
+
+def test_samples_of_pai_megatron_patch_and_data_juicer(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "<image><video>and<audio>"}, {"role": "assistant", "content": "yes"}]
+    media = [
+        ("jpgs", pickle.dumps([JPEG])),
+        ("mp4s", pickle.dumps([[JPEG, JPEG + b"2", JPEG + b"3", JPEG + b"4"]])),
+        ("mp3s", pickle.dumps((MP3,))),
+    ]
+    rows = {"patch": {"conversations": said, "second_per_grid_ts": [0.5]}, "juicer": said}
+    members = [(f"{key}.json", json.dumps(row).encode()) for key, row in rows.items()]
+    members = [each for one in members for each in [one, *((f"{one[0][:-5]}.{name}", data) for name, data in media)]]
+    path = write_tar(tmp_path / "pretrain-0.tar", members)
+    patch, juicer = conversations(path)
+    assert [one.id for one in (patch, juicer)] == ["patch", "juicer"]
+    for one in (patch, juicer):
+        (image, video, audio) = media_of(one)
+        assert (image, audio) == (("image", JPEG), ("audio", MP3))
+        assert len(video[1]) == 4
+    rates = [part.media.options.fps for one in (patch, juicer) for part in one.turns[0].parts if part.kind == "video"]
+    assert rates == [4.0, 2.0]  # two frames in half a second; the run's own
+    assert juicer.source == f"{path}:2"
+    assert "PARTS" not in describe_format(open_sources((path,)).read_row(0)[0], DataConfig()).upper()
+
+
+def test_plain_parts_captions_and_names_that_a_row_calls_its_files(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("sub/0.jpg", JPEG), ("sub/0.txt", b"a cat"), ("sub/0.json", b'{"width": 3}'),
+            ("sub/1.json", json.dumps({"messages": ASKED, "id": "own"}).encode()), ("sub/1.png", b"\x89PNG"),
+            ("sub/2.wav", b"RIFF"), ("sub/2.mp3", MP3), ("sub/2.json", json.dumps({"response": "two"}).encode()),
+            ("__meta__/x.json", b"{}"), ("nothing", b""),
+            ("sub/3.b.jpg", b"B"), ("sub/3.a.jpg", b"A"),
+            ("sub/3.json", json.dumps({"messages": ASKED, "images": ["a.jpg"]}).encode()),
+            ("sub/4.0.jpg", b"0"), ("sub/4.1.jpg", b"1"),
+            ("sub/4.json", json.dumps({"query": "<image><image>?", "response": "4"}).encode()),
+        ],
+    )  # fmt: skip
+    found = conversations(path)
+    assert [one.id for one in found] == ["sub/0", "own", "sub/2", "sub/3", "sub/4"]
+    assert media_of(found[0]) == [("image", JPEG)]
+    assert [part.text for part in found[0].turns[1].parts] == ["a cat"]
+    assert media_of(found[2]) == [("audio", b"RIFF"), ("audio", MP3)]
+    assert media_of(found[4]) == [("image", b"0"), ("image", b"1")]
+
+
+def test_what_a_row_names_is_not_taken_twice(tmp_path: Path) -> None:
+    row = {"messages": ASKED, "images": ["a.jpg"]}
+    path = write_tar(tmp_path / "a.tar", [("0.a.jpg", b"A"), ("0.json", json.dumps(row).encode())])
+    assert media_of(conversations(path)[0]) == [("image", b"A")]
+
+
+@pytest.mark.parametrize("members", [[("0.json", b"{")], [("0.json", b"7")], [("0.jpgs", pickle.dumps({"a": 1}))]])
+def test_a_broken_sample_costs_only_itself(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
+    rows = open_sources((write_tar(tmp_path / "a.tar", [*members, ("1.json", b'{"a": 1}')]),))
+    with pytest.raises(SampleError):
+        rows.read_row(0)
+    assert rows.read_row(1)[0]["a"] == 1
+
+
+# ---------------------------------------------------------------------------------------- Energon's folders
+
+
+def write_energon(folder: Path, *, dataset: dict[str, Any], split: dict[str, Any]) -> Path:
+    (folder / ".nv-meta").mkdir(parents=True)
+    names = [f"d{number}.tar" for number in range(4)]
+    for name in names:
+        write_tar(
+            folder / name,
+            [(f"{name[1]}{n}.{part}", data) for n in range(2) for part, data in
+             (("jpg", JPEG), ("json", b'{"ask": {"q": "<image>?"}, "say": ["one", "two"]}'))],
+        )  # fmt: skip
+    (folder / ".nv-meta" / ".info.json").write_text(json.dumps({"shard_counts": dict.fromkeys(names, 2)}))
+    (folder / ".nv-meta" / "split.yaml").write_text(yaml.safe_dump(split))
+    (folder / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(dataset))
+    return folder
+
+
+def test_an_energon_folder_gives_the_part_and_the_fields_that_it_declares(tmp_path: Path) -> None:
+    split = {"split_parts": {"train": ["d{1..2}.tar"], "val": ["d{0,3}.tar"]}, "exclude": ["d3.tar", "d2.tar/20"]}
+    fields = {"image": "png,jpg", "context": "json[ask][q]", "answers": "json[say]"}
+    dataset = {"__module__": "megatron.energon", "__class__": "VQASample", "field_map": fields}
+    folder = write_energon(tmp_path / "d", dataset=dataset, split=split)
+    found = conversations(folder)
+    assert [one.id for one in found] == ["10", "11", "21"]
+    assert [part.text for part in found[0].turns[1].parts] == ["one"]
+    assert media_of(found[0]) == [("image", JPEG)]
+    assert [one.id for one in conversations(folder, part="val")] == ["00", "01"]
+    with pytest.raises(ValueError, match="has the parts train, val, not test"):
+        conversations(folder, part="test")
+    with pytest.raises(ValueError, match="has the parts train, val, expected one"):
+        open_sources((str(folder),), part=None)
+
+
+def test_an_index_beside_a_shard_is_read_and_one_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{n}.json", json.dumps({"n": n}).encode()) for n in range(3)])
+    with tarfile.open(path) as tar:
+        offsets = [member.offset for member in tar]
+    np.array([*offsets[1:], 3 * 1024], dtype="<i8").tofile(f"{path}.idx")  # without the first sample
+    assert [row["n"] for row, _, _ in map(open_sources((path,)).read_row, range(2))] == [1, 2]
+    np.array([*offsets, 1 << 20], dtype="<i8").tofile(f"{path}.idx")
+    os.utime(path, (1, 1))
+    with pytest.raises(ValueError, match=r"a.tar.idx does not fit .*a.tar of 10240 bytes; remove it"):
+        open_sources((path,))
+
+
+def test_a_compressed_or_broken_tar_is_one_clear_error(tmp_path: Path) -> None:
+    import gzip
+
+    plain = Path(write_tar(tmp_path / "a.tar", [("0.json", b"{}")]))
+    (tmp_path / "z.tar").write_bytes(gzip.compress(plain.read_bytes()))
+    for content, words in ((gzip.compress(plain.read_bytes()), "must not be compressed"), (b"x" * 2000, "not a tar")):
+        (tmp_path / "z.tar").write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            open_sources((str(tmp_path / "z.tar"),))
+    write_tar(tmp_path / "empty.tar", [("README", b"")])
+    with pytest.raises(ValueError, match="has no samples"):
+        open_sources((str(tmp_path / "empty.tar"),))
+
+
+# ---------------------------------------------------------------------------------------- pickles
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (os.system, ("touch /tmp/omniloom-was-here",))
+
+
+def test_a_pickle_gives_plain_lists_and_nothing_else() -> None:
+    for value in ([b"a", [b"b", b"b"]], (1, 2.5, "text", None, True), [[b"x" * 70_000] * 3], -(1 << 80)):
+        for protocol in (4, 5):
+            assert read_plain_pickle(pickle.dumps(value, protocol)) == value
+    bombs = [pickle.dumps(value) for value in (Evil(), {"a": 1}, {1}, np.zeros(3), Path("a"), slice(1), os.system)]
+    bombs += [
+        b"r\xff\xff\xff\x7f.",
+        b"cos\nsystem\n(S'true'\ntR.",
+        b"]r\xff\xff\xff\x0fa.",
+        b"",
+        b"\x80\x04",
+        b"\x82\x01.",
+    ]
+    for bomb in bombs:
+        with pytest.raises(ValueError):
+            read_plain_pickle(bomb)
+
+
+def fuzz_samples(num_cases: int) -> None:
+    good = io.BytesIO()
+    with tarfile.open(fileobj=good, mode="w") as tar:
+        for name, data in (
+            ("a.json", json.dumps(ASKED).encode()),
+            ("a.jpgs", pickle.dumps([JPEG, JPEG])),
+            ("a.txt", b"t"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    whole = good.getvalue()
+
+    @settings(deadline=None, max_examples=num_cases, database=None)
+    @given(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.binary(min_size=1, max_size=9)), max_size=5),
+           st.integers(0, len(whole)), st.none() | st.binary(max_size=200))  # fmt: skip
+    def check(edits: list[tuple[int, bytes]], length: int, pickled: bytes | None) -> None:
+        data = bytearray(whole)
+        for start, new in edits:
+            data[start : start + len(new)] = new
+        with contextlib.suppress(SampleError):
+            parse_row(sample_row(bytes(data[:length])), file="a.tar", line=1, options=DataConfig())
+        if pickled is not None:
+            with contextlib.suppress(ValueError):
+                read_plain_pickle(pickled)
+
+    check()
+
+
+def test_damaged_samples_and_pickles_are_bad_rows_and_nothing_else() -> None:
+    fuzz_samples(100)
+
+
+@pytest.mark.full
+def test_damaged_samples_and_pickles_at_length() -> None:
+    fuzz_samples(100_000)
+
+
+# ---------------------------------------------------------------------------------------- written shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("shards")
+    rows = write_media_rows(folder, hears=True)
+    lines = json.loads(rows.read_text())
+    asked = {"role": "user", "content": [{"type": "text", "text": "Is <image> a tag?"}]}
+    lines.append({"messages": [asked, {"role": "assistant", "content": "No."}], "id": "words", "weight": 0.5})
+    lines.append({"query": "<video>", "response": "Frames.", "videos": [["0.png"] * 4]})
+    rows.write_text(json.dumps(lines))
+    convert_file("webdataset", rows, folder / "written")
+    return rows, folder / "written"
+
+
+def test_written_shards_score_as_their_source(shards: tuple[Path, Path], tmp_path: Path) -> None:
+    model = make_tiny("qwen2_5_omni", tmp_path / "model")
+    words = ("model.dtype=float32", "data.workers=0", "data.pack_tokens=2048")
+    scores, bad = score_rows(model, shards[0], words)
+    assert len(scores) == 8
+    assert not bad
+    assert score_rows(model, shards[1], words) == (scores, [])
+
+
+def test_media_are_stored_unchanged_and_the_index_says_where(shards: tuple[Path, Path]) -> None:
+    rows, written = shards
+    tar = (written / "000000.tar").read_bytes()
+    index = sqlite3.connect(written / ".nv-meta" / "index.sqlite")
+    parts = index.execute("SELECT part_name, content_byte_offset, content_byte_size FROM sample_parts").fetchall()
+    stored = {tar[start : start + size] for name, start, size in parts if name != "json"}
+    assert stored == {file.read_bytes() for file in rows.parent.iterdir() if file.suffix in (".png", ".mp4", ".wav")}
+    samples = index.execute("SELECT byte_offset, byte_size FROM samples ORDER BY sample_index").fetchall()
+    offsets = np.fromfile(written / "000000.tar.idx", dtype="<i8").tolist()
+    assert offsets == [start for start, _ in samples] + [sum(samples[-1])]
+    index.close()
+    (written / "000000.tar.idx").rename(written / "aside")
+    scanned = [sample["id"] for sample, _, _ in map(open_sources((str(written / "000000.tar"),)).read_row, range(8))]
+    (written / "aside").rename(written / "000000.tar.idx")
+    assert scanned == [sample["id"] for sample, _, _ in map(open_sources((str(written),)).read_row, range(8))]
+
+
+def test_a_row_without_its_media_is_left_out_and_nothing_is_left_of_nothing(tmp_path: Path) -> None:
+    rows = [{"messages": ASKED, "images": ["gone.png"]}, {"query": "q", "response": "r"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    num_written, problems = convert_file("webdataset", tmp_path / "rows.json", tmp_path / "out")
+    assert (num_written, len(problems)) == (1, 1)
+    assert "gone.png" in problems[0]
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:1]))
+    assert convert_file("webdataset", tmp_path / "rows.json", tmp_path / "none")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.json"]
+
+
+def dict_of(sample: Any) -> dict[str, Any]:
+    return dict(sample)
+
+
+def test_megatron_energon_reads_what_is_written(shards: tuple[Path, Path]) -> None:
+    energon = pytest.importorskip("megatron.energon")
+    dataset = energon.get_train_dataset(
+        str(shards[1]), worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0), batch_size=None,
+        shuffle_buffer_size=None, max_samples_per_sequence=None, repeat=False,
+        task_encoder=type("Plain", (energon.DefaultTaskEncoder,), {
+            "decoder": None, "cookers": [energon.Cooker(energon.stateless(dict_of))],
+        })(),
+    )  # fmt: skip
+    read = {sample["__key__"]: sample for sample in energon.get_loader(dataset)}
+    rows = open_sources((str(shards[1]),))
+    assert len(read) == len(rows)
+    for row in range(len(rows)):
+        ours = rows.read_row(row)[0]
+        theirs = read[f"{row:09d}"]
+        assert json.loads(theirs["json"])["id"] == ours["id"]
+        for name, data in ours["__parts__"].items():
+            assert theirs[name] == data
