@@ -8,6 +8,7 @@ ours lies in the published model comes from the key map's assemblies.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from omniloom.checkpoint.agreement import agree, attempt, rank
-from omniloom.checkpoint.files import read_json, write_json
+from omniloom.checkpoint.files import read_json, write_text
 from omniloom.checkpoint.hf import local_region
 from omniloom.checkpoint.tensor_files import DTYPES, HFCheckpoint, TensorEntry, read_header
 from omniloom.config import LoraConfig
@@ -36,6 +37,7 @@ PREFIX = "base_model.model."
 NOTE_NAME = "omniloom_adapter.json"  # which model it was trained on, by fingerprint
 # PEFT takes linears of these names, in a model with experts, for parts of the stacked ones
 EXPERT_LEAVES = ("gate", "gate_proj", "up_proj", "down_proj")
+SETTINGS = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "bias": "none", "fan_in_fan_out": False}
 # settings of PEFT by which an adapter does something else than add a product
 OTHER_FORMS = ("alora_invocation_tokens", "arrow_config", "layer_replication", "use_bdlora", "use_qalora")
 SAMPLED_TENSORS, SAMPLED_BYTES = 64, 4096
@@ -157,28 +159,31 @@ def write_adapter(
     targets = adapter_targets(assemblies)
     first = rank(group) == 0
     agree(_refusal(directory) if first and not overwrite else None, group)
+    whole = [_whole_part(assemblies[name]) for name in trained]
     tensors: dict[str, Tensor] = {}
-    for part in _parts(adapters, targets):
+    for part in (*_parts(adapters, targets), *whole):
         full = gather(part.parameter)
         if first:
-            tensors[part.key] = part.to_peft(full).clone(memory_format=torch.contiguous_format)
-    modules_to_save: set[str] = set()
-    for name in trained:
-        full = gather(name)
-        if first:
-            part, piece = _whole_part(assemblies[name]), assemblies[name].pieces[0]
-            modules_to_save.add(part.key.rpartition(".")[0])
-            root = "thinker." if piece.published.startswith("thinker.") else ""
-            values = part.to_peft(full).to(DTYPES[source.entries[piece.published].dtype])  # the published dtype
-            values = values.reshape(piece.shape if part.layout == "flatten" else values.shape)
-            tensors[f"{PREFIX}{root}{part.key}"] = values.clone(memory_format=torch.contiguous_format)
+            key, values = (part.key, full) if part not in whole else _as_published(part, full, assemblies, source)
+            tensors[key] = part.to_peft(values).clone(memory_format=torch.contiguous_format)
     fault = None
     if first:
-        config = _peft_config(base_name, config_json, adapters, targets, sorted(modules_to_save))
+        modules_to_save = sorted({part.key.rpartition(".")[0] for part in whole})
+        config = _peft_config(base_name, config_json, adapters, targets, modules_to_save)
         work = partial(_write, directory, config, tensors, fingerprint(source))
         fault = attempt(work, f"write the adapter {directory}")
     agree(fault, group)
     return directory
+
+
+def _as_published(
+    part: _Part, full: Tensor, assemblies: Mapping[str, Assembly], source: HFCheckpoint
+) -> tuple[str, Tensor]:
+    """The key and the values, in the published dtype, of a weight that trained beside adapters."""
+    piece = assemblies[part.parameter].pieces[0]
+    root = "thinker." if piece.published.startswith("thinker.") else ""
+    values = full.to(DTYPES[source.entries[piece.published].dtype])
+    return f"{PREFIX}{root}{part.key}", values.reshape(piece.shape) if part.layout == "flatten" else values
 
 
 def _refusal(directory: Path) -> str | None:
@@ -192,8 +197,8 @@ def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor], 
     partial = directory / f".{TENSORS_NAME}.partial"
     safetensors.torch.save_file(tensors, partial, metadata={"format": "pt"})
     partial.rename(directory / TENSORS_NAME)
-    write_json(directory / NOTE_NAME, {"base": base})
-    write_json(directory / CONFIG_NAME, dict(sorted(config.items())))
+    for name, content in ((NOTE_NAME, {"base": base}), (CONFIG_NAME, config)):
+        write_text(directory / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _peft_config(
@@ -204,54 +209,42 @@ def _peft_config(
     modules_to_save: list[str],
 ) -> dict[str, Any]:
     """The file's content. Where adapters differ, the most frequent rank and alpha are the default, others patterns."""
-    has_experts = any(target.parameter for target in targets.values())
+    names = {adapter.base: _name_in_config(targets[adapter.base], targets) for adapter in adapters}
+    parameters = {names[a.base] for a in adapters if targets[a.base].parameter or names[a.base].endswith(".weight")}
     one_rule = len({adapter.rslora for adapter in adapters}) == 1
-    rslora = one_rule and next(iter(adapters)).rslora
+    ranks = {names[a.base]: a.rank for a in adapters}
     # without rslora for all, alpha is given so that alpha / rank is the scaling
-    alphas = {a.base: a.alpha if one_rule else a.scaling * a.rank for a in adapters}
-    rank_default = Counter(adapter.rank for adapter in adapters).most_common(1)[0][0]
-    alpha_default = Counter(alphas.values()).most_common(1)[0][0]
-    modules: list[str] = []
-    parameters: list[str] = []
-    ranks, alpha_patterns = {}, {}
-    for adapter in adapters:
-        target = targets[adapter.base]
-        name = target.name
-        if target.parameter is None and has_experts and name.rpartition(".")[2] in EXPERT_LEAVES:
-            name = f"{name}.weight"
-            parameters.append(name)
-        else:
-            (modules if target.parameter is None else parameters).append(name)
-        if adapter.rank != rank_default:
-            ranks[re.escape(name)] = adapter.rank
-        if alphas[adapter.base] != alpha_default:
-            alpha_patterns[re.escape(name)] = alphas[adapter.base]
+    alphas = {names[a.base]: a.alpha if one_rule else a.scaling * a.rank for a in adapters}
+    rank_default, alpha_default = (Counter(of.values()).most_common(1)[0][0] for of in (ranks, alphas))
     model_type = config_json.get("model_type", "").removesuffix("_thinker")  # of the same module
     return {
-        "peft_type": "LORA",
-        "task_type": None,
+        **SETTINGS,
         "auto_mapping": {
             "base_model_class": (config_json.get("architectures") or [None])[0],
             "parent_library": f"transformers.models.{model_type}.modeling_{model_type}",
         },
         "base_model_name_or_path": base_name,
-        "inference_mode": True,
         "r": rank_default,
         "lora_alpha": alpha_default,
         # PEFT has no dropout on parameters and refuses to load an adapter that asks for it
         "lora_dropout": 0.0 if parameters else max(adapter.dropout for adapter in adapters),
-        "use_rslora": rslora,
+        "use_rslora": one_rule and next(iter(adapters)).rslora,
         "use_dora": any(adapter.magnitude is not None for adapter in adapters),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "target_modules": sorted(modules),
+        "target_modules": sorted(set(names.values()) - parameters),
         # the talker has a list of modules called lm_head
         "exclude_modules": r"talker\..*" if any(len(targets[a.base].keys) > 1 for a in adapters) else None,
         "target_parameters": sorted(parameters) or None,
-        "rank_pattern": ranks,
-        "alpha_pattern": alpha_patterns,
+        "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != rank_default},
+        "alpha_pattern": {re.escape(name): alpha for name, alpha in alphas.items() if alpha != alpha_default},
         "modules_to_save": modules_to_save or None,
     }
+
+
+def _name_in_config(target: Target, targets: Mapping[str, Target]) -> str:
+    """In a model with stacked experts, PEFT takes other linears with names of experts' for parameters."""
+    has_experts = any(other.parameter for other in targets.values())
+    is_taken = has_experts and target.parameter is None and target.name.rpartition(".")[2] in EXPERT_LEAVES
+    return f"{target.name}.weight" if is_taken else target.name
 
 
 def fingerprint(source: HFCheckpoint) -> str:

@@ -5,17 +5,19 @@ Owns scales, ticks and thinning of long series. Knows nothing of runs; colours a
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+
+import numpy as np
 
 WIDTH, HEIGHT = 360, 172
 LEFT, RIGHT, TOP, BOTTOM = 54, 8, 8, 20
 LOG_SPAN = 100.0  # largest over smallest
 MAX_POINTS = 240  # a line of more is thinned to the means of equal stretches
 
+Points = Sequence[tuple[float, float]]
 Place = Callable[[float, float], tuple[float, float]]  # data coordinates to those of the drawing
 
 
@@ -24,7 +26,7 @@ class Series:
     """One line: `points` are (x, y) in order of x; y that is not finite is left out and marked."""
 
     name: str
-    points: Sequence[tuple[float, float]]
+    points: Points
     tone: str = "a"  # CSS class: a, b, c, d
     raw: bool = False  # draw faintly, with a moving mean in full colour above it
     dots: bool = False
@@ -57,13 +59,16 @@ def line_chart(
     `unit` is one of "", "%", "bytes", "count": how y ticks are written. `floor` is a y that must be in the picture.
     A `log` axis is used where all y are positive and span more than LOG_SPAN; it has no floor.
     """
-    finite = [(x, y) for item in series for x, y in item.points if math.isfinite(y)]
+    finite = [point for item in series for point in _finite(item.points)]
     if not finite:
         return ""
     values = [y for _, y in finite]
     log = log and min(values) > 0 and max(values) / min(values) > LOG_SPAN
     if log:
-        series = [replace(item, points=[(x, _log(y)) for x, y in item.points]) for item in series]
+        series = [
+            replace(item, points=[(x, math.log10(y) if math.isfinite(y) else y) for x, y in item.points])
+            for item in series
+        ]
         floor = None
     low_x, high_x = min(x for x, _ in finite), max(x for x, _ in finite)
     low_y, high_y = _bounds([y for item in series for y in _extremes(item)], floor)
@@ -121,15 +126,15 @@ def _log(value: float) -> float:
 
 
 def _draw(item: Series, place: Place) -> list[str]:
-    finite = [(x, y) for x, y in item.points if math.isfinite(y)]
-    parts = []
+    finite, parts = _finite(item.points), []
     drawn = _thin(finite)
     if item.raw and len(drawn) > 8:
         parts.append(_polyline(drawn, place, f"raw {item.tone}"))
         drawn = _thin(_moving_mean(finite))
     parts.append(_polyline(drawn, place, f"line {item.tone}"))
     if item.dots or len(drawn) == 1:
-        parts += [f'<circle class="dot {item.tone}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in _at(drawn, place)]
+        for x, y in (place(*point) for point in drawn):
+            parts.append(f'<circle class="dot {item.tone}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
     for x, y in item.points:
         if not math.isfinite(y) and finite:
             left, _ = place(min(max(x, finite[0][0]), finite[-1][0]), finite[0][1])
@@ -137,44 +142,34 @@ def _draw(item: Series, place: Place) -> list[str]:
     return parts
 
 
-def _at(points: Sequence[tuple[float, float]], place: Place) -> list[tuple[float, float]]:
-    return [place(x, y) for x, y in points]
-
-
-def _polyline(points: Sequence[tuple[float, float]], place: Place, css_class: str) -> str:
-    text = " ".join(f"{x:.1f},{y:.1f}" for x, y in _at(points, place))
+def _polyline(points: Points, place: Place, css_class: str) -> str:
+    text = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
     return f'<polyline class="{css_class}" points="{text}"/>'
 
 
-def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MAX_POINTS points; the first and the last stay where they are."""
+def _thin(points: Points) -> Points:
+    """At most MAX_POINTS points, means of equal stretches; the first and the last stay where they are."""
     if len(points) <= MAX_POINTS:
-        return list(points)
-    inner = points[1:-1]
-    cuts = [round(index * len(inner) / (MAX_POINTS - 2)) for index in range(MAX_POINTS - 1)]
-    means = []
-    for start, stop in itertools.pairwise(cuts):
-        part = inner[start:stop]
-        means.append((sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)))
-    return [points[0], *means, points[-1]]
+        return points
+    return [points[0], *(tuple(part.mean(0)) for part in np.array_split(points[1:-1], MAX_POINTS - 2)), points[-1]]
 
 
-def _moving_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _moving_mean(points: Points) -> Points:
     """Each y replaced by the mean over a window of about a fortieth of the series around it."""
     reach = max(1, len(points) // 80)
-    sums = [0.0]
-    for _, y in points:
-        sums.append(sums[-1] + y)
-    smooth = []
-    for index, (x, _) in enumerate(points):
-        start, stop = max(0, index - reach), min(len(points), index + reach + 1)
-        smooth.append((x, (sums[stop] - sums[start]) / (stop - start)))
-    return smooth
+    sums = np.cumsum([0.0, *(y for _, y in points)])
+    stops = np.minimum(np.arange(len(points)) + reach + 1, len(points))
+    starts = np.maximum(np.arange(len(points)) - reach, 0)
+    return [(x, float(y)) for (x, _), y in zip(points, (sums[stops] - sums[starts]) / (stops - starts), strict=True)]
+
+
+def _finite(points: Points) -> Points:
+    return [(x, y) for x, y in points if math.isfinite(y)]
 
 
 def _extremes(item: Series) -> list[float]:
     """The y values that the scale must show: a noisy line may leave the picture at its highest hundredth."""
-    finite = [(x, y) for x, y in item.points if math.isfinite(y)]
+    finite = _finite(item.points)
     values = sorted(y for _, y in finite)
     if item.raw and len(values) > 50:
         usual = values[math.floor(len(values) * 0.99)]

@@ -20,13 +20,7 @@ from pathlib import Path
 
 from omniloom.checkpoint.files import write_text
 from omniloom.tools.charts import Chart, Figure, Series, duration, fmt, heat_map, line_chart, percent
-from omniloom.tools.demo_accuracy import (
-    MODALITY_NAMES,
-    accuracy_chart,
-    accuracy_details,
-    accuracy_figure,
-    accuracy_groups,
-)
+from omniloom.tools.demo_accuracy import CONTROL_NAMES, MODALITY_NAMES, accuracy_chart, accuracy_figure
 from omniloom.tools.run_files import Line, RunFiles, is_number, points_of, read_run
 from omniloom.tools.thumbnails import Thumbnail, make_thumbnail
 
@@ -84,9 +78,11 @@ def render(files: RunFiles, *, now: float) -> str:
         state_detail=state_detail,
         drawn=time.strftime("%Y-%m-%d %H:%M", time.localtime(now)),
         figures=_figures(files),
-        accuracy=accuracy_groups(files.summary),
+        summary=files.summary,
+        modality_names=MODALITY_NAMES,
+        control_names=CONTROL_NAMES,
+        percent=percent,
         accuracy_chart=accuracy_chart(files.summary),
-        accuracy_details=accuracy_details(files.summary),
         charts=_charts(files.metrics) + _expert_charts(files.expert_load),
         mix=_mix(files.metrics),
         mix_charts=_mix_charts(files.metrics),
