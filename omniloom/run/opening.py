@@ -154,25 +154,11 @@ def open_workshop(
     refuse_quantised(checkpoint, whole_json)
     spec = find_spec(whole_json, where=str(path / "config.json"))
     layers = config.model.num_layers
-    whole_family = spec.read_config(whole_json)
     config_json = spec.reduce_config(whole_json, text=layers.text, vision=layers.vision, audio=layers.audio)
-    family = spec.read_config(config_json)
-    modalities = _wanted_modalities(config, spec)
-    with torch.device("meta"):
-        names_of = {
-            key: _shapes(spec.build(of_family, modalities=kept))
-            for key, of_family, kept in (
-                ("whole", whole_family, spec.modalities),
-                ("uncut", family, spec.modalities),
-                ("built", family, modalities),
-            )
-        }
-    key_map = spec.key_map(whole_family)
-    try:
-        check_names(names_of["whole"], key_map.assemblies(checkpoint.shapes), key_map)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; download it again, or start from the checkpoint of this model") from None
-    check_dtypes(checkpoint, key_map.assemblies(checkpoint.shapes))
+    family, modalities = spec.read_config(config_json), _wanted_modalities(config, spec)
+    key_map = spec.key_map(spec.read_config(whole_json))
+    whole = _check_tensors(spec, checkpoint, key_map, whole_json)
+    uncut, built = (_shapes(spec, family, kept) for kept in (spec.modalities, modalities))
     workshop = Workshop(
         config=config,
         checkpoint=checkpoint,
@@ -181,18 +167,38 @@ def open_workshop(
         family=family,
         key_map=key_map,
         modalities=modalities,
-        cut=tuple(name for name in names_of["whole"] if name not in names_of["uncut"]),
-        unbuilt=tuple(name for name in names_of["whole"] if name not in names_of["built"]),
+        cut=tuple(name for name in whole if name not in uncut),
+        unbuilt=tuple(name for name in whole if name not in built),
         adapter=None if config.model.adapter is None else open_adapter(config.model.adapter),
         adapter_sizes=adapter_sizes or {},
     )
-    if workshop.adapter is not None:
-        check_base(workshop.adapter, checkpoint, workshop.base_name)
+    if (adapter := workshop.adapter) is not None:
+        check_base(adapter, checkpoint, workshop.base_name)
         if not adapter_decides and not any(rule.lora for rule in config.policy.values()):
-            raise ValueError(
-                f"model.adapter is set, but no rule of policy has lora; what it needs: {workshop.adapter.needs}"
-            )
+            raise ValueError(f"model.adapter is set, but no rule of policy has lora; what it needs: {adapter.needs}")
     return workshop
+
+
+def _check_tensors(
+    spec: ModelSpec, checkpoint: HFCheckpoint, key_map: KeyMap, config_json: Mapping[str, Any]
+) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of the whole model by our names. Raises: ValueError where the checkpoint has others, or odd dtypes."""
+    shapes = _shapes(spec, spec.read_config(config_json), spec.modalities)
+    assemblies = key_map.assemblies(checkpoint.shapes)
+    try:
+        check_names(shapes, assemblies, key_map)
+    except ValueError as error:
+        raise ValueError(
+            f"{checkpoint.directory}: {error}; download it again, or start from the checkpoint of this model"
+        ) from None
+    check_dtypes(checkpoint, assemblies)
+    return shapes
+
+
+def _shapes(spec: ModelSpec, family: Any, modalities: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = spec.build(family, modalities=modalities)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _wanted_modalities(config: Config, spec: ModelSpec) -> tuple[str, ...]:
@@ -266,7 +272,3 @@ def load_weights(workshop: Workshop, model: OmniModel) -> None:
     fill_magnitudes(parameters, adapters)
     if workshop.adapter is not None:
         load_adapter(workshop.adapter, parameters, workshop.assemblies, adapters)
-
-
-def _shapes(model: OmniModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

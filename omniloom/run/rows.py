@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from omniloom.config import Config, ConfigError, DataConfig, options_of
 from omniloom.data.agreement import PlanningRanks
 from omniloom.data.extent_cache import ExtentCache, fingerprint_of
@@ -251,14 +249,12 @@ def open_planner(workshop: Workshop, rows: Sources, measure: Measure, layout: La
 
 
 def open_stream(
+    workshop: Workshop,
     planner: Planner,
     loader: Loader,
     layout: Layout,
     pool: EncoderPool,
-    *,
-    prefetch_packs: int,
     bad_samples: BadSampleFile | None,
-    compute_dtype: torch.dtype,
 ) -> StepStream:
     """The steps of a run as this rank loads them."""
     return StepStream(
@@ -267,12 +263,12 @@ def open_stream(
         data_rank=layout.data_rank,
         data_world=layout.data_world,
         exchange=lambda value: layout.exchange(value, "agreement"),
-        prefetch_packs=prefetch_packs,
+        prefetch_packs=workshop.config.data.prefetch_packs,
         bad_samples=bad_samples,
         clips_of=lambda pack: clips_of_rank(pack, layout),
         measure=pool.measure,
         stage=lambda packs, measured: [
-            stage(pack, layout.device, compute_dtype) for pack in pool.route(packs, measured)
+            stage(pack, layout.device, workshop.compute_dtype) for pack in pool.route(packs, measured)
         ],
     )
 

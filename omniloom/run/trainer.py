@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -51,9 +51,10 @@ from omniloom.run.results import write_results
 from omniloom.run.rows import open_planner, open_rows, open_run, open_stream
 from omniloom.run.state import RunState
 from omniloom.run.stopping import StopRequest, StopWanted, write_stopped
-from omniloom.training.flops import TrainingWork
+from omniloom.training.flops import training_work
 from omniloom.training.metrics import StepFigures, StepMetrics
 from omniloom.training.optimizer import set_learning_rate
+from omniloom.training.policy import ParameterPolicy
 from omniloom.training.profile import Profile
 from omniloom.training.schedule import decay_progress, describe_warmup, schedule_factor
 from omniloom.types import TEXT, RunError
@@ -98,12 +99,12 @@ def run(
                 on_end(run_dir)
             return code
     except RuntimeError as error:
-        if says_rank_is_gone(error):
-            raise LostRankError(
-                f"rank {ranks.rank} lost another rank, which ended or was silent for {timeout_seconds:g} s (see what "
-                f"it said); the same command goes on from the last checkpoint ({str(error).splitlines()[0]})"
-            ) from error
-        raise
+        if not says_rank_is_gone(error):
+            raise
+        raise LostRankError(
+            f"rank {ranks.rank} lost another rank, which ended or was silent for {timeout_seconds:g} s (see what it "
+            f"said); the same command goes on from the last checkpoint ({str(error).splitlines()[0]})"
+        ) from error
     finally:
         close_distributed()
 
@@ -149,36 +150,32 @@ class Trainer:
         self.optimizer = build_optimizer(workshop, self.model, policies, layout.device)
         self.state = RunState(workshop, layout, self.model, policies, self.optimizer, self.records.say, stack)
         self.pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), config.parallel.encoder_pool)
-        trained = [name for name in self.state.changed if name not in workshop.adapter_names]
-        self.work = TrainingWork(
-            decoder_weights=any(name.startswith("text.") for name in trained),
-            towers=any(not name.startswith("text.") for name in self.state.changed),
-        )
+        self.work = training_work(self.state.changed, workshop.adapter_names)
         about = describe_run(workshop, layout, self.model, train_rows)
         stored = self._find_start(overwrite)
         bad_file = self.run_dir / "bad_samples.jsonl"
         bad_samples = BadSampleFile(bad_file, anew=overwrite) if layout.is_first else None
         self.evaluation = None if eval_rows is None else Evaluation(workshop, layout, eval_rows, bad_samples, stack)
-        self.stream = stack.enter_context(
-            open_stream(
-                self.planner,
-                loader,
-                layout,
-                self.pool,
-                prefetch_packs=config.data.prefetch_packs,
-                bad_samples=bad_samples,
-                compute_dtype=workshop.compute_dtype,
-            )
-        )
+        self.stream = stack.enter_context(open_stream(workshop, self.planner, loader, layout, self.pool, bad_samples))
+        self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json")
+        self._begin(stored, about, policies, overwrite)
+        self.collect_garbage = stack.enter_context(collect_on_call())
+
+    def _begin(
+        self,
+        stored: StoredCheckpoint | None,
+        about: Sequence[str],
+        policies: Mapping[str, ParameterPolicy],
+        overwrite: bool,
+    ) -> None:
+        """Read the first rows, load the weights, and leave in the directory what does not change. Collective."""
         self.watchdog.enter(0, "reading the first rows")
         self.stream.prepare()  # before the weights: rows that cannot be used are said within seconds
         self.watchdog.enter(0, "loading weights")
         self.first_step = self.state.load(stored)
-        if overwrite and layout.is_first:
+        if overwrite and self.layout.is_first:
             remove_own_files(self.run_dir)
         self.records.begin(self.first_step, about, policies, self.state.parameters)
-        self.collect_garbage = stack.enter_context(collect_on_call())
-        self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json")
 
     def _find_start(self, overwrite: bool) -> StoredCheckpoint | None:
         """The checkpoint to go on from, its position handed to the planner. Raises: ValueError where it must not be."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,14 @@ class TrainingWork:
             decoder += extent.cost - extent.tower_cost
             towers += extent.tower_cost
         return (3 if self.decoder_weights else 2) * decoder + (3 if self.towers else 1) * towers
+
+
+def training_work(changed: Collection[str], adapters: Collection[str]) -> TrainingWork:
+    """By the names of the parameters that train, those of adapters among them."""
+    return TrainingWork(
+        decoder_weights=any(name.startswith("text.") and name not in adapters for name in changed),
+        towers=any(not name.startswith("text.") for name in changed),
+    )
 
 
 def measure_matmul_peak(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
