@@ -46,6 +46,11 @@ def prompts(model_dir: Path, rows_file: Path) -> list[generate.Prompt]:
     return read_prompts(open_reader(model_dir, DATA, open_sources((str(rows_file),))))
 
 
+def print_answers(*arguments, data: Path | None = None, **options) -> None:
+    """As the command line does."""
+    generate.print_answers(generate.answers(*arguments, data=data, **options), as_json=data is not None)
+
+
 def test_a_batch_answers_like_its_rows_one_by_one(model_dir: Path, prompts: list[generate.Prompt]) -> None:
     model = load_model(model_dir)
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
@@ -94,7 +99,7 @@ def test_a_prompt_on_the_command_line_is_answered(
         (rows_file.parent / "media").glob("held_out_image_*0.jpg")
     )
     capsys.readouterr()
-    generate.print_answers(model_dir, "Which colour?", {"image": [picture]}, data=None, max_new_tokens=3)
+    print_answers(model_dir, "Which colour?", {"image": [picture]}, data=None, max_new_tokens=3)
     assert capsys.readouterr().out.strip()
 
 
@@ -104,7 +109,7 @@ def test_a_file_is_answered_line_by_line(
     few = rows_file.parent / "few.jsonl"
     few.write_text("\n".join(rows_file.read_text().splitlines()[-2:]) + "\n")
     capsys.readouterr()
-    generate.print_answers(model_dir, None, {}, data=few, max_new_tokens=3)
+    print_answers(model_dir, None, {}, data=few, max_new_tokens=3)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["id"] for line in lines] == ["held_out_joint_00001", "words"]
     assert lines[1]["expected"] == "no"
@@ -116,7 +121,7 @@ def test_rows_without_an_answer_are_answered_and_data_options_hold(
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"ask": [{"role": "user", "content": "Which colour?"}]}) + "\n")
     capsys.readouterr()
-    generate.print_answers(model_dir, None, {}, data=rows, max_new_tokens=3, overrides=["data.attr.messages=ask"])
+    print_answers(model_dir, None, {}, data=rows, max_new_tokens=3, overrides=["data.attr.messages=ask"])
     assert json.loads(capsys.readouterr().out)["expected"] == ""
 
 
@@ -182,7 +187,7 @@ def test_media_of_a_prompt_follow_the_rules_of_rows(
     monkeypatch.chdir(clips / "sub")
 
     def ask(name: str, *overrides: str) -> generate.Prompt:
-        generate.print_answers(model_dir, "?", {"video": [name]}, data=None, max_new_tokens=1, overrides=overrides)
+        print_answers(model_dir, "?", {"video": [name]}, data=None, max_new_tokens=1, overrides=overrides)
         return asked[-1][0]
 
     assert ask("../sounding.mp4").inputs["use_audio_in_video"] is False
@@ -198,7 +203,7 @@ def test_a_placeholder_in_a_prompt_is_a_word(
     model_dir: Path, clips: Path, asked: list[list[generate.Prompt]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for media in ({}, {"video": [clips / "silent.mp4"]}):
-        generate.print_answers(model_dir, "What is <image>", media, data=None, max_new_tokens=1)
+        print_answers(model_dir, "What is <image>", media, data=None, max_new_tokens=1)
         assert capsys.readouterr().out == "<image>\n"
 
 
@@ -209,7 +214,7 @@ def test_a_hub_id_is_resolved_once(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(model_dir))
-    generate.print_answers("some-org/some-model", "hi", {}, data=None, max_new_tokens=2)
+    print_answers("some-org/some-model", "hi", {}, data=None, max_new_tokens=2)
     assert capsys.readouterr().out.strip()
 
 
@@ -223,7 +228,7 @@ def test_a_run_and_adapters_are_refused_with_what_to_name_instead(tmp_path: Path
     hints |= {"done": "whose model is .*done/hf", "adapter": "holds adapters alone"}
     for name, hint in hints.items():
         with pytest.raises(ValueError, match=hint):
-            generate.print_answers(tmp_path / name, "hi", {}, data=None, max_new_tokens=1)
+            print_answers(tmp_path / name, "hi", {}, data=None, max_new_tokens=1)
 
 
 def test_a_file_is_answered_in_chunks_and_a_bad_row_costs_itself(
@@ -247,7 +252,7 @@ def test_a_file_is_answered_in_chunks_and_a_bad_row_costs_itself(
     rows = clips / "rows.jsonl"
     rows.write_text("\n".join(lines))
     capsys.readouterr()
-    generate.print_answers(model_dir, None, {}, data=rows, max_new_tokens=3)
+    print_answers(model_dir, None, {}, data=rows, max_new_tokens=3)
     out, err = capsys.readouterr()
     printed = [json.loads(line) for line in out.splitlines()]
     ids = ["first", "gone", f"{rows}:3", "4", f"{rows}:5", f"{rows}:6", "last"]
@@ -262,17 +267,17 @@ def test_a_file_is_answered_in_chunks_and_a_bad_row_costs_itself(
     assert err.splitlines()[-1] == "3 of 7 rows are bad; their lines hold the reason as error"
     rows.write_text("\n".join(lines[3:5]))
     with pytest.raises(ValueError, match=r"none of the 2 rows can be answered; the first: .*rows\.jsonl:1: use_audio"):
-        generate.print_answers(model_dir, None, {}, data=rows, max_new_tokens=3)
+        print_answers(model_dir, None, {}, data=rows, max_new_tokens=3)
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_bad_input_is_refused_in_words(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="either a prompt or --data"):
-        generate.print_answers(model_dir, None, {}, data=None, max_new_tokens=3)
+        print_answers(model_dir, None, {}, data=None, max_new_tokens=3)
     rows = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "!"}]
     rows.write_text(json.dumps({"messages": turns, "images": ["gone.png"]}) + "\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*gone\.png"):
-        generate.print_answers(model_dir, None, {}, data=rows, max_new_tokens=3)
+        print_answers(model_dir, None, {}, data=rows, max_new_tokens=3)
     with pytest.raises(ValueError, match=r"gone\.wav"):
-        generate.print_answers(model_dir, "?", {"audio": [tmp_path / "gone.wav"]}, data=None, max_new_tokens=3)
+        print_answers(model_dir, "?", {"audio": [tmp_path / "gone.wav"]}, data=None, max_new_tokens=3)
