@@ -7,8 +7,8 @@ Kernels, chosen by name and never fallen back from:
 
 - `eager`: blocks of queries against all keys, masked; any device, no host read, quadratic in the packed length.
 - `sdpa`: PyTorch's fused kernels, a call per run of equally long segments. Reads the bounds on the host, so CPU only.
-- `flash`: PyTorch's varlen flash attention; CUDA, 16-bit floats.
-- `auto`: `sdpa` on CPU, `flash` for 16-bit floats on CUDA, `eager` elsewhere.
+- `flash`: PyTorch's varlen flash attention, CUDA, 16-bit floats; torch_npu's fused attention on NPU.
+- `auto`: `sdpa` on CPU, `flash` where it can be had, `eager` elsewhere.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from omniloom.ops import npu
 from omniloom.ops.norm import normalise, normalise_backward, rms_norm
 from omniloom.ops.rotary import Rotary, apply_rotary, turn
 from omniloom.types import Kernel, Segments
@@ -32,8 +33,8 @@ def resolve_kernel(kernel: Kernel, device_type: str, dtype: torch.dtype) -> Kern
 
     Raises: ValueError if the kernel asked for cannot run there.
     """
-    half = dtype in (torch.bfloat16, torch.float16)
-    able = {"eager": True, "sdpa": device_type == "cpu", "flash": device_type == "cuda" and half}
+    flash = device_type == "npu" or (device_type == "cuda" and dtype in (torch.bfloat16, torch.float16))
+    able = {"eager": True, "sdpa": device_type == "cpu", "flash": flash}
     if kernel == "auto":
         return "sdpa" if able["sdpa"] else "flash" if able["flash"] else "eager"
     if not able.get(kernel, False):
@@ -81,7 +82,8 @@ def segment_attention(
     of_norms = (
         (0.0,) if norms is None else (norms.eps, norms.q_weight, norms.k_weight, norms.rotary.cos, norms.rotary.sin)
     )
-    return _Attention.apply(kernel, causal, segments.max_length, segments.cu_seqlens, q, k, v, *of_norms)
+    on_host = segments.bounds if npu.takes(q) else ()  # who compiles for others need not look at them
+    return _Attention.apply(kernel, causal, segments.max_length, on_host, segments.cu_seqlens, q, k, v, *of_norms)
 
 
 def segment_attention_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, causal: bool) -> Tensor:
@@ -220,6 +222,7 @@ class _Attention(torch.autograd.Function):
         kernel: Kernel,
         causal: bool,
         longest: int,
+        on_host: tuple[int, ...],
         bounds: Tensor,
         q: Tensor,
         k: Tensor,
@@ -232,7 +235,9 @@ class _Attention(torch.autograd.Function):
         if norms:
             q_weight, k_weight, cos, sin = norms
             heads = (turn(normalise(q, q_weight, eps)[0], cos, sin), turn(normalise(k, k_weight, eps)[0], cos, sin))
-        if kernel == "flash":
+        if kernel == "flash" and on_host:
+            out, *kept = npu.attention(*heads, v, on_host, causal)
+        elif kernel == "flash":
             window = [-1, 0] if causal else [-1, -1]
             out, *kept = _flash()._varlen_attn(
                 *heads, v, bounds, bounds, longest, longest, causal, None, window, enable_gqa=True
@@ -240,13 +245,13 @@ class _Attention(torch.autograd.Function):
         else:
             out, *kept = (_cpu_attention if kernel == "sdpa" else _eager_attention)(*heads, v, bounds, causal)
         ctx.save_for_backward(q, k, v, bounds, out, *kept, *norms)
-        ctx.settings = kernel, causal, longest, eps, len(kept)
+        ctx.settings = kernel, causal, longest, on_host, eps, len(kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, causal, longest, eps, num_kept = ctx.settings
+        kernel, causal, longest, on_host, eps, num_kept = ctx.settings
         q, k, v, bounds, out, *others = ctx.saved_tensors
         kept, norms = others[:num_kept], others[num_kept:]
         heads, scales = [q, k], []
@@ -256,7 +261,9 @@ class _Attention(torch.autograd.Function):
                 normed, scale = normalise(heads[place], weight, eps)
                 heads[place] = turn(normed, cos, sin)
                 scales.append(scale)
-        if kernel == "flash":
+        if kernel == "flash" and on_host:
+            grads = npu.attention_backward(grad.contiguous(), *heads, v, out, *kept, on_host, causal)
+        elif kernel == "flash":
             window = [-1, 0] if causal else [-1, -1]
             log_sums, random = kept
             grads = _flash()._varlen_attn_backward(
@@ -266,10 +273,10 @@ class _Attention(torch.autograd.Function):
             operation = _cpu_attention_backward if kernel == "sdpa" else _eager_attention_backward
             grads = operation(grad.contiguous(), *heads, v, out, *kept, bounds, causal)
         if not norms:
-            return None, None, None, None, *grads, None
+            return *(None,) * 5, *grads, None
         q_grad, q_weight_grad = normalise_backward(turn(grads[0], cos, -sin), q, weights[0], scales[0])
         k_grad, k_weight_grad = normalise_backward(turn(grads[1], cos, -sin), k, weights[1], scales[1])
-        return None, None, None, None, q_grad, k_grad, grads[2], None, q_weight_grad, k_weight_grad, None, None
+        return *(None,) * 5, q_grad, k_grad, grads[2], None, q_weight_grad, k_weight_grad, None, None
 
 
 def _flash() -> Any:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from omniloom.ops import npu
+
 ROW_BYTES = 16  # grouped GEMM takes rows that begin at multiples of this
 
 
@@ -31,7 +33,10 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     missing_in, missing_out = -weight.shape[2] % step, -num_out % step
     if missing_in or missing_out:
         rows, weight = F.pad(rows, (0, missing_in)), F.pad(weight, (0, missing_in, 0, missing_out))
-    out = F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
+    if npu.takes(rows):
+        out = npu.grouped_linear(rows, weight, offsets)
+    else:
+        out = F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
     return out[:, :num_out] if missing_out else out
 
 
@@ -43,6 +48,8 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     num_out, num_in, step = left.shape[1], right.shape[1], ROW_BYTES // left.element_size()
     if num_out % step or num_in % step:
         left, right = F.pad(left, (0, -num_out % step)), F.pad(right, (0, -num_in % step))
+    if npu.takes(left):
+        return npu.grouped_outer(left, right, offsets)[:, :num_out, :num_in]
     return F.grouped_mm(left.T, right, offs=offsets)[:, :num_out, :num_in]
 
 

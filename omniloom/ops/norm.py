@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from omniloom.ops import npu
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean of x squared + eps) x weight over the last dim, in float32; x [..., C], weight [C] -> [..., C].
@@ -45,6 +47,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """What `rms_norm` returns, and 1 / root mean square of each row, float32 [..., 1]; outside autograd."""
+    if npu.takes(x):
+        return npu.rms_norm(x, weight, eps)
     if x.device.type != "cpu":
         # what torch.nn.functional.rms_norm calls; only here does it give the scale
         return torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
@@ -62,6 +66,8 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight from that of what `normalise` returned; `scale` is its second result."""
+    if npu.takes(x):
+        return npu.rms_norm_backward(grad, x, weight, scale)
     if x.device.type != "cpu":
         return torch.ops.aten._fused_rms_norm_backward(grad, x, weight.shape, scale, weight, [True, True])
     rows, upstream, wide_weight = x.flatten(0, -2), grad.flatten(0, -2), weight.float()

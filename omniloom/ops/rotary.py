@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from omniloom.ops import npu
+
 SectionOrder = Literal["interleaved", "blocks"]
 
 
@@ -96,6 +98,8 @@ class _Turn(torch.autograd.Function):
 
 def turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """What `apply_rotary` returns, outside autograd; with -sin it turns back."""
+    if npu.takes(heads):
+        return npu.turn(heads, cos, sin)
     # angles make every product float32; accelerators convert within each kernel, the CPU only by a copy
     first, second = (heads.float() if heads.device.type == "cpu" else heads).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]  # [T, 1, D / 2]

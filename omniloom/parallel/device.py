@@ -136,6 +136,11 @@ class HostCopies:
         return tensor
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """In which sums over packs and ranks are kept: NPUs and their collectives have no float64."""
+    return torch.float32 if device.type == "npu" else torch.float64
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device. For timing and the end of a run, never inside a step."""
     if device.type != "cpu":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from omniloom.parallel.context import slice_batch
+from omniloom.parallel.device import widest_float
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.fsdp import set_all_reduce
 from omniloom.parallel.mesh import Layout
@@ -80,10 +81,11 @@ def run_packs(
 
     Packs are as loaded, on the host; ranks that share one have the same text, each with the clips it decoded. `pool`
     shares the towers' work by the routes in the packs; without one each rank encodes what it loaded. `on_pack` hears
-    the number of the pack that is begun. Returns this rank's sums over the packs, detached, float64, on the device.
+    the number of the pack that is begun. Returns this rank's sums over the packs, detached, on the device.
     Collective: as many packs on every rank.
     """
-    sums = {name: torch.zeros((), dtype=torch.float64, device=layout.device) for name in objective.weight_sums}
+    zero = torch.zeros((), dtype=widest_float(layout.device), device=layout.device)
+    sums = {name: zero.clone() for name in objective.weight_sums}
     counts: list[Tensor] = []
     for number, batch in enumerate(packs):
         on_pack(number)

@@ -25,6 +25,7 @@ from omniloom.data.planner import PlanError, plan_all
 from omniloom.data.sources import Sources
 from omniloom.data.stream import LISTED, BadSampleFile
 from omniloom.models.fusion import OmniModel
+from omniloom.parallel.device import widest_float
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.step import evaluate
@@ -155,7 +156,7 @@ class Evaluation:
         sums, weights, num_bad = dict[str, torch.Tensor](), defaultdict[str, float](float), 0
         for _, pack, agreement in self._load(packs, on_pack, self.loader):
             for name, value in evaluate(model, pack.batch, self.layout, pool).sums.items():
-                sums[name] = sums.get(name, 0.0) + value.double()
+                sums[name] = sums.get(name, 0.0) + value.to(widest_float(self.layout.device))
                 weights[name] += agreement.weight_sums[name]
             num_bad += len(agreement.bad)
         return _Measured({name: float(self.layout.sum_over_ranks(sums[name])) for name in sums}, weights, num_bad)

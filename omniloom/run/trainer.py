@@ -23,7 +23,7 @@ from omniloom.data.sources import Sources
 from omniloom.data.stream import BadSampleFile, LoadedStep
 from omniloom.exit_codes import LOST_RANK, STOPPED_EARLY
 from omniloom.ops.linear_map import keyed_seed
-from omniloom.parallel.device import collect_on_call, only_deterministic, peak_memory_bytes
+from omniloom.parallel.device import collect_on_call, only_deterministic, peak_memory_bytes, widest_float
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import (
@@ -280,15 +280,16 @@ class Trainer:
         )
         self.watchdog.enter(step, "gradient norm and optimizer")
         norm = clip_gradients(self.state.parameters.values(), train.clip_norm, layout.device)
-        peaks = norm.new_zeros(layout.world_size, dtype=torch.float64)  # each rank fills its place: a sum that gathers
+        wide = widest_float(layout.device)
+        peaks = norm.new_zeros(layout.world_size, dtype=wide)  # each rank fills its place: a sum that gathers
         peaks[layout.rank] = peak_memory_bytes(layout.device)
         stop = peaks.new_tensor([self.stop.reason is not None])
-        totals = [peaks, stop, torch.stack(list(terms.sums.values())), terms.expert_counts.double().flatten()]
+        totals = [peaks, stop, torch.stack(list(terms.sums.values())), terms.expert_counts.to(wide).flatten()]
         sums = layout.sum_over_ranks(torch.cat(totals))  # ranks that share a pack share its router loss too
         # the step's one wait for the device
         memory, (stopping,), loss_sums, loads, (grad_norm,) = (
             part.tolist()
-            for part in torch.split_with_sizes(torch.cat([sums, norm.double()[None]]).cpu(), [*map(len, totals), 1])
+            for part in torch.split_with_sizes(torch.cat([sums, norm.to(wide)[None]]).cpu(), [*map(len, totals), 1])
         )
         num_layers, width = terms.expert_counts.shape
         figures = StepFigures(

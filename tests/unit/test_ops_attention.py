@@ -144,7 +144,7 @@ def test_kernels_are_chosen_by_name_and_never_fallen_back_from():
     assert resolve_kernel("auto", "cpu", torch.float32) == "sdpa"
     assert resolve_kernel("auto", "cuda", torch.bfloat16) == "flash"
     assert resolve_kernel("auto", "cuda", torch.float32) == "eager"
-    assert resolve_kernel("auto", "npu", torch.bfloat16) == "eager"
+    assert resolve_kernel("auto", "xpu", torch.bfloat16) == "eager"
     for kernel, device, dtype in (
         ("flash", "cpu", torch.bfloat16),
         ("flash", "cuda", torch.float32),
