@@ -11,6 +11,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from omniloom.dims import AudioTowerConfig, VisionTowerConfig
@@ -106,8 +107,51 @@ def _is_of(kind: type, value: Any) -> bool:
 
 def all_demands(config: FamilyConfig) -> dict[str, bool]:
     """What the parts of any model must fulfil, in words, and whether they do."""
-    demands = vision_demands(config.vision, config.text) | decoder_demands(config.text)
-    return demands if config.audio is None else demands | audio_demands(config.audio, config.text)
+    vision, audio, text = config.vision, config.audio, config.text
+    levels, positions = vision.deepstack_visual_indexes, vision.num_position_embeddings
+    demands = {
+        f"vision_config: hidden_size / num_heads divides by 4 (got {vision.hidden_size} / {vision.num_heads})": (
+            vision.hidden_size % (4 * vision.num_heads) == 0
+        ),
+        f"vision_config: num_position_embeddings is a square (got {positions})": round(positions**0.5) ** 2
+        == positions,
+        f"vision_config: deepstack_visual_indexes rise and stay below depth {vision.depth} (got {list(levels)})": (
+            all(low < high for low, high in pairwise((-1, *levels, vision.depth)))
+        ),
+        f"vision_config: window_size {vision.window_size} holds a square of merged patches": (
+            vision.window_size == 0 or vision.window_squares > 0
+        ),
+        f"text_config: num_attention_heads {text.num_attention_heads} divides by num_key_value_heads "
+        f"{text.num_key_value_heads}": text.num_attention_heads % text.num_key_value_heads == 0,
+        f"text_config: mrope_section {list(text.mrope_section)} adds up to head_dim / 2 = {text.head_dim / 2:g}": (
+            len(text.mrope_section) == 3 and 2 * sum(text.mrope_section) == text.head_dim
+        ),
+        f"text_config: num_experts_per_tok {text.num_experts_per_tok} is at most num_experts {text.num_experts}": (
+            text.num_experts_per_tok <= text.num_experts
+        ),
+    }
+    widths = {"vision_config.out_hidden_size": vision.out_hidden_size}
+    activations = {"vision_config.hidden_act": vision.hidden_act, "text_config.hidden_act": text.hidden_act}
+    if audio is not None:
+        widths["audio_config.output_dim"] = audio.output_dim
+        activations["audio_config.activation_function"] = audio.activation_function
+        demands |= _audio_demands(audio)
+    for name, width in widths.items():
+        demands[f"{name} {width} equals text_config.hidden_size {text.hidden_size}"] = width == text.hidden_size
+    for name, activation in activations.items():
+        demands[f"{name} {activation!r} is among {', '.join(ACTIVATIONS)}"] = activation in ACTIVATIONS
+    return demands
+
+
+def _audio_demands(audio: AudioTowerConfig) -> dict[str, bool]:
+    return {
+        f"audio_config: n_window_infer {audio.n_window_infer} is at least 2 x n_window {audio.n_window}": (
+            audio.n_window_infer >= audio.chunk_frames > 0
+        ),
+        f"audio_config: d_model {audio.d_model} divides by 2 and by its {audio.encoder_attention_heads} heads": (
+            audio.d_model % 2 == 0 and audio.d_model % audio.encoder_attention_heads == 0
+        ),
+    }
 
 
 # ---------------------------------------------------------------------------------------- vision
@@ -147,50 +191,6 @@ def read_window_vision(parent: ConfigSection, *, fused_qkv: bool) -> VisionTower
 
 def _vision_rope_theta(section: ConfigSection) -> float:
     return float((section.values.get("rope_parameters") or {}).get("rope_theta", DEFAULT_VISION_ROPE_THETA))
-
-
-def vision_demands(vision: VisionTowerConfig, text: DecoderConfig) -> dict[str, bool]:
-    heads, indexes = vision.num_heads, vision.deepstack_visual_indexes
-    positions = vision.num_position_embeddings
-    return {
-        f"vision_config: hidden_size / num_heads divides by 4 (got {vision.hidden_size} / {heads})": (
-            vision.hidden_size % heads == 0 and vision.hidden_size // heads % 4 == 0
-        ),
-        f"vision_config: num_position_embeddings is a square (got {positions})": round(positions**0.5) ** 2
-        == positions,
-        f"vision_config: deepstack_visual_indexes rise and stay below depth {vision.depth} (got {list(indexes)})": (
-            all(low < high for low, high in zip((-1, *indexes), (*indexes, vision.depth), strict=True))
-        ),
-        f"vision_config: window_size {vision.window_size} holds a square of merged patches": (
-            vision.window_size == 0 or vision.window_squares > 0
-        ),
-        f"vision_config.out_hidden_size {vision.out_hidden_size} equals text_config.hidden_size {text.hidden_size}": (
-            vision.out_hidden_size == text.hidden_size
-        ),
-        f"vision_config.hidden_act {vision.hidden_act!r} is among {', '.join(ACTIVATIONS)}": (
-            vision.hidden_act in ACTIVATIONS
-        ),
-    }
-
-
-# ---------------------------------------------------------------------------------------- audio
-
-
-def audio_demands(audio: AudioTowerConfig, text: DecoderConfig) -> dict[str, bool]:
-    return {
-        f"audio_config: n_window_infer {audio.n_window_infer} is at least 2 x n_window {audio.n_window}": (
-            audio.n_window_infer >= audio.chunk_frames > 0
-        ),
-        f"audio_config: d_model {audio.d_model} divides by 2 and by its {audio.encoder_attention_heads} heads": (
-            audio.d_model % 2 == 0 and audio.d_model % audio.encoder_attention_heads == 0
-        ),
-        f"audio_config.output_dim {audio.output_dim} equals text_config.hidden_size {text.hidden_size}": (
-            audio.output_dim == text.hidden_size
-        ),
-        f"audio_config.activation_function {audio.activation_function!r} is among {', '.join(ACTIVATIONS)}": (
-            audio.activation_function in ACTIVATIONS
-        ),
-    }
 
 
 # ---------------------------------------------------------------------------------------- text
@@ -242,20 +242,6 @@ def _expert_fields(text: ConfigSection) -> dict[str, Any]:
         "norm_topk_prob": text.field("norm_topk_prob", kind=bool, default=True),
         "decoder_sparse_step": text.field("decoder_sparse_step", default=1),
         "mlp_only_layers": text.field("mlp_only_layers", kind=tuple, default=()),
-    }
-
-
-def decoder_demands(text: DecoderConfig) -> dict[str, bool]:
-    return {
-        f"text_config: num_attention_heads {text.num_attention_heads} divides by num_key_value_heads "
-        f"{text.num_key_value_heads}": text.num_attention_heads % text.num_key_value_heads == 0,
-        f"text_config: mrope_section {list(text.mrope_section)} adds up to head_dim / 2 = {text.head_dim / 2:g}": (
-            len(text.mrope_section) == 3 and 2 * sum(text.mrope_section) == text.head_dim
-        ),
-        f"text_config: num_experts_per_tok {text.num_experts_per_tok} is at most num_experts {text.num_experts}": (
-            text.num_experts_per_tok <= text.num_experts
-        ),
-        f"text_config.hidden_act {text.hidden_act!r} is among {', '.join(ACTIVATIONS)}": text.hidden_act in ACTIVATIONS,
     }
 
 

@@ -6,6 +6,7 @@ tensor functions of what comes out. Knows the dims of a tower, and no tower.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,6 @@ def vision_batch(clips: Sequence[VisionClip], config: VisionTowerConfig) -> Visi
     """All clips of a pack as one batch, a null segment of one merged patch last.
 
     `token_index` of the clips counts rows of the pack. Tensors are on the CPU.
-    Raises: ValueError where a clip's patches, grid and tokens do not agree.
     """
     merge = config.spatial_merge_size
     for number, clip in enumerate(clips):
@@ -68,21 +68,10 @@ def _window_order(row: Tensor, column: Tensor, frame_lengths: Tensor, merge: int
 
 
 def _check_picture(number: int, clip: VisionClip, config: VisionTowerConfig) -> None:
-    frames, height, width = clip.grid_thw
-    num_patches = frames * height * width
-    merge = config.spatial_merge_size
-    if height % merge or width % merge:
-        raise ValueError(f"clip {number}: grid_thw {clip.grid_thw} does not divide by spatial_merge_size {merge}")
-    if tuple(clip.patches.shape) != (num_patches, config.patch_dim):
-        raise ValueError(
-            f"clip {number}: expected patches [{num_patches}, {config.patch_dim}] for grid_thw {clip.grid_thw}, "
-            f"got {list(clip.patches.shape)}"
-        )
-    if clip.token_index.shape[0] != num_patches // merge**2:
-        raise ValueError(
-            f"clip {number}: grid_thw {clip.grid_thw} makes {num_patches // merge**2} rows, but "
-            f"{clip.token_index.shape[0]} tokens wait for them"
-        )
+    merge, num_patches = config.spatial_merge_size, math.prod(clip.grid_thw)
+    assert clip.grid_thw[1] % merge == clip.grid_thw[2] % merge == 0, (number, clip.grid_thw, merge)
+    assert clip.patches.shape == (num_patches, config.patch_dim), (number, clip.grid_thw, clip.patches.shape)
+    assert len(clip.token_index) == num_patches // merge**2, (number, clip.grid_thw, len(clip.token_index))
 
 
 def _patch_coordinates(grids: Tensor, merge: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -125,7 +114,6 @@ def audio_batch(clips: Sequence[AudioClip], config: AudioTowerConfig) -> AudioBa
     """All clips of a pack as one batch of chunks, a null segment of one tower row last.
 
     `token_index` of the clips counts rows of the pack. Tensors are on the CPU.
-    Raises: ValueError where a clip's features and tokens do not agree.
     """
     size, null_frames = config.chunk_frames, config.least_frames
     for number, clip in enumerate(clips):
@@ -166,17 +154,9 @@ def _pool_index(clip_rows: Tensor, pool: int) -> Tensor:
 
 def _check_sound(number: int, clip: AudioClip, config: AudioTowerConfig) -> None:
     num_bins, num_frames = clip.features.shape
-    if num_bins != config.num_mel_bins or num_frames < config.least_frames:
-        raise ValueError(
-            f"clip {number}: expected features of {config.num_mel_bins} mel bins and at least {config.least_frames} "
-            f"frames, got {list(clip.features.shape)}"
-        )
-    rows = config.num_tokens(num_frames)
-    if clip.token_index.shape[0] != rows:
-        raise ValueError(
-            f"clip {number}: {num_frames} mel frames make {rows} rows, but {clip.token_index.shape[0]} tokens wait "
-            "for them"
-        )
+    assert num_bins == config.num_mel_bins, (number, num_bins)
+    assert num_frames >= config.least_frames, (number, num_frames)
+    assert len(clip.token_index) == config.num_tokens(num_frames), (number, num_frames, len(clip.token_index))
 
 
 def _windows(clip_rows: Tensor, window_rows: int) -> Tensor:
