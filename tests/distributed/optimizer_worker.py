@@ -1,4 +1,4 @@
-"""One rank of the job that steps sharded weights, saves, and goes on. Started by `test_optimizers.py`."""
+"""One rank of the job that steps sharded weights, saves, and goes on. Started by `test_optimizer_ranks.py`."""
 
 from __future__ import annotations
 
