@@ -99,7 +99,8 @@ def _add(total: Tensor | None, part: Tensor | None, dtype: torch.dtype) -> Tenso
 
 def _blocks(x: Tensor, gate: Tensor) -> list[slice]:
     """Rows that go through all products together; at least one block, which may be empty."""
-    if x.device.type != "cpu" or not x.shape[0]:
+    # a compiled graph fuses what blocks keep in the cache, and would be made anew for every number of rows
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.shape[0]:
         return [slice(0, None)]
     size = max(1, BLOCK_ELEMENTS // gate.shape[0])
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]

@@ -1,0 +1,120 @@
+"""Compiled blocks: one graph without a break, which unlike packs share, and the gradients of the plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from omniloom.models.fusion import OmniModel
+from omniloom.ops.linear_map import keyed_seed
+from omniloom.parallel.fsdp import match_modules
+from omniloom.parallel.recompute import Recompute, recompute_layers
+from omniloom.run.opening import Workshop
+from tests.device.steps import Case, Content, make_pack, open_case
+
+FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
+LORA = {"text": {"lora": {"rank": 4, "dropout": 0.3}}, "vision": {"lora": {"rank": 4, "dropout": 0.3}}}
+FROZEN = {"lm_head": {"freeze": True}, "text.embed": {"freeze": True}}
+PACK_TOKENS, NUM_PACKS = 384, 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    family: str
+    recompute: Recompute = "none"
+    lora: bool = False
+    evaluates: bool = False
+    backend: str = "aot_eager"
+
+
+MATRIX = [
+    Setting(family=family, recompute=recompute, lora=lora)
+    for family in FAMILIES
+    for recompute in ("none", "full")
+    for lora in (False, True)
+]
+MATRIX += [Setting(family=family, evaluates=True) for family in FAMILIES]
+MATRIX += [Setting(family=family, backend="inductor") for family in ("qwen3_vl", "qwen3_vl_moe")]
+SAMPLE = Setting(family="qwen3_omni", recompute="full", lora=True)
+
+
+def contents() -> list[Content]:
+    """Of unlike packs: of other numbers of samples, sizes of pictures, lengths of sounds and of answers."""
+    sides = (4, 8, 6, 12)
+    return [
+        Content(
+            num_samples=1 + number % 3,
+            grid=(1 + number % 2, sides[number % 4], sides[number // 4 % 4]),
+            pictures=number % 2 if number else 0,
+            mel_frames=(0, 60, 130)[number % 3],
+            answer=0.1 + 0.04 * number,
+        )
+        for number in range(NUM_PACKS)
+    ]
+
+
+def build(workshop: Workshop) -> OmniModel:
+    model = workshop.build()
+    policies = workshop.policies([name for name, _ in model.named_parameters()])
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.05, generator=generator)
+        parameter.requires_grad_(policies[name].trainable)
+    return model
+
+
+def gradients(model: OmniModel, batch: Any) -> list[Tensor]:
+    model.zero_grad()
+    model(batch).sums["text"].backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters() if p.requires_grad]
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> Iterator[None]:
+    counters.clear()
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at inputs'
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(each, id=f"{each}", marks=() if each == SAMPLE else pytest.mark.full) for each in MATRIX],
+)
+def test_unlike_packs_share_two_graphs_without_a_break(setting: Setting, tmp_path: Path) -> None:
+    policy = {**LORA, **FROZEN} if setting.lora else {}
+    workshop = open_case(Case(model=setting.family, pack_tokens=PACK_TOKENS, policy=policy), tmp_path)
+    model, plan = build(workshop), workshop.spec.sharding(workshop.family)
+    packs = [make_pack(workshop.family, PACK_TOKENS, content) for content in contents()]
+    for number, pack in enumerate(packs):
+        object.__setattr__(pack, "draw_key", keyed_seed(number))
+    expected = None if setting.evaluates else gradients(model, packs[0])
+    for root in plan.roots:
+        recompute_layers(model.get_submodule(root), setting.recompute, routes=bool(plan.experts) and root == "text")
+    backends = {root: CompileCounterWithBackend(setting.backend) for root in plan.roots}
+    for name in match_modules(model, plan.blocks):
+        model.get_submodule(name).compile(backend=backends[name.split(".")[0]])
+    if expected is not None:
+        for found, wanted in zip(gradients(model, packs[0]), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for pack in packs:
+        if setting.evaluates:
+            with torch.no_grad():
+                model.eval()(pack)
+        else:
+            gradients(model, pack)
+    assert not counters["graph_break"]
+    graphs = {root: backend.frame_count for root, backend in backends.items()}
+    kinds = dict.fromkeys(plan.roots, 1)
+    if setting.lora:
+        kinds["vision"] = 2  # its first layer, below which nothing trains, has no gradient to hand on
+    assert all(0 < graphs[root] <= 2 * kind for root, kind in kinds.items()), graphs
