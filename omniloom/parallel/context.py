@@ -27,8 +27,6 @@ def slice_batch(batch: PackedBatch, rank: int, degree: int, tensor: int = 1) -> 
     rows, and loss rows of one number, filled up with rows that have no weight.
     Raises: ValueError where T does not divide.
     """
-    if degree == 1:
-        return batch
     num_tokens = batch.input_ids.shape[0]
     if num_tokens % degree:
         raise ValueError(f"a pack of {num_tokens} tokens does not divide over {degree} ranks")

@@ -186,6 +186,8 @@ def deliver(share: EncodedShare, pool: EncoderPool | None) -> tuple[PackedBatch,
 
 def own_tokens(batch: PackedBatch, layout: Layout) -> PackedBatch:
     """This rank's tokens of a pack."""
+    if layout.degrees.sharers == 1:
+        return batch
     return slice_batch(batch, layout.sharer_rank, layout.degrees.sharers, layout.degrees.tensor)
 
 

@@ -266,9 +266,10 @@ def open_stream(
         prefetch_packs=workshop.config.data.prefetch_packs,
         bad_samples=bad_samples,
         clips_of=lambda pack: clips_of_rank(pack, layout),
-        measure=pool.measure,
+        measure=(lambda _: None) if pool.is_alone else pool.measure,
         stage=lambda packs, measured: [
-            stage(pack, layout.device, workshop.compute_dtype) for pack in pool.route(packs, measured)
+            stage(pack, layout.device, workshop.compute_dtype)
+            for pack in (packs if pool.is_alone else pool.route(packs, measured))
         ],
     )
 
