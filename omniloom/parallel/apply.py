@@ -87,6 +87,13 @@ def apply_parallelism(
     shard_parameters(model, layout, plan, parallel, compute_dtype)
 
 
+def count_graphs() -> int:
+    """Graphs of blocks that this process has compiled so far. Torch has no public count."""
+    from torch._dynamo.utils import counters  # slow to import, and there wherever something was compiled
+
+    return counters["stats"]["unique_graphs"]
+
+
 def materialize(model: nn.Module, device: torch.device | str) -> None:
     """Give a meta model memory, of this rank's shards only; values are undefined until they are loaded."""
     names: dict[int, list[str]] = {}

@@ -16,11 +16,12 @@ import torch
 from omniloom.checkpoint.files import write_json
 from omniloom.config import Config
 from omniloom.data.stream import LoadedStep
+from omniloom.parallel.apply import count_graphs
 from omniloom.parallel.mesh import Layout
 from omniloom.run.directory import FINISHED, record_config
 from omniloom.run.evaluation import EvaluationReport
 from omniloom.run.stopping import STOPPED
-from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation
+from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation, nominal_peak
 from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepFigures, StepMetrics
 from omniloom.training.policy import ParameterPolicy, table_lines, trainable_table
 from omniloom.types import TEXT, Source
@@ -40,6 +41,7 @@ class RunRecords:
         self.config, self.layout, self._stack, self._on_step = config, layout, stack, on_step
         self.run_dir = Path(config.train.run_dir)
         self._peak_flops = measure_matmul_peak(layout.device, compute_dtype)
+        self._nominal_flops = nominal_peak(layout.device, compute_dtype)
         self._screen = Screen(enabled=layout.is_first, total_steps=config.train.steps, every=config.log.every)
         stack.callback(self._screen.close)
         self._log: MetricsLog | None = None
@@ -81,7 +83,12 @@ class RunRecords:
     ) -> None:
         """One finished step: its line in the metrics, and on the screen."""
         stats, seconds = loaded.agreement.stats, figures.step_seconds
-        megaflops = work.megaflops(sample.extent for pack in loaded.plan.packs for sample in pack.samples)
+        megaflops = work.by_component(sample.extent for pack in loaded.plan.packs for sample in pack.samples)
+        shares = {
+            name: model_flops_utilisation(of_part, seconds, self._peak_flops, self.layout.world_size)
+            for name, of_part in megaflops.items()
+        }
+        mfu = sum(shares.values())
         line = StepMetrics(
             step=loaded.plan.step,
             loss=figures.loss,
@@ -89,7 +96,10 @@ class RunRecords:
             learning_rate=figures.learning_rate,
             **vars(stats),
             tokens_per_second=stats.num_tokens / seconds,
-            mfu=model_flops_utilisation(megaflops, seconds, self._peak_flops, self.layout.world_size),
+            mfu=mfu,
+            mfu_of_nominal=mfu * self._peak_flops / self._nominal_flops if self._nominal_flops else None,
+            mfu_parts=shares,
+            compiled_graphs=count_graphs() if self.config.memory.compile else None,
             data_wait_fraction=loaded.data_wait_seconds / seconds,
             peak_memory_bytes=figures.peak_memory_bytes,
             step_seconds=seconds,

@@ -1,14 +1,34 @@
-"""Model FLOPs utilisation: what the model's arithmetic asks for over what the device has shown it can do."""
+"""Model FLOPs utilisation: what the model's arithmetic asks for, over what the device has shown that it can do and over
+what its maker says."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
 from omniloom.types import Extent
+
+# Dense FLOP/s of products in bfloat16, by a part of the device's name. Source: NVIDIA's data sheets.
+NOMINAL_PEAKS: Mapping[str, float] = MappingProxyType(
+    {
+        "B200": 2.25e15,
+        "H200": 989e12,
+        "H100 PCIe": 756e12,
+        "H100 NVL": 835e12,
+        "H100": 989e12,
+        "H800": 989e12,
+        "H20": 148e12,
+        "A100": 312e12,
+        "A800": 312e12,
+        "L40S": 362e12,
+        "A10G": 70e12,
+        "A10": 125e12,
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +45,15 @@ class TrainingWork:
 
     def megaflops(self, extents: Iterable[Extent]) -> float:
         """FLOPs / 1e6 of forward and backward over these samples; recompute is not counted."""
+        return sum(self.by_component(extents).values())
+
+    def by_component(self, extents: Iterable[Extent]) -> dict[str, float]:
+        """The same of decoder and towers; attention by the length of each sample, frame and window."""
         decoder = towers = 0
         for extent in extents:
             decoder += extent.cost - extent.tower_cost
             towers += extent.tower_cost
-        return (3 if self.decoder_weights else 2) * decoder + (3 if self.towers else 1) * towers
+        return {"decoder": (3 if self.decoder_weights else 2) * decoder, "towers": (3 if self.towers else 1) * towers}
 
 
 def training_work(changed: Collection[str], adapters: Collection[str]) -> TrainingWork:
@@ -54,6 +78,15 @@ def measure_matmul_peak(device: torch.device, dtype: torch.dtype, *, seconds: fl
         _synchronise(device)
         best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
     return best
+
+
+def nominal_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of products as the device's maker has it; None for devices and dtypes that are not in the table."""
+    name_of = getattr(torch.get_device_module(device), "get_device_name", None)
+    if name_of is None or dtype != torch.bfloat16:
+        return None
+    name = name_of(device)
+    return next((peak for part, peak in NOMINAL_PEAKS.items() if part in name), None)
 
 
 def model_flops_utilisation(megaflops: float, seconds: float, peak: float, world_size: int) -> float:

@@ -55,7 +55,7 @@ class StepMetrics(PackStats):
     grad_norm: float
     learning_rate: float
     tokens_per_second: float
-    mfu: float
+    mfu: float  # of the measured peak
     data_wait_fraction: float
     peak_memory_bytes: int
     step_seconds: float
@@ -64,6 +64,9 @@ class StepMetrics(PackStats):
     other_losses: Mapping[str, float] | None = None  # by name; `router` is the key `router_loss` of the line
     expert_imbalance: float | None = None
     evaluation: Mapping[str, float] | None = None  # each of its figures is a key of the line
+    mfu_of_nominal: float | None = None  # None where the device's nominal peak is not known
+    mfu_parts: Mapping[str, float] | None = None  # of `mfu`, by component: keys `mfu_decoder`, `mfu_towers`
+    compiled_graphs: int | None = None  # of this process up to now; those of late steps were compiled anew
 
 
 class MetricsLog:
@@ -86,6 +89,7 @@ class MetricsLog:
         line = {"step": metrics.step, **vars(metrics)}
         line |= {f"{name}_loss": value for name, value in (line.pop("other_losses") or {}).items()}
         line |= line.pop("evaluation") or {}
+        line |= {f"mfu_{name}": share for name, share in (line.pop("mfu_parts") or {}).items()}
         line = {key: value for key, value in line.items() if value is not None or key == "loss"}
         self._append(self.path, line)
         if expert_load and is_load_kept(metrics.step):

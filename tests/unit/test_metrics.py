@@ -4,9 +4,12 @@ import json
 import resource
 from dataclasses import asdict, replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from omniloom.training.flops import TrainingWork, nominal_peak
 from omniloom.training.metrics import (
     MetricsLog,
     Screen,
@@ -16,13 +19,40 @@ from omniloom.training.metrics import (
     is_load_kept,
     read_lines,
 )
-from omniloom.types import RunError
+from omniloom.types import Extent, RunError
 
 
 def line(step: int) -> StepMetrics:
     numbers = dict.fromkeys(StepMetrics.__dataclass_fields__, 1)
-    numbers.update(step=step, other_losses=None, evaluation=None, expert_imbalance=None)
+    numbers.update(step=step, other_losses=None, evaluation=None, expert_imbalance=None, mfu_parts=None)
     return StepMetrics(**numbers)
+
+
+def test_utilisation_is_known_by_component(tmp_path) -> None:
+    extents = [Extent(num_tokens=1, num_loss_tokens=1, weight_sum=1.0, cost=10, tower_cost=4)] * 2
+    assert TrainingWork(decoder_weights=True, towers=False).by_component(extents) == {"decoder": 36, "towers": 8}
+    assert TrainingWork(decoder_weights=False, towers=True).megaflops(extents) == 2 * (2 * 6 + 3 * 4)
+    log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
+    log.write(replace(line(0), mfu_parts={"decoder": 0.3, "towers": 0.1}, mfu_of_nominal=None))
+    log.close()
+    (entry,) = read_lines(tmp_path / "metrics.jsonl")
+    assert (entry["mfu_decoder"], entry["mfu_towers"]) == (0.3, 0.1)
+    assert "mfu_parts" not in entry
+    assert "mfu_of_nominal" not in entry
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H200", 989e12), ("NVIDIA H20", 148e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10G", 70e12)],
+)
+def test_the_nominal_peak_is_that_of_the_device(name: str, peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert nominal_peak(torch.device("cpu"), torch.bfloat16) is None
+    named = SimpleNamespace(get_device_name=lambda device: name)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: named)
+    assert nominal_peak(torch.device("cuda"), torch.bfloat16) == peak
+    assert nominal_peak(torch.device("cuda"), torch.float32) is None
+    monkeypatch.setattr(named, "get_device_name", lambda device: "another")
+    assert nominal_peak(torch.device("cuda"), torch.bfloat16) is None
 
 
 def test_resuming_drops_the_steps_that_will_be_taken_again(tmp_path) -> None:
