@@ -663,17 +663,7 @@ def _contradictions(config: Config) -> list[str]:
     ):
         if both:
             faults.append(f"{one} and {other} are both set; keep one")
-    attrs = {"data.attr": data.attr}
-    for name, entries in (("train", data.train), ("eval", data.eval)):
-        for index, entry in enumerate(entries):
-            if isinstance(entry, DataSource) and not entry.path:
-                faults.append(f"data.{name}.{index}.path: not set; name the file of the source")
-            if isinstance(entry, DataSource) and "attr" in entry.options:
-                attrs[f"data.{name}.{index}.attr"] = entry.options["attr"]
-    for path, attr in attrs.items():
-        for name in ("ranking", "chosen", "rejected", "kto_tag"):
-            if value := getattr(attr, name):
-                faults.append(f"{path}.{name}: preference data are not trained here; expected null, got {value}")
+    faults += _source_contradictions(data)
     for low, high, of in (
         ("train.min_learning_rate", "train.learning_rate", (train.min_learning_rate, train.learning_rate)),
         ("data.image.min_pixels", "data.image.max_pixels", (data.image.min_pixels, data.image.max_pixels)),
@@ -688,6 +678,22 @@ def _contradictions(config: Config) -> list[str]:
             f"data.pack_tokens: {data.pack_tokens} does not divide by parallel.context x parallel.tensor = "
             f"{shards}; the next that does is {-(-data.pack_tokens // shards) * shards}"
         )
+    return faults
+
+
+def _source_contradictions(data: DataConfig) -> list[str]:
+    faults = []
+    attrs = {"data.attr": data.attr}
+    for name, entries in (("train", data.train), ("eval", data.eval)):
+        for index, entry in enumerate(entries):
+            if isinstance(entry, DataSource) and not entry.path:
+                faults.append(f"data.{name}.{index}.path: not set; name the file of the source")
+            if isinstance(entry, DataSource) and "attr" in entry.options:
+                attrs[f"data.{name}.{index}.attr"] = entry.options["attr"]
+    for path, attr in attrs.items():
+        for name in ("ranking", "chosen", "rejected", "kto_tag"):
+            if value := getattr(attr, name):
+                faults.append(f"{path}.{name}: preference data are not trained here; expected null, got {value}")
     return faults
 
 

@@ -5,17 +5,15 @@ by the processor's `collate_vision` and `collate_audio`, which also add the null
 
 Shapes that follow from T alone: input_ids, labels, loss_weights, is_padding `[T]`, position_ids `[3, T]`. `cu_seqlens`
 has `num_bounds(number of segments)` entries, one of few lengths, none of them much too long: kernels work for empty
-segments too;
-its tail repeats T. The last non-empty segment is the padding, if there is any.
+segments too; its tail repeats T. The last non-empty segment is the padding, if there is any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,40 +64,43 @@ def collate(
     within each example, so that no loss crosses from one to the next.
     """
     assert len(examples) == len(weight_scales), (len(examples), len(weight_scales))
-    lengths = [_length(example) for example in examples]
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    num_tokens = int(starts[-1])
+    num_tokens = sum(slot.num_tokens if isinstance(slot, FailedSlot) else len(slot.input_ids) for slot in examples)
     assert num_tokens <= pack_tokens, f"{num_tokens} tokens were planned into a pack of {pack_tokens}"
-    input_ids = torch.full((pack_tokens,), _PADDING_ID, dtype=torch.int64)
-    labels = torch.full((pack_tokens,), IGNORE_LABEL, dtype=torch.int64)
-    loss_weights = torch.zeros(pack_tokens, dtype=torch.float32)
-    position_ids = torch.zeros(3, pack_tokens, dtype=torch.int64)
-    is_padding = torch.ones(pack_tokens, dtype=torch.bool)
-    vision: list[VisionClip] = []
-    audio: list[AudioClip] = []
-    for example, scale, start in zip(examples, weight_scales, starts.tolist(), strict=False):
-        if isinstance(example, FailedSlot):
-            continue
-        rows = slice(start, start + len(example.input_ids))
-        input_ids[rows] = example.input_ids
-        labels[rows] = example.labels
-        loss_weights[rows] = (example.loss_weights.double() * scale).float()
-        position_ids[:, rows] = example.position_ids
-        is_padding[rows] = False
-        vision += [replace(clip, token_index=clip.token_index + start) for clip in example.vision]
-        audio += [replace(clip, token_index=clip.token_index + start) for clip in example.audio]
+    slots = [*examples, FailedSlot(id="", num_tokens=pack_tokens - num_tokens)]
+    parts = [_padding(slot) if isinstance(slot, FailedSlot) else slot for slot in slots]
+    lengths = [len(part.input_ids) for part in parts]
+    starts = list(accumulate(lengths[:-1], initial=0))
+    loss_weights = torch.cat(
+        [(part.loss_weights.double() * scale).float() for part, scale in zip(parts, (*weight_scales, 1.0), strict=True)]
+    )
+    is_failed = torch.tensor([isinstance(slot, FailedSlot) for slot in slots])
+    segments = [length for part in parts for length in part.segment_lengths or (len(part.input_ids),)]
+    placed = list(zip(parts, starts, strict=True))
+    vision = [replace(clip, token_index=clip.token_index + start) for part, start in placed for clip in part.vision]
+    audio = [replace(clip, token_index=clip.token_index + start) for part, start in placed for clip in part.audio]
     return PackedBatch(
-        input_ids=input_ids,
-        labels=labels,
+        input_ids=torch.cat([part.input_ids for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
         loss_weights=loss_weights,
         loss_index=loss_weights.nonzero().flatten(),
-        position_ids=position_ids,
-        is_padding=is_padding,
-        segments=_segments([length for example in examples for length in _segment_lengths(example)], pack_tokens),
+        position_ids=torch.cat([part.position_ids for part in parts], dim=1),
+        is_padding=is_failed.repeat_interleave(torch.tensor(lengths)),
+        segments=Segments.from_lengths(segments, num_bounds=num_bounds(sum(length > 0 for length in segments))),
         vision=collate_vision(vision) if collate_vision is not None else None,
         audio=collate_audio(audio) if collate_audio is not None else None,
         sample_ids=tuple(example.id for example in examples),
-        sample_bounds=tuple(starts.tolist()),
+        sample_bounds=tuple(starts),
+    )
+
+
+def _padding(slot: FailedSlot) -> Example:
+    ids = torch.full((slot.num_tokens,), _PADDING_ID)
+    return Example(
+        id=slot.id,
+        input_ids=ids,
+        labels=torch.full_like(ids, IGNORE_LABEL),
+        loss_weights=torch.zeros(slot.num_tokens),
+        position_ids=torch.zeros(3, slot.num_tokens, dtype=torch.int64),
     )
 
 
@@ -111,23 +112,17 @@ def blank_samples(batch: PackedBatch, positions: Sequence[int]) -> PackedBatch:
     """
     if not positions:
         return batch
-    bounds = batch.sample_bounds
-    input_ids, labels, position_ids = batch.input_ids.clone(), batch.labels.clone(), batch.position_ids.clone()
-    loss_weights, is_padding = batch.loss_weights.clone(), batch.is_padding.clone()
+    failed = torch.zeros_like(batch.is_padding)
     for position in positions:
-        rows = slice(bounds[position], bounds[position + 1])
-        input_ids[rows] = _PADDING_ID
-        labels[rows] = IGNORE_LABEL
-        position_ids[:, rows] = 0
-        loss_weights[rows] = 0.0
-        is_padding[rows] = True
+        failed[batch.sample_bounds[position] : batch.sample_bounds[position + 1]] = True
+    loss_weights, is_padding = batch.loss_weights.masked_fill(failed, 0.0), batch.is_padding | failed
     return replace(
         batch,
-        input_ids=input_ids,
-        labels=labels,
+        input_ids=batch.input_ids.masked_fill(failed, _PADDING_ID),
+        labels=batch.labels.masked_fill(failed, IGNORE_LABEL),
         loss_weights=loss_weights,
         loss_index=loss_weights.nonzero().flatten(),
-        position_ids=position_ids,
+        position_ids=batch.position_ids.masked_fill(failed, 0),
         is_padding=is_padding,
         targets={
             name: replace(targets, weights=targets.weights.masked_fill(is_padding[targets.token_index], 0.0))
@@ -153,20 +148,6 @@ def _sum_between(bounds: Sequence[int], weights: Tensor) -> tuple[float, ...]:
 def weight_sum(batch: PackedBatch) -> float:
     """The pack's share of the denominator of text's loss, float64."""
     return sum(sample_weight_sums(batch)[TEXT], start=0.0)
-
-
-def _length(example: Example | FailedSlot) -> int:
-    return example.num_tokens if isinstance(example, FailedSlot) else len(example.input_ids)
-
-
-def _segment_lengths(example: Example | FailedSlot) -> tuple[int, ...]:
-    several = () if isinstance(example, FailedSlot) else example.segment_lengths
-    return several or (_length(example),)
-
-
-def _segments(lengths: list[int], pack_tokens: int) -> Segments:
-    filled = [*lengths, pack_tokens - sum(lengths)]
-    return Segments.from_lengths(filled, num_bounds=num_bounds(len([length for length in filled if length])))
 
 
 def check_example(example: Example, num_tokens: int) -> str | None:
