@@ -114,6 +114,9 @@ class DataSource:
     path: Annotated[str, "a file, a pattern of files, or a folder"] = ""
     name: Annotated[str | None, "what metrics call it; null is the last part of the path"] = None
     part: Annotated[str | None, "of a folder that has several, as train and val; null is train for data.train"] = None
+    weight: Annotated[Positive | None, "its share of the rows of an epoch, against those of the others"] = None
+    repeat: Annotated[Positive, "how often an epoch goes through it, where there are no weights"] = 1.0
+    loss_weight: Annotated[NotNegative, "multiplies the weights of its rows"] = 1.0
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -683,6 +686,11 @@ def _contradictions(config: Config) -> list[str]:
 
 def _source_contradictions(data: DataConfig) -> list[str]:
     faults = []
+    weights = [as_source(entry).weight for entry in data.train]
+    if any(weights) and not all(weights):
+        faults.append(
+            f"data.train.{weights.index(None)}.weight: not set, while other data sets have one; set it for all"
+        )
     attrs = {"data.attr": data.attr}
     for name, entries in (("train", data.train), ("eval", data.eval)):
         for index, entry in enumerate(entries):

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from omniloom.config import Config, DataConfig, TrainConfig
+from omniloom.config import Config, DataConfig, DataSource, TrainConfig
 from omniloom.data.agreement import PlanningRanks
 from omniloom.data.dataclass_json import from_json, to_json
 from omniloom.data.packing import pack_window, plan_steps
@@ -30,7 +30,7 @@ _FIXED = {  # keys that decide the plan: they may not change between a checkpoin
     "data": ("pack_tokens", "window", "shuffle", "overlong"),
     "train": ("packs_per_step", "seed", "loss"),
 }
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 
 
 class PlanError(ValueError):
@@ -58,9 +58,9 @@ class Planner:
 
     `measure(rows)` gives one Extent or BadSample per row; `locate(row)` its file and line, for messages;
     `data_fingerprint` tells on resume whether the rows are still the same, `row_options` (JSON, by their names in the
-    config, those at their defaults left out) whether they still become the same samples. All ranks must call
-    `next_step` equally often: with `world_size > 1` each window costs two calls of `exchange`, made on a thread of the
-    planner's own, one window ahead of need.
+    config, those at their defaults left out) whether they still become the same samples; `entries` what an epoch takes
+    of each source. All ranks must call `next_step` equally often: with `world_size > 1` each window costs two calls of
+    `exchange`, made on a thread of the planner's own, one window ahead of need.
 
     Which rows come when is `row_order`'s, which samples share a pack `packing`'s, what ranks tell each other
     `agreement`'s: this class joins them, holds the state, and runs ahead.
@@ -76,9 +76,10 @@ class Planner:
         ranks: PlanningRanks | None = None,
         data_fingerprint: str = "",
         row_options: Mapping[str, Any] | None = None,
+        entries: Sequence[DataSource] = (),
     ) -> None:
         self.config = config
-        self.order = RowOrder(rows_per_source, config)
+        self.order = RowOrder(rows_per_source, config, entries)
         self.data_fingerprint = data_fingerprint
         self.row_options = dict(row_options or {})
         self._measure = measure
@@ -182,6 +183,7 @@ class Planner:
         }
         return {
             "rows_per_source": list(self.order.rows_per_source),
+            "taken_per_source": list(self.order.taken_per_source),
             "data_fingerprint": self.data_fingerprint,
             **fixed,
             "row_options": self.row_options,

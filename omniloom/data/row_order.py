@@ -1,8 +1,10 @@
 """Which rows come when: epochs, shuffles, the sources' shares, and the windows in which rows are planned together.
 
 A function of the sources' sizes, the seed and the options; knows no row's content, no pack and no rank. Each source has
-an order and a cursor of its own: an epoch mixes them in proportion to their sizes, so that a source's next row does not
-depend on how far the others are.
+orders and a cursor of its own, so that its next row does not depend on how far the others are: it is gone through again
+and again, in a new order each time. An epoch takes from each source as many rows as it has, times `repeat`, or a share
+of as many rows by `weight`, and where it ends in the middle of a source the next one goes on there. Each window has the
+proportions of the epoch, to a row.
 
 Windows have `data.window` rows; the first three of a run have an eighth, a quarter and half of that, so that
 training starts at once.
@@ -15,10 +17,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-from numpy import int64
+from numpy import int32, int64
 from numpy.typing import NDArray
 
-from omniloom.config import Config
+from omniloom.config import Config, DataSource
 from omniloom.types import BadSample, PlannedSample
 
 _FIRST_WINDOWS = (8, 4, 2)  # divisors of the window size for the first windows of a run
@@ -44,28 +46,25 @@ class PlanPosition:
         return sum(self.cursors)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _EpochOrder:
-    epoch: int
-    source_of: NDArray[int64] | None  # [rows]: the source that each row of the epoch is taken from; None: in turn
-    rows_of: tuple[NDArray[int64], ...]  # of each source: its rows in the order of this epoch
-
-
 class RowOrder:
     """The rows of every window of a run. Row numbers count through all sources, one after another."""
 
-    def __init__(self, rows_per_source: Sequence[int], config: Config) -> None:
+    def __init__(self, rows_per_source: Sequence[int], config: Config, entries: Sequence[DataSource] = ()) -> None:
+        """`entries` say how often or how much of each source an epoch takes; without them it is each row once."""
         self.rows_per_source = tuple(rows_per_source)
-        self.num_rows = sum(rows_per_source)
-        if self.num_rows < 1:
+        if sum(rows_per_source) < 1:
             raise ValueError("data.train: expected at least one row, got none; name a file that has samples")
+        self.taken_per_source = _taken_rows(rows_per_source, entries)
+        self.num_rows = sum(self.taken_per_source)  # of an epoch
         self._config = config
         self._starts = [0, *accumulate(rows_per_source)]
+        self._ends = list(accumulate(self.taken_per_source))
+        self._mixes = config.data.shuffle or any(entry.weight for entry in entries)
         epochs = config.train.epochs or 1.0
         self.total_rows = None if config.train.steps is not None else round(epochs * self.num_rows)
         if self.total_rows == 0:
             raise ValueError(f"train.epochs: {epochs:g} epochs of {self.num_rows} rows are not one row; raise it")
-        self._cached: _EpochOrder | None = None
+        self._orders: dict[int, tuple[int, NDArray[int32]]] = {}  # of each source: a pass through it, and its order
 
     def at_end(self, position: PlanPosition) -> bool:
         if self._config.train.steps is not None:
@@ -85,35 +84,61 @@ class RowOrder:
             size = max(size // _FIRST_WINDOWS[position.window], min(size, _LEAST_WINDOW))
         start = position.num_read
         stop = min(start + size, self.epoch_rows(position.epoch))
-        order = self._epoch_order(position.epoch)
-        if order.source_of is None:
-            source_of = np.searchsorted(self._starts[1:], np.arange(start, stop), side="right")
-        else:
-            source_of = order.source_of[start:stop]
-        rows = np.empty(stop - start, dtype=np.int64)
         cursors = list(position.cursors or (0,) * len(self.rows_per_source))
+        if self._mixes:
+            counts = self._shares(cursors, stop)
+            turns = shuffled_rows(stop - start, self._config.train.seed, position.epoch, len(counts) + start)
+            source_of = np.repeat(np.arange(len(counts)), counts)[turns]
+        else:
+            source_of = np.searchsorted(self._ends, np.arange(start, stop), side="right")
+        rows = np.empty(stop - start, dtype=np.int64)
         for source in np.unique(source_of).tolist():
-            places = np.flatnonzero(source_of == source)
-            begin, cursors[source] = cursors[source], cursors[source] + len(places)
-            rows[places] = self._starts[source] + order.rows_of[source][begin : cursors[source]]
+            own = np.flatnonzero(source_of == source)
+            begin = position.epoch * self.taken_per_source[source] + cursors[source]
+            rows[own] = self._starts[source] + self._rows_of(source, begin, begin + len(own))
+            cursors[source] += len(own)
         taken: list[int] = rows.tolist()
         return taken, tuple(cursors)
 
-    def _epoch_order(self, epoch: int) -> _EpochOrder:
-        if self._cached is None or self._cached.epoch != epoch:
-            seed, sizes = self._config.train.seed, self.rows_per_source
-            if not self._config.data.shuffle:
-                self._cached = _EpochOrder(
-                    epoch=epoch, source_of=None, rows_of=tuple(np.arange(size, dtype=np.int64) for size in sizes)
-                )
-            else:
-                mixed = shuffled_rows(self.num_rows, seed, epoch, len(sizes)) if len(sizes) > 1 else None
-                self._cached = _EpochOrder(
-                    epoch=epoch,
-                    source_of=None if mixed is None else np.searchsorted(self._starts[1:], mixed, side="right"),
-                    rows_of=tuple(shuffled_rows(size, seed, epoch, source) for source, size in enumerate(sizes)),
-                )
-        return self._cached
+    def _shares(self, cursors: Sequence[int], stop: int) -> NDArray[int64]:
+        """Rows to take of each source so that up to the place `stop` of the epoch each has its share, to a row."""
+        due = np.maximum([taken * stop / self.num_rows for taken in self.taken_per_source] - np.array(cursors), 0)
+        counts = np.floor(due).astype(np.int64)
+        order = np.argsort(counts - due, kind="stable")  # whose next row is nearest first
+        missing = stop - sum(cursors) - int(counts.sum())
+        counts[order[: max(0, missing)]] += 1
+        for source in order[::-1]:  # whoever was ahead of its share leaves too little for the others
+            if missing < 0 and counts[source]:
+                counts[source], missing = counts[source] - 1, missing + 1
+        return counts
+
+    def _rows_of(self, source: int, begin: int, end: int) -> NDArray[int64]:
+        """Rows of a source by how many were taken of it before since the start of the run."""
+        size = self.rows_per_source[source]
+        if not self._config.data.shuffle:
+            return np.arange(begin, end) % size
+        found = []
+        for number in range(begin // size, -(-end // size)):
+            if self._orders.get(source, (None,))[0] != number:
+                order = shuffled_rows(size, self._config.train.seed, number, source)
+                self._orders[source] = (number, order.astype(np.int32))
+            found.append(self._orders[source][1][max(0, begin - number * size) : end - number * size])
+        return np.concatenate(found).astype(np.int64)
+
+
+def _taken_rows(rows_per_source: Sequence[int], entries: Sequence[DataSource]) -> tuple[int, ...]:
+    """How many rows an epoch takes of each source. Raises: ValueError where that is none at all."""
+    if not entries:
+        return tuple(rows_per_source)
+    if not any(entry.weight for entry in entries):
+        taken = [round(size * entry.repeat) for size, entry in zip(rows_per_source, entries, strict=True)]
+    else:
+        weights = [entry.weight or 0.0 for entry in entries]
+        ends = [sum(rows_per_source) * end / sum(weights) for end in accumulate(weights)]
+        taken = [round(end) - round(start) for start, end in zip([0.0, *ends[:-1]], ends, strict=True)]
+    if not sum(taken):
+        raise ValueError("data.train: an epoch takes no row of any data set; raise their repeat")
+    return tuple(taken)
 
 
 def shuffled_rows(num_rows: int, seed: int, epoch: int, stream: int = 0) -> NDArray[int64]:

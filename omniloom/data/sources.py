@@ -11,7 +11,8 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -75,6 +76,13 @@ class Sources:
         assert 0 <= row < len(self), f"row {row} of {len(self)}"
         part = bisect.bisect_right(self._ends, row)
         return part, row - (self._ends[part - 1] if part else 0)
+
+    def count(self, rows: Iterable[int]) -> dict[str, int] | None:
+        """Of some rows, how many are of each source by its name; None where there is one source alone."""
+        if len(self.parts) == 1:
+            return None
+        found = Counter(self.find(row)[0] for row in rows)
+        return {name: found[part] for part, name in enumerate(self.names)}
 
     def first_rows(self) -> list[int]:
         """The first row of each source."""

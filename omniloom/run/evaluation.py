@@ -42,6 +42,7 @@ class EvaluationReport:
 
     losses: Mapping[str, float]  # by name, weighted means over all held-out rows
     loss_by_modality: Mapping[str, float]  # text's, of the modalities that were measured
+    loss_by_set: Mapping[str, float]  # text's, of the data sets where there are several
     num_rows: int
     num_bad: int  # rows that could not be read
     answers: AnswerScores | None = None
@@ -51,6 +52,7 @@ class EvaluationReport:
         """All numbers by name, as `metrics.jsonl` has them."""
         found = {"eval_loss" if name == TEXT else f"eval_{name}_loss": loss for name, loss in self.losses.items()}
         found |= {f"eval_loss.{modality}": loss for modality, loss in self.loss_by_modality.items()}
+        found |= {f"eval_set_loss.{name}": loss for name, loss in self.loss_by_set.items()}
         if self.answers is not None:
             found["eval_exact_match"] = self.answers.exact_match
             if self.answers.character_error_rate is not None and self.answers.word_error_rate is not None:
@@ -102,10 +104,15 @@ class Evaluation:
         stack.callback(self.loader.close)
         packs = self._plan(rows, config.data.pack_tokens)
         groups: dict[str, list[PlannedSample]] = {}
+        measured: dict[tuple[str, str], list[PlannedSample]] = {}  # by modality and data set
+        names = rows.names
         for sample in (sample for pack in packs for sample in pack.samples):
-            groups.setdefault(modality_of(sample.extent), []).append(sample)
+            modality = modality_of(sample.extent)
+            groups.setdefault(modality, []).append(sample)
+            measured.setdefault((modality, names[rows.find(sample.row)[0]]), []).append(sample)
         pack_tokens, self.max_new_tokens = config.data.pack_tokens, config.train.eval_answer_tokens
-        self.packs = {name: self._pack(samples, pack_tokens) for name, samples in sorted(groups.items())}
+        self.packs = {key: self._pack(samples, pack_tokens) for key, samples in sorted(measured.items())}
+        self.sets = names if len(names) > 1 else ()
         chosen = choose_in_turn(groups, config.train.eval_answers, pack_tokens - self.max_new_tokens)
         self.to_answer = self._pack(chosen, pack_tokens, room=self.max_new_tokens)
         self.answer_loader = self.loader
@@ -137,13 +144,14 @@ class Evaluation:
 
     def run(self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]) -> EvaluationReport:
         """Everything about the model as it is; `on_pack` is called before each pack. Collective over all ranks."""
-        parts = {name: self._measure(packs, model, pool, on_pack) for name, packs in self.packs.items()}
+        parts = {key: self._measure(packs, model, pool, on_pack) for key, packs in self.packs.items()}
         rows = self._answers(model, pool, on_pack)
         pairs = [(row["expected"], row["answer"]) for row in rows]
         spoken = [(row["expected"], row["answer"]) for row in rows if "audio" in row["modality"]]
         return EvaluationReport(
             losses=_means(parts.values()),
-            loss_by_modality={name: means[TEXT] for name, part in parts.items() if TEXT in (means := _means([part]))},
+            loss_by_modality=_text_means(parts, 0, {modality for modality, _ in parts}),
+            loss_by_set=_text_means(parts, 1, self.sets),
             num_rows=self.num_rows,
             num_bad=self.num_unusable + sum(part.num_bad for part in parts.values()),
             answers=compare(pairs, spoken) if rows else None,
@@ -233,6 +241,12 @@ def _means(parts: Collection[_Measured]) -> dict[str, float]:
             sums[name] += value
             weights[name] += part.weight_sums[name]
     return {name: total / weights[name] for name, total in sums.items() if weights[name]}
+
+
+def _text_means(parts: Mapping[tuple[str, str], _Measured], place: int, names: Collection[str]) -> dict[str, float]:
+    """Text's loss over the parts of each name, which is the first or the second of their keys."""
+    found = {name: _means([part for key, part in parts.items() if key[place] == name]) for name in sorted(names)}
+    return {name: means[TEXT] for name, means in found.items() if TEXT in means}
 
 
 def modality_of(extent: Extent) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from omniloom.checkpoint.files import write_json
 from omniloom.config import Config
+from omniloom.data.sources import Sources
 from omniloom.data.stream import LoadedStep
 from omniloom.parallel.apply import count_graphs
 from omniloom.parallel.mesh import Layout
@@ -79,9 +80,14 @@ class RunRecords:
         self._stack.callback(self._log.close)
 
     def step(
-        self, figures: StepFigures, loaded: LoadedStep, work: TrainingWork, report: EvaluationReport | None
+        self,
+        figures: StepFigures,
+        loaded: LoadedStep,
+        work: TrainingWork,
+        report: EvaluationReport | None,
+        rows: Sources,
     ) -> None:
-        """One finished step: its line in the metrics, and on the screen."""
+        """One finished step: its line in the metrics, and on the screen. `rows` are those that it is made of."""
         stats, seconds = loaded.agreement.stats, figures.step_seconds
         megaflops = work.by_component(sample.extent for pack in loaded.plan.packs for sample in pack.samples)
         shares = {
@@ -108,6 +114,7 @@ class RunRecords:
             other_losses={name: loss for name, loss in figures.losses.items() if name != TEXT},
             expert_imbalance=figures.expert_imbalance,
             evaluation=None if report is None else report.figures(),
+            samples_of=rows.count(sample.row for pack in loaded.plan.packs for sample in pack.samples),
         )
         if self._log is not None:
             self._log.write(line, figures.expert_load)

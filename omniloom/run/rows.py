@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omniloom.config import Config, ConfigError, DataConfig, options_of
+from omniloom.config import Config, ConfigError, DataConfig, as_source, options_of
 from omniloom.data.agreement import PlanningRanks
 from omniloom.data.extent_cache import ExtentCache, fingerprint_of
 from omniloom.data.formats import describe_format, parse_row
@@ -134,35 +134,33 @@ class OpenRows:
 
     def __call__(self) -> RowReader:
         data = self.options[0]
-        distinct: list[DataConfig] = []
-        for options in self.options:
-            if options not in distinct:
-                distinct.append(options)
-        readers = [self._read_with(options) for options in distinct]
+        wanted = list(zip(self.options, [entry.loss_weight for entry in self.source.entries] or [1.0], strict=True))
+        distinct = [one for number, one in enumerate(wanted) if one not in wanted[:number]]
+        readers = [self._read_with(*one) for one in distinct]
         return RowReader(
             source=self.source,
-            readers=tuple(readers[distinct.index(options)] for options in self.options),
+            readers=tuple(readers[distinct.index(one)] for one in wanted),
             pack_tokens=data.pack_tokens,
             shrink=data.overlong == "shrink",
             cache=ExtentCache(self.cache_dir) if self.cache_dir is not None else None,
             decode_all=self.decode_all,
         )
 
-    def _read_with(self, data: DataConfig) -> SourceReader:
+    def _read_with(self, data: DataConfig, loss_weight: float) -> SourceReader:
         planned = _changed(data, DataConfig())
         if self.last_answer_only:
             data = replace(data, train_on_prompt=False, last_turn_only=True)
         processor = spec_named(self.family_name).make_processor(self.model_dir, self.family, data)
         limits = MediaLimits(data=data, sampling_rate=processor.towers.settings.sampling_rate or SILENT_RATE)
         return SourceReader(
-            parse=partial(self._parse, options=data),
+            parse=partial(self._parse, options=data, loss_weight=loss_weight),
             read_header=partial(read_header, limits=limits),
             decode=partial(decode_clip, limits=limits),
             processor=processor,
             fingerprint=fingerprint_of(self.model_dir, self.family, self.modalities, planned),
         )
 
-    def _parse(self, row: Row, file: str, line: int, *, options: DataConfig) -> Conversation:
+    def _parse(self, row: Row, file: str, line: int, *, options: DataConfig, loss_weight: float) -> Conversation:
         conversation = parse_row(row, file=file, line=line, options=options, needs_answer=self.needs_answer)
         for turn in conversation.turns:
             for part in turn.parts:
@@ -172,7 +170,9 @@ class OpenRows:
                     if kind not in self.modalities:
                         has = ", ".join(self.modalities)
                         raise SampleError(f"{kind}s", f"the row has {kind}, this run only {has} (model.modalities)")
-        return _without_weights(conversation) if self.last_answer_only else conversation
+        if self.last_answer_only:
+            return _without_weights(conversation)
+        return replace(conversation, weight=conversation.weight * loss_weight)
 
 
 def _without_weights(conversation: Conversation) -> Conversation:
@@ -193,6 +193,8 @@ def planned_options(workshop: Workshop) -> dict[str, Any]:
     found = _changed(data, DataConfig())
     for index, entry in enumerate(data.train):
         found |= _changed(options_of(data, entry), data, f"data.train.{index}")
+        if (loss_weight := as_source(entry).loss_weight) != 1.0:
+            found[f"data.train.{index}.loss_weight"] = loss_weight
     return {**found, "model.modalities": list(workshop.modalities)}
 
 
@@ -238,6 +240,7 @@ def open_planner(workshop: Workshop, rows: Sources, measure: Measure, layout: La
         locate=rows.locate,
         data_fingerprint=rows.fingerprint,
         row_options=planned_options(workshop),
+        entries=rows.entries,
         ranks=None
         if layout is None
         else PlanningRanks(

@@ -210,7 +210,7 @@ class Trainer:
             if self.evaluation is not None and eval_every and step % eval_every == 0 and not stop:
                 report, evaluated = self._evaluate(step), step
                 stop = report is None
-            self.records.step(figures, loaded, self.work, report)
+            self.records.step(figures, loaded, self.work, report, self.train_rows)
             if stop or (every and step % every == 0):
                 self._save(step)
                 saved = step

@@ -141,6 +141,10 @@ def _figures(files: RunFiles) -> list[Figure]:
     if tokens := sum(values("num_tokens")):
         samples = fmt(sum(values("num_samples")), "count")
         figures.append(Figure(name="Tokens", value=fmt(tokens, "count"), detail=f"{samples} samples"))
+    names = {key for line in files.metrics for key in line if key.startswith("num_samples.")}
+    if total := sum(sum(values(name)) for name in names):
+        shares = [f"{name.partition('.')[2]} {percent(sum(values(name)) / total)}" for name in sorted(names)]
+        figures.append(Figure(name="Data sets", value=str(len(names)), detail=", ".join(shares)))
     if seconds := sum(values("step_seconds")):
         whole = files.summary.get("seconds")
         detail = f"{duration(whole)} with set-up and tests" if is_number(whole) else "in training steps"

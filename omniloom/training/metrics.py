@@ -67,6 +67,7 @@ class StepMetrics(PackStats):
     mfu_of_nominal: float | None = None  # None where the device's nominal peak is not known
     mfu_parts: Mapping[str, float] | None = None  # of `mfu`, by component: keys `mfu_decoder`, `mfu_towers`
     compiled_graphs: int | None = None  # of this process up to now; those of late steps were compiled anew
+    samples_of: Mapping[str, int] | None = None  # planned of each data set, where there are several: num_samples.NAME
 
 
 class MetricsLog:
@@ -88,6 +89,7 @@ class MetricsLog:
         """Raises: RunError where the disk takes no more."""
         line = {"step": metrics.step, **vars(metrics)}
         line |= {f"{name}_loss": value for name, value in (line.pop("other_losses") or {}).items()}
+        line |= {f"num_samples.{name}": value for name, value in (line.pop("samples_of") or {}).items()}
         line |= line.pop("evaluation") or {}
         line |= {f"mfu_{name}": share for name, share in (line.pop("mfu_parts") or {}).items()}
         line = {key: value for key, value in line.items() if value is not None or key == "loss"}

@@ -135,6 +135,7 @@ def test_options_of_a_source_are_its_own(checkpoint, tmp_path):
         "image": {"max_pixels": 90_000},
         "max_samples": 2,
         "template": "qwen3_omni",
+        "loss_weight": 0.5,
     }
     tree = {"model": {"path": str(checkpoint)}, "data": {"train": [str(tmp_path / "a.jsonl"), own]}}
     config = load_config(tree)
@@ -151,6 +152,8 @@ def test_options_of_a_source_are_its_own(checkpoint, tmp_path):
     planned = planned_options(workshop)
     assert {name: planned[f"data.train.1.attr.{name}"] for name in own["attr"]} == own["attr"]
     assert "data.train.1.media_dir" not in planned_options(workshop)
+    assert planned["data.train.1.loss_weight"] == 0.5
+    assert [extent.weight_sum / extent.num_loss_tokens for extent in found] == [1.0, 0.5, 0.5]
     for wrong, words in (
         ({"attr": {}}, "data.train.1.path: not set"),
         ({"path": "x", "atr": {}}, "data.train.1.atr: unknown key; did you mean data.train.1.attr?"),

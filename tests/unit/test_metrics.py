@@ -24,7 +24,8 @@ from omniloom.types import Extent, RunError
 
 def line(step: int) -> StepMetrics:
     numbers = dict.fromkeys(StepMetrics.__dataclass_fields__, 1)
-    numbers.update(step=step, other_losses=None, evaluation=None, expert_imbalance=None, mfu_parts=None)
+    absent = ("other_losses", "evaluation", "expert_imbalance", "mfu_parts", "samples_of")
+    numbers.update(step=step, **dict.fromkeys(absent))
     return StepMetrics(**numbers)
 
 

@@ -1,5 +1,6 @@
 import json
 import threading
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.config import Config
+from omniloom.config import Config, DataSource
 from omniloom.data.agreement import PlanningRanks, RanksStopped
 from omniloom.data.planner import (
     PlanError,
@@ -223,10 +224,59 @@ def test_each_source_has_an_order_and_a_cursor_of_its_own():
         after = replace(after, cursors=cursors)
         windows.append(rows)
         assert sum(cursors) == sum(map(len, windows))
-        assert abs(cursors[0] / sum(cursors) - 0.75) < 0.12  # each window has its share of both
+        assert abs(cursors[0] / sum(cursors) - 0.75) < 0.01  # each window has its share of both
     taken = [row for window in windows for row in window if row < 300]
     assert taken == RowOrder((300,), options(window=300)).next_window(PlanPosition(window=5))[0]
     assert sorted(alone[:300]) == sorted(taken)
+
+
+def windows_of(order: RowOrder, num_epochs: int) -> list[list[list[int]]]:
+    """By epoch and window."""
+    found, position = [], PlanPosition(window=5)
+    for epoch in range(num_epochs):
+        position, windows = replace(position, epoch=epoch, cursors=()), []
+        while position.num_read < order.num_rows:
+            rows, cursors = order.next_window(position)
+            position = replace(position, cursors=cursors)
+            windows.append(rows)
+        found.append(windows)
+    return found
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_weighted_mixture_is_exact_over_an_epoch_and_even_in_each_window(shuffle):
+    sizes, weights = (3000, 500, 10), (5.0, 4.0, 1.0)
+    entries = [DataSource(path="x", weight=weight) for weight in weights]
+    order = RowOrder(sizes, options(window=1000, shuffle=shuffle, epochs=2.0), entries)
+    assert order.taken_per_source == (1755, 1404, 351)
+    starts = [0, 3000, 3500, 3510]
+    taken = [[], [], []]
+    for windows in windows_of(order, 2):
+        counts = np.zeros(3)
+        for rows in windows:
+            own = np.histogram(rows, starts)[0]
+            counts += own
+            assert abs(own / len(rows) - np.array(weights) / 10).max() < 0.01
+            for source in range(3):
+                taken[source] += [row - starts[source] for row in rows if starts[source] <= row < starts[source + 1]]
+        assert counts.tolist() == [1755, 1404, 351]
+    for source, size in enumerate(sizes):  # each pass has every row once, however many passes epochs cut
+        for start in range(0, len(taken[source]) - size + 1, size):
+            assert sorted(taken[source][start : start + size]) == list(range(size))
+
+
+def test_repeated_sets_come_as_often_as_they_say():
+    entries = [DataSource(path="a", repeat=2.0), DataSource(path="b", repeat=0.5), DataSource(path="c")]
+    for shuffle in (True, False):
+        order = RowOrder((10, 10, 10), options(window=7, shuffle=shuffle, epochs=2.0), entries)
+        first, second = ([row for rows in windows for row in rows] for windows in windows_of(order, 2))
+        for epoch in (first, second):
+            counts = Counter(epoch)
+            assert [counts[row] for row in (*range(10), *range(20, 30))] == [2] * 10 + [1] * 10
+        halves = [sorted(row for row in epoch if 10 <= row < 20) for epoch in (first, second)]
+        assert sorted(halves[0] + halves[1]) == list(range(10, 20))
+    with pytest.raises(ValueError, match="takes no row of any data set"):
+        RowOrder((10,), options(), [DataSource(path="a", repeat=0.01)])
 
 
 def test_epochs_are_shuffled_by_seed_and_epoch():
