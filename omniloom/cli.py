@@ -21,6 +21,9 @@ app = typer.Typer(
 )
 
 
+ConfigWords = Annotated[
+    list[str] | None, typer.Argument(help="a YAML file, then dotted overrides", metavar="[CONFIG] [A.B=C]...")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="dotted overrides, e.g. train.steps=100", metavar="[A.B=C]...")
 ]
@@ -30,9 +33,7 @@ Nproc = Annotated[int | None, typer.Option("--nproc", help="local ranks to start
 
 @app.command()
 def train(
-    words: Annotated[
-        list[str] | None, typer.Argument(help="a YAML file, then dotted overrides", metavar="[CONFIG] [A.B=C]...")
-    ] = None,
+    words: ConfigWords = None,
     nproc: Nproc = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="start anew: remove what an earlier run left in train.run_dir")
@@ -156,7 +157,7 @@ def migrate(
 
 @app.command()
 def check(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None,
+    words: ConfigWords = None,
     nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="check the layout for so many ranks")] = None,
     write_excludes: Annotated[
         Path | None, typer.Option(help="a file for the rows that cannot be trained, which data.exclude takes")
@@ -170,7 +171,7 @@ def check(
 
 @app.command()
 def preview(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None,
+    words: ConfigWords = None,
     rows: int = 3,
     page: Annotated[Path | None, typer.Option(help="write an HTML page of them, and of the first packs")] = None,
 ) -> None:
@@ -186,9 +187,7 @@ def preview(
 
 
 @app.command()
-def plan(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [A.B=C]...")] = None, steps: int = 10
-) -> None:
+def plan(words: ConfigWords = None, steps: int = 10) -> None:
     """Show the first steps' packs: tokens, fill, media, cost."""
     from omniloom.tools.preview import show_plan
 

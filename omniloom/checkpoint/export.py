@@ -54,16 +54,14 @@ def export(
     Raises: ValueError on every rank if `out_dir` holds something that is no earlier export (unless `overwrite`), for
         tensors that do not fit the source, and when the disk is full; what was there before is then untouched.
     """
-    out_dir = Path(out_dir)
     assemblies = key_map.assemblies(source.shapes)
     plan = _plan(source, assemblies, key_map, names, dropped)
-    order = [name for name in assemblies if name in plan.places]
-    writer = _Writer(out_dir, source, plan) if rank(group) == 0 else None
+    writer = _Writer(Path(out_dir), source, plan) if rank(group) == 0 else None
     words = f"write the export {out_dir}", "; nothing there was changed"
     try:
         agree(attempt(lambda: writer.begin(files or {}, overwrite), *words) if writer else None, group)
         fault = None
-        for name in order:
+        for name in (name for name in assemblies if name in plan.places):
             tensor = gather(name)
             if writer is not None and fault is None:  # after a fault, keep the other ranks' collectives company
                 fault = attempt(partial(writer.write, name, tensor, assemblies[name]), *words)
@@ -73,7 +71,7 @@ def export(
         if writer is not None:
             shutil.rmtree(writer.partial, ignore_errors=True)
         raise
-    return out_dir
+    return Path(out_dir)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,12 +79,11 @@ def run(
     Raises: ValueError for whatever is wrong with config, checkpoint or data, before the first step where it is known.
     RunError for what stops a sound run: numbers that are not finite, a rank that is gone.
     """
-    timeout_seconds = config.train.step_timeout_seconds
+    timeout_seconds, run_dir = config.train.step_timeout_seconds, Path(config.train.run_dir)
     workshop, train_rows, eval_rows = open_run(config)
     ranks = init_distributed(timeout_seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
     try:
         layout = build_layout(choose_degrees(workshop, ranks.world_size), ranks)
-        run_dir = Path(config.train.run_dir)
         with hold_run_lock(run_dir, layout.channels["checkpoint"]):
             if not overwrite and (finished := find_finished(run_dir, config)) is not None:
                 if layout.is_first:
@@ -93,8 +92,7 @@ def run(
             check_start(run_dir, config, overwrite=overwrite)
             layout.barrier()  # nobody writes before everybody has looked
             with ExitStack() as stack:
-                trainer = Trainer(workshop, layout, train_rows, eval_rows, stack, on_step, overwrite=overwrite)
-                code = trainer.run()
+                code = Trainer(workshop, layout, train_rows, eval_rows, stack, on_step, overwrite=overwrite).run()
             if on_end is not None and layout.is_first and code == 0:
                 on_end(run_dir)
             return code

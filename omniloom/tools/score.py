@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -54,21 +55,19 @@ def score_rows(
     config = override_config(given, overrides, verb="score", takes=TAKES)
     workshop = open_workshop(config, adapter_decides=True)
     source = open_sources(config.data.train, config.data)
-    loader = Loader(open_rows(workshop, source, cache=False), workers=config.data.workers)
     scores: dict[int, dict[str, object]] = {}
-    try:
-        packs, bad = plan_all(
-            num_rows=len(source), pack_tokens=config.data.pack_tokens, measure=loader.measure, locate=source.locate
-        )
+    with closing(Loader(open_rows(workshop, source, cache=False), workers=config.data.workers)) as loader:
+        try:
+            packs, bad = plan_all(
+                num_rows=len(source), pack_tokens=config.data.pack_tokens, measure=loader.measure, locate=source.locate
+            )
+        except PlanError as error:  # no row can be used; its words are of a run's files
+            return [], list(error.bad_rows)
         net, failures = _load(workshop), list(bad)
         for plan, loaded in zip(packs, loader.load_in_order(packs), strict=True):
             failures += loaded.bad
             rows = [sample.row for sample in plan.samples]
             scores |= {rows[position]: score for position, score in score_pack(net, loaded)}
-    except PlanError as error:  # no row can be used; its words are of a run's files
-        failures = list(error.bad_rows)
-    finally:
-        loader.close()
     return [scores[row] for row in sorted(scores)], failures
 
 
