@@ -120,7 +120,7 @@ def train_omniloom(prepared: Path, setting: Setting) -> Result:
     load_weights(workshop, model)
     pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), "group")
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = build_optimizer(workshop, model, policies, layout.device)
+    optimizer = build_optimizer(workshop, dict(model.named_parameters()), policies, layout.device)
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
     meter, totals = Meter(), {"useful": 0, "computed": 0}

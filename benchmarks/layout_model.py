@@ -32,7 +32,7 @@ class Size:
 
     @classmethod
     def small(cls) -> Size:
-        return cls(hidden=128, layers=2, expert_hidden=128, tower_hidden=128, tower_layers=2, vocab_size=1024)
+        return cls(hidden=128, layers=4, expert_hidden=128, tower_hidden=128, tower_layers=2, vocab_size=1024)
 
     @property
     def video_rows(self) -> int:

@@ -28,6 +28,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import bubbles
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -47,6 +48,7 @@ from omniloom.parallel.device import peak_memory_bytes, synchronize
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed, resolve_degrees
+from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.segments import ATTENTION_SCALE
 from omniloom.parallel.step import Objective, encode_share, run_packs
 
@@ -65,7 +67,11 @@ LAYOUTS: dict[str, dict] = {
     "context4_expert4": {"context": 4, "expert": 4},
     "hsdp2_expert2": {"replicate": 2, "expert": 2},
     "hsdp2_context2": {"replicate": 2, "context": 2},
+    "pipeline2_fsdp2": {"pipeline": 2},
+    "pipeline4": {"pipeline": 4},
+    "interleaved2_fsdp2": {"pipeline": 2, "pipeline_schedule": "interleaved"},
 }
+LARGE = Size(hidden=2048, heads=32, layers=48, experts=128, expert_hidden=768, vocab_size=151936)  # a published decoder
 POOLS: dict[str, tuple[dict, bool]] = {  # layout, with a pool
     "fsdp4, no pool": ({}, False),
     "fsdp4, encoder_pool data": ({"encoder_pool": "data"}, True),
@@ -96,9 +102,9 @@ class SentBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: tuple) -> None:
-        if name == "barrier":
+        if name in ("barrier", "recv_"):
             return
-        if name == "allreduce_":
+        if name in ("allreduce_", "send"):
             tensors, box = args[0], args[1]
         elif name == "allgather_":
             tensors, box = args[1], args[2]
@@ -115,6 +121,8 @@ class SentBytes(TorchDispatchMode):
             axis, sent = "shard", (n - 1) / n * payload
         elif name == "allreduce_":
             sent = 2 * (n - 1) / n * payload
+        elif name == "send":
+            sent = float(payload)
         elif name == "alltoall_base_":
             splits, rows = args[4], args[1].shape[0]
             stays = splits[group.rank()] / rows if splits and rows else 1 / n
@@ -125,8 +133,12 @@ class SentBytes(TorchDispatchMode):
         self.num_calls[axis] += 1
 
 
-def theory(config: FamilyConfig, degrees: Degrees, sizes: tuple[int, int], num_tokens: int) -> dict[str, float]:
-    """Bytes that a rank has to send per step of one pack of text, float32, by axis. `num_tokens` are the rank's own.
+def theory(config: FamilyConfig, degrees: Degrees, sizes: tuple[int, int, int], num_tokens: int) -> dict[str, float]:
+    """Bytes that a rank has to send per step, float32, by axis, of one pack of text, or as many as there are stages.
+
+    `sizes` are parameters of the towers, of the experts and of all else, the mean over ranks; `num_tokens` are the
+    rank's own of a pack. Under a pipeline the decoder's are gathered for every pack, and the rows between two stages
+    and their gradient sent once for each.
 
     Sources: shard, 3 (n - 1) / n x parameters (two all-gathers, one reduce-scatter), ZeRO, arXiv 1910.02054 section 7;
     replicate, an all-reduce of the shard's gradients, arXiv 2304.11277; context, an all-to-all of q, k, v and the
@@ -134,18 +146,27 @@ def theory(config: FamilyConfig, degrees: Degrees, sizes: tuple[int, int], num_t
     repeated; expert, each row to each of its experts and back, per direction, where a share of (n - 1) / n leaves
     (which is the mean over ranks whatever the router prefers), GShard, arXiv 2006.16668.
     """
-    dense, experts = sizes
-    text = config.text
+    towers, experts, dense = sizes
+    text, packs = config.text, degrees.pipeline
     inner = degrees.shard * degrees.context
     away = {
-        n: (n - 1) / n for n in (inner, inner // degrees.expert, degrees.replicate, degrees.context, degrees.expert)
+        n: (n - 1) / n
+        for n in (
+            *(inner, inner * packs, inner // degrees.expert),
+            *(degrees.replicate, degrees.context, degrees.expert),
+        )
     }
     kv_heads = math.lcm(text.num_key_value_heads, degrees.context)
     heads = 2 * text.num_attention_heads + 2 * kv_heads
     layers, k = text.num_hidden_layers, text.num_experts_per_tok
     volumes = {
-        "shard": 3 * (away[inner] * dense + away[inner // degrees.expert] * experts / degrees.expert),
-        "replicate": 2 * away[degrees.replicate] * (dense + experts) / inner,
+        "shard": 3
+        * (
+            away[inner * packs] * towers
+            + packs * (away[inner] * dense + away[inner // degrees.expert] * experts / degrees.expert)
+        ),
+        "replicate": 2 * away[degrees.replicate] * (towers + dense + experts) / inner,
+        "pipeline": 2 * (degrees.num_stages - 1) * num_tokens * text.hidden_size,  # of all packs, the mean over ranks
         "context": 2 * layers * num_tokens * text.head_dim * heads * away[degrees.context],
         "expert": 4 * layers * num_tokens * k * text.hidden_size * away[degrees.expert],
     }
@@ -163,7 +184,7 @@ class Measured:
     peak_bytes: int  # beyond what the process held before it made the model
     sent: dict[str, float]
     num_calls: dict[str, int]
-    sizes: tuple[int, int]  # parameters of the whole model: all but the experts', the experts'
+    sizes: tuple[int, int, int]  # parameters that are here, or shards of which are: towers, experts, all else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,20 +244,26 @@ def fill(model: nn.Module) -> None:
 def measure_layout(rank: int, port: int, size: Size, parallel: dict, num_steps: int, out: str) -> None:
     layout = place(parallel, port, rank)
     config = make_config(size)
-    pack = make_pack(config, seed=layout.data_rank, num_tokens=size.tokens_per_rank * layout.degrees.context)
+    num_packs, num_tokens = layout.degrees.pipeline, size.tokens_per_rank * layout.degrees.context
+    packs = [
+        make_pack(config, seed=num_packs * layout.data_rank + number, num_tokens=num_tokens)
+        for number in range(num_packs)
+    ]
     before = peak_memory_bytes(layout.device)
     model = make_model(config, layout, parallel)
     pool = EncoderPool(layout, SPEC.sharding(config), "group")
-    (pack,) = pool.plan([pack])
+    packs, pipeline = pool.plan(packs), None
+    if num_packs > 1:
+        pipeline = Pipeline(model, layout, SPEC.sharding(config), ParallelConfig(**parallel), torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
     objective = Objective(
         coefficients={"text": 1.0},
-        weight_sums={"text": float(WORLD * size.tokens_per_rank), "router": float(layout.data_world)},
+        weight_sums={"text": float(WORLD * size.tokens_per_rank), "router": float(layout.data_world * num_packs)},
     )
 
     def step() -> None:
         optimizer.zero_grad()
-        run_packs(model, [pack], layout, objective, pool)
+        run_packs(model, packs, layout, objective, pool, pipeline)
         clip_gradients(model.parameters(), 1.0, layout.device)
         optimizer.step()
 
@@ -251,13 +278,15 @@ def measure_layout(rank: int, port: int, size: Size, parallel: dict, num_steps: 
         layout.barrier()
         seconds.append(time.perf_counter() - begin)
     peak = peak_memory_bytes(layout.device) - before
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    counts = {name: p.numel() for name, p in model.named_parameters()}
+    experts = sum(count for name, count in counts.items() if ".experts." in name)
+    towers = sum(count for name, count in counts.items() if not name.startswith("text."))
     measured = Measured(
         seconds=seconds,
         peak_bytes=peak,
         sent=dict(counter.sent),
         num_calls=dict(counter.num_calls),
-        sizes=(sum(p.numel() for p in model.parameters()) - experts, experts),
+        sizes=(towers, experts, sum(counts.values()) - experts - towers),
     )
     report(layout, measured, out)
 
@@ -272,6 +301,9 @@ def axes_of(layout: Layout) -> dict[str, str]:
         axes[layout.expert.get_group().group_name] = "expert"
     if layout.context_group is not None:
         axes[layout.context_group.group_name] = "context"
+    for group in (layout.upward, layout.downward):
+        if group is not None:
+            axes[group.group_name] = "pipeline"
     return axes
 
 
@@ -289,10 +321,10 @@ def measure_encoding(rank: int, port: int, size: Size, parallel: dict, with_pool
     if pool is not None:
         (pack,) = pool.plan([pack])
     with torch.no_grad():
-        encode_share(model, pack, layout, pool)
+        encode_share(model, [pack], layout, pool)
         layout.barrier()
         begin, own = time.perf_counter(), time.thread_time()
-        share = encode_share(model, pack, layout, pool)
+        share = encode_share(model, [pack], layout, pool)
         synchronize(layout.device)
         own_seconds, wall = time.thread_time() - own, time.perf_counter() - begin
     bounds = share.media.vision.segments.bounds
@@ -350,7 +382,8 @@ def layout_tables(size: Size, names: list[str], num_steps: int) -> list[str]:
         against = (f"{best / base[0]:.2f}", f"{peak / base[1]:.2f}") if base else ("", "")
         speed.append(f"| {name} | {rate:.0f} | {best:.0f} | {against[0]} | {peak:.0f} | {against[1]} |")
         print(speed[-1], flush=True)
-        expected = theory(config, degrees, found[0]["sizes"], size.tokens_per_rank)
+        sizes = tuple(sum(rank["sizes"][part] for rank in found) / WORLD for part in range(3))
+        expected = theory(config, degrees, sizes, size.tokens_per_rank)
         for axis in sorted({axis for rank in found for axis in rank["sent"]} | set(expected)):
             sent = sum(rank["sent"].get(axis, 0.0) for rank in found) / WORLD
             if not sent and axis not in expected:
@@ -359,9 +392,11 @@ def layout_tables(size: Size, names: list[str], num_steps: int) -> list[str]:
             of_theory = f"{expected[axis] / MIB:.3f} | {sent / expected[axis]:.4f}" if axis in expected else "- | -"
             moved.append(f"| {name} | {axis} | {calls} | {sent / MIB:.3f} | {of_theory} |")
             print(moved[-1], flush=True)
-    dense, experts = found[0]["sizes"]
+    with torch.device("meta"):
+        counts = {name: p.numel() for name, p in SPEC.build(config).named_parameters()}
+    experts = sum(count for name, count in counts.items() if ".experts." in name)
     head = (
-        f"Model: {(dense + experts) / 1e6:.1f}M parameters, {experts / 1e6:.1f}M of them experts; "
+        f"Model: {sum(counts.values()) / 1e6:.1f}M parameters, {experts / 1e6:.1f}M of them experts; "
         f"{size.tokens_per_rank} tokens per rank and step, text only (towers run on their null segment)."
     )
     return [head, "", *speed, "", *moved]
@@ -428,6 +463,10 @@ def main() -> None:
         f"{' x '.join(map(str, size.video_grid))} patches and the others none.",
         "",
         *pools,
+        "",
+        "Stages, counted: ranks waiting in a step, and the balance of 48 layers with a vocabulary of 152 thousand.",
+        "",
+        *bubbles.tables(SPEC.sharding(make_config(LARGE))),
     ]
     if arguments.output:
         arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")

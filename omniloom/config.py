@@ -232,6 +232,11 @@ class ParallelConfig:
     context: Annotated[Count, "ranks that divide a pack's tokens"] = 1
     expert: Annotated[Count, "ranks that divide the experts"] = 1
     pipeline: Annotated[Count, "ranks that divide the layers"] = 1
+    pipeline_layers: Annotated[tuple[CountOrZero, ...] | None, "layers of each stage; null is balanced by cost"] = None
+    pipeline_schedule: Annotated[Literal["1f1b", "interleaved"], "order in which packs pass through the stages"] = (
+        "1f1b"
+    )
+    stages_per_rank: Annotated[Count, "stages of each pipeline rank under pipeline_schedule=interleaved"] = 2
     encoder_pool: Annotated[Literal["group", "data"], "ranks that share tower work: a model-parallel group or all"] = (
         "group"
     )

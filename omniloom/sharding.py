@@ -33,7 +33,7 @@ class TensorSharding:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingPlan:
-    roots: tuple[str, ...]  # modules entered by a call of their own: the towers and the decoder
+    roots: tuple[str, ...]  # modules entered by a call of their own: the towers and, last, the decoder
     blocks: tuple[str, ...]  # each match is sharded by itself, and in execution order
     layer_calls: tuple[str, ...] = ()  # parameter-free, one in each root: (index, layer, inputs...); recompute's place
     # further groups, each gathered as one, the one that forward uses last at the end; tied weights share a group:
@@ -48,5 +48,11 @@ class ShardingPlan:
     num_attention_heads: int = 1
     num_key_value_heads: int = 1
     num_experts: int = 0
+    # forward cost of a typical sample, in any unit: of each layer of the decoder, of its embedding and of its head
+    layer_costs: tuple[int, ...] = ()
+    embed_cost: int = 0
+    head_cost: int = 0
+    routed_layers: tuple[bool, ...] = ()  # layers with a router
+    hidden_size: int = 0  # of the rows that one layer hands to the next
     patches_per_row: int = 4  # vision patches merged into one tower row
     audio_rows_per_chunk: int = 1  # rows that the audio stem makes of one chunk, valid or not

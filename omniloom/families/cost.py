@@ -34,17 +34,19 @@ def sample_cost(
 
 def decoder_flops(config: DecoderConfig, num_tokens: int, num_loss_tokens: int) -> int:
     """One sample of `num_tokens` through all layers, and the head for the tokens that have a loss."""
+    layers = sum(layer_flops(config, layer, num_tokens) for layer in range(config.num_hidden_layers))
+    return layers + 2 * num_loss_tokens * config.hidden_size * config.vocab_size
+
+
+def layer_flops(config: DecoderConfig, layer: int, num_tokens: int) -> int:
+    """One sample through one layer."""
     hidden = config.hidden_size
     q_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention = 2 * num_tokens * hidden * (2 * q_width + 2 * kv_width) + 2 * num_tokens**2 * q_width  # causal: half
-    dense = 2 * num_tokens * 3 * hidden * config.intermediate_size
+    if not config.is_moe(layer):
+        return attention + 2 * num_tokens * 3 * hidden * config.intermediate_size
     experts = 3 * config.moe_intermediate_size * config.num_experts_per_tok + config.num_experts  # and the router
-    sparse = 2 * num_tokens * hidden * experts
-    num_sparse = config.num_moe_layers
-    layers = (
-        config.num_hidden_layers * attention + (config.num_hidden_layers - num_sparse) * dense + num_sparse * sparse
-    )
-    return layers + 2 * num_loss_tokens * hidden * config.vocab_size
+    return attention + 2 * num_tokens * hidden * experts
 
 
 def vision_flops(config: VisionTowerConfig, grid_thw: tuple[int, int, int]) -> int:

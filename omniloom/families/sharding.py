@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from omniloom.dims import AudioTowerConfig, VisionTowerConfig
+from omniloom.families.cost import layer_flops
 from omniloom.families.decoder import DecoderConfig
 from omniloom.sharding import ShardingPlan, TensorSharding
+
+TYPICAL = 2048  # tokens of a sample, by which layers and head are weighed against one another
 
 
 def standard_sharding(
@@ -28,6 +31,11 @@ def standard_sharding(
         num_attention_heads=text.num_attention_heads,
         num_key_value_heads=text.num_key_value_heads,
         num_experts=text.num_experts,
+        layer_costs=tuple(layer_flops(text, layer, TYPICAL) for layer in range(text.num_hidden_layers)),
+        embed_cost=2 * TYPICAL * text.hidden_size,  # a row is copied, and its gradient added
+        head_cost=TYPICAL * text.hidden_size * text.vocab_size,  # half of the tokens have a loss
+        routed_layers=tuple(text.is_moe(layer) for layer in range(text.num_hidden_layers)),
+        hidden_size=text.hidden_size,
         patches_per_row=vision.spatial_merge_size**2,
         audio_rows_per_chunk=1 if audio is None else audio.chunk_rows,
     )

@@ -17,6 +17,7 @@ from omniloom.parallel.device import HostCopies
 from omniloom.parallel.expert import ExpertDispatch, LocalWeights, SumOverGroup
 from omniloom.parallel.fsdp import match_modules, shard_parameters
 from omniloom.parallel.mesh import Degrees, Layout
+from omniloom.parallel.pipeline import cut_decoder, layer_owners, split_layers
 from omniloom.parallel.recompute import OffloadingCall, recompute_layers
 from omniloom.parallel.tensor import check_tensor, divide_tensors
 from omniloom.sharding import ShardingPlan
@@ -38,6 +39,11 @@ def check_plan(plan: ShardingPlan, degrees: Degrees) -> None:
             f"parallel.expert: {plan.num_experts} experts do not divide over {degrees.expert} ranks; "
             f"choose from {allowed}"
         )
+    if degrees.pipeline > 1:
+        try:
+            split_layers(plan, degrees)
+        except ValueError as error:
+            faults.append(str(error))
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -59,6 +65,9 @@ def apply_parallelism(
     Raises: ValueError for degrees that do not divide.
     """
     check_plan(plan, layout.degrees)
+    decoder = plan.roots[-1]
+    if layout.degrees.pipeline > 1:
+        cut_decoder(model.get_submodule(decoder), layer_owners(plan, layout.degrees), layout)
     if layout.context_group is not None:
         for name in match_modules(model, plan.attention_cores):
             model.set_submodule(name, UlyssesCore(model.get_submodule(name), layout.context_group))
@@ -76,7 +85,9 @@ def apply_parallelism(
     copies: HostCopies | None = None
     for name in match_modules(model, plan.layer_calls):
         root = name.split(".")[0]
-        how = {None: memory.recompute, True: "full", False: "none"}[(recompute or {}).get(root)]
+        # under a pipeline a tower is called once for all packs of a step
+        usual = memory.recompute if root == decoder or layout.degrees.pipeline == 1 else "full"
+        how = {None: usual, True: "full", False: "none"}[(recompute or {}).get(root)]
         recompute_layers(model.get_submodule(root), how, routes=any(e.startswith(f"{root}.") for e in plan.experts))
         if memory.offload_activations and layout.device.type != "cpu":
             copies = copies or HostCopies(layout.device)

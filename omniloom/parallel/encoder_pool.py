@@ -21,10 +21,13 @@ from torch import Tensor
 
 from omniloom.parallel.collectives import exchange_rows
 from omniloom.parallel.mesh import Layout, Seat
+from omniloom.parallel.pipeline import layer_owners
 from omniloom.parallel.segments import (
     Ints,
     TowerSizes,
+    join_audio,
     join_sizes,
+    join_vision,
     measure_audio,
     measure_vision,
     rebuild_audio,
@@ -33,7 +36,7 @@ from omniloom.parallel.segments import (
     valid_rows,
 )
 from omniloom.sharding import ShardingPlan
-from omniloom.types import AudioBatch, MediaRoute, PackedBatch, PackPlan, Segments, TowerRoute, TowerRows, VisionBatch
+from omniloom.types import MediaRoute, PackedBatch, PackPlan, Segments, TowerRoute, TowerRows
 
 SLACK = 0.1  # of the mean load: what a rank may carry beyond it before a segment's features are moved elsewhere
 
@@ -246,12 +249,18 @@ class EncoderPool:
     def __init__(self, layout: Layout, plan: ShardingPlan, scope: Literal["group", "data"]) -> None:
         self.layout = layout
         self.patches_per_row, self.rows_per_chunk = plan.patches_per_row, plan.audio_rows_per_chunk
-        self.group = dist.group.WORLD if scope == "data" else layout.sharers_group
+        self._layer_owners = layer_owners(plan, layout.degrees)
+        self.group = dist.group.WORLD if scope == "data" else _group_of(layout)
         members = list(range(layout.world_size))
         if scope == "group":
             members = [rank for rank in members if layout.seat(rank).data_rank == layout.data_rank]
         self.seats = [layout.seat(rank) for rank in members]
         self.members, self.me = members, members.index(layout.rank)
+        # who owns the token rows of each data and context rank, by the stage that reads them
+        self._owners = [
+            [member for member, seat in enumerate(self.seats) if seat.pipeline_rank == stage]
+            for stage in range(layout.degrees.pipeline)
+        ]
 
     @property
     def is_alone(self) -> bool:
@@ -270,10 +279,24 @@ class EncoderPool:
         )
 
     def route(self, packs: Sequence[PackedBatch], measured: Sequence[Sequence[MediaSizes | None]]) -> list[PackedBatch]:
-        """This rank's packs of a step with their routes. `measured` are all ranks' sizes, pack by pack."""
+        """This rank's packs of a step with their routes. `measured` are all ranks' sizes, pack by pack.
+
+        Under a pipeline the towers are called once for all packs, so the first one comes with the media of all.
+        """
         if self.is_alone:
             return list(packs)
         known = [measured[rank] for rank in self.members]
+        if self.layout.degrees.pipeline > 1:
+            first, *others = packs
+            vision = [pack.vision for pack in packs if pack.vision is not None]
+            audio = [pack.audio for pack in packs if pack.audio is not None]
+            first = replace(
+                first,
+                vision=join_vision(vision) if vision else None,
+                audio=join_audio(audio, self.rows_per_chunk) if audio else None,
+                media_route=self._plan(known, first.input_ids.shape[0]),
+            )
+            return [first, *(replace(pack, vision=None, audio=None) for pack in others)]
         return [
             replace(pack, media_route=self._plan([[sizes[number]] for sizes in known], pack.input_ids.shape[0]))
             for number, pack in enumerate(packs)
@@ -327,47 +350,100 @@ class EncoderPool:
         assert self.group is not None, "a lone rank exchanges nothing"
         return exchange_rows(rows, list(send), list(receive), self.group)
 
-    def send_rows(self, media: PackedBatch, rows: TowerRows) -> tuple[VisionBatch | None, AudioBatch | None, TowerRows]:
-        """Tower rows to the owners of their tokens. Collective over the pool: one all-to-all per tower.
+    def send_rows(self, media: PackedBatch, rows: TowerRows, num_packs: int) -> list[tuple[PackedBatch, TowerRows]]:
+        """Tower rows to the owners of their tokens. Collective over the pool: one all-to-all per tower and stage.
 
-        Returns the media batches with this rank's own token rows as `token_index`, and the rows that fill them,
-        detached; deepstack levels travel beside the rows they belong to.
+        Returns for each of the packs its media, with this rank's own token rows as `token_index`, and the rows that
+        fill them, detached; deepstack levels travel beside the rows they belong to, or to the stage that adds them.
+        Rows that another stage reads are none here.
         """
         route, vision, audio = media.media_route, media.vision, media.audio
         assert route is not None, "media of a pool without routes"
-        vision_rows, deepstack, audio_rows = None, rows.deepstack, None
-        if vision is not None and rows.vision is not None and route.vision is not None:
-            vision_rows, *deepstack = self._send([rows.vision, *rows.deepstack], route.vision)
-            vision = replace(vision, token_index=route.vision.token_index[0])
-        if audio is not None and rows.audio is not None and route.audio is not None:
-            (audio_rows,) = self._send([rows.audio], route.audio)
-            audio = replace(audio, token_index=route.audio.token_index[0])
-        return vision, audio, TowerRows(vision=vision_rows, deepstack=tuple(deepstack), audio=audio_rows)
+        found = list[tuple[PackedBatch, TowerRows]]()
+        visual = self._send([rows.vision, *rows.deepstack], route.vision, num_packs)
+        heard = self._send([rows.audio], route.audio, num_packs)
+        for number, ((seen, *deepstack), (sound,)) in enumerate(zip(visual, heard, strict=True)):
+            if vision is not None and route.vision is not None:
+                vision = replace(vision, token_index=route.vision.token_index[number])
+            if audio is not None and route.audio is not None:
+                audio = replace(audio, token_index=route.audio.token_index[number])
+            local = replace(media, vision=vision, audio=audio)
+            levels = tuple(level for level in deepstack if level is not None)
+            found.append((local, TowerRows(vision=seen, deepstack=levels, audio=sound)))
+        return found
 
-    def _send(self, levels: list[Tensor], route: TowerRoute) -> list[Tensor]:
-        leaving = torch.cat([level.detach().index_select(0, route.row_order) for level in levels], dim=1)
-        landed = self._exchange(leaving, route.row_send, route.row_receive)
-        return [level.contiguous() for level in landed.split([level.shape[1] for level in levels], dim=1)]
+    def _send(
+        self, levels: Sequence[Tensor | None], route: TowerRoute | None, num_packs: int
+    ) -> list[list[Tensor | None]]:
+        """Per pack what landed of each level; None of a tower that there is not."""
+        packs: list[list[Tensor | None]] = [[None] * len(levels) for _ in range(num_packs)]
+        if route is None:
+            return packs
+        present = [level for level in levels if level is not None]
+        for stage, numbers in self._levels_by_stage(len(present)):
+            leaving = torch.cat([present[i].detach().index_select(0, route.row_order) for i in numbers], dim=1)
+            send, receive = self._splits(stage, route)
+            rows = self._exchange(leaving, send, receive)
+            if route.landing is not None and stage == self.layout.pipeline_rank:
+                rows = rows.index_select(0, route.landing)
+            lengths = [len(index) if stage == self.layout.pipeline_rank else 0 for index in route.token_index]
+            for pack, part in zip(packs, rows.split(lengths), strict=True):
+                widths = [present[i].shape[1] for i in numbers]
+                for i, level in zip(numbers, part.split(widths, dim=1), strict=True):
+                    pack[i] = level.contiguous()
+        return packs
 
-    def return_gradients(self, rows: TowerRows, gradients: TowerRows, route: MediaRoute) -> TowerRows:
-        """Gradients of received rows back to the towers that made them: shaped like `rows`, zero for the rest.
+    def _levels_by_stage(self, num_levels: int) -> list[tuple[int, list[int]]]:
+        """The pipeline ranks that read levels, and which: the first reads rows, the owner of layer i level i + 1."""
+        owners = [0, *self._layer_owners][:num_levels]
+        return [(stage, [i for i, owner in enumerate(owners) if owner == stage]) for stage in sorted(set(owners))]
 
-        Collective over the pool: one all-to-all per tower.
-        """
-        vision, deepstack, audio = None, list[Tensor](), None
-        if rows.vision is not None and route.vision is not None:
-            assert gradients.vision is not None, "rows without gradients"
-            likes, given = [rows.vision, *rows.deepstack], [gradients.vision, *gradients.deepstack]
-            vision, *deepstack = self._return(likes, given, route.vision)
-        if rows.audio is not None and route.audio is not None:
-            assert gradients.audio is not None, "rows without gradients"
-            (audio,) = self._return([rows.audio], [gradients.audio], route.audio)
-        return TowerRows(vision=vision, deepstack=tuple(deepstack), audio=audio)
+    def _splits(self, stage: int, route: TowerRoute) -> tuple[list[int], list[int]]:
+        """Rows to and from each member, where those of `stage` are the owners."""
+        send = [0] * len(self.members)
+        for member, count in zip(self._owners[stage], route.row_send, strict=True):
+            send[member] = count
+        here = stage == self.layout.pipeline_rank
+        return send, list(route.row_receive) if here else [0] * len(self.members)
 
-    def _return(self, likes: list[Tensor], gradients: list[Tensor], route: TowerRoute) -> list[Tensor]:
-        landed = self._exchange(torch.cat(gradients, dim=1), route.row_receive, route.row_send)
-        parts = landed.split([like.shape[1] for like in likes], dim=1)
-        return [
-            torch.zeros_like(like).index_copy(0, route.row_order, part.to(like.dtype))
-            for like, part in zip(likes, parts, strict=True)
-        ]
+    def return_gradients(self, rows: TowerRows, gradients: Sequence[TowerRows], route: MediaRoute) -> TowerRows:
+        """Gradients of received rows, pack by pack, back to the towers that made them: shaped like `rows`, zero for the
+        rest. Collective over the pool as `send_rows`."""
+        vision, *deepstack = self._return(
+            [rows.vision, *rows.deepstack], [(given.vision, *given.deepstack) for given in gradients], route.vision
+        )
+        (audio,) = self._return([rows.audio], [(given.audio,) for given in gradients], route.audio)
+        levels = tuple(level for level in deepstack if level is not None)
+        return TowerRows(vision=vision, deepstack=levels, audio=audio)
+
+    def _return(
+        self, likes: Sequence[Tensor | None], packs: Sequence[Sequence[Tensor | None]], route: TowerRoute | None
+    ) -> list[Tensor | None]:
+        found: list[Tensor | None] = [None] * len(likes)
+        if route is None:
+            return found
+        present = [like for like in likes if like is not None]
+        for stage, numbers in self._levels_by_stage(len(present)):
+            given = [[part for i in numbers if (part := pack[i]) is not None] for pack in packs]
+            leaving = torch.cat([torch.cat(parts, dim=1) for parts in given])
+            if route.landing is not None and stage == self.layout.pipeline_rank:
+                leaving = torch.empty_like(leaving).index_copy_(0, route.landing, leaving)
+            send, receive = self._splits(stage, route)
+            landed = self._exchange(leaving, receive, send)
+            parts = landed.split([present[i].shape[1] for i in numbers], dim=1)
+            for i, part in zip(numbers, parts, strict=True):
+                like = present[i]
+                found[i] = torch.zeros_like(like).index_copy(0, route.row_order, part.to(like.dtype))
+        return found
+
+
+def _group_of(layout: Layout) -> dist.ProcessGroup | None:
+    """The ranks that work on the same packs; None for one alone. Collective over all ranks."""
+    if layout.degrees.pipeline == 1:
+        return layout.sharers_group
+    if layout.degrees.sharers == 1:
+        return layout.upward
+    by_data: dict[int, list[int]] = {}
+    for rank in range(layout.world_size):
+        by_data.setdefault(layout.seat(rank).data_rank, []).append(rank)
+    return dist.new_subgroups_by_enumeration(list(by_data.values()), timeout=layout.ranks.timeout)[0]

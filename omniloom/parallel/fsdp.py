@@ -41,9 +41,9 @@ def shard_parameters(
 
     Parameters are gathered in `compute_dtype`, gradients reduced in float32.
 
-    Experts go to `layout.expert` and `layout.expert_fsdp`, the root whose matrices may be divided to `layout.fsdp`,
-    everything else to `layout.whole_fsdp`. Roots that the model was built without are passed over.
-    Raises: ValueError where the number of experts does not divide.
+    Experts go to `layout.expert` and `layout.expert_fsdp`, towers to `layout.tower_fsdp`, everything else to
+    `layout.fsdp`. Roots that the model was built without are passed over, and a decoder that is only a rank's stages,
+    each of which is a root (`shard_root`). Raises: ValueError where the number of experts does not divide.
 
     A single rank that computes in the parameters' own float32 has nothing to gather, cast or offload: there they stay
     plain, which saves a twentieth of a step of small models.
@@ -57,9 +57,8 @@ def shard_parameters(
             if layout.expert is not None:
                 _divide_experts(modules[name], layout.expert, name)
             wrap([modules[name]], layout.expert_fsdp)
-    meshes = dict.fromkeys(plan.roots, layout.whole_fsdp)
-    if plan.tensor is not None:
-        meshes[plan.tensor.root] = layout.fsdp
+    decoder = plan.roots[-1]
+    meshes = {**dict.fromkeys(plan.roots, layout.tower_fsdp), decoder: layout.fsdp}
     wrapped: dict[str, list[FSDPModule]] = {root: [] for root in plan.roots}
     for name in match_modules(model, plan.blocks):
         root = name.split(".")[0]
@@ -70,11 +69,23 @@ def shard_parameters(
             of_group = replace(parallel, reshard_after_forward=False) if patterns is plan.groups[-1] else parallel
             wrap([modules[name] for name in names], meshes[names[0].split(".")[0]], parallel=of_group)
     for root, blocks in wrapped.items():
-        if root in modules:
-            wrap([modules[root]], meshes[root])
-            _set_prefetch(blocks, parallel.prefetch)
+        if root in modules and (layout.degrees.pipeline == 1 or root != decoder):
+            shard_root(modules[root], blocks, meshes[root], layout, parallel, compute_dtype)
     loose = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     assert not loose, f"no root of the sharding plan {plan.roots} holds {', '.join(loose[:5])}"
+
+
+def shard_root(
+    root: nn.Module,
+    blocks: list[FSDPModule],
+    mesh: DeviceMesh,
+    layout: Layout,
+    parallel: ParallelConfig,
+    compute_dtype: torch.dtype,
+) -> None:
+    """Make a module that is called as a whole the root of its sharded `blocks`, and let each prefetch the next."""
+    _wrap([root], mesh, layout=layout, parallel=parallel, compute_dtype=compute_dtype)
+    _set_prefetch(blocks, parallel.prefetch)
 
 
 def _divide_experts(experts: nn.Module, mesh: DeviceMesh, name: str) -> None:

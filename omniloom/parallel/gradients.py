@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
@@ -16,15 +16,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+def gradient_norm(
+    parameters: Iterable[nn.Parameter], device: torch.device, repeated: Collection[nn.Parameter] = ()
+) -> Tensor:
     """Euclidean norm over all gradients as a float32 scalar on `device`, the same on every rank.
 
-    Parameters without a gradient count nothing. Collective over all ranks: one all-reduce of one float32. The result
-    is not finite if any gradient is not.
+    Parameters without a gradient count nothing, nor do those `repeated`, which other ranks count. Collective over all
+    ranks: one all-reduce of one float32. The result is not finite if any gradient is not.
     """
     by_copies: dict[tuple[int, torch.device], list[Tensor]] = defaultdict(list)
+    elsewhere = {id(parameter) for parameter in repeated}
     for parameter in parameters:
-        if parameter.grad is not None:
+        if parameter.grad is not None and id(parameter) not in elsewhere:
             local, copies = _local_part(parameter.grad)
             if local.numel():
                 by_copies[copies, local.device].append(local)
@@ -36,14 +39,21 @@ def gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> T
     return total.sqrt()
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, device: torch.device) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    device: torch.device,
+    repeated: Collection[nn.Parameter] = (),
+) -> Tensor:
     """Scale all gradients in place so that their norm is at most `max_norm`; 0 only measures.
+
+    `repeated` are scaled and not counted.
 
     Returns the norm before scaling, float32 scalar on `device`, without waiting for the device. Gradients that are not
     finite are left as they are: the caller reads the norm and decides. Collective over all ranks.
     """
     parameters = list(parameters)
-    norm = gradient_norm(parameters, device)
+    norm = gradient_norm(parameters, device, repeated)
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6 as in torch.nn.utils.clip_grad_norm_
         scale = torch.where(norm.isfinite(), scale, 1.0)
@@ -65,6 +75,4 @@ def _local_part(gradient: Tensor) -> tuple[Tensor, int]:
     copies = math.prod(
         mesh.size(axis) for axis, placement in enumerate(gradient.placements) if placement.is_replicate()
     )
-    elsewhere = dist.get_world_size() // mesh.size()  # ranks outside the mesh hold other parameters or further copies
-    assert elsewhere == 1, f"a parameter's mesh covers {mesh.size()} of {dist.get_world_size()} ranks"
-    return gradient.to_local(), copies
+    return gradient.to_local(), copies  # ranks outside of the mesh are other stages' and hold other parameters

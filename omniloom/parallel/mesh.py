@@ -1,15 +1,16 @@
 """Who the ranks are: joining the job, the named axes, and the groups that cut across them.
 
-`world = pipeline x replicate x shard x context x tensor`, tensor innermost. Data parallelism is `replicate x shard`;
-FSDP shards the decoder over `shard x context`, towers and whole experts over `shard x context x tensor`. `expert`
-multiplies nothing: it regroups the latter as `expert_shard x expert`, expert innermost. Knows no model.
+`world = replicate x pipeline x shard x context x tensor`, tensor innermost. Data parallelism is `replicate x shard`;
+FSDP shards the decoder over `shard x context` of its stage, whole experts over `shard x context x tensor`, towers over
+`pipeline x shard x context x tensor`. `expert` multiplies nothing: it regroups the ranks of whole experts as
+`expert_shard x expert`, expert innermost. Knows no model.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -34,6 +35,12 @@ class Degrees:
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
+    stages_per_rank: int = 1
+    pipeline_layers: tuple[int, ...] = ()  # of each stage, where the config says so
+
+    @property
+    def num_stages(self) -> int:
+        return self.pipeline * self.stages_per_rank
 
     @property
     def sharers(self) -> int:
@@ -46,7 +53,8 @@ class Degrees:
 
     def describe(self) -> str:
         """The axes that are larger than one, for logs and messages."""
-        sizes = [(name, getattr(self, name)) for name in self.__dataclass_fields__]
+        axes = ("replicate", "shard", "context", "tensor", "pipeline", "expert")
+        sizes = [(name, getattr(self, name)) for name in axes]
         return " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "one rank"
 
 
@@ -58,8 +66,6 @@ def resolve_degrees(config: ParallelConfig, world_size: int, *, packs_per_step: 
     given = {name: getattr(config, name) for name in ("replicate", "context", "tensor", "pipeline")}
     rest = math.prod(given.values())
     faults = []
-    if given["pipeline"] != 1:
-        faults.append(f"parallel.pipeline: {given['pipeline']} is not supported yet; set it to 1")
     shard = config.shard
     if shard == "auto":
         shard = max(world_size // rest, 1)
@@ -92,9 +98,38 @@ def resolve_degrees(config: ParallelConfig, world_size: int, *, packs_per_step: 
             f"(replicate {given['replicate']} x shard {shard}); raise it to at least {data}, or give ranks to "
             f"parallel.context or parallel.tensor"
         )
+    degrees = Degrees(
+        shard=shard,
+        expert=config.expert,
+        stages_per_rank=config.stages_per_rank if config.pipeline_schedule == "interleaved" else 1,
+        pipeline_layers=config.pipeline_layers or (),
+        **given,
+    )
+    if config.pipeline_layers and degrees.pipeline == 1:
+        faults.append("parallel.pipeline_layers divide the layers over stages, but parallel.pipeline is 1; set both")
+    if degrees.pipeline > 1 and data <= packs_per_step:
+        faults += check_packs(packs_per_step, degrees)
     if faults:
         raise ValueError("\n".join(faults))
-    return Degrees(shard=shard, expert=config.expert, **given)
+    return degrees
+
+
+def check_packs(packs_per_step: int, degrees: Degrees) -> list[str]:
+    """What keeps a pipeline from being filled: too few packs, or with interleaving no equal rounds of them."""
+    num_ranks, data = degrees.pipeline, degrees.replicate * degrees.shard
+
+    def fits(packs: int) -> bool:
+        return packs >= num_ranks and (degrees.stages_per_rank == 1 or packs % (packs // num_ranks) == 0)
+
+    packs = -(-packs_per_step // data)
+    if fits(packs):
+        return []
+    more = [count * data for count in range(packs + 1, packs + 2 * num_ranks + 2) if fits(count)]
+    return [
+        f"train.packs_per_step: {packs_per_step} packs are {packs} for each of {data} data-parallel ranks, which a "
+        f"pipeline of {num_ranks} ranks cannot take: it needs at least {num_ranks}, and equal rounds of them under "
+        f"parallel.pipeline_schedule=interleaved; set it to {' or '.join(map(str, more[:2]))}"
+    ]
 
 
 def _divisors(number: int) -> list[int]:
@@ -154,27 +189,30 @@ class Seat:
     data_rank: int
     sharer_rank: int
     sharers: int
+    pipeline_rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The axes of a run and this rank's place in each. Made by `build_layout`.
 
-    The decoder's parameters are divided over `tensor` and sharded over `fsdp`, towers over `whole_fsdp`. Stacked
-    experts are divided over `expert` and sharded over `expert_fsdp`, `whole_fsdp` where they are not divided. Meshes of
-    FSDP are 2-D with `replicate` in front where that is larger than one. What an axis of one rank would need is None:
-    process groups cost threads and memory.
+    The decoder's parameters are divided over `tensor` and sharded over `fsdp`, towers over `tower_fsdp`. Stacked
+    experts are divided over `expert` and sharded over `expert_fsdp`. Meshes of FSDP are 2-D with `replicate` in front
+    where that is larger than one. `upward` and `downward` are the ranks of all stages, for messages to a higher and to
+    a lower rank of theirs. What an axis of one rank would need is None: process groups cost threads and memory.
     """
 
     degrees: Degrees
     ranks: Ranks
     fsdp: DeviceMesh
-    whole_fsdp: DeviceMesh
+    tower_fsdp: DeviceMesh
     tensor: DeviceMesh | None
     expert_fsdp: DeviceMesh
     expert: DeviceMesh | None
     context_group: dist.ProcessGroup | None
     sharers_group: dist.ProcessGroup | None  # ranks that share a pack's tokens, context x tensor, in the tokens' order
+    upward: dist.ProcessGroup | None
+    downward: dist.ProcessGroup | None
     channels: dict[Channel, dist.ProcessGroup]  # host tensors, all ranks, one per thread of control
 
     @property
@@ -201,8 +239,16 @@ class Layout:
 
     def seat(self, rank: int) -> Seat:
         """The place of any rank."""
-        sharers = self.degrees.sharers
-        return Seat(data_rank=rank // sharers % self.data_world, sharer_rank=rank % sharers, sharers=sharers)
+        degrees = self.degrees
+        rest, sharer_rank = divmod(rank, degrees.sharers)
+        rest, shard_rank = divmod(rest, degrees.shard)
+        replica, pipeline_rank = divmod(rest, degrees.pipeline)
+        return Seat(
+            data_rank=replica * degrees.shard + shard_rank,
+            sharer_rank=sharer_rank,
+            sharers=degrees.sharers,
+            pipeline_rank=pipeline_rank,
+        )
 
     @property
     def data_rank(self) -> int:
@@ -216,6 +262,20 @@ class Layout:
     def sharer_rank(self) -> int:
         """This rank's place among those that share its packs: it holds the tokens of this place."""
         return self.rank % self.degrees.sharers
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.seat(self.rank).pipeline_rank
+
+    @property
+    def group_size(self) -> int:
+        """Number of ranks that work on the same packs."""
+        return self.world_size // self.data_world
+
+    @property
+    def group_rank(self) -> int:
+        """This rank among those that work on the same packs."""
+        return self.pipeline_rank * self.degrees.sharers + self.sharer_rank
 
     def exchange(self, value: Any, channel: Channel = "main") -> list[Any]:
         """All-gather one picklable object per rank on the host; item i is rank i's. Collective over all ranks.
@@ -241,14 +301,19 @@ def build_layout(degrees: Degrees, ranks: Ranks) -> Layout:
     if degrees.world != ranks.world_size:
         raise ValueError(f"layout {degrees.describe()} needs {degrees.world} ranks, {ranks.world_size} were started")
     inner = degrees.shard * degrees.context * degrees.tensor
-    fsdp = whole_fsdp = expert_fsdp = _make_mesh(degrees, ranks, inner // degrees.tensor, tensor=degrees.tensor)
+    grid = _make_mesh(degrees, ranks, inner // degrees.tensor, tensor=degrees.tensor)
+    fsdp = tower_fsdp = expert_fsdp = _without(grid, "pipeline", "tensor")
     tensor = expert = None
     if degrees.tensor > 1:
-        tensor, fsdp = fsdp["tensor"], _without(fsdp, "tensor")
-        whole_fsdp = expert_fsdp = _make_mesh(degrees, ranks, inner)
+        tensor = grid["tensor"]
+        tower_fsdp = expert_fsdp = _without(_make_mesh(degrees, ranks, inner), "pipeline")
     if degrees.expert > 1:
         regrouped = _make_mesh(degrees, ranks, inner // degrees.expert, expert=degrees.expert)
-        expert, expert_fsdp = regrouped["expert"], _without(regrouped, "expert")
+        expert, expert_fsdp = regrouped["expert"], _without(regrouped, "pipeline", "expert")
+    upward = downward = None
+    if degrees.pipeline > 1:
+        tower_fsdp = _make_mesh(replace(degrees, pipeline=1), ranks, degrees.pipeline * inner)
+        upward, downward = grid["pipeline"].get_group(), _make_column_group(degrees, ranks, inner)
     sharers = context = None
     if degrees.sharers > 1:
         sharers = dist.new_subgroups(degrees.sharers, timeout=ranks.timeout)[0]
@@ -259,12 +324,14 @@ def build_layout(degrees: Degrees, ranks: Ranks) -> Layout:
         degrees=degrees,
         ranks=ranks,
         fsdp=fsdp,
-        whole_fsdp=whole_fsdp,
+        tower_fsdp=tower_fsdp,
         tensor=tensor,
         expert_fsdp=expert_fsdp,
         expert=expert,
         context_group=context,
         sharers_group=sharers,
+        upward=upward,
+        downward=downward,
         channels={
             name: dist.group.WORLD
             if ranks.world_size == 1 or (name == "main" and on_host)
@@ -275,14 +342,26 @@ def build_layout(degrees: Degrees, ranks: Ranks) -> Layout:
 
 
 def _make_mesh(degrees: Degrees, ranks: Ranks, fsdp: int, **divided: int) -> DeviceMesh:
-    """All ranks as replicate x fsdp x divided, axes of one rank left out but for `fsdp`."""
-    sizes = {"replicate": degrees.replicate, "fsdp": fsdp, **divided}
+    """All ranks as replicate x pipeline x fsdp x divided, axes of one rank left out but for `fsdp`."""
+    sizes = {"replicate": degrees.replicate, "pipeline": degrees.pipeline, "fsdp": fsdp, **divided}
     kept = {name: size for name, size in sizes.items() if size > 1 or name == "fsdp"}
     return init_device_mesh(ranks.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
 
 
-def _without(mesh: DeviceMesh, axis: str) -> DeviceMesh:
-    return mesh[tuple(name for name in mesh.mesh_dim_names or () if name != axis)]
+def _without(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
+    names = tuple(name for name in mesh.mesh_dim_names or () if name not in axes)
+    return mesh if len(names) == mesh.ndim else mesh[names]
+
+
+def _make_column_group(degrees: Degrees, ranks: Ranks, inner: int) -> dist.ProcessGroup:
+    """The ranks of all stages that hold the same part of a stage each."""
+    size = degrees.pipeline * inner
+    members = [
+        list(range(first + place, first + size, inner))
+        for first in range(0, ranks.world_size, size)
+        for place in range(inner)
+    ]
+    return dist.new_subgroups_by_enumeration(members, timeout=ranks.timeout)[0]
 
 
 def _make_context_group(degrees: Degrees, ranks: Ranks) -> dist.ProcessGroup:

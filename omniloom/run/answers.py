@@ -18,6 +18,7 @@ from torch import Tensor
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import Layout
+from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.step import best_tokens, prepare
 from omniloom.types import PackedBatch, Segments
 
@@ -126,6 +127,7 @@ def answer_pack(
     batch: PackedBatch,
     layout: Layout,
     pool: EncoderPool | None,
+    pipeline: Pipeline | None,
     exchange: Exchange,
     *,
     max_new_tokens: int,
@@ -143,7 +145,7 @@ def answer_pack(
     for number in range(max_new_tokens):
         rows = torch.tensor([questions[index].row + number for index in going], dtype=torch.int64)
         step = replace(batch, input_ids=input_ids, loss_index=rows)
-        found = best_tokens(model, step, prepared, layout)
+        found = best_tokens(model, step, prepared, layout, pipeline)
         everywhere = exchange((layout.data_rank, found))
         tokens = {row: token for rank, part in everywhere if rank == layout.data_rank for row, token in part.items()}
         for index in list(going):

@@ -28,6 +28,7 @@ from omniloom.models.fusion import OmniModel
 from omniloom.parallel.device import widest_float
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import Layout
+from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.step import evaluate
 from omniloom.processors.rendering import split_reasoning
 from omniloom.run.answers import AnswerScores, answer_pack, compare
@@ -142,10 +143,12 @@ class Evaluation:
         self.num_unusable = len(bad)
         return packs
 
-    def run(self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]) -> EvaluationReport:
+    def run(
+        self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None], pipeline: Pipeline | None = None
+    ) -> EvaluationReport:
         """Everything about the model as it is; `on_pack` is called before each pack. Collective over all ranks."""
-        parts = {key: self._measure(packs, model, pool, on_pack) for key, packs in self.packs.items()}
-        rows = self._answers(model, pool, on_pack)
+        parts = {key: self._measure(packs, model, pool, on_pack, pipeline) for key, packs in self.packs.items()}
+        rows = self._answers(model, pool, on_pack, pipeline)
         pairs = [(row["expected"], row["answer"]) for row in rows]
         spoken = [(row["expected"], row["answer"]) for row in rows if "audio" in row["modality"]]
         return EvaluationReport(
@@ -159,21 +162,28 @@ class Evaluation:
         )
 
     def _measure(
-        self, packs: list[PackPlan], model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]
+        self,
+        packs: list[PackPlan],
+        model: OmniModel,
+        pool: EncoderPool,
+        on_pack: Callable[[], None],
+        pipeline: Pipeline | None,
     ) -> _Measured:
         sums, weights, num_bad = dict[str, torch.Tensor](), defaultdict[str, float](float), 0
         for _, pack, agreement in self._load(packs, on_pack, self.loader):
-            for name, value in evaluate(model, pack.batch, self.layout, pool).sums.items():
+            for name, value in evaluate(model, pack.batch, self.layout, pool, pipeline).sums.items():
                 sums[name] = sums.get(name, 0.0) + value.to(widest_float(self.layout.device))
                 weights[name] += agreement.weight_sums[name]
             num_bad += len(agreement.bad)
         return _Measured({name: float(self.layout.sum_over_ranks(sums[name])) for name in sums}, weights, num_bad)
 
-    def _answers(self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None]) -> list[dict[str, Any]]:
+    def _answers(
+        self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None], pipeline: Pipeline | None
+    ) -> list[dict[str, Any]]:
         found = []
         for plan, pack, _ in self._load(self.to_answer, on_pack, self.answer_loader):
             answers = answer_pack(
-                model, pack.batch, self.layout, pool, self.layout.exchange, max_new_tokens=self.max_new_tokens
+                model, pack.batch, self.layout, pool, pipeline, self.layout.exchange, max_new_tokens=self.max_new_tokens
             )
             found += [
                 {
@@ -185,7 +195,7 @@ class Evaluation:
                 }
                 for one in answers
             ]
-        return [row for part in self.layout.exchange(found if self.layout.sharer_rank == 0 else []) for row in part]
+        return [row for part in self.layout.exchange(found if self.layout.group_rank == 0 else []) for row in part]
 
     def _question(self, row: int) -> dict[str, Any]:
         """The words of the question before the last answer, and the files of all media."""

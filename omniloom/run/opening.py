@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from omniloom.checkpoint.adapters import (
     StoredAdapter,
@@ -224,11 +225,7 @@ def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str
     plan = workshop.spec.sharding(workshop.family)
     with torch.device("meta"):
         model = workshop.build()
-    policies = workshop.policies([name for name, _ in model.named_parameters()])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(policies[name].trainable)
-        if not parameter.requires_grad:  # no optimizer will need more precision than compute does
-            parameter.data = parameter.data.to(workshop.compute_dtype)
+    policies = _apply_policy(workshop, model)
     apply_parallelism(
         model,
         layout,
@@ -242,13 +239,54 @@ def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str
     return model, policies
 
 
+def _apply_policy(workshop: Workshop, model: OmniModel) -> dict[str, ParameterPolicy]:
+    policies = workshop.policies([name for name, _ in model.named_parameters()])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(policies[name].trainable)
+        if not parameter.requires_grad:  # no optimizer will need more precision than compute does
+            parameter.data = parameter.data.to(workshop.compute_dtype)
+    return policies
+
+
+def all_parameters(workshop: Workshop, model: OmniModel, layout: Layout) -> dict[str, nn.Parameter]:
+    """The parameters of the whole model by name; those of other stages of a pipeline are on meta.
+
+    A head that is the embedding has the embedding's name, on whatever rank.
+    """
+    own = dict(model.named_parameters())
+    if layout.degrees.pipeline == 1:
+        return own
+    with torch.device("meta"):
+        whole = workshop.build()
+    _apply_policy(workshop, whole)
+    found, first = dict[str, nn.Parameter](), dict[int, str]()
+    for name, parameter in whole.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        found[known] = own.get(name, found.get(known, parameter))
+    return found
+
+
 def build_optimizer(
-    workshop: Workshop, model: OmniModel, policies: Mapping[str, ParameterPolicy], device: torch.device
+    workshop: Workshop,
+    parameters: Mapping[str, nn.Parameter],
+    policies: Mapping[str, ParameterPolicy],
+    device: torch.device,
 ) -> torch.optim.Optimizer:
-    """What steps the parameters that train, as the config and the policy say."""
+    """What steps the parameters that train, as the config and the policy say; those on meta are other ranks'."""
     config = workshop.config
+    here = [(name, parameter) for name, parameter in parameters.items() if not parameter.is_meta]
+    groups = parameter_groups(here, policies, muon=config.train.optimizer == "muon")
+    # torch wants a group even where a stage has nothing that trains
+    nothing = {
+        "params": [],
+        "names": [],
+        "lr": 0.0,
+        "peak_learning_rate": 0.0,
+        "weight_decay": 0.0,
+        "orthogonal": False,
+    }
     return make_optimizer(
-        parameter_groups(model.named_parameters(), policies, muon=config.train.optimizer == "muon"),
+        groups or [nothing],
         config.train,
         offload=config.memory.offload_optimizer,
         device=device,
@@ -256,14 +294,16 @@ def build_optimizer(
     )
 
 
-def load_weights(workshop: Workshop, model: OmniModel) -> None:
+def load_weights(workshop: Workshop, model: OmniModel, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
     """Fill the model from the published checkpoint, and its adapters; each rank reads its slices only.
 
-    Raises: ValueError for an adapter that does not fit model and policy.
+    `parameters` as `all_parameters`; None is the model's own. Raises: ValueError for an adapter that does not fit model
+    and policy.
     """
     adapters, seed = workshop.adapters, workshop.config.train.seed
-    load_model(model, workshop.checkpoint, workshop.key_map, fresh=workshop.adapter_names, unbuilt=workshop.unbuilt)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) if parameters is None else parameters
+    unbuilt = [*workshop.unbuilt, *parameters]  # what is not here is another stage's
+    load_model(model, workshop.checkpoint, workshop.key_map, fresh=workshop.adapter_names, unbuilt=unbuilt)
     with torch.no_grad():
         for adapter in adapters:
             lora_a = parameters[adapter.lora_a]

@@ -5,7 +5,7 @@ Both `run/trainer.py`, from weights in memory, and `tools/export.py`, from a che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from omniloom.checkpoint.adapters import write_adapter
 from omniloom.checkpoint.agreement import Group
 from omniloom.checkpoint.export import export
-from omniloom.checkpoint.hf import gather_full
 from omniloom.run.opening import Workshop
 from omniloom.run.trained_media import TrainedMedia, processor_files
 from omniloom.training.lora import merging
@@ -89,7 +88,7 @@ def export_adapter(
 
 def write_results(
     workshop: Workshop,
-    parameters: Mapping[str, Tensor],
+    gather: Callable[[str], Tensor],
     changed: Collection[str],
     *,
     media: TrainedMedia,
@@ -101,7 +100,7 @@ def write_results(
 
     `on_tensor` is called with the name of each tensor that is gathered.
     """
-    run_dir, gather = Path(workshop.config.train.run_dir), gather_full(parameters)
+    run_dir = Path(workshop.config.train.run_dir)
 
     def gather_next(name: str) -> Tensor:
         on_tensor(name)

@@ -279,4 +279,4 @@ def open_stream(
 
 def clips_of_rank(pack: PackPlan, layout: Layout) -> frozenset[tuple[int, int]]:
     """The (sample, clip) pairs of a pack that this rank decodes, where ranks share packs."""
-    return assign_clips(pack, layout.degrees.sharers)[layout.sharer_rank]
+    return assign_clips(pack, layout.group_size)[layout.group_rank]

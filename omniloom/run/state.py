@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from omniloom.checkpoint import dcp
 from omniloom.checkpoint.adapters import fingerprint
@@ -24,13 +25,17 @@ from omniloom.training.policy import ParameterPolicy
 
 
 class RunState:
-    """A run's parameters and their checkpoints. Made and used on every rank; all methods are collective."""
+    """A run's parameters and their checkpoints. Made and used on every rank; all methods are collective.
+
+    `parameters` as `all_parameters`: each rank writes and reads those that are here.
+    """
 
     def __init__(
         self,
         workshop: Workshop,
         layout: Layout,
         model: OmniModel,
+        parameters: Mapping[str, nn.Parameter],
         policies: Mapping[str, ParameterPolicy],
         optimizer: torch.optim.Optimizer,
         say: Callable[[str], None],
@@ -39,7 +44,8 @@ class RunState:
         config, self._device = workshop.config, layout.device
         self._workshop, self._model, self._optimizer, self._say = workshop, model, optimizer, say
         self._settings, self._run_dir = config.checkpoint, Path(config.train.run_dir)
-        self.parameters = dict(model.named_parameters())
+        self.parameters = dict(parameters)
+        self._here = {name: parameter for name, parameter in parameters.items() if not parameter.is_meta}
         # from published
         self.changed = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         self.media = TrainedMedia()
@@ -87,15 +93,15 @@ class RunState:
         """Fill the model from the checkpoint, or from the published one. Returns the first step to take."""
         held = [] if stored is None else dcp.stored_names(stored, self.parameters)
         if len(held) < len(self.parameters):  # checkpoints leave out what is as published
-            load_weights(self._workshop, self._model)
+            load_weights(self._workshop, self._model, self.parameters)
         if stored is None:
             return 0
         self.media = TrainedMedia(stored.extras.get("media"))
-        dcp.load_model_state(stored, {name: self.parameters[name] for name in held})
+        dcp.load_model_state(stored, {name: self._here[name] for name in held if name in self._here})
         changed = {*held, *self.changed}
         self.changed = [name for name in self.parameters if name in changed]
         if self._settings.load_optimizer:
-            dcp.load_optimizer_state(stored, self.parameters, self._optimizer)
+            dcp.load_optimizer_state(stored, self._here, self._optimizer)
         if self._settings.load_rng and (lacking := dcp.load_rng_state(stored)):
             self._say(
                 f"warning: {stored.directory} was saved by other ranks and has no state of random generators for "
@@ -108,9 +114,9 @@ class RunState:
         """Write a checkpoint, in the background where the config says so; `data` is the position in it."""
         if self._workshop.config.memory.offload_optimizer:
             synchronize(self._device)  # states that are still on their way to the host
-        state = dcp.model_state({name: self.parameters[name] for name in self.changed})
+        state = dcp.model_state({name: self._here[name] for name in self.changed if name in self._here})
         if self._settings.save_optimizer:
-            state |= dcp.optimizer_state(self.parameters, self._optimizer)
+            state |= dcp.optimizer_state(self._here, self._optimizer)
         self.saver.save(step, state | dcp.rng_state(), {"data": data, "media": self.media.state(), **self._own})
 
     def _check(self, stored: StoredCheckpoint) -> None:

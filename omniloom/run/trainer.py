@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from omniloom.checkpoint.hf import gather_full
 from omniloom.checkpoint.run_lock import hold_run_lock
 from omniloom.checkpoint.stored import StoredCheckpoint
 from omniloom.config import Config
@@ -33,6 +34,7 @@ from omniloom.parallel.mesh import (
     init_distributed,
     says_rank_is_gone,
 )
+from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.step import Objective, run_packs
 from omniloom.parallel.watchdog import Watchdog
 from omniloom.run.description import describe_run
@@ -45,7 +47,7 @@ from omniloom.run.directory import (
     write_finished,
 )
 from omniloom.run.evaluation import Evaluation, EvaluationReport
-from omniloom.run.opening import Workshop, build_model, build_optimizer, choose_degrees
+from omniloom.run.opening import Workshop, all_parameters, build_model, build_optimizer, choose_degrees
 from omniloom.run.records import RunRecords
 from omniloom.run.results import write_results
 from omniloom.run.rows import open_planner, open_rows, open_run, open_stream
@@ -145,9 +147,17 @@ class Trainer:
         stack.callback(loader.close)
         self.planner = open_planner(workshop, train_rows, loader.measure, layout)
         self.model, policies = build_model(workshop, layout)
-        self.optimizer = build_optimizer(workshop, self.model, policies, layout.device)
-        self.state = RunState(workshop, layout, self.model, policies, self.optimizer, self.records.say, stack)
-        self.pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), config.parallel.encoder_pool)
+        parameters = all_parameters(workshop, self.model, layout)
+        self.optimizer = build_optimizer(workshop, parameters, policies, layout.device)
+        self.peak_rate = max((own.learning_rate for own in policies.values() if own.trainable), default=0.0)
+        self.state = RunState(
+            workshop, layout, self.model, parameters, policies, self.optimizer, self.records.say, stack
+        )
+        plan = workshop.spec.sharding(workshop.family)
+        self.pool = EncoderPool(layout, plan, config.parallel.encoder_pool)
+        self.pipeline: Pipeline | None = None
+        if layout.degrees.pipeline > 1:
+            self.pipeline = Pipeline(self.model, layout, plan, config.parallel, workshop.compute_dtype)
         self.work = training_work(self.state.changed, workshop.adapter_names)
         about = describe_run(workshop, layout, self.model, train_rows)
         stored = self._find_start(overwrite)
@@ -231,9 +241,12 @@ class Trainer:
     def _leave_results(self, step: int, report: EvaluationReport | None) -> None:
         """Model and adapters, and that the run is finished. Raises: ValueError where `report` measured nothing."""
         self.watchdog.enter(step, "export")
+        gather = gather_full(self.state.parameters)
+        if self.pipeline is not None:
+            gather = self.pipeline.gather_from(self.state.parameters, gather)
         write_results(
             self.workshop,
-            self.state.parameters,
+            gather,
             self.state.changed,
             media=self.state.media,
             on_tensor=lambda name: self.watchdog.enter(step, f"export of {name}"),
@@ -274,10 +287,12 @@ class Trainer:
             layout,
             objective,
             self.pool,
+            self.pipeline,
             on_pack=lambda number: self.watchdog.enter(step, f"pack {number + 1} of {len(loaded.packs)}"),
         )
         self.watchdog.enter(step, "gradient norm and optimizer")
-        norm = clip_gradients(self.state.parameters.values(), train.clip_norm, layout.device)
+        repeated = () if self.pipeline is None else self.pipeline.counted_elsewhere
+        norm = clip_gradients(self.state.parameters.values(), train.clip_norm, layout.device, repeated)
         wide = widest_float(layout.device)
         peaks = norm.new_zeros(layout.world_size, dtype=wide)  # each rank fills its place: a sum that gathers
         peaks[layout.rank] = peak_memory_bytes(layout.device)
@@ -321,7 +336,8 @@ class Trainer:
             progress=progress,
             floor=train.min_learning_rate / train.learning_rate,
         )
-        return set_learning_rate(self.optimizer, factor)
+        set_learning_rate(self.optimizer, factor)
+        return self.peak_rate * factor
 
     def _handle_nonfinite(self, loaded: LoadedStep, figures: StepFigures) -> None:
         """Stop, or go on without this step. Raises: NonFiniteError."""
@@ -348,7 +364,7 @@ class Trainer:
 
         self.model.eval()  # without dropout
         try:
-            report = self.evaluation.run(self.model, self.pool, before_pack)
+            report = self.evaluation.run(self.model, self.pool, before_pack, self.pipeline)
         except StopWanted:
             return None
         finally:

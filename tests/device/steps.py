@@ -189,7 +189,7 @@ def run_case(
         with record:
             record.phase = "opening"
             model, policies = build_model(workshop, layout)
-            optimizer = build_optimizer(workshop, model, policies, device)
+            optimizer = build_optimizer(workshop, dict(model.named_parameters()), policies, device)
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             optimizer.step()  # makes the states, once and for all steps

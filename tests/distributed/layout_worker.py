@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import torch
 from tiny_omni import Dims, make_config, make_model, make_pack, random_weights
 from torch.distributed.tensor import DTensor
 
-from omniloom.config import MemoryConfig, ParallelConfig
+from omniloom.config import LoraConfig, MemoryConfig, ParallelConfig
 from omniloom.families.config_fields import FamilyConfig
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.fusion import OmniModel
+from omniloom.ops.linear_map import keyed_seed
 from omniloom.parallel.apply import apply_parallelism, materialize
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
@@ -31,8 +33,10 @@ from omniloom.parallel.mesh import (
     init_distributed,
     resolve_degrees,
 )
+from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.step import Objective, run_packs
 from omniloom.sharding import ShardingPlan
+from omniloom.training.lora import install_lora
 from omniloom.types import PackedBatch
 
 ROUTER_COEFFICIENT = 0.05
@@ -51,6 +55,7 @@ class Case:
     pack_tokens: int = PACK_TOKENS
     num_samples: int = 3  # of a pack
     num_packs: int = 4
+    adapted: bool = False  # adapters on the decoder's layers, which drop out
 
     def packs(self, config: FamilyConfig, share: tuple[int, int] = (0, 1)) -> list[PackedBatch]:
         """Full, without images, without any media, and empty: each data rank has to cope with what it gets."""
@@ -61,15 +66,18 @@ class Case:
             {"empty": True},
         ]
         return [
-            make_pack(
-                config,
-                seed=100 * self.seed + i,
-                pack_tokens=self.pack_tokens,
-                num_samples=self.num_samples,
-                share=share,
-                **kind,
+            replace(
+                make_pack(
+                    config,
+                    seed=100 * self.seed + i,
+                    pack_tokens=self.pack_tokens,
+                    num_samples=self.num_samples,
+                    share=share,
+                    **kind,
+                ),
+                draw_key=keyed_seed(self.seed, i),
             )
-            for i, kind in enumerate(kinds[: self.num_packs])
+            for i, kind in enumerate((2 * kinds)[: self.num_packs])
         ]
 
 
@@ -97,6 +105,21 @@ class Reference:
     objective: Objective
 
 
+LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.3)
+
+
+def adapt(model: OmniModel, weights: dict[str, torch.Tensor]) -> None:
+    """Adapters on attention and experts of the decoder, their values added to `weights`."""
+    names = [name for name, _ in model.named_parameters() if name.startswith("text.layers")]
+    adapted = [name for name in names if "_proj" in name or "experts" in name]
+    generator = torch.Generator("cpu").manual_seed(1)
+    for adapter in install_lora(model, dict.fromkeys(adapted, LORA)):
+        for name in adapter.names:
+            shape = model.get_parameter(name).shape
+            weights[name] = 0.3 * torch.randn(shape, generator=generator, device="cpu")
+        model.get_parameter(adapter.base).requires_grad_(False)
+
+
 def freeze(model: torch.nn.Module, prefixes: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith(prefixes):
@@ -108,6 +131,8 @@ def make_reference(case: Case) -> OmniModel:
     config = make_config(case.dims)
     model = make_model(config)
     weights = random_weights(config, case.seed)
+    if case.adapted:
+        adapt(model, weights)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name])
     freeze(model, case.frozen)
@@ -120,7 +145,7 @@ def run_reference(case: Case) -> Reference:
     weight_sum = sum(float(pack.loss_weights.double().sum()) for pack in packs)
     objective = Objective(
         coefficients={"text": 1.0, "router": ROUTER_COEFFICIENT},
-        weight_sums={"text": weight_sum, "router": float(min(case.num_packs, 3))},
+        weight_sums={"text": weight_sum, "router": float(case.num_packs - case.num_packs // 4)},
     )
     loss = router_loss = 0.0
     for pack in packs:
@@ -140,13 +165,31 @@ class Setup:
     model: OmniModel
     layout: Layout
     pool: EncoderPool
+    pipeline: Pipeline | None
     packs: list[PackedBatch]  # this rank's
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What this rank holds, by the name that it has in a whole model."""
+        return dict(own_parameters(self.model))
+
+    def clip(self, max_norm: float) -> float:
+        repeated = () if self.pipeline is None else self.pipeline.counted_elsewhere
+        return clip_gradients(self.model.parameters(), max_norm, self.layout.device, repeated).item()
 
     def step(self, objective: Objective) -> list[float]:
         """Gradients of one step; returns loss and router loss summed over all ranks."""
-        sums = run_packs(self.model, self.packs, self.layout, objective, self.pool).sums
+        sums = run_packs(self.model, self.packs, self.layout, objective, self.pool, self.pipeline).sums
         totals = torch.stack([sums["text"] / objective.weight_sums["text"], sums["router"]])
         return self.layout.sum_over_ranks(totals).tolist()
+
+
+def own_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """A last stage's head that is the embedding has the embedding's name."""
+    names = dict(model.named_parameters())
+    tied = model.text.embed is None and getattr(model, "is_tied", False)
+    for name, parameter in names.items():
+        yield "text.embed.weight" if tied and name == "text.loss_head.head.weight" else name, parameter
 
 
 class Layouts:
@@ -162,7 +205,7 @@ class Layouts:
         self._pools: dict[tuple[Degrees, str], EncoderPool] = {}
 
     def get(self, parallel: ParallelConfig, plan: ShardingPlan) -> tuple[Layout, EncoderPool]:
-        degrees = resolve_degrees(parallel, self.ranks.world_size, packs_per_step=4)
+        degrees = resolve_degrees(parallel, self.ranks.world_size, packs_per_step=8)
         if degrees not in self._layouts:
             self._layouts[degrees] = build_layout(degrees, self.ranks)
         layout, key = self._layouts[degrees], (degrees, parallel.encoder_pool)
@@ -173,23 +216,30 @@ class Layouts:
 
 def set_up(case: Case, parallel: ParallelConfig, memory: MemoryConfig, layouts: Layouts) -> Setup:
     config = make_config(case.dims)
-    plan = SPEC.sharding(config)
+    plan, weights = SPEC.sharding(config), random_weights(config, case.seed)
     layout, pool = layouts.get(parallel, plan)
     if case.holds_values:
         model = make_reference(case)
     else:
         with torch.device("meta"):
             model = make_model(config)
+            if case.adapted:
+                adapt(model, weights)
         freeze(model, case.frozen)
     apply_parallelism(model, layout, plan, parallel=parallel, memory=memory, compute_dtype=torch.float32)
+    model.is_tied = case.dims.tie
     if not case.holds_values:
         materialize(model, layout.device)
-        load(model, random_weights(config, case.seed))
-    share = (layout.sharer_rank, layout.degrees.sharers) if case.shares_decoding else (0, 1)
+        load(model, weights)
+    share = (layout.group_rank, layout.group_size) if case.shares_decoding else (0, 1)
+    pipeline = None
+    if layout.degrees.pipeline > 1:
+        pipeline = Pipeline(model, layout, plan, parallel, torch.float32)
     return Setup(
         model=model,
         layout=layout,
         pool=pool,
+        pipeline=pipeline,
         packs=pool.plan(case.packs(config, share)[layout.data_rank :: layout.data_world]),
     )
 
@@ -200,10 +250,12 @@ def run_layout(
     setup = set_up(case, parallel, memory, layouts)
     loss, router_loss = setup.step(reference.objective)
     max_norm = reference.norm / 2
-    norm = clip_gradients(setup.model.parameters(), max_norm, setup.layout.device).item()
+    norm = setup.clip(max_norm)
     errors, missing = {}, []
     for name, expected in reference.gradients.items():
-        gradient = setup.model.get_parameter(name).grad
+        if name not in setup.parameters:  # another stage's
+            continue
+        gradient = setup.parameters[name].grad
         if gradient is None:
             missing.append(name)
             continue
@@ -213,6 +265,10 @@ def run_layout(
         like = name.replace("k_proj.bias", "k_proj.weight")
         scale = max(reference.gradients[like].norm().item(), 1e-6 * reference.norm)
         errors[name] = ((found - expected).norm() / scale).item()
+    known = setup.layout.exchange((errors, missing))
+    missing = [name for _, lacking in known for name in lacking]
+    errors = {name: max(own.get(name, 0.0) for own, _ in known) for name in reference.gradients}
+    assert set().union(*(own for own, _ in known)) | set(missing) == set(reference.gradients)
     return Outcome(
         loss_error=abs(loss - reference.loss) / abs(reference.loss),
         router_error=abs(router_loss - reference.router_loss) / abs(reference.router_loss),
@@ -229,7 +285,7 @@ def train(setup: Setup, objective: Objective, num_steps: int) -> list[float]:
     for _ in range(num_steps):
         optimizer.zero_grad()
         losses.append(setup.step(objective)[0])
-        clip_gradients(setup.model.parameters(), 1.0, setup.layout.device)
+        setup.clip(1.0)
         optimizer.step()
     return losses
 
@@ -252,7 +308,7 @@ def train_reference(case: Case, objective: Objective, num_steps: int) -> list[fl
 
 def load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Give every shard its part of the full values, without communication."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in own_parameters(model):
         if not isinstance(parameter, DTensor):  # a lone rank
             parameter.data.copy_(weights[name])
             continue
@@ -274,8 +330,10 @@ NUM_STEPS = 20
 TRAINED = ("fsdp4", "context2_expert2", "pool_of_all_hsdp_context2", "context2_tensor2")
 
 
-def run_job(rank: int, world_size: int, port: int, cases: dict[str, tuple], result: str) -> None:
-    """Body of one process. `cases`: name -> (Case, ParallelConfig, MemoryConfig)."""
+def run_job(
+    rank: int, world_size: int, port: int, cases: dict[str, tuple], result: str, trained: tuple[str, ...] = TRAINED
+) -> None:
+    """Body of one process. `cases`: name -> (Case, ParallelConfig, MemoryConfig); those `trained` take steps, too."""
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ.update(
@@ -289,7 +347,7 @@ def run_job(rank: int, world_size: int, port: int, cases: dict[str, tuple], resu
         if case not in references:
             references[case] = run_reference(case)
         outcomes[name] = run_layout(case, parallel, memory, layouts, references[case])
-    for name in filter(cases.__contains__, TRAINED):
+    for name in filter(cases.__contains__, trained):
         case, parallel, memory = cases[name]
         objective = references[case].objective
         expected = train_reference(case, objective, NUM_STEPS)

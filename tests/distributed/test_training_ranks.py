@@ -22,6 +22,7 @@ LAYOUTS = {
     "2 ranks": (2, ()),
     "4 ranks": (4, ()),
     "context 2 x expert 2": (2, ("parallel.context=2", "parallel.expert=2")),
+    "pipeline 2": (2, ("parallel.pipeline=2",)),
     "replicate 2, pool of all": (2, ("parallel.replicate=2", "parallel.encoder_pool=data")),
 }
 FULL = ("2 ranks",)  # of the kind of 4 ranks: with the whole matrices alone

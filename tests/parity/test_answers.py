@@ -90,7 +90,7 @@ def test_answers_are_those_of_transformers_whatever_shares_the_pack(layout: Layo
     packed = [samples[0], unasked, samples[1], samples[2]]
     num_tokens = sum(len(sample.input_ids) for sample in packed) + 3 * NUM_NEW + 7
     batch = make_batch(packed, config_json, num_tokens)
-    found = answer_pack(model, batch, layout, None, lambda value: [value], max_new_tokens=NUM_NEW)
+    found = answer_pack(model, batch, layout, None, None, lambda value: [value], max_new_tokens=NUM_NEW)
     assert [list(answer.tokens) for answer in found] == expected
     assert [answer.position for answer in found] == [0, 2, 3]
     assert [answer.expected for answer in found] == [tuple(s.labels[s.labels >= 0].tolist()[:-1]) for s in samples]

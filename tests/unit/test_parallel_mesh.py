@@ -37,7 +37,15 @@ def test_shard_auto_fills_the_world() -> None:
         ),
         (ParallelConfig(tensor=3), 4, 8, ("degrees from [1, 2, 4]", "or start 3 ranks")),
         (ParallelConfig(reshard_after_forward=4, tensor=2), 4, 8, ("do not divide the 2", "choose true, false, 2")),
-        (ParallelConfig(pipeline=2), 4, 8, ("parallel.pipeline: 2 is not supported yet",)),
+        (ParallelConfig(pipeline=3), 4, 8, ("pipeline 3 x shard auto makes 3 ranks", "degrees from [1, 2, 4]")),
+        (ParallelConfig(pipeline=4), 8, 6, ("3 for each of 2 data", "pipeline of 4 ranks cannot", "set it to 8 or 10")),
+        (
+            ParallelConfig(pipeline=2, pipeline_schedule="interleaved"),
+            2,
+            5,
+            ("5 packs are 5 for each of 1", "equal rounds", "set it to 6 or 8"),
+        ),
+        (ParallelConfig(pipeline_layers=(2, 2)), 4, 8, ("but parallel.pipeline is 1",)),
     ],
 )
 def test_a_degree_that_does_not_fit_is_refused_with_what_would(

@@ -1,0 +1,98 @@
+"""Runs over stages: checkpoints go on in any layout, exports are the same bytes, and a dead rank is missed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from omniloom.tools.tiny import make_tiny
+from omniloom.training.metrics import read_lines
+from tests.media_rows import write_media_rows
+
+TOLERANCE = 1e-5  # of the loss, as in test_training_ranks.py
+
+
+def omniloom(*words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "omniloom.cli", *words], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps on two stages and on one rank, each with a checkpoint after two; the head is the embedding."""
+    folder = tmp_path_factory.mktemp("stages")
+    make_tiny("qwen3_vl", folder / "model")
+    write_media_rows(folder, hears=False)
+    train(folder, "staged", 2)
+    train(folder, "alone", 1)
+    return folder
+
+
+def train(folder: Path, name: str, nproc: int, *words: str) -> list[dict]:
+    rows = next(path for path in folder.iterdir() if path.suffix in (".json", ".jsonl"))
+    omniloom(
+        *("train", "--nproc", str(nproc), f"model.path={folder / 'model'}", f"data.train={rows}"),
+        *(f"train.run_dir={folder / name}", "train.steps=4", "train.packs_per_step=2", "data.pack_tokens=512"),
+        *("data.workers=0", "train.learning_rate=1e-3", "data.image.max_pixels=4096", "data.video.max_pixels=4096"),
+        *("model.dtype=float32", "checkpoint.every=2", "log.tensorboard=false", f"parallel.pipeline={nproc}", *words),
+    )
+    return read_lines(folder / name / "metrics.jsonl")
+
+
+def test_an_export_is_the_same_bytes_as_one_rank_makes_of_the_checkpoint(folder: Path) -> None:
+    omniloom("export", str(folder / "staged"), str(folder / "exported"))
+    files = sorted(path.name for path in (folder / "staged" / "hf").glob("*.safetensors"))
+    assert files
+    for name in files:
+        assert (folder / "exported" / name).read_bytes() == (folder / "staged" / "hf" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("first", "second", "nproc"), [("staged", "alone", 1), ("alone", "staged", 2)])
+def test_a_checkpoint_goes_on_in_another_layout(folder: Path, first: str, second: str, nproc: int) -> None:
+    expected = read_lines(folder / first / "metrics.jsonl")
+    stored = folder / first / "checkpoints" / "step_00000002"
+    found = train(folder, f"{first}_{second}", nproc, f"checkpoint.resume={stored}", "checkpoint.export=false")
+    assert [line["step"] for line in found] == [2, 3]
+    for one, other in zip(expected[2:], found, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+BODY = """
+import os, sys, torch
+from omniloom.parallel.mesh import Degrees, build_layout, init_distributed, says_rank_is_gone
+from omniloom.parallel.pipeline import Message, _Mail
+
+layout = build_layout(Degrees(pipeline=2), init_distributed(timeout_seconds=30))
+if layout.rank == 1:
+    os._exit(9)
+mail = _Mail(layout, torch.zeros(4, 2), {1: [Message(0, 0, True)]})
+try:
+    mail.receive(Message(0, 0, True), 1)
+except RuntimeError as error:
+    print(says_rank_is_gone(error), error)
+"""
+
+
+def test_a_rank_that_dies_in_a_pipeline_is_missed_by_the_one_that_waits_for_it() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["PYTHONPATH"] = str(Path(__file__).parents[2])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", BODY],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert said[0].startswith("True"), said

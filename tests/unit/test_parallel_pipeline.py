@@ -1,0 +1,95 @@
+"""Stages: who has which layers, in which order packs pass, and that a refusal names what would do."""
+
+from __future__ import annotations
+
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, _get_1f1b_rank_ops
+
+from benchmarks.bubbles import busiest_over_mean, formula, idle_share
+from omniloom.families.registry import find_spec
+from omniloom.parallel.apply import check_plan
+from omniloom.parallel.mesh import Degrees
+from omniloom.parallel.pipeline import layer_owners, order_of, split_layers
+from omniloom.sharding import ShardingPlan
+from tests.parity.published_configs import PUBLISHED
+
+
+def library_order(rank: int, num_ranks: int, stages_per_rank: int, num_packs: int) -> list[tuple[int, int, bool]]:
+    """What torch.distributed.pipelining's schedules do, less the waiting: 1F1B is interleaving of one stage per rank
+    that runs half as far ahead."""
+    if stages_per_rank == 1:
+        ahead = min(num_ranks - 1 - rank, num_packs)
+        actions = _get_1f1b_rank_ops(
+            1, num_ranks, ahead, num_packs - ahead, ahead, rank, lambda _: rank, lambda _: rank
+        )
+    else:
+        schedule = SimpleNamespace(
+            n_local_stages=stages_per_rank,
+            pp_group_size=num_ranks,
+            _n_microbatches=num_packs,
+            microbatches_per_round=num_packs // max(1, num_packs // num_ranks),
+        )
+        actions = ScheduleInterleaved1F1B._calculate_single_rank_operations(schedule, rank)
+    return [(a.stage_index, a.microbatch_index, "B" in str(a.computation_type)) for a in actions if a is not None]
+
+
+def test_the_order_is_that_of_the_library() -> None:
+    for num_ranks, stages_per_rank, num_packs in product((2, 3, 4), (1, 2, 3), (4, 6, 8, 12)):
+        if stages_per_rank > 1 and num_packs % (num_packs // num_ranks):
+            continue
+        for rank in range(num_ranks):
+            found = [tuple(action) for action in order_of(rank, num_ranks, stages_per_rank, num_packs)]
+            assert found == library_order(rank, num_ranks, stages_per_rank, num_packs)
+
+
+def plan_of(num_layers: int, head_cost: int = 0) -> ShardingPlan:
+    return ShardingPlan(roots=("text",), blocks=(), layer_costs=(10,) * num_layers, head_cost=head_cost)
+
+
+def test_layers_are_balanced_with_the_head_among_them() -> None:
+    assert split_layers(plan_of(8), Degrees(pipeline=4)) == (2, 2, 2, 2)
+    assert split_layers(plan_of(8, head_cost=20), Degrees(pipeline=2)) == (5, 3)
+    assert min(split_layers(plan_of(4, head_cost=1000), Degrees(pipeline=4))) == 1
+    sizes = split_layers(plan_of(7), Degrees(pipeline=2, stages_per_rank=2))
+    assert sum(sizes) == 7
+    assert max(sizes) == 2
+
+
+def test_the_busiest_stage_of_48_layers_and_a_vocabulary_of_150_thousand_is_near_the_mean() -> None:
+    config = PUBLISHED["Qwen3-VL-30B-A3B"].config
+    spec = find_spec(config)
+    plan = spec.sharding(spec.read_config(config))
+    assert sum(split_layers(plan, Degrees(pipeline=4))) == 48
+    assert busiest_over_mean(plan, Degrees(pipeline=4)) < 1.05
+
+
+@pytest.mark.parametrize(("ranks", "stages", "packs"), [(2, 1, 2), (4, 1, 8), (4, 2, 8), (3, 3, 9), (4, 3, 16)])
+def test_ranks_wait_as_long_as_the_formula_of_their_schedule_says(ranks: int, stages: int, packs: int) -> None:
+    assert idle_share(ranks, stages, packs) == pytest.approx(formula(ranks, stages, packs), rel=1e-9)
+
+
+def test_stages_of_a_rank_lie_apart() -> None:
+    assert layer_owners(plan_of(4), Degrees(pipeline=2, stages_per_rank=2)) == (0, 1, 0, 1)
+    assert layer_owners(plan_of(3), Degrees(pipeline=2, pipeline_layers=(1, 2))) == (0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ((1, 10, 10, 8), "are 29 layers in 4 stages; expected 4 numbers of at least 1 that add up to 28"),
+        ((0, 10, 10, 8), "of at least 1"),
+        ((14, 14), "are 28 layers in 2 stages; expected 4"),
+    ],
+)
+def test_a_list_of_stages_that_does_not_fit_is_refused_with_one_that_does(layers, words) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        check_plan(plan_of(28), Degrees(pipeline=4, pipeline_layers=layers))
+    assert "[7, 7, 7, 7]" in str(caught.value)
+
+
+def test_fewer_layers_than_stages_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 layers do not make 4 stages; choose at most 3"):
+        check_plan(plan_of(3), Degrees(pipeline=4))
