@@ -116,12 +116,8 @@ def _spread_frames(container: Any) -> list[Any]:
     else:
         for index in range(NUM_STRIP_FRAMES):
             container.seek(int(1e6 * seconds * (index + 0.5) / NUM_STRIP_FRAMES))
-            frames += [frame.to_image() for frame in _first(container.decode(stream))]
+            frames += [frame.to_image() for frame in itertools.islice(container.decode(stream), 1)]
     return frames
-
-
-def _first(items: Any) -> list[Any]:
-    return [item for item, _ in zip(items, range(1), strict=False)]
 
 
 def _strip(frames: list[Any]) -> Any:

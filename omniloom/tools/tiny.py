@@ -55,9 +55,7 @@ def _read_model(family: str, size: str) -> TinyModel:
 def tiny_config(family: str) -> dict[str, Any]:
     """config.json of a tiny checkpoint, with made-up ids of its tokens. Raises: ValueError for an unknown family."""
     model = _read_model(family, "tiny")
-    known = {f"token {token}": number for number, token in enumerate(model.tokens)}
-    config: dict[str, Any] = _filled(model.config, {**known, "vocab_size": len(known)})
-    return config
+    return _config(model, {token: number for number, token in enumerate(model.tokens)}, {})
 
 
 def make_tiny(
@@ -72,8 +70,7 @@ def make_tiny(
 ) -> Path:
     """Write a random checkpoint of `family` into `directory`, which may exist if it is empty; return the directory.
 
-    `size` is "tiny" (a few 100k parameters, for tests) or "20m" (a thinker of 20M, for benchmarks); Qwen3-Omni has
-    "demo", too.
+    `size` is "tiny" (a few 100k parameters, for tests), "20m" (a thinker of 20M, to measure) or Qwen3-Omni's "demo".
     `overrides` changes config.json by dotted path, e.g. `{"thinker_config.text_config.num_hidden_layers": 1}`.
     The same arguments always give the same bytes. Weights are bfloat16, larger than a usual initialisation so that
     routers decide clearly and norms and biases differ from their neutral values.
@@ -92,22 +89,25 @@ def make_tiny(
         chat_template=(TEMPLATE_DIR / model.chat_template).read_text(encoding="utf-8"),
         processor_class=model.processor_class,
     )
-    known = {f"token {text}": number for text, number in ids.items()}
-    known["vocab_size"] = -(-(max(ids.values()) + 1) // 64) * 64  # padded like the published ones
-    config = _filled(model.config, known)
-    for path, value in {**model.sizes[size], **(overrides or {})}.items():
-        _override(config, path, value)
+    config = _config(model, ids, {**model.sizes[size], **(overrides or {})})
     _write_weights(model, config, directory, seed, max_shard_size or ("20MB" if size == "20m" else "600KB"))
     end, blank = ids["<|im_end|>"], ids["<|endoftext|>"]
-    files = {
-        "config.json": config,
-        "generation_config.json": {"do_sample": False, "eos_token_id": [end, blank], "pad_token_id": blank},
-    }
-    for name, content in {**files, **model.processor_files}.items():
+    generation = {"do_sample": False, "eos_token_id": [end, blank], "pad_token_id": blank}
+    files = {"config.json": config, "generation_config.json": generation, **model.processor_files}
+    for name, content in files.items():
         write_json(directory / name, content)
-    if model.speakers:
-        _write_speakers(directory, model)
+    _write_speakers(directory, model)
     return directory
+
+
+def _config(model: TinyModel, ids: Mapping[str, int], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the ids of tokens, some values changed by dotted path. Raises: ValueError for a wrong path."""
+    known = {f"token {text}": number for text, number in ids.items()}
+    known["vocab_size"] = -(-(max(ids.values()) + 1) // 64) * 64  # padded like the published ones
+    config: dict[str, Any] = _filled(model.config, known)
+    for path, value in changes.items():
+        _override(config, path, value)
+    return config
 
 
 def _filled(node: Any, known: Mapping[str, int]) -> Any:
@@ -176,9 +176,11 @@ def _random_weight(name: str, parameter: Any, generator: Any) -> Any:
 
 
 def _write_speakers(directory: Path, model: TinyModel) -> None:
-    """The voices that transformers asks for beside the weights."""
+    """The voices that transformers asks for beside the weights, of families that speak by them."""
     import torch
 
+    if not model.speakers:
+        return
     generator = torch.Generator().manual_seed(0)
     vocoder = model.config["token2wav_config"]
     speakers = {
