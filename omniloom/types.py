@@ -71,7 +71,7 @@ Positive = Annotated[float, Range(gt=0)]
 NotNegative = Annotated[float, Range(ge=0)]
 Share = Annotated[float, Range(ge=0, le=1)]
 Decay = Annotated[float, Range(ge=0, lt=1)]
-Kernel = Literal["auto", "eager", "sdpa", "flash", "flex"]
+Kernel = Literal["auto", "eager", "sdpa", "flash", "flash3"]
 
 
 @dataclass(frozen=True, kw_only=True)

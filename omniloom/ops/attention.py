@@ -8,6 +8,7 @@ Kernels, chosen by name and never fallen back from:
 - `eager`: blocks of queries against all keys, masked; any device, no host read, quadratic in the packed length.
 - `sdpa`: PyTorch's fused kernels, a call per run of equally long segments. Reads the bounds on the host, so CPU only.
 - `flash`: PyTorch's varlen flash attention, CUDA, 16-bit floats; torch_npu's fused attention on NPU.
+- `flash3`: the same on FlashAttention 3, which is installed apart and which `use_flash3` puts in its place.
 - `auto`: `sdpa` on CPU, `flash` where it can be had, `eager` elsewhere.
 """
 
@@ -34,13 +35,31 @@ def resolve_kernel(kernel: Kernel, device_type: str, dtype: torch.dtype) -> Kern
     Raises: ValueError if the kernel asked for cannot run there.
     """
     flash = device_type == "npu" or (device_type == "cuda" and dtype in (torch.bfloat16, torch.float16))
-    able = {"eager": True, "sdpa": device_type == "cpu", "flash": flash}
+    able = {"eager": True, "sdpa": device_type == "cpu", "flash": flash, "flash3": flash and device_type == "cuda"}
     if kernel == "auto":
         return "sdpa" if able["sdpa"] else "flash" if able["flash"] else "eager"
     if not able.get(kernel, False):
         usable = ", ".join(name for name, can in able.items() if can)
         raise ValueError(f"attention kernel {kernel!r} cannot run on {device_type} in {dtype}; use auto, {usable}")
     return kernel
+
+
+def use_flash3() -> None:
+    """Put FlashAttention 3 in the place of PyTorch's own flash attention, for the whole process.
+
+    Raises: ValueError if it is not installed.
+    """
+    import torch.nn.attention as registry
+
+    if registry.current_flash_attention_impl() == "FA3":
+        return
+    try:
+        registry.activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"attention kernel 'flash3' is FlashAttention 3, whose module flash_attn_interface is not usable here "
+            f"({error}); install it, or use flash"
+        ) from error
 
 
 class HeadNorms(NamedTuple):
@@ -237,7 +256,7 @@ class _Attention(torch.autograd.Function):
             heads = (turn(normalise(q, q_weight, eps)[0], cos, sin), turn(normalise(k, k_weight, eps)[0], cos, sin))
         if kernel == "flash" and on_host:
             out, *kept = npu.attention(*heads, v, on_host, causal)
-        elif kernel == "flash":
+        elif kernel in ("flash", "flash3"):
             window = [-1, 0] if causal else [-1, -1]
             out, *kept = _flash()._varlen_attn(
                 *heads, v, bounds, bounds, longest, longest, causal, None, window, enable_gqa=True
@@ -263,7 +282,7 @@ class _Attention(torch.autograd.Function):
                 scales.append(scale)
         if kernel == "flash" and on_host:
             grads = npu.attention_backward(grad.contiguous(), *heads, v, out, *kept, on_host, causal)
-        elif kernel == "flash":
+        elif kernel in ("flash", "flash3"):
             window = [-1, 0] if causal else [-1, -1]
             log_sums, random = kept
             grads = _flash()._varlen_attn_backward(

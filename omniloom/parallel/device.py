@@ -159,3 +159,10 @@ def total_memory_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(torch.get_device_module(device).mem_get_info(device)[1])
+
+
+def waits_for_grouped_products(device: torch.device) -> bool:
+    """Whether grouped GEMM reads the sizes of groups on the host. Source: PyTorch, _grouped_mm's fallback on CUDA."""
+    if device.type != "cuda" or not torch.accelerator.is_available():
+        return False
+    return bool(torch.get_device_module(device).get_device_capability(device) < (9, 0))

@@ -10,6 +10,7 @@ from omniloom.data.sources import Sources
 from omniloom.models.fusion import OmniModel
 from omniloom.ops.attention import resolve_kernel
 from omniloom.ops.grouped_gemm import ROW_BYTES, fits_grouped_gemm
+from omniloom.parallel.device import waits_for_grouped_products
 from omniloom.parallel.mesh import Layout
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import describe_files, describe_template
@@ -53,6 +54,11 @@ def describe_slow_ways(workshop: Workshop, model: OmniModel, device: torch.devic
         wide = " and ".join(map(str, sorted(widths)))
         lines.append(
             f"experts have rows of {wide} numbers, no whole {ROW_BYTES} bytes: grouped products pad them, slower"
+        )
+    if workshop.family.text.num_experts and waits_for_grouped_products(device):
+        lines.append(
+            "experts: before compute capability 9.0 (H100) PyTorch's grouped products read their sizes on the host, "
+            "which waits for the device at each of them, some eight times a layer and pack"
         )
     moves = {
         "parallel.cpu_offload": config.parallel.cpu_offload,

@@ -36,6 +36,7 @@ from omniloom.families.registry import find_spec
 from omniloom.families.spec import ModelSpec
 from omniloom.keymap import Assembly, KeyMap, Tied
 from omniloom.models.fusion import OmniModel
+from omniloom.ops.attention import use_flash3
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.mesh import Degrees, Layout, resolve_degrees
 from omniloom.parallel.optimizer import make_optimizer
@@ -222,6 +223,10 @@ def choose_degrees(workshop: Workshop, world_size: int) -> Degrees:
 def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str, ParameterPolicy]]:
     """The model in its layout, policy applied, memory allocated, weights undefined. Collective over all ranks."""
     config = workshop.config
+    if "flash3" in (kernels := {*vars(config.model.attention).values()}) and layout.device.type == "cuda":
+        if not kernels <= {"flash3", "auto", "eager"}:
+            raise ValueError("model.attention: flash3 takes the place of flash in all of a process; use one of the two")
+        use_flash3()
     plan = workshop.spec.sharding(workshop.family)
     with torch.device("meta"):
         model = workshop.build()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import attention as registry
 
 from omniloom.ops import attention
 from omniloom.ops.attention import HeadNorms, resolve_kernel, segment_attention, segment_attention_reference
@@ -140,6 +143,23 @@ def test_both_ops_are_registered_so_that_compilers_may_rely_on_them(forward, bac
     torch.library.opcheck(backward, (torch.ones_like(q), q, k, v, *forward(q, k, v, *others), *others))
 
 
+def test_flash_attention_3_takes_its_place_once_or_says_that_it_is_not_there():
+    with pytest.raises(ValueError, match="flash_attn_interface"):
+        attention.use_flash3()
+    calls, removed = [], []
+    handle = SimpleNamespace(remove=lambda: removed.append(1))
+    known = registry._registry._FLASH_ATTENTION_IMPLS["FA3"]
+    registry.register_flash_attention_impl("FA3", register_fn=lambda: calls.append(1) or handle)
+    try:
+        attention.use_flash3()
+        attention.use_flash3()
+        assert calls == [1]
+    finally:
+        registry.restore_flash_attention_impl()
+        registry.register_flash_attention_impl("FA3", register_fn=known)
+    assert removed == [1]
+
+
 def test_kernels_are_chosen_by_name_and_never_fallen_back_from():
     assert resolve_kernel("auto", "cpu", torch.float32) == "sdpa"
     assert resolve_kernel("auto", "cuda", torch.bfloat16) == "flash"
@@ -148,6 +168,7 @@ def test_kernels_are_chosen_by_name_and_never_fallen_back_from():
     for kernel, device, dtype in (
         ("flash", "cpu", torch.bfloat16),
         ("flash", "cuda", torch.float32),
+        ("flash3", "npu", torch.bfloat16),
         ("sdpa", "cuda", torch.bfloat16),
     ):
         with pytest.raises(ValueError, match=f"'{kernel}' cannot run on {device}"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -36,4 +38,19 @@ def test_settings_that_move_nothing_on_a_cpu_are_said(tmp_path) -> None:
         "memory.offload_activations",
         "memory.offload_optimizer",
     ]
+    assert not describe_slow_ways(workshop, model, CUDA)
+
+
+def test_what_experts_cost_before_hopper_is_said(tmp_path, monkeypatch) -> None:
+    make_tiny("qwen3_vl_moe", tmp_path / "model")
+    workshop = open_workshop(load_config(None, [f"model.path={tmp_path / 'model'}"]))
+    with torch.device("meta"):
+        model = workshop.build()
+    capability = [(8, 0)]
+    named = SimpleNamespace(get_device_capability=lambda device: capability[0])
+    monkeypatch.setattr(torch, "get_device_module", lambda device: named)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    (line,) = describe_slow_ways(workshop, model, CUDA)
+    assert "waits for the device" in line
+    capability[0] = (9, 0)
     assert not describe_slow_ways(workshop, model, CUDA)
