@@ -9,7 +9,7 @@ from omniloom.ops.attention import segment_attention, segment_attention_referenc
 from omniloom.parallel.staging import to_device
 from omniloom.types import Segments
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")  # kernels that no CPU has
 
 
 @pytest.mark.parametrize("causal", [True, False])
