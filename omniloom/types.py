@@ -273,6 +273,7 @@ class BadSample:
     reason: str
     epoch: int = 0
     row: int = -1  # index into the concatenated sources: several rows of an array may share a line
+    num_tokens: int = 0  # of a sample that is too long for a pack
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -231,7 +231,6 @@ class Planner:
         closes_epoch = num_read == self.order.num_rows
         if ends_epoch and bad_in_epoch == num_read:
             raise PlanError(_describe_bad(bad, f"none of the {num_read} rows of an epoch can be used"), bad)
-        bad = tuple(BadSample(**{name: getattr(row, name) for name in BadSample.__dataclass_fields__}) for row in bad)
         packs, carried = pack_window(
             [*position.carried, *samples],
             num_carried=len(position.carried),
@@ -282,7 +281,7 @@ class Planner:
         if extent.num_tokens > self.config.data.pack_tokens:
             file, line = self._locate(row)
             limit = f"more than data.pack_tokens={self.config.data.pack_tokens}"
-            return _Overlong(
+            return BadSample(
                 file=file,
                 line=line,
                 field="num_tokens",
@@ -295,11 +294,6 @@ class Planner:
         return extent
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Overlong(BadSample):
-    num_tokens: int
-
-
 def _judge(
     options: DataConfig,
     bad: tuple[BadSample, ...],
@@ -310,7 +304,7 @@ def _judge(
     window: int,
 ) -> None:
     """Stop where too much is lost. Raises: PlanError."""
-    overlong = [row for row in bad if isinstance(row, _Overlong)]
+    overlong = [row for row in bad if row.num_tokens]
     limit = options.pack_tokens
     if window == 0 and overlong and len(bad) == num_rows:
         shortest = min(row.num_tokens for row in overlong)
