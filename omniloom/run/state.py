@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class RunState:
             load_weights(self._workshop, self._model, self.parameters)
         if stored is None:
             return 0
-        self.media = TrainedMedia(stored.extras.get("media"))
+        self.media = TrainedMedia(**stored.extras.get("media", {}))
         dcp.load_model_state(stored, {name: self._here[name] for name in held if name in self._here})
         changed = {*held, *self.changed}
         self.changed = [name for name in self.parameters if name in changed]
@@ -117,7 +118,7 @@ class RunState:
         state = dcp.model_state({name: self._here[name] for name in self.changed if name in self._here})
         if self._settings.save_optimizer:
             state |= dcp.optimizer_state(self._here, self._optimizer)
-        self.saver.save(step, state | dcp.rng_state(), {"data": data, "media": self.media.state(), **self._own})
+        self.saver.save(step, state | dcp.rng_state(), {"data": data, "media": asdict(self.media), **self._own})
 
     def _check(self, stored: StoredCheckpoint) -> None:
         """What a checkpoint does not keep must be as it was."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,14 @@ CAP_FLOOR = 1.05  # a frame's cap stays above the least pixels by this factor, a
 Record = dict[str, dict[str, list[float | None]]]
 
 
+@dataclass(kw_only=True)
 class TrainedMedia:
     """The limits that held for the clips of a run's samples: for each kind and option, None where the run's own did,
-    and the widest that a row set."""
+    and the widest that a row set. A checkpoint holds it as JSON, by `asdict`."""
 
-    def __init__(self, record: Mapping[str, Any] | None = None) -> None:
-        """`record` is an earlier one's `state`."""
-        self._limits: Record = copy.deepcopy(dict((record or {}).get("limits", {})))
-        self.longest_sound: int = (record or {}).get("longest_sound", 0)  # samples
-        self.has_sound_in_video: bool = (record or {}).get("has_sound_in_video", False)
-
-    def state(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "limits": self._limits,
-            "longest_sound": self.longest_sound,
-            "has_sound_in_video": self.has_sound_in_video,
-        }
+    limits: Record = field(default_factory=dict)
+    longest_sound: int = 0  # samples
+    has_sound_in_video: bool = False
 
     def add(self, plan: StepPlan) -> None:
         for clip in (clip for pack in plan.packs for sample in pack.samples for clip in sample.extent.clips):
@@ -49,7 +41,7 @@ class TrainedMedia:
             if clip.kind == "audio":
                 continue
             self.has_sound_in_video |= clip.num_audio_samples > 0
-            held = self._limits.setdefault(clip.kind, {name: [] for name in WIDEST})
+            held = self.limits.setdefault(clip.kind, {name: [] for name in WIDEST})
             for name, widest in WIDEST.items():
                 value = _asked(clip, name)
                 numbers = [number for number in held[name] if number is not None]
@@ -59,15 +51,15 @@ class TrainedMedia:
                     held[name] = [*held[name][: len(held[name]) - len(numbers)], widest([*numbers, value])]
 
     def held(self, kind: str) -> bool:
-        return kind in self._limits
+        return kind in self.limits
 
     def own(self, kind: str, name: str) -> bool:
         """Whether some clip had the run's own limit."""
-        return None in self._limits[kind][name]
+        return None in self.limits[kind][name]
 
     def widest(self, kind: str, name: str, own: float | None) -> Any:
         """The widest of the run's `own` limit, if it held for any clip, and those of rows. None: none is known."""
-        values = [own if value is None else value for value in self._limits[kind][name]]
+        values = [own if value is None else value for value in self.limits[kind][name]]
         numbers = [value for value in values if value is not None]
         return WIDEST[name](numbers) if numbers else None
 

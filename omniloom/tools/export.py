@@ -52,5 +52,5 @@ def export_checkpoint(source: Path, directory: Path, *, adapter: bool = False, o
     if adapter:
         export_adapter(workshop, directory, changed, read, overwrite=overwrite)
     else:
-        media = TrainedMedia(stored.extras.get("media"))
+        media = TrainedMedia(**stored.extras.get("media", {}))
         export_model(workshop, directory, changed, read, media=media, say=print, overwrite=overwrite)

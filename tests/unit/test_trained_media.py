@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def trained_on(*clips):
     sample = PlannedSample(row=0, epoch=0, extent=extent, weight_scale=1.0)
     media = TrainedMedia()
     media.add(StepPlan(step=0, packs=(PackPlan(index=0, samples=(sample,)),), rows_planned=1))
-    return TrainedMedia(json.loads(json.dumps(media.state())))  # as from a checkpoint
+    return TrainedMedia(**json.loads(json.dumps(asdict(media))))  # as from a checkpoint
 
 
 def exported(source, directory, media, data):
@@ -126,7 +127,7 @@ def test_what_was_not_trained_stays_and_videos_do_not_follow_images(published):
 
 
 def test_sound_longer_than_the_extractor_takes_raises_its_length(published):
-    media = TrainedMedia({"longest_sound": 16_000 * 400 + 1})
+    media = TrainedMedia(longest_sound=16_000 * 400 + 1)
     files, words = processor_files(published["qwen3_omni"], media, DataConfig())
     settings = files[PREPROCESSOR]
     assert (settings["chunk_length"], settings["n_samples"], settings["nb_max_frames"]) == (401, 6_416_000, 40_100)
