@@ -35,6 +35,7 @@ from omniloom.checkpoint.stored import (
     METADATA_NAME,
     StoredCheckpoint,
     checksum,
+    list_committed,
     load_tensors,
     read_marker,
     seal,
@@ -129,7 +130,9 @@ class Saver:
                 f"rank 0 does not find in {partial} what other ranks wrote ({listed(faults, '; ')}); "
                 "train.run_dir must be one directory that all nodes see"
             )
-        sequence = 1 + max((number for number, _ in self._committed()), default=0)
+        sequence = 1 + max(
+            (read_marker(directory)["sequence"] for directory in list_committed(self.root)[0]), default=0
+        )
         marker = {"step": step, "sequence": sequence, "num_ranks": num_ranks(self.group), "files": files}
         sync_directory(partial)
         write_text(partial / MARKER_NAME, json.dumps(seal(marker), indent=1))
@@ -143,18 +146,9 @@ class Saver:
         sync_directory(self.root)
         self._remove_old()
 
-    def _committed(self) -> list[tuple[int, Path]]:
-        found = []
-        for directory in self.root.glob("step_*"):
-            try:
-                found.append((read_marker(directory)["sequence"], directory))
-            except ValueError:
-                continue
-        return sorted(found)
-
     def _remove_old(self) -> None:
-        whole = [directory for _, directory in self._committed() if not directory.suffix]  # not .replaced
-        kept = set(whole[-self.keep :])
+        whole = [directory for directory in list_committed(self.root)[0] if not directory.suffix]  # not .replaced
+        kept = set(whole[: self.keep])
         for directory in self.root.glob("step_*"):
             if directory not in kept:
                 # the marker first, so that a kill leaves no half one that counts

@@ -92,7 +92,7 @@ def find_latest(
         lose the run.
     """
     root = Path(run_dir) / "checkpoints"
-    newest_first, damaged, incomplete = gather(_list_committed(root), group)[0]
+    newest_first, damaged, incomplete = gather(list_committed(root), group)[0]
     for directory in newest_first:
         try:
             return open_stored(directory, group=group), (*incomplete, *damaged)
@@ -171,7 +171,7 @@ def checksum(path: Path) -> str:
     return f"{value:08x}"
 
 
-def _list_committed(root: Path) -> tuple[list[Path], list[str], list[str]]:
+def list_committed(root: Path) -> tuple[list[Path], list[str], list[str]]:
     """Committed directories, newest first; words about those with a damaged marker, and about those without any."""
     found, damaged, incomplete = [], [], []
     for directory in sorted(root.glob("step_*")):
