@@ -148,7 +148,7 @@ def local_region(tensor: Tensor) -> Box | None:
             )
     if mesh.get_coordinate() is None:
         return None
-    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # as torch's own checkpoints ask it
+    (chunk,) = tensor.__create_chunk_list__()  # as torch's own checkpoints ask it
     return tuple((offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 

@@ -105,7 +105,7 @@ class VisionTower(nn.Module):
         head_dim = self.config.hidden_size // self.config.num_heads
         rotary = axial_rotary(batch.rotary_index, head_dim=head_dim, theta=self.config.rope_theta)
         windows = batch.segments if batch.window_segments is None else batch.window_segments
-        levels = []
+        levels: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             seen = windows if self.config.sees_windows(index) else batch.segments
             hidden = self.call(index, layer, hidden, rotary, seen, layer_key(draw_key, index))

@@ -150,16 +150,16 @@ def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: 
 def _cpu_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, cu_seqlens: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     inputs = [x.float() for x in (grad, q, k, v, out)]
     for start, count, length in _equal_runs(cu_seqlens):
         rows = (slice(start, start + count * length), count, length)
         part_sums = log_sums[rows[0]].view(count, length, -1).transpose(1, 2).contiguous()
         batched = [_batch(x, *rows) for x in inputs]
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*batched, part_sums, 0.0, causal)
-        for whole, part in zip(grads, parts, strict=True):
+        for whole, part in zip((dq, dk, dv), parts, strict=True):
             _batch(whole, *rows).copy_(part)
-    return grads
+    return dq, dk, dv
 
 
 def _equal_runs(cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
@@ -281,7 +281,11 @@ class _Attention(torch.autograd.Function):
                 heads[place] = turn(normed, cos, sin)
                 scales.append(scale)
         if kernel == "flash" and on_host:
-            grads = npu.attention_backward(grad.contiguous(), *heads, v, out, *kept, on_host, causal)
+            largest, log_of_sums = kept
+            q_heads, k_heads = heads
+            grads = npu.attention_backward(
+                grad.contiguous(), q_heads, k_heads, v, out, largest, log_of_sums, on_host, causal
+            )
         elif kernel in ("flash", "flash3"):
             window = [-1, 0] if causal else [-1, -1]
             log_sums, random = kept

@@ -6,6 +6,8 @@ arrives.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -18,11 +20,11 @@ def attach_loss(hidden: Tensor, loss: Tensor) -> Tensor:
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
         ctx.save_for_backward(torch.ones_like(loss))
         return hidden.view_as(hidden)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, *ctx.saved_tensors

@@ -183,7 +183,7 @@ def _of_parts(
 
 
 def _maps(parts: Sequence[Any], dropouts: Dropouts) -> tuple[LinearMap, LinearMap]:
-    return LinearMap(*parts[:NUM_PARTS], dropouts[0]), LinearMap(*parts[NUM_PARTS:], dropouts[1])
+    return LinearMap.of_parts(parts[:NUM_PARTS], dropouts[0]), LinearMap.of_parts(parts[NUM_PARTS:], dropouts[1])
 
 
 # ---------------------------------------------------------------------------------------- group by group, on CPU

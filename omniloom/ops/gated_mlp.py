@@ -82,7 +82,7 @@ class _GatedMLP(torch.autograd.Function):
             rows_grad, gate_grads = gate.backward(gate_grad, rows, gated, of_gate, start=start, out=x_grad[block])
             rows_grad, up_grads = up.backward(up_grad, rows, upped, of_up, start=start, out=rows_grad, adds=True)
             norm_grad = None
-            if norm is not None:
+            if norm is not None and scale is not None:
                 x_grad[block], norm_grad = normalise_backward(rows_grad, x[block], norm, scale)
             parts_grads = (norm_grad, *gate_grads, *up_grads, *down_grads)
             sums = [_add(total, part, wide) for total, part in zip(sums, parts_grads, strict=True)]
@@ -90,7 +90,7 @@ class _GatedMLP(torch.autograd.Function):
 
 
 def _maps(parts: Sequence[Any], dropouts: Dropouts) -> list[LinearMap]:
-    return [LinearMap(*parts[n * NUM_PARTS :][:NUM_PARTS], dropouts[n]) for n in range(3)]
+    return [LinearMap.of_parts(parts[n * NUM_PARTS :][:NUM_PARTS], dropouts[n]) for n in range(3)]
 
 
 def _add(total: Tensor | None, part: Tensor | None, dtype: torch.dtype) -> Tensor | None:

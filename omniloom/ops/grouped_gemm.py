@@ -6,6 +6,7 @@ Knows nothing of routing: it is handed rows sorted by group and where each group
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,14 +106,14 @@ def gather_copies(rows: Tensor, slot: Tensor, row: Tensor, num_copies: int) -> T
 
 class _GatherCopies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, slot: Tensor, row: Tensor, num_copies: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, slot: Tensor, row: Tensor, num_copies: int) -> Tensor:
         ctx.save_for_backward(row)
         ctx.num_copies = num_copies
         return rows.index_select(0, slot // num_copies)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (row,) = ctx.saved_tensors
         if ctx.num_copies == 1:
             return grad.index_select(0, row), None, None, None
@@ -134,14 +135,14 @@ def combine_copies_reference(rows: Tensor, weights: Tensor, row: Tensor) -> Tens
 
 class _CombineCopies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, weights: Tensor, slot: Tensor, row: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, slot: Tensor, row: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, slot, row)
         # a bag is a token: an embedding's kernel happens to be the fused weighted gather
         return F.embedding_bag(row.view_as(weights), rows, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights, slot, row = ctx.saved_tensors
         copies = grad.index_select(0, slot // weights.shape[1])  # [P, C]
         weights_grad = (copies * rows).sum(dim=-1)[row].view_as(weights)

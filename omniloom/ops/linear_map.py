@@ -45,12 +45,16 @@ class LinearMap(NamedTuple):
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
         """All tensors that may train."""
-        return self[:NUM_PARTS]
+        return self.weight, self.bias, self.low, self.up, self.scale
+
+    @staticmethod
+    def of_parts(parts: Sequence[Any], dropout: Dropout | None) -> LinearMap:
+        """The map of such `parts`, tensors or None."""
+        weight, bias, low, up, scale = parts
+        return LinearMap(weight, bias, low, up, scale, dropout)
 
     def of_group(self, group: int) -> LinearMap:
-        weight, *others = (None if part is None else part[group] for part in self.parts)
-        assert weight is not None
-        return LinearMap(weight, *others, dropout=self.dropout)
+        return LinearMap.of_parts([None if part is None else part[group] for part in self.parts], self.dropout)
 
     def __call__(
         self, rows: Tensor, offsets: Tensor | None = None, *, start: int = 0, out: Tensor | None = None
@@ -124,7 +128,7 @@ class LinearMap(NamedTuple):
         scale_grad = None
         if self.scale is not None and result is not None:
             along = (grad * result).sum(dim=0)
-            if bias_grad is not None:
+            if bias_grad is not None and self.bias is not None:
                 along -= bias_grad * self.bias
             scale_grad, grad = along / self.scale, grad * self.scale
         rows_grad, narrow_grad = self.row_gradient(grad, start=start, out=out, adds=adds)
@@ -140,7 +144,7 @@ def adapted_linear(x: Tensor, linear: LinearMap) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dropout: Dropout | None, x: Tensor, weight: Tensor, *parts: Tensor | None) -> Tensor:
-        linear = LinearMap(weight, *parts, dropout=dropout)
+        linear = LinearMap.of_parts((weight, *parts), dropout)
         out = linear(x)
         ctx.save_for_backward(x, None if linear.scale is None else out, *linear.parts)
         ctx.dropout = dropout
@@ -150,7 +154,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, result, *parts = ctx.saved_tensors
-        rows_grad, grads = LinearMap(*parts, dropout=ctx.dropout).backward(grad, x, result, ctx.needs_input_grad[2:])
+        rows_grad, grads = LinearMap.of_parts(parts, ctx.dropout).backward(grad, x, result, ctx.needs_input_grad[2:])
         return None, rows_grad, *grads
 
 

@@ -8,7 +8,7 @@ would collapse 16,384 positions to about a thousand values.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -85,13 +85,13 @@ class _Turn(torch.autograd.Function):
     """Its gradient is turned back by the same angles; autograd would take three times as many steps."""
 
     @staticmethod
-    def forward(ctx, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return turn(heads, cos, sin)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return turn(grad, cos, -sin), None, None
 

@@ -7,6 +7,7 @@ no module class is named here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,7 +68,8 @@ def apply_parallelism(
     check_plan(plan, layout.degrees)
     decoder = plan.roots[-1]
     if layout.degrees.pipeline > 1:
-        cut_decoder(model.get_submodule(decoder), layer_owners(plan, layout.degrees), layout)
+        text: Any = model.get_submodule(decoder)
+        cut_decoder(text, layer_owners(plan, layout.degrees), layout)
     if layout.context_group is not None:
         for name in match_modules(model, plan.attention_cores):
             model.set_submodule(name, UlyssesCore(model.get_submodule(name), layout.context_group))

@@ -14,12 +14,12 @@ class _AllToAllRows(torch.autograd.Function):
     """Rows out by `send`, in by `receive`; the gradient takes the way back."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.send, ctx.receive, ctx.group = send, receive, group
         return exchange_rows(rows, send, receive, group)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return exchange_rows(gradient, ctx.receive, ctx.send, ctx.group), None, None, None
 
 
@@ -54,12 +54,12 @@ class _SwapHeadsForTokens(torch.autograd.Function):
     """The Ulysses exchange; backward is the other direction of the same."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup, to_heads: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, to_heads: bool) -> Tensor:
         ctx.group, ctx.to_heads = group, to_heads
         return _scatter_heads(x, group) if to_heads else _gather_heads(x, group)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         swapped = _gather_heads(gradient, ctx.group) if ctx.to_heads else _scatter_heads(gradient, ctx.group)
         return swapped, None, None
 
@@ -190,7 +190,7 @@ def _(counts: Tensor, group_name: str) -> Tensor:
 
 def group_of(name: str) -> dist.ProcessGroup:
     """The process group of this name. Torch has no public way back from a name that its own operations are given."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
 
 
 def exchange_sizes(counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[int], list[int]]:

@@ -95,7 +95,7 @@ def collect_on_call(generation: int = 1) -> Iterator[Callable[[], None]]:
     gc.freeze()  # what was imported and built stays: to look through it again takes a tenth of a second
     gc.disable()
     try:
-        yield lambda: gc.collect(generation) and None
+        yield lambda: (gc.collect(generation), None)[1]
     finally:
         gc.enable()
         gc.unfreeze()
@@ -106,8 +106,9 @@ class HostCopies:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pins = device, device.type != "cpu"
-        self._module: Any = torch.get_device_module(device) if self.pins else None
-        self._queue: Any = self._module.Stream() if self.pins else None
+        module: Any = torch.get_device_module(device)
+        self._module: Any = module if self.pins else None
+        self._queue: Any = module.Stream() if self.pins else None
 
     def put(self, tensor: Tensor, host: Tensor) -> None:
         """Copy a tensor, once it is computed, to (pinned) host memory."""

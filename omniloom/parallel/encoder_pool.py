@@ -102,7 +102,7 @@ class _Placed(NamedTuple):
 
     encoder: int
     source: int
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's method has this name
 
 
 def route_tower(

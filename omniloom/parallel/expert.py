@@ -61,8 +61,8 @@ class LocalWeights(nn.Module):
 
 
 def _local(linear: LinearMap) -> LinearMap:
-    parts = (part.to_local() if isinstance(part, DTensor) else part for part in linear.parts)
-    return LinearMap(*parts, dropout=linear.dropout)
+    parts = [part.to_local() if isinstance(part, DTensor) else part for part in linear.parts]
+    return LinearMap.of_parts(parts, linear.dropout)
 
 
 class SumOverGroup(nn.Module):

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from math import prod
+from typing import cast
 
 import torch
 from torch import nn
@@ -133,7 +134,9 @@ def _choose_placement(num_shards: int, parameter: nn.Parameter) -> Shard:
     divides the first, unless those are stacked experts that both axes divide evenly."""
 
     def cuts(dim: int) -> int:
-        axes = enumerate(parameter.placements) if isinstance(parameter, DTensor) else ()
+        if not isinstance(parameter, DTensor):
+            return 1
+        axes = enumerate(parameter.placements)
         return prod(parameter.device_mesh.size(axis) for axis, placement in axes if placement.is_shard(dim))
 
     even = [dim for dim in range(1, parameter.ndim) if parameter.shape[dim] % (cuts(dim) * num_shards) == 0]
@@ -150,15 +153,16 @@ def _set_prefetch(blocks: list[FSDPModule], depth: int) -> None:
     """
     if depth == 0:
         return
-    parts = [[module for module in block.modules() if isinstance(module, FSDPModule)] for block in blocks]
+    within = [cast(nn.Module, block).modules() for block in blocks]
+    parts = [[module for module in modules if isinstance(module, FSDPModule)] for modules in within]
     for index, block in enumerate(blocks):
         following, earlier = parts[index + 1 : index + 1 + depth], parts[max(index - depth, 0) : index]
         block.set_modules_to_forward_prefetch([*parts[index][1:], *chain(*following)])
         block.set_modules_to_backward_prefetch(list(chain(*reversed(earlier))))
 
 
-def set_all_reduce(model: nn.Module, enabled: bool) -> None:
+def set_all_reduce(modules: Iterable[nn.Module], enabled: bool) -> None:
     """Under HSDP: whether the coming backward passes also sum over replicas, or leave that to a later one."""
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, FSDPModule):
             module.set_requires_all_reduce(enabled, recurse=False)

@@ -12,7 +12,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -66,9 +66,7 @@ def resolve_degrees(config: ParallelConfig, world_size: int, *, packs_per_step: 
     given = {name: getattr(config, name) for name in ("replicate", "context", "tensor", "pipeline")}
     rest = math.prod(given.values())
     faults = []
-    shard = config.shard
-    if shard == "auto":
-        shard = max(world_size // rest, 1)
+    shard: int = max(world_size // rest, 1) if config.shard == "auto" else config.shard
     if rest * shard != world_size:
         product = " x ".join(f"{name} {size}" for name, size in {**given, "shard": config.shard}.items())
         if world_size % rest:
@@ -144,7 +142,7 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
-    store: dist.Store
+    store: dist.Store  # type: ignore[name-defined]
     timeout: timedelta = timedelta(minutes=30)  # of collectives; groups made later do not inherit it
 
 
@@ -157,12 +155,12 @@ def init_distributed(*, timeout_seconds: float = 1800.0, device: torch.device | 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = choose_device(local_rank) if device is None else device
     if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     else:
-        store, rank, world_size = dist.HashStore(), 0, 1
+        store, rank, world_size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
     dist.init_process_group(
         backend_of(device),
-        store=dist.PrefixStore("groups", store),
+        store=dist.PrefixStore("groups", store),  # type: ignore[attr-defined]
         rank=rank,
         world_size=world_size,
         timeout=timeout,
@@ -333,12 +331,16 @@ def build_layout(degrees: Degrees, ranks: Ranks) -> Layout:
         upward=upward,
         downward=downward,
         channels={
-            name: dist.group.WORLD
+            name: cast(dist.ProcessGroup, dist.group.WORLD)
             if ranks.world_size == 1 or (name == "main" and on_host)
-            else dist.new_group(backend="gloo", timeout=ranks.timeout)
+            else _make_host_group(ranks)
             for name in CHANNELS
         },
     )
+
+
+def _make_host_group(ranks: Ranks) -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=ranks.timeout))
 
 
 def _make_mesh(degrees: Degrees, ranks: Ranks, fsdp: int, **divided: int) -> DeviceMesh:

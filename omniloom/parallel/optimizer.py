@@ -11,7 +11,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -162,7 +162,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for key in ("momentum_buffer",) if parameter in self._cuts else ("exp_avg", "exp_avg_sq"):
                 dtype = self._kept_dtype(parameter, key)
-                place = {} if self._copies is None else {"device": "cpu", "pin_memory": self._copies.pins}
+                place: dict[str, Any] = (
+                    {} if self._copies is None else {"device": "cpu", "pin_memory": self._copies.pins}
+                )
                 state[key] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False, **place)
                 if not dtype.is_floating_point:
                     state[key + SCALE] = torch.zeros_like(parameter[..., :1], dtype=torch.float32, requires_grad=False)
@@ -256,8 +258,8 @@ def column_noise(parameter: Tensor, salt: int, device: torch.device) -> Tensor:
     """Numbers in [0, 1), float32, one for each column of the weight that is here, the same in every layout."""
     start, count = 0, _local(parameter).shape[-1]
     if (axis := _axis_of(parameter, -1)) is not None:
-        sizes = _piece_sizes(parameter.shape[-1], parameter.device_mesh.size(axis))
-        start = sum(sizes[: parameter.device_mesh.get_local_rank(axis)])
+        sizes = _piece_sizes(parameter.shape[-1], cast(DTensor, parameter).device_mesh.size(axis))
+        start = sum(sizes[: cast(DTensor, parameter).device_mesh.get_local_rank(axis)])
     x = torch.arange(start, start + count, dtype=torch.int32, device=device)
     for factor, shift in ((0x2C1B3C6D, 15), (0x297A2D39, 14)):  # a hash of 32 bits; products wrap around
         x = (x + (salt & 0x3FFFFFFF)) * factor
@@ -270,7 +272,7 @@ def _largest_of_rows(value: Tensor, parameter: Tensor) -> Tensor:
     empty = value.new_zeros((*value.shape[:-1], 1))
     largest = value.abs().amax(dim=-1, keepdim=True) if value.shape[-1] else empty
     if (axis := _axis_of(parameter, -1)) is not None:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=parameter.device_mesh.get_group(axis))
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=cast(DTensor, parameter).device_mesh.get_group(axis))
     return largest
 
 
@@ -320,7 +322,7 @@ def _find_cut(parameter: Tensor) -> Cut | None:
     if len(axes) > 1:
         raise ValueError("train.optimizer: muon takes no matrix that is cut along both dims; use adamw")
     axis, dim = axes[0]
-    mesh = parameter.device_mesh
+    mesh = cast(DTensor, parameter).device_mesh
     return Cut(group=mesh.get_group(axis), dim=dim, sizes=_piece_sizes(parameter.shape[dim], mesh.size(axis)))
 
 

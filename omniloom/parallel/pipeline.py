@@ -261,7 +261,7 @@ class Pipeline:
             on_action(pack)
             if is_backward:
                 if self.layout.degrees.replicate > 1:
-                    set_all_reduce(self.stages[stage], pack == len(packs) - 1)
+                    set_all_reduce(self.stages[stage].modules(), pack == len(packs) - 1)
                 self._backward(stage, pack, pending.pop((stage, pack)), mail)
             else:
                 made = self._forward(stage, pack, packs[pack], mail)

@@ -54,14 +54,16 @@ class RecomputingCall(nn.Module):
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def _contexts(saved: Sequence[str], layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+def _contexts(
+    saved: Sequence[str], layer: nn.Module
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """What surrounds the forward pass of a layer, and its repetition."""
     forward, again = create_selective_checkpoint_contexts(partial(_save_named, saved))
     return forward, _after_gathering(layer, again)
 
 
 @contextmanager
-def _after_gathering(layer: nn.Module, again: AbstractContextManager) -> Iterator[None]:
+def _after_gathering(layer: nn.Module, again: AbstractContextManager[Any]) -> Iterator[None]:
     """Gather the experts within `layer` first: torch refuses what a repetition does and the forward pass did not, where
     they were gathered before the layer began."""
     for module in layer.modules():

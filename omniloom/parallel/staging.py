@@ -66,7 +66,7 @@ def to_device(value: Any, device: torch.device) -> Any:
         if storage.data_ptr() not in buffers:
             buffer = torch.empty(0, dtype=torch.uint8).set_(storage)
             buffers[storage.data_ptr()] = buffer.to(device, non_blocking=True)
-        return _view(buffers[storage.data_ptr()], tensor.storage_offset() * tensor.itemsize, tensor)
+        return _view(buffers[storage.data_ptr()], int(tensor.storage_offset()) * tensor.itemsize, tensor)
 
     return _map_tensors(value, move)
 

@@ -99,7 +99,7 @@ def run_packs(
         for number, batch in enumerate(packs):
             on_pack(number)
             if layout.degrees.replicate > 1:
-                set_all_reduce(model, number == len(packs) - 1)
+                set_all_reduce(model.modules(), number == len(packs) - 1)
             terms += _forward_backward(model, [batch], layout, pool, decode)
     for name, value in (item for own in terms for item in own.sums.items()):
         sums[name] += value.detach()
