@@ -140,7 +140,7 @@ def train_omniloom(row: Row, directory: Path, pack_tokens: int, content: Content
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             draw(name, parameter)
-    optimizer = build_optimizer(workshop, model, policies, layout.device)
+    optimizer = build_optimizer(workshop, dict(model.named_parameters()), policies, layout.device)
     pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), "group")
     (routed,) = pool.plan([make_pack(workshop.family, pack_tokens, content)])
     staged = stage(routed, layout.device, workshop.compute_dtype)

@@ -23,7 +23,7 @@ FAST: Mapping[str, Case] = MappingProxyType(
     {
         "one_rank": Case(model="Qwen3-VL-4B"),
         "fsdp_full_recompute": Case(model="Qwen3-VL-4B", world_size=8, rank=3, memory=FULL, evaluates=True),
-        "hsdp": Case(model="Qwen2.5-Omni-7B", world_size=8, rank=1, num_packs=2, parallel={"replicate": 2}),
+        "hsdp": Case(model="Qwen3-VL-4B", world_size=8, rank=1, num_packs=2, parallel={"replicate": 2}),
         "experts": Case(model=OMNI, world_size=64, rank=9, parallel={"expert": 8}, evaluates=True),
         "context_experts_full_recompute": Case(
             model=OMNI, world_size=16, rank=5, parallel={"context": 2, "expert": 8}, memory=FULL
@@ -42,6 +42,7 @@ SLOW: Mapping[str, Case] = MappingProxyType(
             memory={"recompute": 2},
             num_packs=2,
         ),
+        "hsdp_omni": Case(model="Qwen2.5-Omni-7B", world_size=8, rank=1, num_packs=2, parallel={"replicate": 2}),
         "frozen_towers": Case(model=OMNI, world_size=8, policy=FROZEN_TOWERS),
         "experts_of_vl": Case(model=VL_MOE, world_size=8, parallel={"expert": 8}, memory=FULL, evaluates=True),
         "windows": Case(model="Qwen2.5-VL-3B", layers={"text": 2, "vision": 9}, memory=FULL, evaluates=True),

@@ -56,7 +56,7 @@ def make_step(workshop: Workshop, layout: Layout) -> tuple[Callable[[], Tensor],
     torch.manual_seed(0)
     model, policies = build_model(workshop, layout)
     load_weights(workshop, model)
-    optimizer = build_optimizer(workshop, model, policies, layout.device)
+    optimizer = build_optimizer(workshop, dict(model.named_parameters()), policies, layout.device)
     pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), "group")
     (routed,) = pool.plan([make_pack(workshop.family, 1024, Content(grid=(1, 8, 8)))])
     staged = stage(routed, layout.device, workshop.compute_dtype)
