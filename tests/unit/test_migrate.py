@@ -230,14 +230,20 @@ def test_the_files_of_every_guide_give_a_config_that_trains(guide: str, project:
     words = write(files)
     text = migrate([*words, *(["rows=data/rows.json"] if "patch" in guide else [])])
     tree = yaml.safe_load(text)
-    if "expert" in tree.get("parallel", {}):  # one rank here, where they had sixteen
-        tree["parallel"].pop("expert")
+    for degree in ("expert", "tensor", "pipeline", "pipeline_layers"):  # one rank here, where they had sixteen
+        tree.get("parallel", {}).pop(degree, None)
     tree["model"]["dtype"] = "float32"
     tree["data"] |= {"pack_tokens": 256, "workers": 0}
     tree["checkpoint"] = {"export": False}
     assert run(load_config(tree)) == 0
     run_dir = Path(tree["train"].get("run_dir", "runs/train"))
     assert [line["step"] for line in read_lines(run_dir / "metrics.jsonl")] == [0, 1]
+
+
+def test_a_list_of_layers_by_stage_is_kept(project: Path) -> None:
+    tree = yaml.safe_load(migrate(write(GUIDES["qwen2_5_omni"][1])))
+    assert tree["parallel"]["tensor"] == 4
+    assert tree["parallel"]["pipeline_layers"] == [11, 17]
 
 
 def test_every_line_says_where_it_came_from(project: Path) -> None:
@@ -286,7 +292,7 @@ def test_what_only_a_shell_could_tell_is_asked_for(project: Path) -> None:
     tree = yaml.safe_load(migrate([*words, "rows=data/rows.json"]))
     assert tree["model"]["path"] == "ckpt/Model"
     assert tree["data"]["split"] == 0.1
-    assert tree["parallel"] == {"expert": 4}
+    assert tree["parallel"] == {"tensor": 4, "pipeline": 4, "expert": 4}
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,17 @@ def _degree(value: Value) -> int:
     return whole(value)
 
 
+def _stages(value: Value) -> list[int]:
+    """Layers of each stage; a list of lists is of stages that take turns."""
+    if not isinstance(value, list):
+        raise ValueError("a list with the number of layers of each stage")
+    if any(isinstance(part, list) for part in value):
+        raise NotOffered("stages that take turns are parallel.pipeline_schedule: interleaved, balanced by cost")
+    if len(value) == 1:
+        raise NotNeeded("one stage is the default")
+    return [whole(part) for part in value]
+
+
 def _no_half(value: Value) -> None:
     if _if_on(value):
         raise ValueError("bf16, which is the same size: fp16 is not offered, since it overflows")
@@ -114,6 +125,7 @@ READERS: dict[str, Callable[[Value], Value]] = {
     "no_half": _no_half,
     "no_quantisation": _no_quantisation,
     "degree": _degree,
+    "stages": _stages,
     "checkpointing": lambda value: "full" if switch(value) else "none",
     "granularity": _granularity,
     "loss": _loss,
