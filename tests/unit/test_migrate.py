@@ -306,6 +306,7 @@ def test_what_only_a_shell_could_tell_is_asked_for(project: Path) -> None:
         ("a.sh", "torchrun --nproc_per_node 2 x.py --fp16 --train-iters 3", "fp16 is not offered"),
         ("a.sh", "torchrun x.py --train-iters 3 --lr-decay-style WSD", "expected one of cosine, linear, constant"),
         ("a.sh", "swift sft --model m --dataset AI-ModelScope/set", "a name on a hub"),
+        ("a.sh", "torchrun x.py --train-iters $STEPS", r"--train-iters: expected a value .*give NAME=VALUE"),
     ],
 )
 def test_files_that_are_no_such_configuration_are_refused(name: str, text: str, message: str, project: Path) -> None:
@@ -331,6 +332,13 @@ def test_llama_factory_files_name_their_rows_by_dataset_info(project: Path) -> N
     write({"data/dataset_info.json": {"other": info["mine"]}})
     with pytest.raises(MigrateError, match="has no such entry"):
         migrate(["sft.yaml", "data/dataset_info.json"])
+
+
+def test_what_is_frozen_is_a_whole_component_and_parts_of_one_are_listed(project: Path) -> None:
+    newer = {**NEWER, "model": {**NEWER["model"], "freeze": ["model.visual.merger", "model.visual.blocks"]}}
+    text = migrate(write({"config.yaml": newer}))
+    assert yaml.safe_load(text)["policy"] == {"text": {"recompute": True}, "vision.merger": {"freeze": True}}
+    assert "model.freeze visual.blocks: parts of a component cannot be frozen alone" in text
 
 
 def test_a_swift_command_line_is_read_with_the_variables_before_it(project: Path) -> None:
