@@ -61,10 +61,11 @@ def resolve_policy(
     present = sorted(set(components.values()))
     _check_rules(rules, present, roots, known, tied or {})
     has_adapters = any(rule.lora for rule in rules.values())
+    merged = {component: _merge(rules, component) for component in present}
     policies = {}
-    for component in present:
-        rule = _merge(rules, component)
-        policies[component] = ParameterPolicy(
+    for name, component in components.items():
+        rule = merged[component]
+        policies[name] = ParameterPolicy(
             component=component,
             trainable=not rule.freeze and rule.lora is None and not (has_adapters and _is_silent(rule)),
             learning_rate=learning_rate if rule.learning_rate is None else rule.learning_rate,
@@ -76,7 +77,7 @@ def resolve_policy(
             "nothing would train: policy freezes every component that is built "
             f"({', '.join(present)}); set freeze: false for at least one, or give it a lora section"
         )
-    return {name: policies[component] for name, component in components.items()}
+    return policies
 
 
 def _check_rules(
