@@ -221,7 +221,7 @@ def make_model(config: FamilyConfig, layout: Layout, parallel: dict) -> OmniMode
         memory=MemoryConfig(),
         compute_dtype=torch.float32,
     )
-    materialize(model, layout)
+    materialize(model, layout.device)
     fill(model)
     return model
 

@@ -17,6 +17,10 @@ STEPS = 6
 TOLERANCE = 1e-5  # of the loss, as in test_training_ranks.py, where Qwen3-Omni is
 LAYOUTS = {  # of dense families, and of those with experts
     "tensor": (("parallel.tensor=2",), ("parallel.tensor=2", "parallel.expert=4")),  # beside it, two shards
+    "pipeline": (
+        ("parallel.pipeline=2", "parallel.context=2"),
+        ("parallel.pipeline=2", "parallel.expert=2"),
+    ),
     "context": (("parallel.context=2",), ("parallel.context=2", "parallel.expert=4")),
 }
 SAMPLED = ("qwen2_5_omni", "qwen3_vl_moe")  # a dense one with all media, and one with experts
