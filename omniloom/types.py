@@ -38,6 +38,17 @@ class SampleError(ValueError):
         return (SampleError, (self.field, self.reason))
 
 
+class MissingFile(SampleError):
+    """A file that is not there, which may be the fault of this machine alone."""
+
+    def __init__(self, field: str, path: str) -> None:
+        super().__init__(field, f"{path if len(path) < 300 else path[:60] + '...'} does not exist")
+        self.path = path
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
+        return (MissingFile, (self.field, self.path))
+
+
 def suggest(name: str, known: Iterable[str], *, among: str = "known:", before: str = "") -> str:
     """What to say behind a wrong name: the nearest of the known ones if any is near, else all of them after `among`."""
     known = list(known)
@@ -274,6 +285,7 @@ class BadSample:
     epoch: int = 0
     row: int = -1  # index into the concatenated sources: several rows of an array may share a line
     num_tokens: int = 0  # of a sample that is too long for a pack
+    missing: str = ""  # the file that is not there, where that is why
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omniloom.data.collate import blank_samples, sample_weight_sums, weight_sum
@@ -51,6 +53,7 @@ class PlanningRanks:
     exchange: Exchange = lambda value: [value]
     rank: int = 0
     world_size: int = 1
+    node: str = field(default_factory=platform.node)
 
     def measure(
         self, rows: list[int], measure: Callable[[list[int]], list[Extent | BadSample]]
@@ -69,7 +72,23 @@ class PlanningRanks:
         measured: list[Any] = [None] * len(rows)
         for rank, part in enumerate(gathered):
             measured[rank :: self.world_size] = part
+        if self.world_size > 1:
+            self._refuse_unlike_nodes([row for row in measured if isinstance(row, BadSample) and row.missing])
         return measured
+
+    def _refuse_unlike_nodes(self, bad: Sequence[BadSample]) -> None:
+        """Raises: ValueError on all ranks for a file that some nodes have and others lack: no fault of its row."""
+        if not bad:
+            return
+        found = gather(self.exchange, (self.node, [os.path.exists(row.missing) for row in bad]))
+        for number, row in enumerate(bad):
+            have = {node for node, there in found if there[number]}
+            lack = sorted({node for node, _ in found} - have)
+            if have and lack:
+                raise ValueError(
+                    f"{row.missing} is missing on {', '.join(lack)} and is there on {', '.join(sorted(have))} "
+                    f"({row.file}:{row.line}: {row.field}); copy the data to every node"
+                )
 
     def compare(self, plan: Callable[[], Any]) -> None:
         """Raises: ValueError unless every rank made the same plan; `plan()` gives it as JSON."""

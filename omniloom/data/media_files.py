@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from omniloom.config import DataConfig
 from omniloom.data.row_media import decode_data_uri
-from omniloom.types import MediaKind, MediaSource, SampleError
+from omniloom.types import MediaKind, MediaSource, MissingFile, SampleError
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -89,8 +89,9 @@ def size_of(data: bytes | str, kind: MediaKind) -> int:
     else:
         try:
             if not os.path.isfile(data):
-                what = "is a directory, not a file" if os.path.isdir(data) else "does not exist"
-                raise SampleError(kind, f"{name_of(data)} {what}")
+                if os.path.isdir(data):
+                    raise SampleError(kind, f"{name_of(data)} is a directory, not a file")
+                raise MissingFile(kind, data)
             size = os.path.getsize(data)
         except OSError as error:
             raise SampleError(kind, f"cannot read {name_of(data)}: {error.strerror or error}") from None

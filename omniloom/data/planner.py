@@ -60,7 +60,7 @@ class Planner:
     `data_fingerprint` tells on resume whether the rows are still the same, `row_options` (JSON, by their names in the
     config, those at their defaults left out) whether they still become the same samples; `entries` what an epoch takes
     of each source. All ranks must call `next_step` equally often: with `world_size > 1` each window costs two calls of
-    `exchange`, made on a thread of the planner's own, one window ahead of need.
+    `exchange` (three where a file is missing), made on a thread of the planner's own, one window ahead of need.
 
     Which rows come when is `row_order`'s, which samples share a pack `packing`'s, what ranks tell each other
     `agreement`'s: this class joins them, holds the state, and runs ahead.

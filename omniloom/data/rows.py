@@ -24,6 +24,7 @@ from omniloom.types import (
     MediaHeader,
     MediaKind,
     MediaSource,
+    MissingFile,
     PackPlan,
     PackStats,
     PlannedSample,
@@ -173,7 +174,10 @@ class RowReader:
 
     def _bad(self, row: int, error: SampleError, epoch: int = 0) -> BadSample:
         file, line = self.source.locate(row)
-        return BadSample(file=file, line=line, field=error.field, reason=error.reason, epoch=epoch, row=row)
+        missing = error.path if isinstance(error, MissingFile) else ""
+        return BadSample(
+            file=file, line=line, field=error.field, reason=error.reason, epoch=epoch, row=row, missing=missing
+        )
 
     def _fault(self, row: int, error: Exception) -> RowFault:
         file, line = self.source.locate(row)

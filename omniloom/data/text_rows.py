@@ -23,6 +23,8 @@ from omniloom.types import Row, SampleError
 _BOM = b"\xef\xbb\xbf"
 _STRETCH_BYTES = 1 << 22
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by how files begin
+_SPACE = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
 _CUT_OFF = 16  # characters before the end of a stretch within which a fault may only mean that more is to come
 
 
@@ -282,6 +284,8 @@ class _ArrayText:
         self.is_whole = False  # whether `text` reaches the end of the file
 
     def advance(self, position: int) -> None:
+        if position == self.position:
+            return
         passed = self.text[self.position : position]
         self.byte += len(passed) if passed.isascii() else len(passed.encode("utf-8"))
         if breaks := passed.count("\n"):
@@ -308,7 +312,7 @@ class _ArrayText:
     def skip_space(self) -> str:
         """Past white space; the character that follows, or nothing at the end of the file."""
         while True:
-            match = re.compile(r"[ \t\r\n]*").match(self.text, self.position)
+            match = _SPACE.match(self.text, self.position)
             assert match is not None
             self.advance(match.end())
             if self.position < len(self.text) or self.is_whole:
@@ -317,10 +321,9 @@ class _ArrayText:
 
     def skip_value(self) -> str:
         """Past a JSON value; its text. Raises: json.JSONDecodeError, RecursionError, ValueError."""
-        decoder = json.JSONDecoder()
         while True:
             try:
-                _, end = decoder.raw_decode(self.text, self.position)
+                _, end = _DECODER.raw_decode(self.text, self.position)
                 if end < len(self.text) or self.is_whole:
                     break
             except json.JSONDecodeError as error:

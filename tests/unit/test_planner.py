@@ -160,6 +160,22 @@ def test_ranks_that_measure_differently_by_chance_of_environment_fail_loudly():
     assert len(errors) == 2
 
 
+@pytest.mark.parametrize("other_has_it", [True, False])
+def test_a_file_that_one_node_lacks_is_that_nodes_error_and_no_bad_row(tmp_path, other_has_it):
+    bad = BadSample(file="a.json", line=3, field="images[0]", reason="x", missing=str(tmp_path / "a.png"))
+
+    def exchange(value):
+        _, own = value
+        return [value, (None, ("other", [other_has_it]) if isinstance(own, tuple) else [])]
+
+    ranks = PlanningRanks(exchange=exchange, rank=0, world_size=2, node="here")
+    if not other_has_it:
+        assert ranks.measure([0], lambda rows: [bad]) == [bad]
+        return
+    with pytest.raises(ValueError, match=r"a\.png is missing on here and is there on other \(a\.json:3: images\[0\]\)"):
+        ranks.measure([0], lambda rows: [bad])
+
+
 def test_a_rank_that_cannot_measure_stops_all_ranks_instead_of_hanging_them():
     def broken(rows):
         raise RuntimeError("the pool is gone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -10,6 +11,7 @@ import pickle
 import sqlite3
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,8 @@ def test_plain_parts_captions_and_names_that_a_row_calls_its_files(tmp_path: Pat
 
 
 def test_what_a_row_names_is_not_taken_twice(tmp_path: Path) -> None:
-    row = {"messages": ASKED, "images": ["a.jpg"]}
+    asked = {"role": "user", "content": [{"type": "image", "image": "a.jpg"}]}
+    row = {"messages": [asked, ASKED[1]]}
     path = write_tar(tmp_path / "a.tar", [("0.a.jpg", b"A"), ("0.json", json.dumps(row).encode())])
     assert media_of(conversations(path)[0]) == [("image", b"A")]
 
@@ -268,6 +271,25 @@ def test_written_shards_score_as_their_source(shards: tuple[Path, Path], tmp_pat
     assert len(scores) == 8
     assert not bad
     assert score_rows(model, shards[1], words) == (scores, [])
+
+
+def test_the_same_rows_are_the_same_samples_whatever_they_are_stored_in(tmp_path: Path) -> None:
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    png = base64.b64encode(b"\x89PNG " + bytes(90)).decode()
+    rows = [{"id": str(n), "messages": ASKED, "images": [f"data:image/png;base64,{png}"]} for n in range(7)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "rows.jsonl").write_bytes(lines)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=3)
+    convert_file("webdataset", tmp_path / "rows.parquet", tmp_path / "shards")
+    plain = [replace(one, source="") for one in conversations(tmp_path / "rows.json")]
+    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.parquet", "shards", "shards/*.tar"):
+        assert [replace(one, source="") for one in conversations(tmp_path / name)] == plain, name
 
 
 def test_media_are_stored_unchanged_and_the_index_says_where(shards: tuple[Path, Path]) -> None:
