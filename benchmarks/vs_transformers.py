@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -129,7 +129,10 @@ def _encode(reader: RowReader, row: int, clips: tuple) -> Example:
 
     conversation = reader.parse(*reader.source.read(row))
     decoded = tuple(reader.decode(media, clip) for media, clip in zip(media_of(conversation), clips, strict=True))
-    return reader.processor.encode(conversation, clips, decoded)
+    example = reader.processor.encode(conversation, clips, decoded)
+    normalised = reader.processor.towers.normalised  # transformers takes pixels as numbers
+    vision = (replace(clip, patches=normalised((clip.patches, None))[0]) for clip in example.vision)
+    return replace(example, vision=tuple(vision))
 
 
 def _token_ids(workshop: Workshop) -> dict[str, int]:

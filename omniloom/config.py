@@ -144,6 +144,8 @@ class DataConfig(ProcessorOptions):
     workers: Annotated[CountOrZero, "loader processes per rank"] = 2
     prefetch_packs: Annotated[Count, "packs loaded ahead"] = 4
     shuffle: Annotated[bool, "draw rows in random order, by train.seed"] = True
+    cache: Annotated[str | None, "a folder for decoded media, read by later epochs and runs; null keeps none"] = None
+    cache_gigabytes: Annotated[Positive, "of data.cache at most; what was not used for longest goes first"] = 100.0
     cache_dir: Annotated[str | None, "where measured sizes are kept; null is cache/ of the run"] = None
     scratch: Annotated[str | None, "a folder of each node for indexes and unpacked files; null is in TMPDIR"] = None
     audio: AudioConfig = field(default_factory=AudioConfig)

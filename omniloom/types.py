@@ -328,7 +328,8 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionClip:
-    patches: Tensor  # float32 [num_patches, channels * temporal_patch * patch * patch], merge-block order
+    # [num_patches, channels * temporal_patch * patch * patch], merge-block order; uint8, or float32 if normalised
+    patches: Tensor
     grid_thw: tuple[int, int, int]
     token_index: Tensor  # int64 [M]: rows of the sample's sequence that the merged patches fill, in order
 
@@ -371,6 +372,9 @@ class Processor(Protocol):
         self, conversation: Conversation, headers: tuple[MediaHeader, ...], max_tokens: int
     ) -> tuple[ClipGeometry, ...] | None:
         """The largest clips with which the sample has at most `max_tokens`, or None."""
+
+    def resized(self, clip: ClipGeometry, decoded: DecodedClip) -> DecodedClip:
+        """The clip with pictures in their planned size, from which `encode` makes the same."""
 
     def encode(
         self,
@@ -415,7 +419,7 @@ class Segments:
 class VisionBatch:
     """All images and videos of a pack (and at least one null segment), in one tower call."""
 
-    patches: Tensor  # float32 or bfloat16 [P, patch_dim]
+    patches: Tensor  # [P, patch_dim]: uint8 pixels, or normalised ones where there are no `pixel_rules`
     segments: Segments  # one per frame
     rotary_index: Tensor  # int64 [P, 2]: row and column of each patch
     interpolation_index: Tensor  # int64 [P, 4] into the learned position table; [P, 0] where a family has none
@@ -423,6 +427,8 @@ class VisionBatch:
     token_index: Tensor  # int64 [M]: rows of the pack that tower rows 0..M-1 fill; later tower rows fill nothing
     # families with window attention; patches (and so token_index) then come window by window within each frame
     window_segments: Segments | None = None
+    # float32 [3, patch_dim]: what pixels are divided by, their mean after that, and the standard deviation
+    pixel_rules: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,12 @@ import logging
 import os
 import sqlite3
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omniloom.data.dataclass_json import from_json, to_json
-from omniloom.types import Conversation, Extent
+from omniloom.types import Conversation, Extent, MediaSource
 
 _log = logging.getLogger(__name__)
 _VERSION = 3  # raise it when the meaning of an Extent's fields changes
@@ -56,10 +57,17 @@ def extent_key(conversation: Conversation, fingerprint: str) -> str | None:
     measuring will say what is wrong with it.
     """
     record = dataclasses.asdict(dataclasses.replace(conversation, id="", source=""))
-    text = json.dumps(record, sort_keys=True, default=_hash_bytes)
-    stamps = []
+    text = json.dumps(record, sort_keys=True, default=hash_bytes)
     parts = (part for turn in conversation.turns for part in turn.parts)
-    clips = [part.media for part in parts if part.media is not None]
+    stamps = media_stamps([part.media for part in parts if part.media is not None])
+    if stamps is None:
+        return None
+    return hashlib.sha256(json.dumps([_VERSION, fingerprint, text, stamps]).encode()).hexdigest()
+
+
+def media_stamps(clips: Sequence[MediaSource]) -> list[tuple[str, int, int]] | None:
+    """Path, size and time of all files of some clips; None where one cannot be looked at."""
+    stamps = []
     for media in (*clips, *(clip.sound for clip in clips if clip.sound is not None)):
         for path in (media.path, *(media.frames or ())):
             if path is None:
@@ -69,7 +77,7 @@ def extent_key(conversation: Conversation, fingerprint: str) -> str | None:
             except (OSError, ValueError):
                 return None
             stamps.append((path, stat.st_size, stat.st_mtime_ns))
-    return hashlib.sha256(json.dumps([_VERSION, fingerprint, text, stamps]).encode()).hexdigest()
+    return stamps
 
 
 class ExtentCache:
@@ -163,6 +171,7 @@ class ExtentCache:
         self._gave_up = True
 
 
-def _hash_bytes(value: object) -> str:
+def hash_bytes(value: object) -> str:
+    """What stands for embedded media in JSON."""
     assert isinstance(value, bytes), f"{type(value).__name__} in a conversation"
     return hashlib.sha256(value).hexdigest()

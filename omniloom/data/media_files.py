@@ -133,6 +133,7 @@ def open_container(file: str | bytes, kind: MediaKind) -> Iterator[InputContaine
             raise SampleError(kind, f"{name_of(file)} is truncated: {reason}")
         if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
             options["probesize"] = "4096"  # by default av reads megabytes of PCM to see whether they are DTS
+            options["max_size"] = "16384"  # bytes of a packet, where 4096 is usual
         with av.open(target, options=options, metadata_errors="replace") as container:
             yield container
     except SampleError:

@@ -12,6 +12,7 @@ from typing import Any
 
 from omniloom.data.collate import FailedSlot, check_example, collate, weight_sum
 from omniloom.data.extent_cache import ExtentCache, extent_key
+from omniloom.data.media_cache import MediaCache
 from omniloom.data.sources import Sources
 from omniloom.types import (
     BadSample,
@@ -64,6 +65,7 @@ class RowReader:
     shrink: bool = False  # data.overlong: shrink
     cache: ExtentCache | None = None
     decode_all: bool = False
+    media: MediaCache | None = None  # of clips decoded and resized
 
     @property
     def processor(self) -> Processor:
@@ -163,7 +165,7 @@ class RowReader:
                 "media", f"the row has {len(media)} clips, {len(clips)} were planned; did the file change?"
             )
         decoded = tuple(
-            reader.decode(one, clip) if decode_clips is None or (position, number) in decode_clips else None
+            self._decode(reader, one, clip) if decode_clips is None or (position, number) in decode_clips else None
             for number, ((one, _), clip) in enumerate(zip(media, clips, strict=True))
         )
         example = reader.processor.encode(conversation, clips, decoded)
@@ -171,6 +173,16 @@ class RowReader:
         if fault is not None:
             raise SampleError("num_tokens", fault)
         return example
+
+    def _decode(self, reader: SourceReader, source: MediaSource, clip: ClipGeometry) -> DecodedClip:
+        key = None if self.media is None else self.media.key(source, clip, reader.fingerprint)
+        if self.media is None or key is None:
+            return reader.decode(source, clip)
+        found = self.media.get(key)
+        if found is None:
+            found = reader.processor.resized(clip, reader.decode(source, clip))
+            self.media.put(key, found)
+        return found
 
     def _bad(self, row: int, error: SampleError, epoch: int = 0) -> BadSample:
         file, line = self.source.locate(row)

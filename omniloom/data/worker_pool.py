@@ -200,7 +200,11 @@ class _ForkServer:
             number = theirs.fileno()
             program = f"import sys; sys.path[:] = {sys.path!r}; from omniloom.data import worker; "
             command = [sys.executable, "-c", program + f"worker.serve_forks({number})"]
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[number])
+            # frames and features come and go by megabytes: glibc keeps them instead of asking for fresh pages each time
+            kept = {"MALLOC_MMAP_THRESHOLD_": str(1 << 28), "MALLOC_TRIM_THRESHOLD_": str(1 << 29)}
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=[number], env={**os.environ, **kept}
+            )
         atexit.register(self.close)
 
     def fork(self) -> Connection:

@@ -98,7 +98,11 @@ class VisionTower(nn.Module):
     def forward(self, batch: VisionBatch, draw_key: int | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Rows [P / merge^2, out_hidden_size], and as many per deepstack level."""
         own_key = layer_key(draw_key)
-        hidden = self.patch_embed(batch.patches.to(self.patch_embed.weight.dtype), own_key)  # [P, C]
+        patches = batch.patches
+        if batch.pixel_rules is not None:
+            divisor, mean, std = batch.pixel_rules
+            patches = patches.float().div_(divisor).sub_(mean).div_(std)
+        hidden = self.patch_embed(patches.to(self.patch_embed.weight.dtype), own_key)  # [P, C]
         if self.pos_embed is not None:
             positions = self.pos_embed(batch.interpolation_index) * batch.interpolation_weights[:, :, None]  # [P, 4, C]
             hidden = hidden + positions.sum(dim=1).to(hidden.dtype)

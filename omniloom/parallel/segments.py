@@ -164,7 +164,8 @@ def join_sizes(sizes: Sequence[TowerSizes], pack_tokens: int) -> TowerSizes:
 def join_vision(batches: Sequence[VisionBatch]) -> VisionBatch:
     """The media of several packs in one batch, null segments where they were. `token_index` means nothing any more."""
     last, windows = batches[-1], [batch.window_segments for batch in batches if batch.window_segments is not None]
-    return VisionBatch(
+    return dataclasses.replace(
+        last,
         patches=torch.cat([batch.patches for batch in batches]),
         segments=_join_segments([batch.segments for batch in batches]),
         rotary_index=torch.cat([batch.rotary_index for batch in batches]),

@@ -23,15 +23,17 @@ ALIGNMENT = 256  # bytes, as the device's allocator has it
 def stage(batch: PackedBatch, device: torch.device, dtype: torch.dtype) -> PackedBatch:
     """A pack on the host in one buffer of pinned memory, which `to_device` copies as one; for the CPU as it is.
 
-    Patches and log-mel frames come in `dtype`, that of the towers. Passes over all bytes: for a thread that runs ahead
-    of the training loop.
+    Log-mel frames and patches that are normalised come in `dtype`, that of the towers; pixels stay bytes. Passes over
+    all bytes: for a thread that runs ahead of the training loop.
     """
     if device.type == "cpu":
         return batch
     vision, audio = batch.vision, batch.audio
     batch = replace(
         batch,
-        vision=None if vision is None else replace(vision, patches=vision.patches.to(dtype)),
+        vision=replace(vision, patches=vision.patches.to(dtype))
+        if vision is not None and vision.pixel_rules is None
+        else vision,
         audio=None if audio is None else replace(audio, features=audio.features.to(dtype)),
     )
     tensors = list_tensors(batch)

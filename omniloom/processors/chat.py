@@ -158,13 +158,18 @@ class ChatProcessor:
         num_clips = len(media_parts(asked))
         clips = self.geometry(asked, headers[:num_clips])
         tokens = self._tokenize_prompt(asked, clips)
-        features = [self.towers.features(clip, arrays) for clip, arrays in zip(clips, decoded[:num_clips], strict=True)]
+        given = zip(clips, decoded[:num_clips], strict=True)
+        features = [self.towers.normalised(self.towers.features(clip, arrays)) for clip, arrays in given]
         input_ids = torch.from_numpy(tokens.ids)[None]
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         return inputs | self.media.generation_inputs(input_ids[0], clips, features)
 
+    def resized(self, clip: ClipGeometry, decoded: DecodedClip) -> DecodedClip:
+        """The clip with pictures in their planned size, from which `encode` makes the same."""
+        return self.towers.resized(clip, decoded)
+
     def collate_vision(self, clips: Sequence[VisionClip]) -> VisionBatch:
-        return vision_batch(clips, self.towers.vision)
+        return vision_batch(clips, self.towers.vision, self.towers.pixel_rules)
 
     def collate_audio(self, clips: Sequence[AudioClip]) -> AudioBatch | None:
         """None for a model without an audio tower."""

@@ -121,23 +121,12 @@ def resize(image: NDArray[np.uint8], height: int, width: int, resample: int = 3)
     return np.asarray(Image.fromarray(image).resize((width, height), resample=Image.Resampling(resample)))
 
 
-def pixel_patches(
-    frames: NDArray[np.uint8],
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    *,
-    rescale: float | None = 1 / 255,
-    patch: int,
-    temporal_patch: int,
-    merge: int,
-) -> Tensor:
-    """Rescale, normalise and cut frames uint8 [N, H, W, C] into float32 [P, C * temporal_patch * patch * patch].
+def pixel_patches(frames: NDArray[np.uint8], *, patch: int, temporal_patch: int, merge: int) -> Tensor:
+    """Cut frames uint8 [N, H, W, C] into patches uint8 [P, C * temporal_patch * patch * patch].
 
     H and W divide by patch x merge. Where N does not divide by `temporal_patch` the last frame is repeated, so an
-    image is a video of one frame. Rows run over time, block row, block column, row and column within the block. Pixels
-    are moved as bytes, and those of an image normalised once for all its frames.
-    Source: transformers, Qwen2VLImageProcessorPil and Qwen2VLVideoProcessor: rescale, normalize and patchify, to the
-    last bit: of all 256 values x / 255 in float32 equals their x * (1 / 255) in float64, rounded.
+    image is a video of one frame. Rows run over time, block row, block column, row and column within the block.
+    Source: transformers, Qwen2VLImageProcessorPil and Qwen2VLVideoProcessor: patchify.
     """
     if len(frames) > 1 and (missing := -len(frames) % temporal_patch):
         frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
@@ -145,20 +134,24 @@ def pixel_patches(
     assert height % (patch * merge) == width % (patch * merge) == 0, (height, width, patch, merge)
     shown = min(len(frames), temporal_patch)  # frames of a row of patches that differ
     rows, columns = height // (patch * merge), width // (patch * merge)
-    blocks = frames.reshape(-1, shown, rows, merge, patch, columns, merge, patch, channels)
+    planes = np.ascontiguousarray(frames.transpose(0, 3, 1, 2))  # so that what moves below are rows of a patch
+    blocks = planes.reshape(-1, shown, channels, rows, merge, patch, columns, merge, patch)
     # t, block row, block column, row, column, C, frame, y, x
-    cut = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels, shown, patch * patch)
-    pixels = np.empty((len(cut), channels, temporal_patch, patch * patch), np.float32)
-    first = pixels[:, :, :shown]
-    if rescale == 1 / 255:
-        np.divide(cut, np.float32(255), out=first)
-    else:
-        first[:] = cut if rescale is None else cut * np.float64(rescale)
-    if mean is not None and std is not None:
-        first -= np.array(mean, np.float32)[:, None, None]
-        first /= np.array(std, np.float32)[:, None, None]
-    pixels[:, :, shown:] = first[:, :, -1:]
-    return torch.from_numpy(pixels.reshape(len(cut), -1))
+    cut = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    pixels = np.empty((*cut.shape[:6], temporal_patch, patch, patch), np.uint8)
+    pixels[..., :shown, :, :] = cut
+    pixels[..., shown:, :, :] = pixels[..., shown - 1 : shown, :, :]
+    return torch.from_numpy(pixels.reshape(-1, channels * temporal_patch * patch * patch))
+
+
+def normalise_pixels(patches: Tensor, rules: Tensor) -> Tensor:
+    """Patches uint8 [P, patch_dim] as float32, by `VisionBatch.pixel_rules`.
+
+    Source: transformers, Qwen2VLImageProcessorPil: rescale and normalize, to the last bit: of all 256 values x / 255
+    in float32 equals their x * (1 / 255) in float64, rounded.
+    """
+    divisor, mean, std = rules
+    return patches.float().div_(divisor).sub_(mean).div_(std)
 
 
 def log_mel(
@@ -186,7 +179,8 @@ def log_mel(
     if samples.shape[0] <= n_fft // 2:
         samples = torch.nn.functional.pad(samples, (0, n_fft // 2 + 1 - samples.shape[0]))
     spectrum = torch.stft(samples, n_fft, hop_length, window=torch.hann_window(n_fft), return_complex=True)
-    power = (spectrum[:, :num_frames].abs() ** 2).contiguous()
+    real, imaginary = torch.view_as_real(spectrum[:, :num_frames]).unbind(-1)
+    power = real.square().addcmul_(imaginary, imaginary)  # abs would take a root only to square it
     filters = _mel_filters(num_mel_bins, sampling_rate, n_fft)
     spectrogram = torch.clamp(filters @ power, min=1e-10).log10()
     return (torch.maximum(spectrogram, spectrogram.max() - 8.0) + 4.0) / 4.0

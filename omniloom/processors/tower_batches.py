@@ -19,9 +19,12 @@ from omniloom.types import AudioBatch, AudioClip, Segments, VisionBatch, VisionC
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def vision_batch(clips: Sequence[VisionClip], config: VisionTowerConfig) -> VisionBatch:
+def vision_batch(
+    clips: Sequence[VisionClip], config: VisionTowerConfig, pixel_rules: Tensor | None = None
+) -> VisionBatch:
     """All clips of a pack as one batch, a null segment of one merged patch last.
 
+    Patches are uint8 with `pixel_rules` (see `VisionBatch`), else float32.
     `token_index` of the clips counts rows of the pack. Tensors are on the CPU.
     """
     merge = config.spatial_merge_size
@@ -29,7 +32,8 @@ def vision_batch(clips: Sequence[VisionClip], config: VisionTowerConfig) -> Visi
         _check_picture(number, clip, config)
     grids = torch.tensor([*(clip.grid_thw for clip in clips), (1, merge, merge)])
     row, column, heights, widths = _patch_coordinates(grids, merge)
-    patches = torch.cat([*(clip.patches for clip in clips), torch.zeros(merge**2, config.patch_dim)])
+    dtype = torch.float32 if pixel_rules is None else torch.uint8
+    patches = torch.cat([*(clip.patches for clip in clips), torch.zeros(merge**2, config.patch_dim, dtype=dtype)])
     token_index = torch.cat([*(clip.token_index for clip in clips), torch.zeros(0, dtype=torch.int64)])
     frame_lengths = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])
     window_segments = None
@@ -50,6 +54,7 @@ def vision_batch(clips: Sequence[VisionClip], config: VisionTowerConfig) -> Visi
         interpolation_weights=weights,
         token_index=token_index,
         window_segments=window_segments,
+        pixel_rules=pixel_rules,
     )
 
 

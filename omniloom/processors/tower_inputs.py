@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.processors.features import (
     log_mel,
+    normalise_pixels,
     pixel_patches,
     resize,
     sample_frame_indices,
     smart_resize,
 )
-from omniloom.processors.settings import ExtractorSettings, bounds
+from omniloom.processors.settings import ExtractorSettings, PixelRules, bounds
 from omniloom.types import (
     ClipGeometry,
     ClipOptions,
@@ -185,33 +189,62 @@ class TowerInputs:
     # ------------------------------------------------------------------------------------ features
 
     def features(self, clip: ClipGeometry, decoded: DecodedClip) -> Features:
-        """Patches float32 [P, patch_dim] and log-mel float32 [num_mel_bins, L], None for what the clip lacks.
+        """Patches (see `VisionClip`) and log-mel float32 [num_mel_bins, L], None for what the clip lacks.
 
         Raises: SampleError where the decoded arrays are not of the planned size.
         """
-        patches = None if clip.grid_thw is None else self._patches(clip, clip.grid_thw, decoded.pixels)
         mel = None if not clip.num_mel_frames else self._mel(clip, decoded.waveform)
+        frames = self.resized(clip, decoded).pixels
+        if frames is None:
+            return None, mel
+        patches = pixel_patches(
+            frames[None] if frames.ndim == 3 else frames,
+            patch=self.vision.patch_size,
+            temporal_patch=self.vision.temporal_patch_size,
+            merge=self.vision.spatial_merge_size,
+        )
+        if self.pixel_rules is None:
+            patches = normalise_pixels(patches, self._rules_of(self._pixel_rules(clip)))
         return patches, mel
 
-    def _patches(self, clip: ClipGeometry, grid_thw: tuple[int, int, int], pixels: np.ndarray | None) -> Tensor:
-        frames = None if pixels is None else pixels[None] if pixels.ndim == 3 else pixels
-        num_frames = max(len(clip.frame_indices), 1)
-        if frames is None or len(frames) != num_frames:
-            got = "none" if frames is None else len(frames)
-            raise SampleError(f"{clip.kind}s", f"expected {num_frames} decoded frames as planned, got {got}")
-        vision = self.vision
-        height, width = grid_thw[1] * vision.patch_size, grid_thw[2] * vision.patch_size
-        rules = self.settings.image if clip.kind == "image" else self.settings.frames
-        resized = [resize(frame, height, width, rules.resample) for frame in frames]
-        return pixel_patches(
-            np.stack(resized) if num_frames > 1 else resized[0][None],
-            rules.mean,
-            rules.std,
-            rescale=rules.rescale,
-            patch=vision.patch_size,
-            temporal_patch=vision.temporal_patch_size,
-            merge=vision.spatial_merge_size,
-        )
+    def resized(self, clip: ClipGeometry, decoded: DecodedClip) -> DecodedClip:
+        """The clip with pictures in their planned size. Raises: SampleError where there are not as many as planned."""
+        if clip.grid_thw is None:
+            return replace(decoded, pixels=None)
+        pixels, num_frames = decoded.pixels, max(len(clip.frame_indices), 1)
+        num_decoded = 0 if pixels is None else 1 if pixels.ndim == 3 else len(pixels)
+        if pixels is None or num_decoded != num_frames:
+            reason = f"expected {num_frames} decoded frames as planned, got {num_decoded or 'none'}"
+            raise SampleError(f"{clip.kind}s", reason)
+        size = clip.grid_thw[1] * self.vision.patch_size, clip.grid_thw[2] * self.vision.patch_size
+        resample = self._pixel_rules(clip).resample
+        if pixels.ndim == 3:
+            return replace(decoded, pixels=resize(pixels, *size, resample))
+        return replace(decoded, pixels=np.stack([resize(frame, *size, resample) for frame in pixels]))
+
+    def _pixel_rules(self, clip: ClipGeometry) -> PixelRules:
+        return self.settings.image if clip.kind == "image" else self.settings.frames
+
+    @cached_property
+    def pixel_rules(self) -> Tensor | None:
+        """What holds for the pixels of images and videos alike, float32 [3, patch_dim]; None where they differ."""
+        image, frames = self._rules_of(self.settings.image), self._rules_of(self.settings.frames)
+        return image if torch.equal(image, frames) else None
+
+    def _rules_of(self, rules: PixelRules) -> Tensor:
+        mean, std = (0.0,) * 3, (1.0,) * 3
+        if rules.mean is not None and rules.std is not None:
+            mean, std = rules.mean, rules.std
+        divisor = 1.0 if rules.rescale is None else 1 / rules.rescale
+        by_channel = torch.tensor([(divisor,) * 3, mean, std], dtype=torch.float64).float()
+        return by_channel.repeat_interleave(self.vision.patch_dim // 3, dim=1)
+
+    def normalised(self, features: Features) -> Features:
+        """The same with pixels as numbers, for who does not normalise them: transformers."""
+        patches, mel = features
+        if patches is not None and self.pixel_rules is not None:
+            patches = normalise_pixels(patches, self.pixel_rules)
+        return patches, mel
 
     def _mel(self, clip: ClipGeometry, waveform: np.ndarray | None) -> Tensor:
         assert self.audio is not None, "a clip with sound for a model without an audio tower"

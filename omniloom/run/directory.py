@@ -31,7 +31,7 @@ OWN_FILES = (
 # keys that change neither what is trained nor what is left of it
 NEUTRAL = (
     *("log.*", "memory.*", "parallel.*", "model.attention.*", "policy.*.recompute", "train.run_dir"),
-    *("data.workers", "data.prefetch_packs", "data.cache_dir", "train.time_limit_minutes"),
+    *("data.workers", "data.prefetch_packs", "data.cache*", "train.time_limit_minutes"),
     *("train.step_timeout_seconds", "checkpoint.every", "checkpoint.keep"),
     *("checkpoint.asynchronous", "checkpoint.save_optimizer", "checkpoint.load_*"),
 )

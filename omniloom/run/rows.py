@@ -12,6 +12,7 @@ from omniloom.data.agreement import PlanningRanks
 from omniloom.data.extent_cache import ExtentCache, fingerprint_of
 from omniloom.data.formats import describe_format, parse_row
 from omniloom.data.loader import Loader
+from omniloom.data.media_cache import MediaCache
 from omniloom.data.media_decode import decode_clip
 from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import read_header
@@ -44,8 +45,8 @@ _OTHER_OPTIONS = frozenset(
     f"data.{name}"
     for name in (
         *("train", "eval", "split", "max_samples", "exclude", "pack_tokens", "window", "overlong", "max_bad_fraction"),
-        *("shuffle", "media_dir", "allow_outside_media_dir", "allow_urls", "workers", "prefetch_packs", "cache_dir"),
-        "scratch",
+        *("shuffle", "media_dir", "allow_outside_media_dir", "allow_urls", "workers", "prefetch_packs"),
+        *("cache", "cache_gigabytes", "cache_dir", "scratch"),
     )
 )
 
@@ -144,6 +145,7 @@ class OpenRows:
             shrink=data.overlong == "shrink",
             cache=ExtentCache(self.cache_dir) if self.cache_dir is not None else None,
             decode_all=self.decode_all,
+            media=MediaCache(data.cache, 1e9 * data.cache_gigabytes) if data.cache is not None else None,
         )
 
     def _read_with(self, data: DataConfig, loss_weight: float) -> SourceReader:

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from omniloom.families.registry import find_spec
 from omniloom.tools.tiny import make_tiny
@@ -74,8 +76,22 @@ def test_settings_of_the_image_processor_are_obeyed_as_transformers_obeys_them(c
     processor = changed(**settings)
     clips = processor.geometry(PICTURE, (MediaHeader(kind="image", width=130, height=77),))
     assert [list(clips[0].grid_thw)] == expected["image_grid_thw"].tolist()
-    patches = processor.encode(PICTURE, clips, (DecodedClip(pixels=pixels),)).vision[0].patches
+    patches, _ = processor.towers.normalised(processor.towers.features(clips[0], DecodedClip(pixels=pixels)))
     assert np.allclose(patches, expected["pixel_values"], rtol=1e-6, atol=1e-6)
+
+
+def test_pixels_travel_as_bytes_unless_images_and_videos_are_normalised_unlike(changed):
+    same = changed()
+    assert same.collate_vision([]).patches.dtype == torch.uint8
+    other = changed(image_mean=[0.1, 0.2, 0.3])
+    other.towers.settings = replace(other.towers.settings, frames=same.towers.settings.frames)
+    assert other.towers.pixel_rules is None
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    (clip,) = other.geometry(PICTURE, (MediaHeader(kind="image", width=64, height=64),))
+    patches, _ = other.towers.features(clip, DecodedClip(pixels=pixels))
+    alone = changed(image_mean=[0.1, 0.2, 0.3]).towers
+    assert torch.equal(patches, alone.normalised(alone.features(clip, DecodedClip(pixels=pixels)))[0])
+    assert other.collate_vision([]).patches.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from omniloom.data.formats import describe_format, parse_row
 from omniloom.families.registry import find_spec
 from omniloom.tools.convert import convert_file
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import Box, MediaHeader, ProcessorOptions, SampleError
+from omniloom.types import Box, DecodedClip, MediaHeader, ProcessorOptions, SampleError
 
 BOXES = [[100, 50, 300, 150], [200, 100]]
 ANSWER = '[{"bbox_2d": <bbox>, "label": "<ref-object>"}, {"point_2d": <bbox>, "label": "<ref-object>"}]'
@@ -102,7 +102,7 @@ def test_coordinates_are_the_familys_own_after_resizing(family, kind, size) -> N
     turns = [{"role": "user", "content": "<image><bbox><bbox>?"}, {"role": "assistant", "content": "a"}]
     asked = parse({**row_of(LISTS), "messages": turns})
     pixels = np.zeros((200, 400, 3), np.uint8)
-    prompt = processor.prompt(asked, headers, (type("Clip", (), {"pixels": pixels, "waveform": None}),))
+    prompt = processor.prompt(asked, headers, (DecodedClip(pixels=pixels),))
     assert str(box) in processor.tokenizer.decode(prompt["input_ids"][0].tolist())
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from omniloom.processors.features import (
     log_mel,
+    normalise_pixels,
     pixel_patches,
     resize,
     sample_frame_indices,
@@ -70,7 +71,10 @@ def test_image_patches_equal_transformers_exactly(patch, merge, height, width):
     )
     expected = oracle(image, return_tensors="pt")
     resized = resize(image, *smart_resize(height, width, patch * merge, low, high))
-    patches = pixel_patches(resized[None], CLIP_MEAN, CLIP_STD, patch=patch, temporal_patch=2, merge=merge)
+    pixels = pixel_patches(resized[None], patch=patch, temporal_patch=2, merge=merge)
+    assert pixels.dtype == torch.uint8
+    rules = torch.tensor([(255.0,) * 3, CLIP_MEAN, CLIP_STD]).repeat_interleave(2 * patch**2, dim=1)
+    patches = normalise_pixels(pixels, rules)
     assert torch.equal(patches, expected["pixel_values"])
     assert expected["image_grid_thw"].tolist() == [[1, resized.shape[0] // patch, resized.shape[1] // patch]]
 
@@ -98,8 +102,8 @@ def test_video_patches_equal_the_formula_read_element_by_element(num_frames, pat
                         clip = [frames[min(t * temporal + k, num_frames - 1)] for k in range(temporal)]
                         cut = torch.stack([frame[:, y : y + patch, x : x + patch] for frame in clip], dim=1)
                         expected.append(cut.flatten())  # C, time, y, x
-    found = pixel_patches(pixels, (0.0,) * 3, (1.0,) * 3, patch=patch, temporal_patch=temporal, merge=merge)
-    assert torch.equal(found, torch.stack(expected))
+    found = pixel_patches(pixels, patch=patch, temporal_patch=temporal, merge=merge)
+    assert torch.equal(found.float() / 255, torch.stack(expected))
 
 
 @settings(deadline=None, max_examples=300)
