@@ -1,6 +1,6 @@
 """What a step costs an accelerator, counted without one: kernels, bytes and FLOPs of its operations, by phase and kind.
 
-    python benchmarks/op_stream.py                       # the four rows, whole models; under ten minutes
+    python benchmarks/op_stream.py                       # all rows, whole models; under ten minutes
     python benchmarks/op_stream.py --small --json FILE   # two layers of each part; what the test compares
     python benchmarks/op_stream.py --only "4B" --operations 12
 
@@ -62,6 +62,7 @@ class Row:
 ROWS = (
     Row(name="Qwen3-VL-4B full, no recompute", model="Qwen3-VL-4B"),
     Row(name="Qwen3-Omni-30B-A3B LoRA, full recompute", model="Qwen3-Omni-30B-A3B", policy=LORA, recompute="full"),
+    Row(name="Qwen3-Omni-30B-A3B LoRA, no recompute", model="Qwen3-Omni-30B-A3B", policy=LORA),
     Row(
         name="Qwen3-Omni-30B-A3B, 12 layers full, towers frozen",
         model="Qwen3-Omni-30B-A3B",

@@ -86,20 +86,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             parts, label, weight = [each[rows] for each in inputs], labels[rows, None], weights[rows, None]
-            logits = F.linear(parts[0], heads[0]).float()
-            for part, head in zip(parts[1:], heads[1:], strict=True):
-                logits += F.linear(part, head)
-            normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            logits = F.linear(parts[0], heads[0])
+            if len(parts) == 1 and join_vocabulary is None and logits.dtype != torch.float32:
+                logits = logits.log_softmax(dim=-1, dtype=torch.float32)  # widened and normalised in one pass
+                normaliser = None
+            else:
+                logits = logits.float()
+                for part, head in zip(parts[1:], heads[1:], strict=True):
+                    logits += F.linear(part, head)
+                normaliser = logits.logsumexp(dim=-1, keepdim=True)
             if join_vocabulary is None:
                 here, label_logits = torch.ones_like(weight), logits.gather(1, label)
             else:
                 here = ((label >= 0) & (label < logits.shape[1])).float()
                 label = label.clamp(0, logits.shape[1] - 1)
                 normaliser, label_logits = join_vocabulary(normaliser, logits.gather(1, label) * here)
-            loss += ((normaliser - label_logits) * weight).sum()
+            loss += ((-label_logits if normaliser is None else normaliser - label_logits) * weight).sum()
             if not any(wanted):
                 continue
-            logits_grad = logits.sub_(normaliser).exp_()  # the softmax, in the logits' memory
+            # the softmax, in the logits' memory
+            logits_grad = (logits if normaliser is None else logits.sub_(normaliser)).exp_()
             logits_grad.scatter_add_(1, label, -here)
             if logits_grad.dtype == parts[0].dtype:
                 logits_grad.mul_(weight)
