@@ -95,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 for part, head in zip(parts[1:], heads[1:], strict=True):
                     logits += F.linear(part, head)
                 normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            if join_vocabulary is None:
+            if join_vocabulary is None or normaliser is None:
                 here, label_logits = torch.ones_like(weight), logits.gather(1, label)
             else:
                 here = ((label >= 0) & (label < logits.shape[1])).float()
