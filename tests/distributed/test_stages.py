@@ -131,4 +131,4 @@ def test_two_stages_recomputing_and_dropping_out_give_the_gradients_of_one(threa
 def test_dropout_without_a_key_is_a_fault_of_ours_that_is_told() -> None:
     model = make_model()
     with pytest.raises(AssertionError, match="draw_key"):
-        model(CASE.packs(make_config(CASE.dims))[0])
+        model(replace(CASE.packs(make_config(CASE.dims))[0], draw_key=None))
