@@ -8,6 +8,7 @@ FSDP shards the decoder over `shard x context` of its stage, whole experts over 
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from dataclasses import dataclass, replace
@@ -172,6 +173,7 @@ def init_distributed(*, timeout_seconds: float = 1800.0, device: torch.device | 
 def close_distributed() -> None:
     """Leave the job. Collective in effect: call it on every rank or on none."""
     dist.destroy_process_group()
+    gc.collect()  # groups that meshes hold in cycles: threads of theirs that outlive the interpreter abort the process
 
 
 def says_rank_is_gone(error: RuntimeError) -> bool:

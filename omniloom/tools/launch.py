@@ -79,27 +79,28 @@ def _launch(arguments: list[str], nproc: int) -> int:
 
 
 def _wait_for_all(ranks: list[subprocess.Popen[bytes]]) -> set[int]:
-    """Wait for all; once one fails the others get a grace period. Returns the ranks that had to be killed."""
+    """Wait for all; once one fails the others get a grace period. Returns the ranks that were ended from here."""
     deadline = math.inf
-    killed: set[int] = set()
+    ended: set[int] = set()
     while alive := [rank for rank, process in enumerate(ranks) if process.poll() is None]:
         failed = [process.returncode for process in ranks if process.returncode not in (None, 0)]
         if failed and deadline == math.inf:
             deadline = time.monotonic() + (1.0 if HUNG in failed else GRACE_SECONDS)
             if min(failed) < 0:  # who stops by itself (time limit, bad input) leaves the others to do so, too
+                ended.update(alive)
                 for rank in alive:
                     ranks[rank].terminate()
         if time.monotonic() > deadline:
-            killed.update(alive)
+            ended.update(alive)
             for rank in alive:
                 ranks[rank].kill()
         time.sleep(0.05)
-    return killed
+    return ended
 
 
-def _explain(codes: list[int], logs: list[IO[bytes] | None], killed: set[int]) -> int:
+def _explain(codes: list[int], logs: list[IO[bytes] | None], ended_here: set[int]) -> int:
     """Say what rank 0, whose words went to the terminal, has not said. Returns the exit code of the job."""
-    failed = [rank for rank, code in enumerate(codes) if code != 0 and rank not in killed]
+    failed = [rank for rank, code in enumerate(codes) if code != 0 and rank not in ended_here]
     at_fault = [rank for rank in failed if codes[rank] != LOST_RANK] or failed
     if not at_fault:
         return 0
@@ -135,4 +136,10 @@ if __name__ == "__main__":
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     from omniloom.cli import main
 
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # all is written and closed: threads of gloo that are still ending would abort an interpreter that ends, too
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))

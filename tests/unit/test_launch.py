@@ -31,12 +31,12 @@ def logs(*texts: str) -> list[io.BytesIO | None]:
     ],
 )
 def test_only_what_rank_0_has_not_said_is_shown(codes, texts, code, said, capsys) -> None:
-    assert _explain(codes, logs(*texts), killed=set()) == code
+    assert _explain(codes, logs(*texts), ended_here=set()) == code
     assert capsys.readouterr().err == said
 
 
 def test_a_rank_that_had_to_be_killed_is_not_at_fault(capsys) -> None:
-    assert _explain([-9, HUNG], logs("error: rank 0 does not answer"), killed={0}) == HUNG
+    assert _explain([-9, HUNG], logs("error: rank 0 does not answer"), ended_here={0}) == HUNG
     assert capsys.readouterr().err == "rank 1: error: rank 0 does not answer\n"
 
 
