@@ -74,7 +74,11 @@ def test_check_refuses_what_a_run_would_refuse(words) -> None:
         (["parallel.context=3", "data.pack_tokens=258"], 3, r"attention heads.* do(es)? not divide"),
         (["parallel.expert=3", "train.packs_per_step=3"], 3, r"parallel\.expert: 8 experts do not divide over 3 ranks"),
         ([], 4, r"train\.packs_per_step: 2 packs cannot feed 4 data-parallel ranks"),
-        (["parallel.tensor=2"], 2, r"parallel\.tensor: 2 is not supported yet"),
+        (
+            ["parallel.tensor=3", "data.pack_tokens=258"],
+            3,
+            r"parallel\.tensor: .* does not divide over 3 ranks; choose from",
+        ),
         (["data.split=0.001"], None, r"data\.split: 0\.001 of 24 rows holds out 0"),
         (["train.eval_every=5"], None, r"train\.eval_every: nothing is held out to evaluate"),
     ],
