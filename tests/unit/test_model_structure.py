@@ -191,6 +191,7 @@ def test_every_pattern_of_the_sharding_plan_matches_a_module():
         if isinstance(value, tuple)
         for group in value
         for pattern in (group if isinstance(group, tuple) else (group,))
+        if isinstance(pattern, str)  # costs of layers are numbers
     ]
     assert len(patterns) > 8
     for pattern in patterns:
