@@ -144,3 +144,8 @@ def test_rows_from_the_cache_are_those_of_decoding_and_need_no_decoder(tmp_path,
         assert torch.equal(batch.vision.patches, plain.vision.patches)
         assert torch.equal(batch.audio.features, plain.audio.features)
         assert torch.equal(batch.input_ids, plain.input_ids)
+    limits = []
+    monkeypatch.setattr("omniloom.run.rows.MediaCache", lambda _, limit_bytes: limits.append(limit_bytes))
+    workshop, source, _ = open_run(load_config(None, [*words, cache, "data.cache_gigabytes=0.0025"]))
+    open_rows(workshop, source, cache=False)()
+    assert limits == [2.5e6]
