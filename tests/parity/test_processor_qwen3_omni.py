@@ -547,4 +547,4 @@ def test_transformers_generates_from_our_prompt(checkpoint, processor, use_audio
 
 def test_geometry_is_plain_data(processor):
     clips = processor.geometry(one_turn(Part(kind="image", media=MediaSource(path="x"))), (IMAGE,))
-    assert clips == (ClipGeometry(kind="image", num_tokens=4, grid_thw=(1, 4, 4)),)
+    assert clips == (ClipGeometry(kind="image", num_tokens=4, grid_thw=(1, 4, 4), source_size=(64, 64)),)
