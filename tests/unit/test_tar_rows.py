@@ -231,10 +231,12 @@ def fuzz_samples(num_cases: int) -> None:
         for start, new in edits:
             data[start : start + len(new)] = new
         with contextlib.suppress(SampleError):
-            parse_row(sample_row(bytes(data[:length])), file="a.tar", line=1, options=DataConfig())
+            read = parse_row(sample_row(bytes(data[:length])), file="a.tar", line=1, options=DataConfig())
+            assert read.turns
         if pickled is not None:
             with contextlib.suppress(ValueError):
-                read_plain_pickle(pickled)
+                value = read_plain_pickle(pickled)
+                assert value is None or isinstance(value, list | tuple | bytes | bytearray | str | bool | int | float)
 
     check()
 
