@@ -35,13 +35,12 @@ from mixed_rows import write_rows
 from padding import write_padded_steps
 
 from omniloom.config import Config, load_config
-from omniloom.data.planner import Planner
 from omniloom.data.rows import RowReader
 from omniloom.run.opening import Workshop, open_workshop
-from omniloom.run.rows import open_data, open_rows
+from omniloom.run.rows import open_data, open_planner, open_rows
 from omniloom.tools.tiny import make_tiny
 from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation
-from omniloom.types import Example, StepPlan
+from omniloom.types import Example, PlannedSample, StepPlan
 
 PACK_TOKENS, PACKS_PER_STEP, NUM_ROWS = 4096, 3, 600
 DTYPES = {"float32": torch.float32, "mixed": torch.bfloat16, "bf16": torch.bfloat16}
@@ -83,9 +82,7 @@ def prepare(directory: Path, *, family: str, lora: bool, num_warmup_steps: int, 
     for plan in plans:
         packs = [reader.load(pack, None, {}, lambda row: None) for pack in plan.packs]
         torch.save(packs, directory / "packs" / f"step_{plan.step:03d}.pt")
-        steps.append(
-            [_encode(reader, sample.row, sample.extent.clips) for pack in plan.packs for sample in pack.samples]
-        )
+        steps.append([_encode(reader, sample) for pack in plan.packs for sample in pack.samples])
     return Prepared(
         directory=directory,
         rows_file=rows_file,
@@ -110,12 +107,7 @@ def config_words(directory: Path, rows_file: Path) -> list[str]:
 def _plan(config: Config, workshop: Workshop) -> tuple[RowReader, list[StepPlan]]:
     source, _ = open_data(config.data, config.train.seed)
     reader = open_rows(workshop, source, cache=False)()
-    planner = Planner(
-        num_rows=len(source),
-        config=config,
-        measure=lambda rows: reader.measure(rows, {}, lambda row: None),
-        locate=source.locate,
-    )
+    planner = open_planner(workshop, source, lambda rows: reader.measure(rows, {}, lambda row: None))
     plans = []
     while (plan := planner.next_step()) is not None:
         plans.append(plan)
@@ -123,13 +115,9 @@ def _plan(config: Config, workshop: Workshop) -> tuple[RowReader, list[StepPlan]
     return reader, plans
 
 
-def _encode(reader: RowReader, row: int, clips: tuple) -> Example:
+def _encode(reader: RowReader, sample: PlannedSample) -> Example:
     """One row as tensors, the same that went into its pack."""
-    from omniloom.data.extent_cache import media_of
-
-    conversation = reader.parse(*reader.source.read(row))
-    decoded = tuple(reader.decode(media, clip) for media, clip in zip(media_of(conversation), clips, strict=True))
-    example = reader.processor.encode(conversation, clips, decoded)
+    example = reader.encode_row(sample)
     normalised = reader.processor.towers.normalised  # transformers takes pixels as numbers
     vision = (replace(clip, patches=normalised((clip.patches, None))[0]) for clip in example.vision)
     return replace(example, vision=tuple(vision))

@@ -90,7 +90,7 @@ class RowReader:
                 _refuse_skipped(row, skip)
                 extent = self._measure_row(row, fresh)
                 if self.decode_all:
-                    self._encode_row(PlannedSample(row=row, epoch=0, extent=extent, weight_scale=1.0), 0, None)
+                    self.encode_row(PlannedSample(row=row, epoch=0, extent=extent, weight_scale=1.0))
                 found.append(extent)
             except SampleError as error:
                 found.append(self._bad(row, error))
@@ -114,7 +114,7 @@ class RowReader:
             report(sample.row)
             try:
                 _refuse_skipped(sample.row, skip)
-                examples.append(self._encode_row(sample, position, decode_clips))
+                examples.append(self.encode_row(sample, position, decode_clips))
             except SampleError as error:
                 bad.append(self._bad(sample.row, error, sample.epoch))
                 name = f"{bad[-1].file}:{bad[-1].line}"
@@ -155,9 +155,13 @@ class RowReader:
             fresh[key] = extent
         return extent
 
-    def _encode_row(
-        self, sample: PlannedSample, position: int, decode_clips: frozenset[tuple[int, int]] | None
+    def encode_row(
+        self, sample: PlannedSample, position: int = 0, decode_clips: frozenset[tuple[int, int]] | None = None
     ) -> Example:
+        """One row as tensors: of its clips, as the sample at `position` of its pack, those in `decode_clips`, or all.
+
+        Raises: SampleError.
+        """
         reader, conversation = self.reader_of(sample.row), self.conversation(sample.row)
         media, clips = clips_of(conversation), sample.extent.clips
         if len(media) != len(clips):
