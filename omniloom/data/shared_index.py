@@ -51,6 +51,20 @@ class SharedIndex:
         return np.memmap(self.path, dtype=np.int64, mode="r").reshape(-1, columns)
 
 
+class IndexedRows:
+    """What sources whose index has a row for each of theirs have in common."""
+
+    def __init__(self, index: SharedIndex) -> None:
+        self._index = index
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self._index.facts["digest"])
+
+    def __len__(self) -> int:
+        return len(self._index.table)
+
+
 class IndexTable:
     """The table of an index while it is made."""
 

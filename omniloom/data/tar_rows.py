@@ -22,7 +22,7 @@ import numpy as np
 
 from omniloom.data.plain_pickle import as_media, read_plain_pickle
 from omniloom.data.row_media import PARTS
-from omniloom.data.shared_index import IndexTable, SharedIndex, open_index
+from omniloom.data.shared_index import IndexedRows, IndexTable, open_index
 from omniloom.data.source_files import SourceFiles
 from omniloom.data.text_rows import parse_json_row
 from omniloom.types import Row, SampleError
@@ -44,18 +44,8 @@ _ROW_KEYS = {  # what Energon's sample types call their fields
 }  # fmt: skip
 
 
-class TarRows:
+class TarRows(IndexedRows):
     """Rows of the samples of some shards. Rows of the index are [shard, start, end, number of the sample in there]."""
-
-    def __init__(self, index: SharedIndex) -> None:
-        self._index = index
-
-    @property
-    def fingerprint(self) -> str:
-        return str(self._index.facts["digest"])
-
-    def __len__(self) -> int:
-        return len(self._index.table)
 
     def locate(self, row: int) -> tuple[str, int]:
         assert 0 <= row < len(self), f"row {row} of {len(self)}"

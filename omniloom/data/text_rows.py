@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from omniloom.data.shared_index import IndexTable, SharedIndex, hold_place, open_index
+from omniloom.data.shared_index import IndexedRows, IndexTable, SharedIndex, hold_place, open_index
 from omniloom.types import Row, SampleError
 
 _BOM = b"\xef\xbb\xbf"
@@ -37,20 +37,13 @@ class _SharedLine(int):
         return f"{int(self)} (row {self.row})"
 
 
-class TextRows:
+class TextRows(IndexedRows):
     """Rows of a text file. `text` is where it lies unpacked; rows of the index are [start, end, line]."""
 
     def __init__(self, path: str, text: str, index: SharedIndex) -> None:
+        super().__init__(index)
         self._path = path
         self._text = text
-        self._index = index
-
-    @property
-    def fingerprint(self) -> str:
-        return str(self._index.facts["digest"])
-
-    def __len__(self) -> int:
-        return len(self._index.table)
 
     def locate(self, row: int) -> tuple[str, int]:
         assert 0 <= row < len(self), f"row {row} of {len(self)}"
