@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from omniloom.checkpoint.dcp import Saver, load_optimizer_state, open_stored, optimizer_state
+from omniloom.checkpoint.dcp import Saver, load_optimizer_state, optimizer_state
+from omniloom.checkpoint.stored import open_stored
 from omniloom.config import TrainConfig
 from omniloom.parallel.mesh import close_distributed, init_distributed
 from omniloom.parallel.optimizer import ShardedOptimizer
