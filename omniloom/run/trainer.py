@@ -6,7 +6,6 @@ which order they act within a step, and is the place where all of them meet.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
 
 from omniloom.checkpoint.hf import gather_full
 from omniloom.checkpoint.run_lock import hold_run_lock
@@ -24,9 +24,8 @@ from omniloom.data.sources import Sources
 from omniloom.data.stream import BadSampleFile, LoadedStep
 from omniloom.exit_codes import LOST_RANK, STOPPED_EARLY
 from omniloom.ops.linear_map import keyed_seed
-from omniloom.parallel.device import collect_on_call, only_deterministic, peak_memory_bytes, widest_float
+from omniloom.parallel.device import collect_on_call, only_deterministic
 from omniloom.parallel.encoder_pool import EncoderPool
-from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import (
     Layout,
     build_layout,
@@ -48,6 +47,7 @@ from omniloom.run.directory import (
 )
 from omniloom.run.evaluation import Evaluation, EvaluationReport
 from omniloom.run.opening import Workshop, all_parameters, build_model, build_optimizer, choose_degrees
+from omniloom.run.optimizer_step import OptimizerStep
 from omniloom.run.records import RunRecords
 from omniloom.run.results import write_results
 from omniloom.run.rows import open_planner, open_rows, open_run, open_stream
@@ -55,10 +55,9 @@ from omniloom.run.state import RunState
 from omniloom.run.stopping import StopRequest, StopWanted, write_stopped
 from omniloom.training.flops import training_work
 from omniloom.training.metrics import StepFigures, StepMetrics
-from omniloom.training.optimizer import set_learning_rate
 from omniloom.training.policy import ParameterPolicy
 from omniloom.training.profile import Profile
-from omniloom.training.schedule import decay_progress, describe_warmup, schedule_factor
+from omniloom.training.schedule import describe_warmup
 from omniloom.types import TEXT, RunError
 
 STEPS_BETWEEN_COLLECTIONS = 50  # of Python's garbage
@@ -148,16 +147,14 @@ class Trainer:
         self.planner = open_planner(workshop, train_rows, loader.measure, layout)
         self.model, policies = build_model(workshop, layout)
         parameters = all_parameters(workshop, self.model, layout)
-        self.optimizer = build_optimizer(workshop, parameters, policies, layout.device)
-        self.peak_rate = max((own.learning_rate for own in policies.values() if own.trainable), default=0.0)
-        self.state = RunState(
-            workshop, layout, self.model, parameters, policies, self.optimizer, self.records.say, stack
-        )
+        optimizer = build_optimizer(workshop, parameters, policies, layout.device)
+        self.state = RunState(workshop, layout, self.model, parameters, policies, optimizer, self.records.say, stack)
         plan = workshop.spec.sharding(workshop.family)
         self.pool = EncoderPool(layout, plan, config.parallel.encoder_pool)
         self.pipeline: Pipeline | None = None
         if layout.degrees.pipeline > 1:
             self.pipeline = Pipeline(self.model, layout, plan, config.parallel, workshop.compute_dtype)
+        self.optimizer_step = self._open_step(optimizer, policies)
         self.work = training_work(self.state.changed, workshop.adapter_names)
         about = describe_run(workshop, layout, self.model, train_rows)
         stored = self._find_start(overwrite)
@@ -168,6 +165,18 @@ class Trainer:
         self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json")
         self._begin(stored, about, policies, overwrite)
         self.collect_garbage = stack.enter_context(collect_on_call())
+
+    def _open_step(self, optimizer: Optimizer, policies: Mapping[str, ParameterPolicy]) -> OptimizerStep:
+        return OptimizerStep(
+            layout=self.layout,
+            settings=self.config.train,
+            optimizer=optimizer,
+            parameters=self.state.parameters.values(),
+            total_rows=self.planner.order.total_rows or 1,
+            peak_rate=max((own.learning_rate for own in policies.values() if own.trainable), default=0.0),
+            pipeline=self.pipeline,
+            watchdog=self.watchdog,
+        )
 
     def _begin(
         self,
@@ -210,6 +219,7 @@ class Trainer:
         for loaded in self.stream:
             with self.profile.step(loaded.plan.step):
                 figures, stop = self._step(loaded)
+            self._say_what_was_not_trained(loaded, figures)
             step = loaded.plan.step + 1
             if step % STEPS_BETWEEN_COLLECTIONS == 0:
                 self.collect_garbage()
@@ -274,80 +284,34 @@ class Trainer:
 
     def _step(self, loaded: LoadedStep) -> tuple[StepFigures, bool]:
         """One optimizer step. Returns its figures and whether any rank was asked to stop."""
-        start = time.perf_counter()
-        train, layout, agreement, step = self.config.train, self.layout, loaded.agreement, loaded.plan.step
-        objective = Objective(coefficients=train.loss_coefficients, weight_sums=agreement.weight_sums)
-        self.optimizer.zero_grad()
-        terms = run_packs(
-            self.model,
-            [
-                replace(pack.batch, draw_key=keyed_seed(train.seed, step, pack.index, layout.context_rank))
-                for pack in loaded.packs
-            ],
-            layout,
-            objective,
-            self.pool,
-            self.pipeline,
-            on_pack=lambda number: self.watchdog.enter(step, f"pack {number + 1} of {len(loaded.packs)}"),
-        )
-        self.watchdog.enter(step, "gradient norm and optimizer")
-        repeated = () if self.pipeline is None else self.pipeline.counted_elsewhere
-        norm = clip_gradients(self.state.parameters.values(), train.clip_norm, layout.device, repeated)
-        wide = widest_float(layout.device)
-        peaks = norm.new_zeros(layout.world_size, dtype=wide)  # each rank fills its place: a sum that gathers
-        peaks[layout.rank] = peak_memory_bytes(layout.device)
-        stop = peaks.new_tensor([self.stop.reason is not None])
-        totals = [peaks, stop, torch.stack(list(terms.sums.values())), terms.expert_counts.to(wide).flatten()]
-        sums = layout.sum_over_ranks(torch.cat(totals))  # ranks that share a pack share its router loss too
-        # the step's one wait for the device
-        memory, (stopping,), loss_sums, loads, (grad_norm,) = (
-            part.tolist()
-            for part in torch.split_with_sizes(torch.cat([sums, norm.to(wide)[None]]).cpu(), [*map(len, totals), 1])
-        )
-        num_layers, width = terms.expert_counts.shape
-        figures = StepFigures(
-            losses=objective.means(dict(zip(terms.sums, loss_sums, strict=True))),
-            grad_norm=grad_norm,
-            learning_rate=self._set_learning_rate(loaded),
-            expert_load=tuple(tuple(map(int, loads[row * width :][:width])) for row in range(num_layers)),
-            peak_memory_bytes=int(max(memory)),
-        )
-        if figures.loss is None:  # a step of momentum alone would be one that no data asked for
+        start, train, step = time.perf_counter(), self.config.train, loaded.plan.step
+        objective = Objective(coefficients=train.loss_coefficients, weight_sums=loaded.agreement.weight_sums)
+        packs = [
+            replace(pack.batch, draw_key=keyed_seed(train.seed, step, pack.index, self.layout.context_rank))
+            for pack in loaded.packs
+        ]
+
+        def enter_pack(number: int) -> None:
+            self.watchdog.enter(step, f"pack {number + 1} of {len(packs)}")
+
+        self.optimizer_step.optimizer.zero_grad()
+        terms = run_packs(self.model, packs, self.layout, objective, self.pool, self.pipeline, on_pack=enter_pack)
+        wants_stop = self.stop.reason is not None
+        figures, stop = self.optimizer_step.take(loaded.plan, terms, objective, wants_stop=wants_stop)
+        return replace(figures, step_seconds=time.perf_counter() - start + loaded.data_wait_seconds), stop
+
+    def _say_what_was_not_trained(self, loaded: LoadedStep, figures: StepFigures) -> None:
+        """Raises: NonFiniteError, where numbers that are not finite are to stop the run."""
+        if figures.loss is None:
             self.records.nothing_trained(loaded)
-        elif math.isfinite(figures.loss) and math.isfinite(figures.grad_norm):
-            self.optimizer.step()
-        else:
-            self._handle_nonfinite(loaded, figures)
-        return replace(figures, step_seconds=time.perf_counter() - start + loaded.data_wait_seconds), stopping > 0
-
-    def _set_learning_rate(self, loaded: LoadedStep) -> float:
-        train, plan = self.config.train, loaded.plan
-        progress = decay_progress(
-            step=plan.step,
-            steps=train.steps,
-            warmup_steps=train.warmup_steps,
-            rows_before=plan.rows_planned - sum(len(pack.samples) for pack in plan.packs),
-            total_rows=self.planner.order.total_rows or 1,
-        )
-        factor = schedule_factor(
-            train.schedule,
-            step=plan.step,
-            warmup_steps=train.warmup_steps,
-            progress=progress,
-            floor=train.min_learning_rate / train.learning_rate,
-        )
-        set_learning_rate(self.optimizer, factor)
-        return self.peak_rate * factor
-
-    def _handle_nonfinite(self, loaded: LoadedStep, figures: StepFigures) -> None:
-        """Stop, or go on without this step. Raises: NonFiniteError."""
-        what = self.records.not_finite(figures, loaded, self.train_rows)
-        if self.config.train.nonfinite == "stop":
-            raise NonFiniteError(
-                f"{what}. The weights are as before this step and earlier checkpoints are intact; lower "
-                "train.learning_rate, look at the samples, or set train.nonfinite=skip"
-            )
-        self.records.say(f"warning: {what}; the step is skipped")
+        elif not figures.is_finite:
+            what = self.records.not_finite(figures, loaded, self.train_rows)
+            if self.config.train.nonfinite == "stop":
+                raise NonFiniteError(
+                    f"{what}. The weights are as before this step and earlier checkpoints are intact; lower "
+                    "train.learning_rate, look at the samples, or set train.nonfinite=skip"
+                )
+            self.records.say(f"warning: {what}; the step is skipped")
 
     def _save(self, step: int) -> None:
         self.watchdog.enter(step, "checkpoint")

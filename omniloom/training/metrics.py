@@ -39,6 +39,10 @@ class StepFigures:
         return self.losses.get(TEXT)
 
     @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.grad_norm) and all(map(math.isfinite, self.losses.values()))
+
+    @property
     def expert_imbalance(self) -> float | None:
         """The busiest expert's load over the mean, averaged over layers; 1 is even. None without experts."""
         if not self.expert_load:
