@@ -28,20 +28,25 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="dotted overrides, e.g. train.steps=100", metavar="[A.B=C]...")
 ]
 AdapterDir = Annotated[str | None, typer.Option("--adapter", help="a PEFT adapter, to be put on the model")]
-Nproc = Annotated[int | None, typer.Option("--nproc", help="local ranks to start; under torchrun leave it out")]
+Nproc = Annotated[int | None, typer.Option("--nproc", help="ranks to start here; under torchrun leave it out")]
 
 
 @app.command()
 def train(
     words: ConfigWords = None,
     nproc: Nproc = None,
+    nnodes: Annotated[int | None, typer.Option(help="machines; the same command starts on each of them")] = None,
+    node_rank: Annotated[int | None, typer.Option(help="this machine's number, from 0")] = None,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="a free port of machine 0, where all ranks meet")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="start anew: remove what an earlier run left in train.run_dir")
     ] = False,
 ) -> None:
     """Train a model: omniloom train CONFIG a.b=c ..., or just model.path=DIR data.train=FILE."""
     from omniloom.config import config_from_words
-    from omniloom.tools.launch import launch_or_join
+    from omniloom.tools.launch import Launch, launch_or_join
 
     config = config_from_words(words or [])  # a wrong word ends here, before torch is imported and ranks are started
 
@@ -52,7 +57,8 @@ def train(
         return run(config, on_end=lambda run_dir: print(f"wrote {write_report(run_dir)}"), overwrite=overwrite)
 
     flags = ["--overwrite"] if overwrite else []
-    raise typer.Exit(launch_or_join(run_here, ["train", *flags, *(words or [])], nproc))
+    launch = Launch(nproc=nproc, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=rdzv_endpoint)
+    raise typer.Exit(launch_or_join(run_here, ["train", *flags, *(words or [])], launch))
 
 
 @app.command()

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from omniloom.config import ParallelConfig
 from omniloom.parallel.device import backend_of, choose_device
+from omniloom.types import RunError
 
 Channel = Literal["main", "planning", "agreement", "checkpoint"]
 CHANNELS: tuple[Channel, ...] = ("main", "planning", "agreement", "checkpoint")
@@ -156,7 +157,7 @@ def init_distributed(*, timeout_seconds: float = 1800.0, device: torch.device | 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = choose_device(local_rank) if device is None else device
     if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+        store, rank, world_size = _meet(timeout)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
     dist.init_process_group(
@@ -168,6 +169,19 @@ def init_distributed(*, timeout_seconds: float = 1800.0, device: torch.device | 
         device_id=None if device.type == "cpu" else device,
     )
     return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, device=device, store=store, timeout=timeout)
+
+
+def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:  # type: ignore[name-defined]
+    """The job's store, this rank and the number of ranks. Raises: RunError where they do not come together."""
+    try:
+        return next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RunError(
+            f"rank {os.environ['RANK']} did not meet all {os.environ['WORLD_SIZE']} ranks at {where} within "
+            f"{timeout.total_seconds():g} s; start the same command on every machine, and see that they reach that "
+            f"address and nothing else listens there ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def close_distributed() -> None:

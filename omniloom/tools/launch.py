@@ -1,14 +1,16 @@
-"""Local ranks without torchrun: start N processes, pass signals on, end together, and say whose fault it was.
+"""Ranks without torchrun: start those of this machine, pass signals on, end together, and say whose fault it was.
 
-Under torchrun (RANK is set) or with one rank nothing is started and the verb runs here. A rank is `python -m
-omniloom.tools.launch VERB ...`; its standard input is a pipe from the launcher, so that it ends when the launcher dies
-in whatever way.
+Under torchrun (LOCAL_RANK is set), as a task of Slurm's that is a rank itself, or with one rank nothing is started and
+the verb runs here. A rank is `python -m omniloom.tools.launch VERB ...`; its standard input is a pipe from the
+launcher, so that it ends when the launcher dies in whatever way. Ranks of other machines are met at the store that rank
+0 keeps; that one of them is gone is noticed by the ranks themselves.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,46 +18,147 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import IO
 
 from omniloom.exit_codes import HUNG, LOST_RANK
 
 GRACE_SECONDS = 20.0  # between asking ranks to stop and killing them
+SLURM_PORTS = range(20000, 30000)  # of a job without --rdzv-endpoint, by its number
 
 
-def launch_or_join(run: Callable[[], int], arguments: list[str], nproc: int | None) -> int:
-    """Call `run` here, or start `nproc` local ranks with these arguments. Returns the exit code. Raises: ValueError."""
-    if nproc is not None and nproc < 1:
-        raise ValueError(f"--nproc: expected at least 1, got {nproc}")
-    if "RANK" in os.environ:
-        if nproc is not None:
-            raise ValueError("--nproc starts ranks of its own, but torchrun already did (RANK is set); leave it out")
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What the command line says of ranks; None is what it leaves open."""
+
+    nproc: int | None = None  # ranks of this machine
+    nnodes: int | None = None
+    node_rank: int | None = None
+    rdzv_endpoint: str | None = None  # HOST:PORT on the machine of node 0
+
+    @property
+    def given(self) -> list[str]:
+        return ["--" + name.replace("_", "-") for name, value in vars(self).items() if value is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The ranks that are here, `first` to `first + count - 1` of `world`, and where all of them meet."""
+
+    first: int
+    count: int
+    world: int
+    host: str
+    port: int
+
+    def environment(self, local_rank: int) -> dict[str, str]:
+        """What torch's `env://` rendezvous and the choice of a device read, of one of the ranks here."""
+        values = {"RANK": self.first + local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": self.world}
+        values |= {"LOCAL_WORLD_SIZE": self.count, "MASTER_PORT": self.port}
+        return {"MASTER_ADDR": self.host, **{name: str(value) for name, value in values.items()}}
+
+
+def launch_or_join(run: Callable[[], int], arguments: list[str], launch: Launch) -> int:
+    """Call `run` here, or start this machine's ranks with these arguments. Returns the exit code; raises ValueError."""
+    job, local_rank = find_place(launch, os.environ)
+    if job is None:
         return run()
-    if nproc in (None, 1):
-        return run()
-    assert nproc is not None
-    return _launch(arguments, nproc)
+    if local_rank is None:
+        return _launch(arguments, job)
+    os.environ.update(job.environment(local_rank))
+    return run()
 
 
-def _launch(arguments: list[str], nproc: int) -> int:
-    environment = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
-        **os.environ,
-        "WORLD_SIZE": str(nproc),
-        "LOCAL_WORLD_SIZE": str(nproc),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }
+def find_place(launch: Launch, environment: Mapping[str, str]) -> tuple[Job | None, int | None]:
+    """The job whose ranks are to be started here; or one that this process is a rank of, and which of its machine.
+
+    No job: this process is a rank already, or the only one. Raises: ValueError for what does not go together.
+    """
+    for name, value in vars(launch).items():
+        if isinstance(value, int) and value < (name != "node_rank"):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option}: expected at least {int(name != 'node_rank')}, got {value}")
+    if "LOCAL_RANK" in environment or ("RANK" in environment and not launch.given):
+        if launch.given:
+            raise ValueError(
+                f"{', '.join(launch.given)} is for ranks that are started from here, but torchrun already started them "
+                "(RANK and LOCAL_RANK are set); leave it out"
+            )
+        return None, None
+    if launch.nnodes is None and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _join_slurm(launch, environment)
+    if launch.nnodes is None and "SLURM_STEP_ID" not in environment and int(environment.get("SLURM_NNODES", "1")) > 1:
+        raise ValueError(
+            f"Slurm gave this job {environment['SLURM_NNODES']} machines, but the command was started on one of them "
+            "alone; put `srun --ntasks-per-node=1` before it, with --nproc for a machine's ranks, or say --nnodes 1"
+        )
+    return _of_options(launch), None
+
+
+def _of_options(launch: Launch) -> Job | None:
+    count, nnodes = launch.nproc or 1, launch.nnodes or 1
+    if launch.node_rank is not None and launch.node_rank >= nnodes:
+        raise ValueError(f"--node-rank: expected 0 to {nnodes - 1} of --nnodes {nnodes}, got {launch.node_rank}")
+    if nnodes == 1 and launch.rdzv_endpoint is None:
+        return Job(first=0, count=count, world=count, host="127.0.0.1", port=_free_port()) if count > 1 else None
+    if lacking := [name for name in ("nnodes", "nproc", "node_rank", "rdzv_endpoint") if getattr(launch, name) is None]:
+        raise ValueError(
+            f"{' '.join('--' + name.replace('_', '-') for name in lacking)}: not given; for several machines say on "
+            "each --nnodes N, --nproc K for its ranks, --node-rank with its number from 0, and --rdzv-endpoint "
+            "HOST:PORT with a free port of machine 0, the same everywhere"
+        )
+    host, port = _split_endpoint(launch.rdzv_endpoint or "")
+    return Job(first=(launch.node_rank or 0) * count, count=count, world=nnodes * count, host=host, port=port)
+
+
+def _split_endpoint(endpoint: str) -> tuple[str, int]:
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"--rdzv-endpoint: expected HOST:PORT, as gpu-01:29500, got {endpoint!r}")
+    return host.strip("[]"), int(port)
+
+
+def _join_slurm(launch: Launch, environment: Mapping[str, str]) -> tuple[Job | None, int | None]:
+    """As one task of a step of Slurm's: a machine's launcher where --nproc says so, else a rank."""
+    tasks, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment["SLURM_STEP_NUM_NODES"])
+    if launch.rdzv_endpoint is None:
+        number = int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+        endpoint = f"{first_node(environment['SLURM_STEP_NODELIST'])}:{SLURM_PORTS[number % len(SLURM_PORTS)]}"
+        launch = replace(launch, rdzv_endpoint=endpoint)
+    if launch.nproc is not None:
+        if tasks != nodes:
+            raise ValueError(
+                f"--nproc starts the ranks of a machine, but srun started {tasks} tasks on {nodes}; leave --nproc out, "
+                "and each task is a rank, or give srun --ntasks-per-node=1"
+            )
+        return _of_options(replace(launch, nnodes=nodes, node_rank=int(environment["SLURM_NODEID"]))), None
+    if launch.node_rank is not None:
+        raise ValueError("--node-rank: Slurm numbers the machines of this step (SLURM_NODEID is set); leave it out")
+    host, port = _split_endpoint(launch.rdzv_endpoint or "")
+    here = re.split(r"[(,]", environment["SLURM_STEP_TASKS_PER_NODE"])  # as "8(x4)": of the first machine
+    job = Job(first=int(environment["SLURM_PROCID"]), count=int(here[0]), world=tasks, host=host, port=port)
+    local_rank = int(environment["SLURM_LOCALID"])
+    return replace(job, first=job.first - local_rank), local_rank
+
+
+def first_node(nodes: str) -> str:
+    """The first name of a list of Slurm's, as `gpu[003-006,009],login`."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group()) if first else nodes
+
+
+def _launch(arguments: list[str], job: Job) -> int:
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // job.count)), **os.environ}
     ranks: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes] | None] = []
-    for rank in range(nproc):
-        log = None if rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+    for local_rank in range(job.count):
+        log = None if local_rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         command = [sys.executable, "-m", "omniloom.tools.launch", *arguments]
         ranks.append(
             subprocess.Popen(
                 command,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={**environment, **job.environment(local_rank)},
                 stdin=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,  # a terminal's Ctrl-C reaches ranks through here alone, and so once
@@ -75,7 +178,7 @@ def _launch(arguments: list[str], nproc: int) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return _explain([process.returncode for process in ranks], logs, ended_here)
+    return _explain([process.returncode for process in ranks], logs, ended_here, job.first)
 
 
 def _wait_for_all(ranks: list[subprocess.Popen[bytes]]) -> set[int]:
@@ -98,21 +201,21 @@ def _wait_for_all(ranks: list[subprocess.Popen[bytes]]) -> set[int]:
     return ended
 
 
-def _explain(codes: list[int], logs: list[IO[bytes] | None], ended_here: set[int]) -> int:
-    """Say what rank 0, whose words went to the terminal, has not said. Returns the exit code of the job."""
+def _explain(codes: list[int], logs: list[IO[bytes] | None], ended_here: set[int], first_rank: int = 0) -> int:
+    """Say what the first rank here, whose words went to the terminal, has not said. Returns the exit code."""
     failed = [rank for rank, code in enumerate(codes) if code != 0 and rank not in ended_here]
     at_fault = [rank for rank in failed if codes[rank] != LOST_RANK] or failed
     if not at_fault:
         return 0
     first = at_fault[0]
     if codes[first] < 0:
-        print(f"error: rank {first} was ended by {signal.Signals(-codes[first]).name}", file=sys.stderr)
+        print(f"error: rank {first_rank + first} was ended by {signal.Signals(-codes[first]).name}", file=sys.stderr)
     log = logs[first]
     if log is not None:
         log.seek(0)
         text = log.read().decode(errors="replace").strip()
         if text:
-            print(f"rank {first}: " + "\n".join(text.splitlines()[-20:]), file=sys.stderr)
+            print(f"rank {first_rank + first}: " + "\n".join(text.splitlines()[-20:]), file=sys.stderr)
     return _shell_code(codes[first])
 
 
