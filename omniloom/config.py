@@ -227,11 +227,19 @@ class PolicyRule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContextConfig:
+    """Ranks that divide a pack's tokens, by what they exchange in attention."""
+
+    ulysses: Annotated[Count, "ranks that swap tokens for heads, as far as the query heads divide"] = 1
+    ring: Annotated[Count, "ranks that pass keys and values on, whatever the heads"] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     replicate: Annotated[Count, "copies of the sharded model"] = 1
     shard: Annotated[Count | Literal["auto"], "ranks that share parameters; auto is all that are left"] = "auto"
     tensor: Annotated[Count, "ranks that divide each matrix"] = 1
-    context: Annotated[Count, "ranks that divide a pack's tokens"] = 1
+    context: Annotated[Count | ContextConfig, "ranks that divide a pack's tokens; a number is those of ulysses"] = 1
     expert: Annotated[Count, "ranks that divide the experts"] = 1
     pipeline: Annotated[Count, "ranks that divide the layers"] = 1
     pipeline_layers: Annotated[tuple[CountOrZero, ...] | None, "layers of each stage; null is balanced by cost"] = None
@@ -245,6 +253,14 @@ class ParallelConfig:
     prefetch: Annotated[CountOrZero, "blocks whose parameters are gathered ahead, forward and backward"] = 1
     reshard_after_forward: Annotated[bool | Count, "free gathered parameters; a number is the ranks that share"] = True
     cpu_offload: Annotated[bool, "keep parameters and optimizer states in host memory"] = False
+
+    @property
+    def ulysses(self) -> int:
+        return self.context.ulysses if isinstance(self.context, ContextConfig) else self.context
+
+    @property
+    def ring(self) -> int:
+        return self.context.ring if isinstance(self.context, ContextConfig) else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -682,11 +698,14 @@ def _contradictions(config: Config) -> list[str]:
         if of[0] is not None and of[1] is not None and of[0] > of[1]:
             faults.append(f"{low} ({of[0]:g}) is above {high} ({of[1]:g})")
     faults += _rule_contradictions(config.policy)
-    shards = config.parallel.context * config.parallel.tensor
+    parallel = config.parallel
+    parts, chunks = parallel.ulysses * parallel.ring * parallel.tensor, 2 * parallel.ring if parallel.ring > 1 else 1
+    shards = math.lcm(parts, chunks)
     if data.pack_tokens % shards:
+        of_ring = "" if shards == parts else f", in two chunks for each of {parallel.ring} ring ranks: {shards}"
         faults.append(
             f"data.pack_tokens: {data.pack_tokens} does not divide by parallel.context x parallel.tensor = "
-            f"{shards}; the next that does is {-(-data.pack_tokens // shards) * shards}"
+            f"{parts}{of_ring}; the next that does is {-(-data.pack_tokens // shards) * shards}"
         )
     return faults
 

@@ -20,6 +20,7 @@ from omniloom.parallel.fsdp import match_modules, shard_parameters
 from omniloom.parallel.mesh import Degrees, Layout
 from omniloom.parallel.pipeline import cut_decoder, layer_owners, split_layers
 from omniloom.parallel.recompute import OffloadingCall, recompute_layers
+from omniloom.parallel.ring import RingCore
 from omniloom.parallel.tensor import check_tensor, divide_tensors
 from omniloom.sharding import ShardingPlan
 
@@ -29,7 +30,7 @@ def check_plan(plan: ShardingPlan, degrees: Degrees) -> None:
     faults = check_tensor(plan, degrees.tensor) if degrees.tensor > 1 else []
     if degrees.context > 1 and not faults:
         try:
-            check_heads(plan.num_attention_heads // degrees.tensor, 1, degrees.context)  # the others are repeated
+            check_heads(plan.num_attention_heads // degrees.tensor, 1, degrees.ulysses)  # the others are repeated
         except ValueError as error:
             faults.append(str(error))
     if degrees.expert > 1 and not plan.num_experts:
@@ -70,9 +71,13 @@ def apply_parallelism(
     if layout.degrees.pipeline > 1:
         text: Any = model.get_submodule(decoder)
         cut_decoder(text, layer_owners(plan, layout.degrees), layout)
-    if layout.context_group is not None:
-        for name in match_modules(model, plan.attention_cores):
-            model.set_submodule(name, UlyssesCore(model.get_submodule(name), layout.context_group))
+    for name in match_modules(model, plan.attention_cores):
+        core: Any = model.get_submodule(name)
+        if layout.ring_group is not None:
+            core = RingCore(core.kernel, layout.ring_group)
+        if layout.ulysses_group is not None:
+            core = UlyssesCore(core, layout.ulysses_group)
+        model.set_submodule(name, core)
     if layout.sharers_group is not None:
         for name in match_modules(model, plan.router_counts):
             model.set_submodule(name, SumOverGroup(layout.sharers_group))

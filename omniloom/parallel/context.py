@@ -1,8 +1,9 @@
 """Context parallelism: a pack's tokens spread over ranks, attention by swapping heads for tokens (Ulysses).
 
-Each rank holds a slice of consecutive tokens. Everything but attention works row by row; attention's core is replaced
-by one that gathers all tokens for a share of the heads, so segment bounds stay exact. Sits between the loaded pack
-and the decoder; knows of the model only the signature of `attention.core`.
+Each rank holds a slice of consecutive tokens, of a pack whose chunks change places first where there is a ring
+(`ring.py`). Everything but attention works row by row; attention's core is replaced by one that gathers the tokens for
+a share of the heads, so segment bounds stay exact. Sits between the loaded pack and the decoder; knows of the model
+only the signature of `attention.core`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,53 @@ from omniloom.parallel.collectives import gather_heads, scatter_heads
 from omniloom.types import PackedBatch, Segments, Targets
 
 
-def slice_batch(batch: PackedBatch, rank: int, degree: int, tensor: int = 1) -> PackedBatch:
+def move_chunks(tokens: Tensor, num_tokens: int, ring: int) -> Tensor:
+    """Token rows of a pack -> their places where ring rank r of n has chunks r and 2n - 1 - r of 2n, int64.
+
+    Raises: ValueError where the pack does not divide.
+    """
+    if ring == 1:
+        return tokens
+    if num_tokens % (2 * ring):
+        raise ValueError(f"a pack of {num_tokens} tokens does not divide into two chunks for each of {ring} ring ranks")
+    size = num_tokens // (2 * ring)
+    chunk, row = tokens // size, tokens % size
+    return torch.where(chunk < ring, 2 * chunk, 2 * (2 * ring - 1 - chunk) + 1) * size + row
+
+
+def token_order(num_tokens: int, ring: int) -> Tensor:
+    """The token rows of a pack by place, int64 [T]: the inverse of `move_chunks`."""
+    return move_chunks(torch.arange(num_tokens), num_tokens, ring).argsort()
+
+
+def _reorder(batch: PackedBatch, ring: int) -> PackedBatch:
+    num_tokens = batch.input_ids.shape[0]
+    order = token_order(num_tokens, ring)
+    return dataclasses.replace(
+        batch,
+        input_ids=batch.input_ids[order],
+        labels=batch.labels[order],
+        loss_weights=batch.loss_weights[order],
+        loss_index=move_chunks(batch.loss_index, num_tokens, ring),
+        position_ids=batch.position_ids[:, order],
+        is_padding=batch.is_padding[order],
+        targets={
+            name: dataclasses.replace(targets, token_index=move_chunks(targets.token_index, num_tokens, ring))
+            for name, targets in batch.targets.items()
+        },
+    )
+
+
+def slice_batch(batch: PackedBatch, rank: int, degree: int, tensor: int = 1, ring: int = 1) -> PackedBatch:
     """The share of one of the ranks among which a pack's tokens are: `[rank * T / degree, (rank + 1) * T / degree)`.
 
     Token tensors become local, `loss_index` counts local rows; `segments` and the media stay those of the whole pack.
     Of `degree` ranks, each `tensor` neighbours compute with all their rows: they get the same position_ids, of these
-    rows, and loss rows of one number, filled up with rows that have no weight.
+    rows, and loss rows of one number, filled up with rows that have no weight. With a ring, rows change places first.
     Raises: ValueError where T does not divide.
     """
+    if ring > 1:
+        batch = _reorder(batch, ring)
     num_tokens = batch.input_ids.shape[0]
     if num_tokens % degree:
         raise ValueError(f"a pack of {num_tokens} tokens does not divide over {degree} ranks")
@@ -65,7 +105,7 @@ def check_heads(num_heads: int, num_key_value_heads: int, degree: int) -> None:
         allowed = [d for d in range(1, num_heads + 1) if num_heads % d == 0]
         raise ValueError(
             f"parallel.context: {num_heads} attention heads do not divide over {degree} context ranks; "
-            f"choose from {allowed}"
+            f"choose from {allowed}, and give other ranks to parallel.context.ring"
         )
     assert num_heads % num_key_value_heads == 0, f"{num_heads} heads over {num_key_value_heads} key-value heads"
 

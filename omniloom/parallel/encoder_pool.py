@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from omniloom.parallel.collectives import exchange_rows
+from omniloom.parallel.context import move_chunks
 from omniloom.parallel.mesh import Layout, Seat
 from omniloom.parallel.pipeline import layer_owners
 from omniloom.parallel.segments import (
@@ -273,9 +274,15 @@ class EncoderPool:
         """What the other ranks must know of a pack's media, as loaded here, on the host."""
         if self.is_alone:
             return None
+        move = partial(move_chunks, num_tokens=batch.input_ids.shape[0], ring=self.layout.degrees.ring)
+        vision, audio = batch.vision, batch.audio
+        if vision is not None:
+            vision = replace(vision, token_index=move(vision.token_index))
+        if audio is not None:
+            audio = replace(audio, token_index=move(audio.token_index))
         return (
-            None if batch.vision is None else measure_vision(batch.vision, self.patches_per_row),
-            None if batch.audio is None else measure_audio(batch.audio, self.rows_per_chunk),
+            None if vision is None else measure_vision(vision, self.patches_per_row),
+            None if audio is None else measure_audio(audio, self.rows_per_chunk),
         )
 
     def route(self, packs: Sequence[PackedBatch], measured: Sequence[Sequence[MediaSizes | None]]) -> list[PackedBatch]:

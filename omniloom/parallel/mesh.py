@@ -34,6 +34,7 @@ class Degrees:
     replicate: int = 1
     shard: int = 1
     context: int = 1
+    ring: int = 1  # of the context ranks, those that pass keys on; the others swap tokens for heads
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
@@ -43,6 +44,10 @@ class Degrees:
     @property
     def num_stages(self) -> int:
         return self.pipeline * self.stages_per_rank
+
+    @property
+    def ulysses(self) -> int:
+        return self.context // self.ring
 
     @property
     def sharers(self) -> int:
@@ -55,7 +60,8 @@ class Degrees:
 
     def describe(self) -> str:
         """The axes that are larger than one, for logs and messages."""
-        axes = ("replicate", "shard", "context", "tensor", "pipeline", "expert")
+        of_context = ("context",) if self.ring == 1 else ("ulysses", "ring")
+        axes = ("replicate", "shard", *of_context, "tensor", "pipeline", "expert")
         sizes = [(name, getattr(self, name)) for name in axes]
         return " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "one rank"
 
@@ -65,7 +71,8 @@ def resolve_degrees(config: ParallelConfig, world_size: int, *, packs_per_step: 
 
     Raises: ValueError with one line per broken rule, each with the values that would do.
     """
-    given = {name: getattr(config, name) for name in ("replicate", "context", "tensor", "pipeline")}
+    given = {name: getattr(config, name) for name in ("replicate", "tensor", "pipeline")}
+    given["context"] = config.ulysses * config.ring
     rest = math.prod(given.values())
     faults = []
     shard: int = max(world_size // rest, 1) if config.shard == "auto" else config.shard
@@ -100,6 +107,7 @@ def resolve_degrees(config: ParallelConfig, world_size: int, *, packs_per_step: 
         )
     degrees = Degrees(
         shard=shard,
+        ring=config.ring,
         expert=config.expert,
         stages_per_rank=config.stages_per_rank if config.pipeline_schedule == "interleaved" else 1,
         pipeline_layers=config.pipeline_layers or (),
@@ -223,7 +231,8 @@ class Layout:
     tensor: DeviceMesh | None
     expert_fsdp: DeviceMesh
     expert: DeviceMesh | None
-    context_group: dist.ProcessGroup | None
+    ulysses_group: dist.ProcessGroup | None
+    ring_group: dist.ProcessGroup | None
     sharers_group: dist.ProcessGroup | None  # ranks that share a pack's tokens, context x tensor, in the tokens' order
     upward: dist.ProcessGroup | None
     downward: dist.ProcessGroup | None
@@ -327,12 +336,16 @@ def build_layout(degrees: Degrees, ranks: Ranks) -> Layout:
     upward = downward = None
     if degrees.pipeline > 1:
         tower_fsdp = _make_mesh(replace(degrees, pipeline=1), ranks, degrees.pipeline * inner)
-        upward, downward = grid["pipeline"].get_group(), _make_column_group(degrees, ranks, inner)
-    sharers = context = None
+        upward = grid["pipeline"].get_group()
+        downward = _make_groups(ranks, degrees.pipeline * inner, inner)
+    sharers = ulysses = ring = None
     if degrees.sharers > 1:
         sharers = dist.new_subgroups(degrees.sharers, timeout=ranks.timeout)[0]
-    if degrees.context > 1:
-        context = sharers if degrees.tensor == 1 else _make_context_group(degrees, ranks)
+    of_ulysses = degrees.ulysses * degrees.tensor  # neighbours, of which all tensor ranks meet one after another
+    if degrees.ulysses > 1:
+        ulysses = sharers if degrees.sharers == degrees.ulysses else _make_groups(ranks, of_ulysses, degrees.tensor)
+    if degrees.ring > 1:
+        ring = sharers if degrees.sharers == degrees.ring else _make_groups(ranks, degrees.sharers, of_ulysses)
     on_host = ranks.device.type == "cpu"
     return Layout(
         degrees=degrees,
@@ -342,7 +355,8 @@ def build_layout(degrees: Degrees, ranks: Ranks) -> Layout:
         tensor=tensor,
         expert_fsdp=expert_fsdp,
         expert=expert,
-        context_group=context,
+        ulysses_group=ulysses,
+        ring_group=ring,
         sharers_group=sharers,
         upward=upward,
         downward=downward,
@@ -371,20 +385,9 @@ def _without(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
     return mesh if len(names) == mesh.ndim else mesh[names]
 
 
-def _make_column_group(degrees: Degrees, ranks: Ranks, inner: int) -> dist.ProcessGroup:
-    """The ranks of all stages that hold the same part of a stage each."""
-    size = degrees.pipeline * inner
-    members = [
-        list(range(first + place, first + size, inner))
-        for first in range(0, ranks.world_size, size)
-        for place in range(inner)
-    ]
-    return dist.new_subgroups_by_enumeration(members, timeout=ranks.timeout)[0]
-
-
-def _make_context_group(degrees: Degrees, ranks: Ranks) -> dist.ProcessGroup:
-    """Ranks that hold all tokens of a pack between them and the same part of every matrix."""
-    size, step = degrees.sharers, degrees.tensor
+def _make_groups(ranks: Ranks, size: int, step: int) -> dist.ProcessGroup:
+    """Every `step`-th rank of each `size` neighbours, and this rank's group: those that hold the same part of something
+    that the `step` ranks in between divide."""
     members = [
         list(range(first + place, first + size, step))
         for first in range(0, ranks.world_size, size)

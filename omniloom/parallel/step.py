@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from omniloom.parallel.context import slice_batch
+from omniloom.parallel.context import slice_batch, token_order
 from omniloom.parallel.device import widest_float
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.fsdp import set_all_reduce
@@ -186,9 +186,11 @@ def best_tokens(
     `batch`, on the host, may differ from the one that was prepared in `input_ids` and `loss_index`. Under a pipeline
     the last stage knows them. Collective.
     """
-    start = layout.sharer_rank * (batch.input_ids.shape[0] // layout.degrees.sharers)
+    num_tokens = batch.input_ids.shape[0]
+    start = layout.sharer_rank * (num_tokens // layout.degrees.sharers)
     text = own_tokens(replace(batch, vision=None, audio=None), layout)
-    rows, text = text.loss_index + start, to_device(text, layout.device)
+    rows = token_order(num_tokens, layout.degrees.ring)[text.loss_index + start]
+    text = to_device(text, layout.device)
     local, media = prepared
     local = replace(local, input_ids=text.input_ids, loss_index=text.loss_index)
     tokens = model.best_tokens(local, media) if pipeline is None else pipeline.best_tokens(local, media)
@@ -230,7 +232,8 @@ def own_tokens(batch: PackedBatch, layout: Layout) -> PackedBatch:
     """This rank's tokens of a pack."""
     if layout.degrees.sharers == 1:
         return batch
-    return slice_batch(batch, layout.sharer_rank, layout.degrees.sharers, layout.degrees.tensor)
+    degrees = layout.degrees
+    return slice_batch(batch, layout.sharer_rank, degrees.sharers, degrees.tensor, degrees.ring)
 
 
 def list_rows(rows: TowerRows) -> list[Tensor]:

@@ -41,6 +41,11 @@ class Key:
     words: str  # what it does
     is_section: bool
 
+    @property
+    def has_value(self) -> bool:
+        """Whether there is a default to show that is no section."""
+        return not self.is_section or isinstance(self.default, int)
+
 
 def keys() -> Iterator[Key]:
     """Every key of the tree, in order, those of optional sections and of one component's rule too."""
@@ -60,7 +65,7 @@ def describe(name: str | None) -> str:
 
 
 def _paragraph(key: Key) -> str:
-    default = "" if key.is_section else f"; default {_as_yaml(key.default)}"
+    default = f"; default {_as_yaml(key.default)}" if key.has_value else ""
     words = textwrap.fill(key.words, 96, initial_indent="    ", subsequent_indent="    ")
     return f"{key.name}: {key.type}{default}" + (f"\n{words}" if key.words else "")
 
@@ -79,7 +84,7 @@ def defaults() -> str:
         optional = outside and key.name.startswith(outside)
         if not optional:
             outside = ""
-        if key.is_section and key.default in (None, {}, ()):
+        if key.is_section and not dataclasses.is_dataclass(key.default):
             outside, value = f"{key.name}.", _as_yaml(key.default)
         else:
             value = "" if key.is_section else _as_yaml(key.default)
@@ -103,7 +108,7 @@ def page() -> str:
             parts.append(f"\n## {section}\n\n{key.words}\n" if key.words else f"\n## {section}\n")
             parts.append("| key | value | default | what it does |\n|---|---|---|---|")
         if not key.is_section or ("." in key.name and key.words):
-            default = "" if key.is_section else f"`{_as_yaml(key.default)}`"
+            default = f"`{_as_yaml(key.default)}`" if key.has_value else ""
             cells = (f"`{key.name}`", key.type, default, key.words)
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     parts += [

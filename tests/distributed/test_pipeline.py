@@ -12,7 +12,7 @@ from layout_worker import Case, Outcome, run_job
 from test_layouts import GRADIENT_BOUND, LOSS_BOUND, WORLD
 from tiny_omni import Dims, random_dims
 
-from omniloom.config import MemoryConfig, ParallelConfig
+from omniloom.config import ContextConfig, MemoryConfig, ParallelConfig
 
 DEEP = Dims(num_layers=5, vision_depth=3, deepstack=(0, 2))  # levels for the first two layers
 INTERLEAVED = {"pipeline_schedule": "interleaved", "stages_per_rank": 2}
@@ -38,6 +38,7 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
         "pipeline2_expert2": (deep, ParallelConfig(pipeline=2, expert=2), plain),
         "pipeline2_context2_expert2": (deep, ParallelConfig(pipeline=2, context=2, expert=2), plain),
         "pipeline2_tensor2": (deep, ParallelConfig(pipeline=2, tensor=2), plain),
+        "pipeline2_ring2": (deep, ParallelConfig(pipeline=2, context=ContextConfig(ring=2)), plain),
         "tied_pipeline2_tensor2": (tied, ParallelConfig(pipeline=2, tensor=2), plain),
         "trained_pipeline2_fsdp2": (Case(), ParallelConfig(pipeline=2), plain),
         "pool_of_all": (deep, ParallelConfig(pipeline=2, encoder_pool="data"), plain),
@@ -59,7 +60,7 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
 
 
 SAMPLED = {
-    *("pipeline4", "interleaved2_fsdp2", "pipeline2_context2", "pipeline2_expert2", "tied_hsdp", "a_frozen_stage"),
+    *("pipeline4", "interleaved2_fsdp2", "pipeline2_context2_expert2", "tied_hsdp", "a_frozen_stage"),
     *("pipeline2_tensor2", *TRAINED, "dropping_out_and_recomputing", "towers_alone"),
 }
 NAMES = [pytest.param(name, marks=() if name in SAMPLED else pytest.mark.full) for name in make_cases()]

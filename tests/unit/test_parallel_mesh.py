@@ -79,6 +79,7 @@ def test_heads_that_do_not_divide_are_refused_and_key_value_heads_may() -> None:
 
 def test_description_names_the_axes_in_use() -> None:
     assert Degrees(shard=4, context=2, expert=8).describe() == "shard 4 x context 2 x expert 8"
+    assert Degrees(context=8, ring=2).describe() == "ulysses 4 x ring 2"
     assert Degrees().describe() == "one rank"
 
 
