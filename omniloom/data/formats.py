@@ -63,10 +63,15 @@ def detect_format(row: Mapping[str, Any], names: FieldNames | None = None) -> st
         asked = [name for name, (_, answer) in pairs.items() if answer is not None]
     if asked:  # whoever has an answer too first: an Alpaca row may have a `query`, and the other way round
         return next((name for name in asked if pairs[name][1] is not None), asked[0])
+    wanted = {
+        name: getattr(names, name) for name in ("messages", "prompt", "query", "response", "images", "videos", "audios")
+    }
+    lacking = [f"{name}={key}" for name, key in wanted.items() if key is not None and row.get(key) is None]
+    hint = f"data.attr says {', '.join(lacking)}, of which this row has nothing" if lacking else ""
     raise SampleError(
         "row",
         f"no known format has the keys {', '.join(map(str, row)) or '(none)'}; expected messages, conversations, "
-        "instruction and output, or query and response; data.attr maps other names to these",
+        f"instruction and output, or query and response; {hint or 'data.attr maps other names to these'}",
     )
 
 

@@ -678,6 +678,11 @@ def test_a_format_set_by_hand_that_the_row_lacks_is_named():
     assert "instruction: expected text" in failure({"messages": [ANSWER]}, format="alpaca")
 
 
+def test_a_row_without_what_attr_names_is_told_the_names():
+    attr = FieldNames(audios="path", response="sentence")
+    assert "data.attr says response=sentence, of which this row has nothing" in failure({"path": "a.wav"}, attr=attr)
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | st.sampled_from(["", "a", "<image>", CALL, "a/b"]),
     lambda children: (
