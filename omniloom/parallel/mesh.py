@@ -71,8 +71,8 @@ def resolve_degrees(config: ParallelConfig, world_size: int, *, packs_per_step: 
 
     Raises: ValueError with one line per broken rule, each with the values that would do.
     """
-    given = {name: getattr(config, name) for name in ("replicate", "tensor", "pipeline")}
-    given["context"] = config.ulysses * config.ring
+    given = {"replicate": config.replicate, "context": config.ulysses * config.ring}
+    given |= {"tensor": config.tensor, "pipeline": config.pipeline}
     rest = math.prod(given.values())
     faults = []
     shard: int = max(world_size // rest, 1) if config.shard == "auto" else config.shard
