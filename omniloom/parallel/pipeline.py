@@ -13,6 +13,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise, permutations
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -43,7 +44,7 @@ class Decoder(Protocol):
 
 
 def split_layers(plan: ShardingPlan, degrees: Degrees) -> tuple[int, ...]:
-    """How many layers each stage has: what the config says, else so that the costliest stage costs least.
+    """How many layers each stage has: what the config says, else so that the busiest rank has least to do.
 
     The first stage has the embedding, the last the head. Raises: ValueError for a list that is no such division.
     """
@@ -60,7 +61,34 @@ def split_layers(plan: ShardingPlan, degrees: Degrees) -> tuple[int, ...]:
         raise ValueError(
             f"parallel.pipeline: {num_layers} layers do not make {num_stages} stages; choose at most {num_layers}"
         )
-    return _balance(plan.layer_costs, plan.embed_cost, plan.head_cost, num_stages)
+    costs = (plan.layer_costs, plan.embed_cost, plan.head_cost)
+    sizes = _balance(*costs, num_stages)
+    return sizes if degrees.stages_per_rank == 1 else _even_ranks(*costs, sizes, degrees.pipeline)
+
+
+def _even_ranks(
+    costs: Sequence[float], first: float, last: float, sizes: tuple[int, ...], num_ranks: int
+) -> tuple[int, ...]:
+    """Give layers of one stage to another, one at a time, while that makes the busiest rank, or else the next ones and
+    then the costliest stages, cheaper: a rank whose last stage has the head takes fewer layers in its others."""
+
+    def burden(sizes: Sequence[int]) -> tuple[list[float], list[float]]:
+        ends = list(accumulate(sizes, initial=0))
+        stages = [sum(costs[start:end]) for start, end in pairwise(ends)]
+        stages[0], stages[-1] = stages[0] + first, stages[-1] + last
+        ranks = [sum(stages[rank::num_ranks]) for rank in range(num_ranks)]
+        return sorted(ranks, reverse=True), sorted(stages, reverse=True)
+
+    while True:
+        moved = [
+            tuple(size - (stage == giver) + (stage == taker) for stage, size in enumerate(sizes))
+            for giver, taker in permutations(range(len(sizes)), 2)
+            if sizes[giver] > 1
+        ]
+        best = min(moved, key=burden, default=sizes)
+        if burden(best) >= burden(sizes):
+            return sizes
+        sizes = best
 
 
 def _balance(costs: Sequence[float], first: float, last: float, num_stages: int) -> tuple[int, ...]:
