@@ -35,21 +35,16 @@ def train(
     on_end: Callable[[Path], None] | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Train in this process, as one rank or as the one that torchrun made it, and draw the report at the end.
+    """Train in this process, as one rank or as the one that torchrun made it; the report is drawn on the way, too.
 
     On the first rank `on_step` is called after each step and `on_end`, with the run directory, when all is written.
     Returns 0, or 75 where a signal or the time limit stopped the run: the same call goes on. Raises: ValueError for bad
     input, RunError (a RuntimeError) for what stops a sound run.
     """
-    from omniloom.run.trainer import run
-    from omniloom.tools.report import write_report
+    from omniloom.tools.report import train_with_report
 
-    def end(run_dir: Path) -> None:
-        write_report(run_dir)
-        if on_end is not None:
-            on_end(run_dir)
-
-    return run(load_config(config) if isinstance(config, Mapping) else config, on_step, end, overwrite=overwrite)
+    asked = load_config(config) if isinstance(config, Mapping) else config
+    return train_with_report(asked, on_step, on_end, overwrite=overwrite)
 
 
 def score(
@@ -64,14 +59,18 @@ def score(
     return score_rows(model, data, overrides, adapter=adapter)
 
 
-def export(source: str | Path, directory: str | Path, *, adapter: bool = False, overwrite: bool = False) -> None:
+def export(
+    source: str | Path, directory: str | Path, *, adapter: bool = False, best: bool = False, overwrite: bool = False
+) -> None:
     """Write a Hugging Face directory from a run or one of its checkpoints, or with `adapter` the adapters alone.
+
+    `best`: from the checkpoint that the run keeps for its `checkpoint.best`.
 
     Raises: ValueError.
     """
     from omniloom.tools.export import export_checkpoint
 
-    export_checkpoint(Path(source), Path(directory), adapter=adapter, overwrite=overwrite)
+    export_checkpoint(Path(source), Path(directory), adapter=adapter, best=best, overwrite=overwrite)
 
 
 def generate(
@@ -83,11 +82,20 @@ def generate(
     video: Sequence[str | Path] = (),
     adapter: str | Path | None = None,
     max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
     overrides: Sequence[str] = (),
 ) -> str:
-    """The greedy answer to a prompt about media files. Raises: ValueError."""
-    from omniloom.tools.generate import answers
+    """The answer to a prompt about media files; at temperature 0 the greedy one. `model` may be a run.
+
+    Raises: ValueError.
+    """
+    from omniloom.tools.generate import Sampling, answers
 
     media = {"image": image, "audio": audio, "video": video}
-    (line,) = answers(model, prompt, media, max_new_tokens=max_new_tokens, overrides=overrides, adapter=adapter)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "overrides": overrides, "adapter": adapter}
+    (line,) = answers(model, prompt, media, **options)
     return line["answer"]

@@ -6,7 +6,7 @@ import importlib.metadata
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -29,6 +29,14 @@ Overrides = Annotated[
 ]
 AdapterDir = Annotated[str | None, typer.Option("--adapter", help="a PEFT adapter, to be put on the model")]
 Nproc = Annotated[int | None, typer.Option("--nproc", help="ranks to start here; under torchrun leave it out")]
+ModelName = Annotated[str, typer.Argument(help="a directory or hub id of a model, or a run: its newest model")]
+ImageFiles = Annotated[list[str] | None, typer.Option("--image", help="an image of the question; may be repeated")]
+AudioFiles = Annotated[list[str] | None, typer.Option("--audio", help="a sound of the question; may be repeated")]
+VideoFiles = Annotated[list[str] | None, typer.Option("--video", help="a video of the question; may be repeated")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="tokens of an answer at most")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, more draws")]
+TopP = Annotated[float, typer.Option(help="draw from this share of the likeliest tokens")]
+TopK = Annotated[int, typer.Option(help="draw from so many of the likeliest tokens; 0 is all")]
 
 
 @app.command()
@@ -51,10 +59,10 @@ def train(
     config = config_from_words(words or [])  # a wrong word ends here, before torch is imported and ranks are started
 
     def run_here() -> int:
-        from omniloom.run.trainer import run
-        from omniloom.tools.report import write_report
+        from omniloom.tools.report import train_with_report
 
-        return run(config, on_end=lambda run_dir: print(f"wrote {write_report(run_dir)}"), overwrite=overwrite)
+        done = "wrote {}/report.html".format
+        return train_with_report(config, on_end=lambda run_dir: print(done(run_dir)), overwrite=overwrite)
 
     flags = ["--overwrite"] if overwrite else []
     launch = Launch(nproc=nproc, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=rdzv_endpoint)
@@ -62,7 +70,7 @@ def train(
 
 
 @app.command()
-def demo(directory: Annotated[Path, typer.Argument()] = Path("runs/demo")) -> None:
+def demo(directory: Annotated[Path, typer.Argument(help="where to put everything")] = Path("runs/demo")) -> None:
     """Build a tiny model and a small media data set, train, evaluate, export, draw a report."""
     from omniloom.tools.demo import run_demo
 
@@ -71,7 +79,10 @@ def demo(directory: Annotated[Path, typer.Argument()] = Path("runs/demo")) -> No
 
 @app.command()
 def tiny(
-    family: str, directory: Path, size: Annotated[str, typer.Option(help="tiny or 20m")] = "tiny", seed: int = 0
+    family: Annotated[str, typer.Argument(help="qwen3_omni, qwen2_5_omni, qwen3_vl, ...; an unknown one lists all")],
+    directory: Annotated[Path, typer.Argument(help="where to write it")],
+    size: Annotated[str, typer.Option(help="tiny or 20m")] = "tiny",
+    seed: Annotated[int, typer.Option(help="of the weights")] = 0,
 ) -> None:
     """Write a tiny random checkpoint in the published layout."""
     from omniloom.tools.tiny import make_tiny
@@ -81,7 +92,12 @@ def tiny(
 
 
 @app.command()
-def score(model: str, data: str, overrides: Overrides = None, adapter: AdapterDir = None) -> None:
+def score(
+    model: ModelName,
+    data: Annotated[str, typer.Argument(help="a file of rows")],
+    overrides: Overrides = None,
+    adapter: AdapterDir = None,
+) -> None:
     """Print the loss of every sample as JSON lines: {"id", "num_loss_tokens", "loss"}."""
     from omniloom.tools.score import score_file
 
@@ -90,53 +106,93 @@ def score(model: str, data: str, overrides: Overrides = None, adapter: AdapterDi
 
 @app.command()
 def export(
-    source: Path,
-    directory: Path,
+    source: Annotated[Path, typer.Argument(help="a run, or one of its checkpoints/step_...")],
+    directory: Annotated[Path, typer.Argument(help="where to write it")],
     adapter: Annotated[bool, typer.Option(help="LoRA adapters alone, as PEFT loads them; else merged")] = False,
-    overwrite: bool = False,
+    best: Annotated[bool, typer.Option("--best", help="the run's best checkpoint, by its checkpoint.best")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in DIRECTORY")] = False,
 ) -> None:
     """Write a Hugging Face directory from a run or one of its checkpoints."""
     from omniloom.tools.export import export_checkpoint
 
-    export_checkpoint(source, directory, adapter=adapter, overwrite=overwrite)
+    export_checkpoint(source, directory, adapter=adapter, best=best, overwrite=overwrite)
     print(f"wrote {directory}")
 
 
 @app.command()
-def report(run: Path) -> None:
-    """Draw report.html for a run, finished or going."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories", metavar="RUN...")],
+    page: Annotated[Path, typer.Option(help="of several runs: the file to write")] = Path("comparison.html"),
+) -> None:
+    """Draw report.html for a run, finished or going; of several runs a page that compares them."""
+    from omniloom.tools.comparison import write_comparison
     from omniloom.tools.report import write_report
 
-    print(f"wrote {write_report(run)}")
+    print(f"wrote {write_report(runs[0]) if len(runs) == 1 else write_comparison(runs, page)}")
 
 
 @app.command()
 def generate(
-    model: str,
-    words: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT] [A.B=C]...")] = None,
-    image: Annotated[list[str] | None, typer.Option()] = None,
-    audio: Annotated[list[str] | None, typer.Option()] = None,
-    video: Annotated[list[str] | None, typer.Option()] = None,
+    model: ModelName,
+    words: Annotated[
+        list[str] | None, typer.Argument(help="the question, then dotted overrides", metavar="[PROMPT] [A.B=C]...")
+    ] = None,
+    image: ImageFiles = None,
+    audio: AudioFiles = None,
+    video: VideoFiles = None,
     data: Annotated[str | None, typer.Option(help="rows to answer, instead of one prompt")] = None,
     adapter: AdapterDir = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Annotated[int, typer.Option(help="of drawn tokens")] = 0,
 ) -> None:
     """Answer a prompt about media, or every row of a file, with transformers' generate fed by our processor."""
-    from omniloom.tools.generate import answers, print_answers, split_words
+    from omniloom.tools.generate import Sampling, answers, print_answers, split_words
 
     media = {"image": image or [], "audio": audio or [], "video": video or []}
     prompt, overrides = split_words(words or [], has_data=data is not None)
-    lines = answers(
-        model, prompt, media, data=data, max_new_tokens=max_new_tokens, overrides=overrides, adapter=adapter
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "overrides": overrides, "adapter": adapter}
+    print_answers(answers(model, prompt, media, data=data, **options), as_json=data is not None)
+
+
+@app.command()
+def chat(
+    model: ModelName,
+    overrides: Overrides = None,
+    image: ImageFiles = None,
+    audio: AudioFiles = None,
+    video: VideoFiles = None,
+    adapter: AdapterDir = None,
+    max_new_tokens: MaxNewTokens = 1024,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Annotated[int, typer.Option(help="of drawn tokens")] = 0,
+) -> None:
+    """Talk with a model; /image PATH, /audio PATH, /video PATH go with the next line, /reset forgets, /quit leaves."""
+    from omniloom.tools.chat import chat as talk
+    from omniloom.tools.generate import Sampling
+
+    media = {"image": image or [], "audio": audio or [], "video": video or []}
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    talk(
+        model,
+        media,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        overrides=overrides or [],
+        adapter=adapter,
     )
-    print_answers(lines, as_json=data is not None)
 
 
 @app.command()
 def convert(
     kind: Annotated[str, typer.Argument(help="format of the source (llava, sharegpt, ...), or webdataset")],
-    source: Path,
-    target: Path,
+    source: Annotated[Path, typer.Argument(help="a file of rows")],
+    target: Annotated[Path, typer.Argument(help="the file to write, or the folder of shards")],
     overrides: Overrides = None,
 ) -> None:
     """Write rows of another format in the messages form, or any rows as tar shards (webdataset)."""
@@ -178,7 +234,7 @@ def check(
 @app.command()
 def preview(
     words: ConfigWords = None,
-    rows: int = 3,
+    rows: Annotated[int, typer.Option(help="how many rows")] = 3,
     page: Annotated[Path | None, typer.Option(help="write an HTML page of them, and of the first packs")] = None,
 ) -> None:
     """Show how rows are rendered, tokenised and labelled."""
@@ -193,7 +249,7 @@ def preview(
 
 
 @app.command()
-def plan(words: ConfigWords = None, steps: int = 10) -> None:
+def plan(words: ConfigWords = None, steps: Annotated[int, typer.Option(help="how many steps")] = 10) -> None:
     """Show the first steps' packs: tokens, fill, media, cost."""
     from omniloom.tools.preview import show_plan
 

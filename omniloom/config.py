@@ -192,6 +192,12 @@ class TrainConfig:
     eval_every: Annotated[CountOrZero, "steps between evaluations; 0 is only at the end"] = 0
     eval_answers: Annotated[CountOrZero, "held-out rows to answer, greedily, at each evaluation"] = 0
     eval_answer_tokens: Annotated[Count, "tokens of an answer at most"] = 64
+    eval_metrics: Annotated[
+        tuple[str, ...], "functions of yours that compare answers: module:function or file.py:function"
+    ] = ()
+    patience: Annotated[
+        Count | None, "evaluations in a row without a better checkpoint.best after which the run ends; null never"
+    ] = None
     time_limit_minutes: Annotated[Positive | None, "then a checkpoint is written and the run stops"] = None
     step_timeout_seconds: Annotated[float, Range(ge=1), "a rank that is silent for longer counts as gone"] = 1800.0
 
@@ -278,6 +284,13 @@ class MemoryConfig:
 class CheckpointConfig:
     every: Annotated[CountOrZero, "steps between checkpoints; 0 is only at the end"] = 500
     keep: Annotated[Count, "newest checkpoints that are kept"] = 2
+    best: Annotated[str | None, "figure of evaluations, as eval_loss or eval_wer, whose best checkpoints are kept"] = (
+        None
+    )
+    best_is: Annotated[
+        Literal["lowest", "highest"] | None, "null is lowest of losses and error rates, highest of others"
+    ] = None
+    keep_best: Annotated[Count, "checkpoints that are kept for checkpoint.best, beside the newest"] = 1
     resume: Annotated[str, "auto, none, or a checkpoint directory"] = "auto"
     export: Annotated[bool, "write hf/ at the end"] = True
     save_optimizer: Annotated[bool, "checkpoints hold the optimizer's states"] = True

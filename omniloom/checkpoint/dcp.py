@@ -64,6 +64,7 @@ class Saver:
     ) -> None:
         self.root = Path(run_dir) / "checkpoints"
         self.keep = keep
+        self.kept_steps: Collection[int] = ()  # whatever comes after them
         self.group = dist.new_group(backend="gloo") if group is None and in_group() else group
         self._staged: dict[str, Tensor] | None = {} if asynchronous else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") if asynchronous else None
@@ -148,7 +149,8 @@ class Saver:
 
     def _remove_old(self) -> None:
         whole = [directory for directory in list_committed(self.root)[0] if not directory.suffix]  # not .replaced
-        kept = set(whole[: self.keep])
+        names = {step_name(step) for step in self.kept_steps}
+        kept = {*whole[: self.keep], *(directory for directory in whole if directory.name in names)}
         for directory in self.root.glob("step_*"):
             if directory not in kept:
                 # the marker first, so that a kill leaves no half one that counts

@@ -41,6 +41,7 @@ def export(
     *,
     files: Mapping[str, dict[str, Any]] | None = None,
     dropped: Collection[str] = (),
+    note: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     group: ProcessGroup | None = None,
 ) -> Path:
@@ -49,7 +50,7 @@ def export(
     Called by all ranks of `group` alike. `gather(name)` is called once per name on every rank in the same order and
     returns the full tensor, any float dtype, on rank 0 (its result elsewhere is ignored): so it may be a collective.
     Tensors of ours in `dropped` (layers cut from the model) are left out. `files` are JSON files, by name, that are
-    written in place of the source's. Returns the directory.
+    written in place of the source's; `note` goes into the export's marker. Returns the directory.
 
     Raises: ValueError on every rank if `out_dir` holds something that is no earlier export (unless `overwrite`), for
         tensors that do not fit the source, and when the disk is full; what was there before is then untouched.
@@ -59,7 +60,7 @@ def export(
     writer = _Writer(Path(out_dir), source, plan) if rank(group) == 0 else None
     words = f"write the export {out_dir}", "; nothing there was changed"
     try:
-        agree(attempt(lambda: writer.begin(files or {}, overwrite), *words) if writer else None, group)
+        agree(attempt(lambda: writer.begin(files or {}, note or {}, overwrite), *words) if writer else None, group)
         fault = None
         for name in (name for name in assemblies if name in plan.places):
             tensor = gather(name)
@@ -123,7 +124,7 @@ class _Writer:
         self.previous = out_dir.parent / f".{out_dir.name}.previous"
         self.offsets: dict[str, tuple[Path, int]] = {}
 
-    def begin(self, files: Mapping[str, dict[str, Any]], overwrite: bool) -> None:
+    def begin(self, files: Mapping[str, dict[str, Any]], note: Mapping[str, Any], overwrite: bool) -> None:
         """Check the target, copy all that was not trained, leave room for the rest."""
         if self.previous.is_dir() and not self.out_dir.exists():
             self.previous.rename(self.out_dir)  # a kill between the two renames of an earlier export
@@ -134,7 +135,7 @@ class _Writer:
         free = shutil.disk_usage(self.partial).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"the export takes {needed} bytes, the disk has {free} free")
-        self._copy_other_files(files)
+        self._copy_other_files(files, note)
         for file in self.source.metadata:
             self._lay_out_file(file)
         for name in self.plan.carried:
@@ -180,7 +181,7 @@ class _Writer:
         if held and not overwrite and not (self.out_dir / MARKER_NAME).is_file():
             raise ValueError(f"{self.out_dir} is not empty and no earlier export; choose another directory or empty it")
 
-    def _copy_other_files(self, files: Mapping[str, dict[str, Any]]) -> None:
+    def _copy_other_files(self, files: Mapping[str, dict[str, Any]], note: Mapping[str, Any]) -> None:
         for path, relative in _other_files(self.source.directory):
             target = self.partial / relative
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -195,8 +196,8 @@ class _Writer:
                 del metadata["total_parameters"]
             index = {**self.source.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
             write_json(self.partial / INDEX_NAME, index)
-        note = {"source": self.source.directory.name, "trained_tensors": sum(map(len, self.plan.places.values()))}
-        write_json(self.partial / MARKER_NAME, note)
+        marker = {"source": self.source.directory.name, "trained_tensors": sum(map(len, self.plan.places.values()))}
+        write_json(self.partial / MARKER_NAME, {**marker, **note})
 
     def _lay_out_file(self, file: Path) -> None:
         entries = [entry for entry in self.plan.entries.values() if entry.file == file]

@@ -1,8 +1,8 @@
-"""Held-out rows answered by the model as it trains: greedy, in its layout, compared with the answers the rows give.
+"""Held-out rows answered by the model as it trains: greedy, in its layout.
 
 Rows are packed with room for an answer behind each prompt; every pass over a pack gives one more token to all of its
 rows. There is no cache of keys and values: what a token may see is decided by the pack's own causal segments, so the
-very modules that train also answer. Sits beside `evaluation.py`, which gives the loss.
+very modules that train also answer. Sits beside `evaluation.py`, which gives the loss; `answer_metrics.py` compares.
 """
 
 from __future__ import annotations
@@ -39,16 +39,6 @@ class Answer:
     position: int  # of its sample in the pack
     tokens: tuple[int, ...]  # up to the end of turn, which is left out
     expected: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerScores:
-    """How answers compare with what was expected, over rows; error rates are None where no row has sound."""
-
-    num_answers: int
-    exact_match: float
-    character_error_rate: float | None
-    word_error_rate: float | None
 
 
 def make_room(batch: PackedBatch, num_new: int) -> tuple[PackedBatch, tuple[Question, ...]]:
@@ -162,24 +152,3 @@ def answer_pack(
         Answer(position=question.position, tokens=tuple(answer), expected=question.expected[:-1])
         for question, answer in zip(questions, answers, strict=True)
     ]
-
-
-def compare(pairs: Sequence[tuple[str, str]], spoken: Sequence[tuple[str, str]]) -> AnswerScores:
-    """Exact match over `pairs` (expected, answer), error rates over `spoken`, those of rows with sound.
-
-    Rates are edits over the length of what was expected, all rows together. Source: jiwer.
-    """
-    spoken = [pair for pair in spoken if pair[0].strip()]
-    character_error_rate = word_error_rate = None
-    if spoken:
-        import jiwer
-
-        expected, answers = [pair[0] for pair in spoken], [pair[1] for pair in spoken]
-        character_error_rate, word_error_rate = jiwer.cer(expected, answers), jiwer.wer(expected, answers)
-    exact = sum(expected.strip() == answer.strip() for expected, answer in pairs)
-    return AnswerScores(
-        num_answers=len(pairs),
-        exact_match=exact / max(len(pairs), 1),
-        character_error_rate=character_error_rate,
-        word_error_rate=word_error_rate,
-    )

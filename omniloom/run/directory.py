@@ -25,14 +25,14 @@ FINISHED = "finished.json"  # {"step": N}: all steps are done and all results wr
 # which a new run begins anew before its first step.
 OWN_FILES = (
     *("checkpoints", FINISHED, "stopped.json", "config.yaml", "config_until_step_*.yaml", "metrics.jsonl"),
-    *("expert_load.jsonl", "trainable.json", "evaluation.json", "answers", "tensorboard"),
+    *("expert_load.jsonl", "trainable.json", "evaluations.jsonl", "answers", "tensorboard"),
     *("nonfinite_step_*.json", "trace_rank*.json", "hf", "adapter", "report.html"),
 )
 # keys that change neither what is trained nor what is left of it
 NEUTRAL = (
     *("log.*", "memory.*", "parallel.*", "model.attention.*", "policy.*.recompute", "train.run_dir"),
     *("data.workers", "data.prefetch_packs", "data.cache*", "train.time_limit_minutes"),
-    *("train.step_timeout_seconds", "checkpoint.every", "checkpoint.keep"),
+    *("train.step_timeout_seconds", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best", "checkpoint.best*"),
     *("checkpoint.asynchronous", "checkpoint.save_optimizer", "checkpoint.load_*"),
 )
 RESULTS = ("data.eval", "train.eval_*", "checkpoint.export")  # what is measured and written, not what is trained
@@ -176,8 +176,8 @@ def changes_of(path: Path, config: Config) -> list[Change]:
         return []
     if not isinstance(before, dict):
         return []
-    usual, now = _flat(config_to_dict(Config())), _flat(config_to_dict(config))
-    then = usual | {key: value for key, value in _flat(before).items() if key in now or key.startswith("policy.")}
+    usual, now = flat(config_to_dict(Config())), flat(config_to_dict(config))
+    then = usual | {key: value for key, value in flat(before).items() if key in now or key.startswith("policy.")}
     return [
         Change(key=key, before=then.get(key), now=now.get(key))
         for key in sorted(then.keys() | now.keys())
@@ -204,7 +204,8 @@ def _check_overwrite(run_dir: Path, config: Config) -> None:
     read += [("checkpoint.resume", resume)] if resume not in ("auto", "none") else []
     doomed = list(_own_files(run_dir))
     for key, path in read:
-        if path and any(_lies_in(Path(path), own) for own in doomed):
+        is_this_run = bool(path) and Path(path).resolve() == run_dir.resolve()  # of which its hf/ would be read
+        if path and (is_this_run or any(_lies_in(Path(path), own) for own in doomed)):
             raise ValueError(f"--overwrite would remove {path}, from which {key} reads; set another train.run_dir")
 
 
@@ -223,12 +224,12 @@ def _lies_in(path: Path, directory: Path) -> bool:
     return path.resolve().is_relative_to(directory.resolve())
 
 
-def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
     """Leaves by dotted key; lists are leaves, empty sections and nulls of rules are nothing."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            found |= _flat(value, f"{path}{key}.")
+            found |= flat(value, f"{path}{key}.")
         elif value is not None or not path.startswith("policy."):
             found[f"{path}{key}"] = list(value) if isinstance(value, tuple) else value
     return found

@@ -10,14 +10,13 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from omniloom.checkpoint.files import write_json
 from omniloom.data.agreement import PlanningRanks, StepAgreement, gather, report_pack, settle
 from omniloom.data.loader import Loader
 from omniloom.data.packing import pack_everything
@@ -31,7 +30,9 @@ from omniloom.parallel.mesh import Layout
 from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.step import evaluate
 from omniloom.processors.rendering import split_reasoning
-from omniloom.run.answers import AnswerScores, answer_pack, compare
+from omniloom.run.answer_metrics import compare_answers, load_metrics
+from omniloom.run.answers import answer_pack
+from omniloom.run.best import read_evaluations, write_evaluations
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import clips_of_rank, open_rows
 from omniloom.types import TEXT, BadSample, Extent, LoadedPack, PackPlan, PlannedSample, StepPlan
@@ -46,7 +47,7 @@ class EvaluationReport:
     loss_by_set: Mapping[str, float]  # text's, of the data sets where there are several
     num_rows: int
     num_bad: int  # rows that could not be read
-    answers: AnswerScores | None = None
+    answers: Mapping[str, float] = field(default_factory=dict)  # figures by name, of the rows answered
     rows: tuple[dict[str, Any], ...] = ()  # id, modality, question, media, expected and answer of each row answered
 
     def figures(self) -> dict[str, float]:
@@ -54,30 +55,25 @@ class EvaluationReport:
         found = {"eval_loss" if name == TEXT else f"eval_{name}_loss": loss for name, loss in self.losses.items()}
         found |= {f"eval_loss.{modality}": loss for modality, loss in self.loss_by_modality.items()}
         found |= {f"eval_set_loss.{name}": loss for name, loss in self.loss_by_set.items()}
-        if self.answers is not None:
-            found["eval_exact_match"] = self.answers.exact_match
-            if self.answers.character_error_rate is not None and self.answers.word_error_rate is not None:
-                found["eval_cer"] = self.answers.character_error_rate
-                found["eval_wer"] = self.answers.word_error_rate
-        return found
+        return {**found, **self.answers}
 
     def write(self, run_dir: Path, step: int) -> None:
-        """`evaluation.json` of the latest step, and the answers of each in `answers/`."""
-        write_json(run_dir / "evaluation.json", {"step": step, **self.figures()})
+        """A line of `evaluations.jsonl`, and the answers in `answers/`."""
+        write_evaluations(run_dir, {**read_evaluations(run_dir), step: self.figures()})
         if self.rows:
             (run_dir / "answers").mkdir(exist_ok=True)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
             (run_dir / "answers" / f"step_{step:08d}.jsonl").write_text(lines, encoding="utf-8")
 
-    def describe(self) -> str:
-        """One line for the screen."""
+    def describe(self, step: int) -> str:
+        """One line for the screen, after so many steps."""
         figures = ", ".join(
             f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for name, value in self.figures().items()
         )
         bad = f"{self.num_bad} of {self.num_rows} held-out rows could not be read (see bad_samples.jsonl)"
         if TEXT not in self.losses:
-            return f"evaluation measured nothing: {bad}, the others have no loss weight"
-        return f"evaluation {figures}" + (f"; {bad}" if self.num_bad else "")
+            return f"evaluation after step {step} measured nothing: {bad}, the others have no loss weight"
+        return f"evaluation after step {step}: {figures}" + (f"; {bad}" if self.num_bad else "")
 
 
 class _Measured(NamedTuple):
@@ -100,6 +96,7 @@ class Evaluation:
         """Reads headers. Collective. Raises: ValueError where no row can be used."""
         config = workshop.config
         self.layout, self.bad_samples = layout, bad_samples
+        self.own_metrics = load_metrics(config.train.eval_metrics)
         open_reader = open_rows(workshop, rows)
         self.loader = Loader(open_reader, workers=min(config.data.workers, 1))
         stack.callback(self.loader.close)
@@ -149,15 +146,13 @@ class Evaluation:
         """Everything about the model as it is; `on_pack` is called before each pack. Collective over all ranks."""
         parts = {key: self._measure(packs, model, pool, on_pack, pipeline) for key, packs in self.packs.items()}
         rows = self._answers(model, pool, on_pack, pipeline)
-        pairs = [(row["expected"], row["answer"]) for row in rows]
-        spoken = [(row["expected"], row["answer"]) for row in rows if "audio" in row["modality"]]
         return EvaluationReport(
             losses=_means(parts.values()),
             loss_by_modality=_text_means(parts, 0, {modality for modality, _ in parts}),
             loss_by_set=_text_means(parts, 1, self.sets),
             num_rows=self.num_rows,
             num_bad=self.num_unusable + sum(part.num_bad for part in parts.values()),
-            answers=compare(pairs, spoken) if rows else None,
+            answers=compare_answers(rows, self.own_metrics),
             rows=tuple(rows),
         )
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from omniloom.ops.attention import use_flash3
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.mesh import Degrees, Layout, resolve_degrees
 from omniloom.parallel.optimizer import make_optimizer
+from omniloom.run.directory import finished_step
 from omniloom.training.lora import adapter_policies, choose_adapted, initial_lora_a, install_lora
 from omniloom.training.optimizer import parameter_groups
 from omniloom.training.policy import ParameterPolicy, check_rates, resolve_policy
@@ -72,7 +74,7 @@ class Workshop:
     @property
     def base_name(self) -> str:
         """The published model as others find it: the hub's id where `model.path` is one, else the directory."""
-        return re.sub(r"^(modelscope|hf):", "", self.config.model.path)
+        return re.sub(r"^(modelscope|hf):", "", model_of_run(self.config.model.path))
 
     @cached_property
     def assemblies(self) -> dict[str, Assembly]:
@@ -150,7 +152,7 @@ def open_workshop(
 
     Raises: ValueError for whatever does not fit.
     """
-    path = resolve_model_path(config.model.path)
+    path = resolve_model_path(model_of_run(config.model.path))
     checkpoint = open_checkpoint(path)
     whole_json = read_json(path / "config.json")
     refuse_quantised(checkpoint, whole_json)
@@ -179,6 +181,12 @@ def open_workshop(
         if not adapter_decides and not any(rule.lora for rule in config.policy.values()):
             raise ValueError(f"model.adapter is set, but no rule of policy has lora; what it needs: {adapter.needs}")
     return workshop
+
+
+def model_of_run(path: str) -> str:
+    """The model that a finished run has left in its directory, `path` where it names no such run."""
+    is_run = finished_step(Path(path)) is not None and (Path(path) / "hf" / "config.json").is_file()
+    return str(Path(path) / "hf") if is_run else path
 
 
 def _check_tensors(

@@ -19,6 +19,7 @@ from omniloom.data.sources import Sources
 from omniloom.data.stream import LoadedStep
 from omniloom.parallel.apply import count_graphs
 from omniloom.parallel.mesh import Layout
+from omniloom.run.best import read_evaluations, write_evaluations
 from omniloom.run.directory import FINISHED, record_config
 from omniloom.run.evaluation import EvaluationReport
 from omniloom.run.stopping import STOPPED
@@ -75,6 +76,9 @@ class RunRecords:
         write_json(self.run_dir / "trainable.json", [asdict(row) for row in table])
         for words in (*about, *table_lines(table)):
             self.say(words)
+        if evaluations := read_evaluations(self.run_dir):
+            kept = {done: figures for done, figures in evaluations.items() if done <= first_step}
+            write_evaluations(self.run_dir, kept)
         log = self.config.log
         self._log = MetricsLog(self.run_dir, first_step=first_step, tensorboard=log.tensorboard)
         self._stack.callback(self._log.close)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from omniloom.checkpoint.adapters import write_adapter
 from omniloom.checkpoint.agreement import Group
 from omniloom.checkpoint.export import export
+from omniloom.config import Config, DataConfig, config_to_dict
 from omniloom.run.opening import Workshop
 from omniloom.run.trained_media import TrainedMedia, processor_files
 from omniloom.training.lora import merging
@@ -50,9 +52,16 @@ def export_model(
         merging(gather, workshop.adapters) if workshop.adapters else gather,
         files=files,
         dropped=workshop.cut,
+        note={"data": media_settings(workshop.config.data)},
         overwrite=overwrite,
         group=group,
     )
+
+
+def media_settings(data: DataConfig) -> dict[str, Any]:
+    """What of the section `data` says how a prompt and its media are read, as a config file has it."""
+    tree = config_to_dict(Config(data=data))["data"]
+    return {name: tree[name] for name in ("template", "system", "enable_thinking", "image", "video", "audio")}
 
 
 def export_adapter(

@@ -24,6 +24,7 @@ from omniloom.families.registry import spec_named
 from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.staging import stage
+from omniloom.run.answer_metrics import ANSWER_METRICS, load_metrics
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.results import NO_ADAPTER
 from omniloom.types import Conversation, PackPlan, Row, SampleError
@@ -65,11 +66,26 @@ def open_run(config: Config) -> tuple[Workshop, Sources, Sources | None]:
             f"checkpoint.export: false would leave nothing of this run, since {NO_ADAPTER}; set it to true"
         )
     train_rows, eval_rows = open_data(config.data, config.train.seed)
-    asked = [name for name in ("eval_every", "eval_answers") if getattr(config.train, name)]
-    if asked and eval_rows is None:
-        faults = [f"train.{name}: nothing is held out to evaluate; set data.eval or data.split" for name in asked]
+    load_metrics(config.train.eval_metrics)  # what is wrong with them is said now
+    if faults := _evaluation_faults(config, has_rows=eval_rows is not None):
         raise ConfigError(faults, "the configuration")
     return workshop, train_rows, eval_rows
+
+
+def _evaluation_faults(config: Config, *, has_rows: bool) -> list[str]:
+    """What is asked of evaluations that cannot be had."""
+    train, best = config.train, config.checkpoint.best
+    asked = [f"train.{name}" for name in ("eval_every", "eval_answers", "eval_metrics") if getattr(train, name)]
+    faults = [f"{key}: nothing is held out to evaluate; set data.eval or data.split" for key in asked if not has_rows]
+    if train.patience is not None and best is None:
+        faults.append("train.patience: no figure to wait for; set checkpoint.best, e.g. to eval_loss")
+    if best is not None and not train.eval_every:
+        faults.append(f"checkpoint.best: {best}: nothing is evaluated on the way; set train.eval_every")
+    of_answers = [f"checkpoint.best: {best}"] if best in ANSWER_METRICS else []
+    of_answers += ["train.eval_metrics"] if train.eval_metrics else []
+    if not train.eval_answers:
+        faults += [f"{key}: no rows are answered; set train.eval_answers to how many" for key in of_answers]
+    return faults
 
 
 def open_data(config: DataConfig, seed: int) -> tuple[Sources, Sources | None]:

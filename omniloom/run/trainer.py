@@ -36,6 +36,7 @@ from omniloom.parallel.mesh import (
 from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.step import Objective, run_packs
 from omniloom.parallel.watchdog import Watchdog
+from omniloom.run.best import BestSteps, read_evaluations
 from omniloom.run.description import describe_run
 from omniloom.run.directory import (
     check_all_done,
@@ -192,6 +193,9 @@ class Trainer:
         self.first_step = self.state.load(stored)
         if overwrite and self.layout.is_first:
             remove_own_files(self.run_dir)
+        before = self.layout.exchange(read_evaluations(self.run_dir, self.first_step))[0]
+        self.best = BestSteps(self.config, before)
+        self.state.saver.kept_steps = self.best.kept
         self.records.begin(self.first_step, about, policies, self.state.parameters)
 
     def _find_start(self, overwrite: bool) -> StoredCheckpoint | None:
@@ -216,7 +220,7 @@ class Trainer:
             return self._leave_early(step)
         self.stop.start_clock()
         self.watchdog.enter(step, "waiting for data")
-        for loaded in self.stream:
+        for loaded in () if self.best.is_exhausted else self.stream:
             with self.profile.step(loaded.plan.step):
                 figures, stop = self._step(loaded)
             self._say_what_was_not_trained(loaded, figures)
@@ -229,12 +233,16 @@ class Trainer:
                 report, evaluated = self._evaluate(step), step
                 stop = report is None
             self.records.step(figures, loaded, self.work, report, self.train_rows)
-            if stop or (every and step % every == 0):
+            if stop or (every and step % every == 0) or step in self.best.kept:
                 self._save(step)
                 saved = step
             if stop:
                 return self._leave_early(step)
+            if self.best.is_exhausted:
+                break
             self.watchdog.enter(step, "waiting for data")
+        if self.best.is_exhausted:
+            self.records.say(f"ended after step {step}: {self.best.name} was no better than after {self.best.kept[0]}")
         warmup_steps = self.config.train.warmup_steps
         if self.config.train.steps is None and (warning := describe_warmup(warmup_steps, step)):
             self.records.say(warning)
@@ -265,8 +273,8 @@ class Trainer:
         )
         if report is not None and TEXT not in report.losses:
             raise ValueError(
-                f"{report.describe()}. The model is trained and saved; correct the rows or name others as data.eval, "
-                "then the same command measures them"
+                f"{report.describe(step)}. The model is trained and saved; correct the rows or name others as "
+                "data.eval, then the same command measures them"
             )
         if self.layout.is_first:
             write_finished(self.run_dir, step)
@@ -333,7 +341,13 @@ class Trainer:
             return None
         finally:
             self.model.train()
-        self.records.say(report.describe())
+        self.records.say(report.describe(step))
         if self.layout.is_first:
             report.write(self.run_dir, step)
+        figures = self.layout.exchange(report.figures())[0]  # what ranks decide by must be one number
+        if self.best.name not in (None, *figures):
+            self._save(step)
+            self.state.saver.finish()
+        self.best.add(step, figures)
+        self.state.saver.kept_steps = self.best.kept
         return report

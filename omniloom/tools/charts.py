@@ -6,15 +6,19 @@ Owns scales, ticks and thinning of long series. Knows nothing of runs; colours a
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 
 WIDTH, HEIGHT = 360, 172
 LEFT, RIGHT, TOP, BOTTOM = 54, 8, 8, 20
+TONES = "abcdef"
 LOG_SPAN = 100.0  # largest over smallest
+MAX_HOVERS = 80  # places of a chart that tell their values
 MAX_POINTS = 240  # a line of more is thinned to the means of equal stretches
 
 Points = Sequence[tuple[float, float]]
@@ -27,7 +31,7 @@ class Series:
 
     name: str
     points: Points
-    tone: str = "a"  # CSS class: a, b, c, d
+    tone: str = "a"  # CSS class, one of TONES
     raw: bool = False  # draw faintly, with a moving mean in full colour above it
     dots: bool = False
 
@@ -57,38 +61,69 @@ def line_chart(
     """An `<svg>` of the series over a common x axis; "" where nothing is finite.
 
     `unit` is one of "", "%", "bytes", "count": how y ticks are written. `floor` is a y that must be in the picture.
-    A `log` axis is used where all y are positive and span more than LOG_SPAN; it has no floor.
+    Where all y are positive it is drawn with a log axis, too, which has no floor; the page's CSS shows one of the two.
+    With `log` that is the log axis, unless the reader chooses, where y spans more than LOG_SPAN.
     """
     finite = [point for item in series for point in _finite(item.points)]
     if not finite:
         return ""
     values = [y for _, y in finite]
-    log = log and min(values) > 0 and max(values) / min(values) > LOG_SPAN
-    if log:
-        series = [
-            replace(item, points=[(x, math.log10(y) if math.isfinite(y) else y) for x, y in item.points])
-            for item in series
-        ]
-        floor = None
     low_x, high_x = min(x for x, _ in finite), max(x for x, _ in finite)
+
+    def across(x: float) -> float:
+        return LEFT + ((x - low_x) / (high_x - low_x) if high_x > low_x else 0.5) * (WIDTH - LEFT - RIGHT)
+
+    views = {"linear": _view(series, across, unit, floor, log=False)}
+    if min(values) > 0:
+        views["log"] = _view([_logged(item) for item in series], across, unit, None, log=True)
+    shown = "log" if log and min(values) > 0 and max(values) / min(values) > LOG_SPAN else "linear"
+    classes = f"chart shows-{shown}" + (" both" if len(views) > 1 else "")
+    parts = [f'<svg class="{classes}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
+    for name in sorted(views, key=lambda name: name != shown):
+        parts += [f'<g class="axis-{name}">', *views[name], "</g>"]
+    ticks_x = _ticks(low_x, high_x, 5, whole=True) if high_x > low_x else [low_x]
+    parts += [_mark(across(tick), fmt(tick, "count")) for tick in ticks_x if low_x <= tick <= high_x]
+    for x in sorted({x for item in series for x, y in item.points if not math.isfinite(y)}):
+        left = across(min(max(x, low_x), high_x))
+        parts.append(f'<line class="lost" x1="{left:.1f}" x2="{left:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    return "".join([*parts, *_hovers(series, across, unit), "</svg>"])
+
+
+def _logged(item: Series) -> Series:
+    return replace(item, points=[(x, math.log10(y) if math.isfinite(y) else y) for x, y in item.points])
+
+
+def _view(
+    series: Sequence[Series], across: Callable[[float], float], unit: str, floor: float | None, *, log: bool
+) -> list[str]:
+    """Grid and lines on one y axis; with `log` the y are logarithms."""
     low_y, high_y = _bounds([y for item in series for y in _extremes(item)], floor)
-    scale = _byte_unit(high_y)[0] if unit == "bytes" else 1.0  # round numbers of MiB, not of bytes
-    ticks_y = [tick * scale for tick in _ticks(low_y / scale, high_y / scale, 4, whole=log)]
-    low_y, high_y = ticks_y[0], ticks_y[-1]
+    scale = _byte_unit(high_y)[0] if unit == "bytes" and not log else 1.0  # round numbers of MiB, not of bytes
+    ticks = [tick * scale for tick in _ticks(low_y / scale, high_y / scale, 4, whole=log)]
+    low_y, high_y = ticks[0], ticks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - low_x) / (high_x - low_x) if high_x > low_x else 0.5
-        up = (y - low_y) / (high_y - low_y)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return across(x), HEIGHT - BOTTOM - (y - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
-    parts += _grid(ticks_y, place, lambda tick: fmt(10**tick if log else tick, unit))
-    ticks_x = _ticks(low_x, high_x, 5, whole=True) if high_x > low_x else [low_x]
-    parts += [_mark(place(tick, low_y)[0], fmt(tick, "count")) for tick in ticks_x if low_x <= tick <= high_x]
-    for item in series:
-        parts += _draw(item, place)
-    parts.append("</svg>")
-    return "".join(parts)
+    lines = [part for item in series for part in _draw(item, place)]
+    return [*_grid(ticks, place, lambda tick: fmt(10**tick if log else tick, unit)), *lines]
+
+
+def _hovers(series: Sequence[Series], across: Callable[[float], float], unit: str) -> list[str]:
+    """Strips that say, under the pointer, what each line has there: its newest value up to that x."""
+    finite = [(item.name, _finite(item.points)) for item in series]
+    places = sorted({x for _, points in finite for x, _ in points})
+    chosen = [places[round(at)] for at in np.linspace(0, len(places) - 1, min(len(places), MAX_HOVERS))]
+    edges = [LEFT, *((across(a) + across(b)) / 2 for a, b in pairwise(chosen)), WIDTH - RIGHT]
+    parts = []
+    for x, (start, stop) in zip(chosen, pairwise(edges), strict=True):
+        found = [
+            (name, points[bisect_right(points, x, key=lambda point: point[0]) - 1]) for name, points in finite if points
+        ]
+        words = "\n".join(f"{name} {fmt(y, unit)}" for name, (at, y) in found if at <= x)
+        box = f'x="{start:.1f}" y="{TOP}" width="{max(stop - start, 0.1):.1f}" height="{HEIGHT - TOP - BOTTOM}"'
+        parts.append(f'<rect class="hover" {box}><title>{fmt(x, "count")}\n{escape(words)}</title></rect>')
+    return parts
 
 
 def _grid(ticks: Sequence[float], place: Place, write: Callable[[float], str]) -> list[str]:
@@ -121,24 +156,18 @@ def heat_map(rows: Sequence[Sequence[float]], *, label: str) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def _log(value: float) -> float:
-    return math.log10(value) if math.isfinite(value) else value
-
-
 def _draw(item: Series, place: Place) -> list[str]:
     finite, parts = _finite(item.points), []
     drawn = _thin(finite)
-    if item.raw and len(drawn) > 8:
-        parts.append(_polyline(drawn, place, f"raw {item.tone}"))
-        drawn = _thin(_moving_mean(finite))
-    parts.append(_polyline(drawn, place, f"line {item.tone}"))
+    is_noisy = item.raw and len(drawn) > 8
+    if is_noisy:  # the CSS chooses among as it is, a little smoothed, much
+        parts += ['<g class="noisy">', _polyline(drawn, place, f"raw {item.tone}")]
+        parts.append(_polyline(_thin(_moving_mean(finite, 8)), place, f"much {item.tone}"))
+        drawn = _thin(_moving_mean(finite, 80))
+    parts += [_polyline(drawn, place, f"line {item.tone}"), *(["</g>"] if is_noisy else [])]
     if item.dots or len(drawn) == 1:
         for x, y in (place(*point) for point in drawn):
             parts.append(f'<circle class="dot {item.tone}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
-    for x, y in item.points:
-        if not math.isfinite(y) and finite:
-            left, _ = place(min(max(x, finite[0][0]), finite[-1][0]), finite[0][1])
-            parts.append(f'<line class="lost" x1="{left:.1f}" x2="{left:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     return parts
 
 
@@ -154,9 +183,9 @@ def _thin(points: Points) -> Points:
     return [points[0], *(tuple(part.mean(0)) for part in np.array_split(points[1:-1], MAX_POINTS - 2)), points[-1]]
 
 
-def _moving_mean(points: Points) -> Points:
-    """Each y replaced by the mean over a window of about a fortieth of the series around it."""
-    reach = max(1, len(points) // 80)
+def _moving_mean(points: Points, part: int) -> Points:
+    """Each y replaced by the mean over a window that reaches a `part`-th of the series to either side."""
+    reach = max(1, len(points) // part)
     sums = np.cumsum([0.0, *(y for _, y in points)])
     stops = np.minimum(np.arange(len(points)) + reach + 1, len(points))
     starts = np.maximum(np.arange(len(points)) - reach, 0)
@@ -173,7 +202,7 @@ def _extremes(item: Series) -> list[float]:
     values = sorted(y for _, y in finite)
     if item.raw and len(values) > 50:
         usual = values[math.floor(len(values) * 0.99)]
-        return [values[0], max(usual, *(y for _, y in _moving_mean(finite)))]
+        return [values[0], max(usual, *(y for _, y in _moving_mean(finite, 80)))]
     return values[:1] + values[-1:]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,24 +10,33 @@ import torch
 
 from omniloom.checkpoint.dcp import MODEL, stored_names
 from omniloom.checkpoint.hf import read_tensor
-from omniloom.checkpoint.stored import open_stored, read_stored_tensor
+from omniloom.checkpoint.stored import open_stored, read_stored_tensor, step_name
 from omniloom.config import load_config
+from omniloom.run.best import BestSteps, read_evaluations
 from omniloom.run.opening import open_workshop
 from omniloom.run.results import export_adapter, export_model
 from omniloom.run.trained_media import TrainedMedia
 
 
-def export_checkpoint(source: Path, directory: Path, *, adapter: bool = False, overwrite: bool = False) -> None:
+def export_checkpoint(
+    source: Path,
+    directory: Path,
+    *,
+    adapter: bool = False,
+    best: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
     """Write the newest checkpoint of a run, or the named one, as transformers and vLLM load it, adapters merged in.
 
-    With `adapter`, the adapters alone, as PEFT loads them.
+    With `adapter`, the adapters alone, as PEFT loads them; with `best`, the run's best by its `checkpoint.best`.
 
     Tensors are read one at a time, so the host never holds the whole model. Raises: ValueError for a source that holds
     no complete checkpoint and for a target that holds something else.
     """
     if not source.exists():
         raise ValueError(f"{source} does not exist; name a run directory or one of its checkpoints/step_...")
-    stored = open_stored(source)
+    stored = open_stored(best_checkpoint(source) if best else source)
     run_dir = stored.directory.parent.parent
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(
@@ -53,4 +63,17 @@ def export_checkpoint(source: Path, directory: Path, *, adapter: bool = False, o
         export_adapter(workshop, directory, changed, read, overwrite=overwrite)
     else:
         media = TrainedMedia(**stored.extras.get("media", {}))
-        export_model(workshop, directory, changed, read, media=media, say=print, overwrite=overwrite)
+        export_model(workshop, directory, changed, read, media=media, say=say, overwrite=overwrite)
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """The checkpoint that a run keeps for its `checkpoint.best`. Raises: ValueError where it has none."""
+    path = run_dir / "config.yaml"
+    config = load_config(path)
+    steps = BestSteps(config, read_evaluations(run_dir))
+    if steps.name is None:
+        raise ValueError(f"{path} has no checkpoint.best, so no checkpoint counts as the best; leave --best out")
+    found = next((run_dir / "checkpoints" / step_name(step) for step in steps.kept), None)
+    if found is None or not found.is_dir():
+        raise ValueError(f"{run_dir}: no evaluation with a checkpoint has {steps.name} yet; leave --best out")
+    return found

@@ -1,4 +1,4 @@
-"""Answers from a published or exported checkpoint: transformers' greedy generation, fed by our processor.
+"""Answers from a published, exported or trained checkpoint: transformers' generation, fed by our processor.
 
 Owns the batching of prompts (left padding) and the choice of transformers' class. What the model reads is prepared
 as in training; its forward is transformers', so that an answer also proves the export.
@@ -24,8 +24,9 @@ from omniloom.data.sources import Sources, open_sources
 from omniloom.processors.rendering import split_reasoning
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.rows import PROMPT_KEYS, ROW_KEYS, open_rows
+from omniloom.tools.trained_model import by_hand, trained_model
 from omniloom.training.lora import merging
-from omniloom.types import Conversation, Part, SampleError
+from omniloom.types import Conversation, Part, SampleError, Turn
 
 # transformers' class that answers in text, where it is not the one that config.json names
 TEXT_CLASSES = {
@@ -48,6 +49,35 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn; the default takes the likeliest one. Raises: ValueError for what cannot be drawn by."""
+
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0  # share of the likeliest tokens to draw from
+    top_k: int = 0  # number of the likeliest tokens to draw from; 0 is all
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                "expected --temperature of at least 0, --top-p above 0 and at most 1, --top-k of at least 0, got "
+                f"{self.temperature:g}, {self.top_p:g}, {self.top_k}"
+            )
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            raise ValueError("--top-p and --top-k choose among drawn tokens; set --temperature, too, e.g. to 0.7")
+
+    def arguments(self) -> dict[str, Any]:
+        """transformers' `generate` arguments; seeds the generators."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        torch.manual_seed(self.seed)
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, kw_only=True)
 class BadRow:
     """A row that cannot be asked: its id, or its file and line, and why, with both."""
 
@@ -60,10 +90,10 @@ def open_reader(model: str | Path, data: DataConfig, source: Sources) -> RowRead
 
     Raises: ValueError for no known checkpoint.
     """
-    return _reader(_open(model, data), source)
+    return _reader(open_model(model, data), source)
 
 
-def _open(model: str | Path, data: DataConfig, adapter: str | Path | None = None) -> Workshop:
+def open_model(model: str | Path, data: DataConfig, adapter: str | Path | None = None) -> Workshop:
     named = ModelConfig(path=str(model), adapter=None if adapter is None else str(adapter))
     return open_workshop(Config(model=named, data=data), adapter_decides=True)
 
@@ -161,15 +191,27 @@ def add_adapter(model: Any, workshop: Workshop) -> None:
             weight.copy_(merged(name).reshape(weight.shape))
 
 
-def answer(model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
-    """The greedy answer to every prompt, in order, without special tokens and surrounding space."""
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    streamer: Any = None,
+) -> list[str]:
+    """The answer to every prompt, in order, without special tokens and surrounding space.
+
+    `streamer` is one of transformers', for a single prompt.
+    """
+    drawn = sampling.arguments()
     answers = [""] * len(prompts)
     pad_id = model.generation_config.pad_token_id or 0
     for indexes in _batches(prompts):
         inputs = join_inputs([prompts[index].inputs for index in indexes], pad_id=pad_id)
         inputs = {key: _on_device(value, model) for key, value in inputs.items()}
         with torch.inference_mode():
-            tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            tokens = model.generate(**inputs, **drawn, max_new_tokens=max_new_tokens, streamer=streamer)
         for index, row in zip(indexes, tokens[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             answers[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
     return answers
@@ -227,43 +269,58 @@ def answers(
     *,
     data: str | Path | None = None,
     max_new_tokens: int = 256,
+    sampling: Sampling = GREEDY,
     overrides: Sequence[str] = (),
     adapter: str | Path | None = None,
 ) -> Iterator[dict[str, str]]:
     """The answer to one prompt about media (by kind), or to each row of a file as soon as it is there.
 
-    `model` is a directory or a hub id, `adapter` a PEFT adapter of it; `overrides` say how rows and media are read
-    (`data.video.fps=4`), as in training. A row that cannot be asked has an `error` in place of its answer.
+    `model` is a directory, a hub id or a run, `adapter` a PEFT adapter of it; `overrides` say how rows and media are
+    read (`data.video.fps=4`) where that is not as in training. A row that cannot be asked has an `error` in place of
+    its answer.
     Raises: ValueError unless exactly one of `prompt` and `data` is given, for a prompt that cannot be asked, and for
     overrides that are of no use here.
     """
     if (prompt is None) == (data is None):
         raise ValueError("expected either a prompt or --data FILE; give one of the two")
     takes = PROMPT_KEYS if data is None else (*PROMPT_KEYS, *ROW_KEYS)
-    config = override_config(Config(), overrides, verb="generate", takes=takes).data
-    if data is not None:
-        source = open_sources((str(data),), config)
-        workshop = _open(model, config, adapter)
-        yield from _answer_rows(workshop, _reader(workshop, source), max_new_tokens)
-    elif prompt is not None:
-        # who names a file by hand may name any, from where they are
-        config = replace(config, media_dir=".", allow_outside_media_dir=True)
-        workshop = _open(model, config, adapter)
-        (reader,) = _reader(workshop, Sources((), ())).readers
-        asked = read_prompt(reader, _ask(reader, prompt, media or {}), "command line")
-        processor: Any = reader.processor
-        (text,) = answer(_load(workshop), processor.tokenizer, [asked], max_new_tokens=max_new_tokens)
-        yield {"id": asked.id, "answer": text}
+    with trained_model(model) as (path, usual):
+        config = override_config(usual, overrides, verb="generate", takes=takes).data
+        if data is not None:
+            source = open_sources((str(data),), config)
+            workshop = open_model(path, config, adapter)
+            yield from _answer_rows(workshop, _reader(workshop, source), max_new_tokens, sampling)
+        elif prompt is not None:
+            workshop = open_model(path, by_hand(config), adapter)
+            reader = open_asking(workshop)
+            asked = read_prompt(reader, ask(reader, prompt, media or {}), "command line")
+            options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+            (text,) = answer(load(workshop), tokenizer_of(reader), [asked], **options)
+            yield {"id": asked.id, "answer": text}
 
 
-def _load(workshop: Workshop) -> Any:
+def open_asking(workshop: Workshop) -> SourceReader:
+    """What reads single prompts."""
+    (reader,) = _reader(workshop, Sources((), ())).readers
+    return reader
+
+
+def tokenizer_of(reader: SourceReader) -> Any:
+    processor: Any = reader.processor
+    return processor.tokenizer
+
+
+def load(workshop: Workshop) -> Any:
+    """transformers' model, the adapter on it. Raises: ValueError for an adapter that does not fit."""
     model = load_model(workshop.checkpoint.directory)
     if workshop.adapter is not None:
         add_adapter(model, workshop)
     return model
 
 
-def _answer_rows(workshop: Workshop, reader: RowReader, max_new_tokens: int) -> Iterator[dict[str, str]]:
+def _answer_rows(
+    workshop: Workshop, reader: RowReader, max_new_tokens: int, sampling: Sampling
+) -> Iterator[dict[str, str]]:
     """A line for every row; a bad one costs only itself."""
     processor: Any = reader.processor
     model: Any = None
@@ -272,8 +329,9 @@ def _answer_rows(workshop: Workshop, reader: RowReader, max_new_tokens: int) -> 
         found = read_rows(reader, range(start, min(start + BATCH_ROWS, num_rows)))
         prompts = [one for one in found if isinstance(one, Prompt)]
         if prompts and model is None:
-            model = _load(workshop)
-        texts = iter(answer(model, processor.tokenizer, prompts, max_new_tokens=max_new_tokens) if prompts else ())
+            model = load(workshop)
+        options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+        texts = iter(answer(model, processor.tokenizer, prompts, **options) if prompts else ())
         for one in found:
             yield asdict(one) if isinstance(one, BadRow) else _answer_line(one, next(texts))
 
@@ -284,14 +342,19 @@ def _answer_line(prompt: Prompt, text: str) -> dict[str, str]:
     return {"id": prompt.id, "answer": said, **thought, "expected": prompt.expected}
 
 
-def _ask(reader: SourceReader, prompt: str, media: Mapping[str, Sequence[str | Path]]) -> Conversation:
-    """A prompt and its media as the conversation that a row of them would be. Raises: SampleError."""
+def ask(
+    reader: SourceReader, prompt: str, media: Mapping[str, Sequence[str | Path]], before: Sequence[Turn] = ()
+) -> Conversation:
+    """A prompt and its media, behind earlier turns, as the conversation that a row of them would be.
+
+    Raises: SampleError.
+    """
     blocks = [{"type": kind, kind: str(path)} for kind in KINDS for path in media.get(kind, ())]
     row = {"id": "prompt", "messages": [{"role": "user", "content": blocks}]}
     conversation = reader.parse(row, "command line", 1)
-    (turn,) = conversation.turns
+    *system, turn = conversation.turns
     parts = (*turn.parts, Part(kind="text", text=prompt))  # not in the row: `<image>` in a prompt is only a word
-    return replace(conversation, turns=(replace(turn, parts=parts),))
+    return replace(conversation, turns=(*(before or system), replace(turn, parts=parts)))
 
 
 def _split_answer(conversation: Conversation) -> tuple[Conversation, str]:

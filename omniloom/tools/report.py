@@ -14,16 +14,27 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from omniloom.checkpoint.files import write_text
-from omniloom.tools.charts import Chart, Figure, Series, duration, fmt, heat_map, line_chart, percent
+from omniloom.config import Config
+from omniloom.run.trainer import run as run_training
+from omniloom.tools.charts import TONES, Chart, Figure, Series, duration, fmt, heat_map, line_chart, percent
 from omniloom.tools.demo_accuracy import CONTROL_NAMES, MODALITY_NAMES, accuracy_chart, accuracy_figure
 from omniloom.tools.run_files import Line, RunFiles, is_number, points_of, read_run
 from omniloom.tools.thumbnails import Thumbnail, make_thumbnail
+from omniloom.training.metrics import StepMetrics
 
+REDRAW_SECONDS, REDRAW_SHARE = 60.0, 0.02  # least time between drawings of a going run, most of a run's time
+# in charts of their own, or no curve
+CHARTED = (
+    *("step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_fraction"),
+    *("peak_memory_bytes", "mfu", "router_loss", "expert_imbalance", "num_images", "video_frames", "audio_seconds"),
+)
 MAX_SAMPLES = 16
 MAX_REASONS = 12
 IDLE_SECONDS = 600  # a run that is not over and has been silent for longer is said to have stopped
@@ -44,7 +55,14 @@ def write_report(run: str | Path) -> Path:
 
     Raises: ValueError if `run` is no directory or holds neither `config.yaml` nor `metrics.jsonl`.
     """
-    run = Path(run)
+    files = open_run_files(Path(run))
+    path = Path(run) / "report.html"
+    write_text(path, render(files, now=time.time()))
+    return path
+
+
+def open_run_files(run: Path) -> RunFiles:
+    """Everything about a run. Raises: ValueError as `write_report`."""
     if not run.is_dir():
         raise ValueError(f"{run}: no such run directory; expected the train.run_dir of a run")
     files = read_run(run)
@@ -53,25 +71,14 @@ def write_report(run: str | Path) -> Path:
             f"{run}: expected a run directory with config.yaml or metrics.jsonl, found neither; "
             "name the train.run_dir of a run that has started"
         )
-    page = render(files, now=time.time())
-    path = run / "report.html"
-    write_text(path, page)
-    return path
+    return files
 
 
 def render(files: RunFiles, *, now: float) -> str:
     """The whole page as HTML text; `now` (seconds since the epoch) tells a going run from a stopped one."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    state, state_detail = _state(files, now)
-    return environment.get_template("report.html.jinja").render(
+    state, state_detail = state_of(files, now)
+    charts, others = _charts(files.metrics)
+    return template("report.html.jinja").render(
         title=files.directory.resolve().name,
         model=files.option("model", "path") or "",
         state=state,
@@ -83,7 +90,8 @@ def render(files: RunFiles, *, now: float) -> str:
         control_names=CONTROL_NAMES,
         percent=percent,
         accuracy_chart=accuracy_chart(files.summary),
-        charts=_charts(files.metrics) + _expert_charts(files.expert_load),
+        charts=charts + _expert_charts(files.expert_load),
+        other_charts=others,
         mix=_mix(files.metrics),
         mix_charts=_mix_charts(files.metrics),
         bad_reasons=_bad_reasons(files.bad_samples),
@@ -98,10 +106,59 @@ def render(files: RunFiles, *, now: float) -> str:
     )
 
 
+def template(name: str) -> Any:
+    """A page's template, from beside this file."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(name)
+
+
+def train_with_report(
+    config: Config,
+    on_step: Callable[[StepMetrics], None] | None = None,
+    on_end: Callable[[Path], None] | None = None,
+    *,
+    overwrite: bool = False,
+) -> int:
+    """`run.trainer.run`, its report drawn while it goes on and when it ends, in whatever way."""
+    run_dir, state = Path(config.train.run_dir), {"next": 0.0, "has_begun": False}
+
+    def draw() -> None:
+        start = time.monotonic()
+        write_report(run_dir)
+        state["next"] = time.monotonic() + max(REDRAW_SECONDS, (time.monotonic() - start) / REDRAW_SHARE)
+
+    def step(metrics: StepMetrics) -> None:
+        state["has_begun"] = True
+        if time.monotonic() > state["next"]:
+            draw()
+        if on_step is not None:
+            on_step(metrics)
+
+    def end(run_dir: Path) -> None:
+        state["has_begun"] = False  # nothing more is to be drawn
+        draw()
+        if on_end is not None:
+            on_end(run_dir)
+
+    try:
+        return run_training(config, step, end, overwrite=overwrite)
+    finally:
+        if state["has_begun"]:  # a signal, the time limit, or an error
+            draw()
+
+
 # ---------------------------------------------------------------------------------------- the top of the page
 
 
-def _state(files: RunFiles, now: float) -> tuple[str, str]:
+def state_of(files: RunFiles, now: float) -> tuple[str, str]:
     """(finished | going | stopped | not started, one line of detail)."""
     if not files.metrics or files.written is None:
         return "not started", "no step has been logged"
@@ -112,7 +169,8 @@ def _state(files: RunFiles, now: float) -> tuple[str, str]:
         return "finished", detail
     idle = now - files.written
     if files.stopped:
-        return "stopped", f"{detail}, by {files.stopped.get('reason')}"
+        when = str(files.stopped.get("time", ""))[:16].replace("T", " ")
+        return "stopped", f"{detail}, by {files.stopped.get('reason')}" + (f" at {when}" if when else "")
     if idle > IDLE_SECONDS:
         return "stopped", f"{detail}, silent for {duration(idle)}"
     recent = [value for _, value in points_of(files.metrics[-50:], "step_seconds")]
@@ -157,7 +215,8 @@ def _figures(files: RunFiles) -> list[Figure]:
 # ---------------------------------------------------------------------------------------- curves
 
 
-def _charts(metrics: Sequence[Line]) -> list[Chart]:
+def _charts(metrics: Sequence[Line]) -> tuple[list[Chart], list[Chart]]:
+    """The curves that people look for first, evaluations among them, and those of all other figures."""
     charts = [_loss_chart(metrics)]
     for title, key, unit, floor, raw in (
         ("Gradient norm", "grad_norm", "", 0.0, True),
@@ -174,7 +233,48 @@ def _charts(metrics: Sequence[Line]) -> list[Chart]:
     ):
         if any(value for _, value in points_of(metrics, key)):
             charts.append(_chart(metrics, title, key, unit=unit, floor=0.0, raw=True))
-    return charts
+    groups = groups_of(metrics, CHARTED)
+    evaluated = [_group_chart(metrics, *group) for group in groups.items() if group[0].startswith("eval_")]
+    others = [_group_chart(metrics, *group) for group in groups.items() if not group[0].startswith("eval_")]
+    return charts[:1] + evaluated + charts[1:], others
+
+
+def groups_of(metrics: Iterable[Line], without: Collection[str] = ()) -> dict[str, list[str]]:
+    """Keys with numbers, those with parts by what stands before their first dot, and the dot."""
+    keys = dict.fromkeys(key for line in metrics for key, value in line.items() if is_number(value))
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        if key not in without:
+            name, dot, _ = key.partition(".")
+            groups.setdefault(name + dot, []).append(key)
+    return dict(sorted(groups.items()))
+
+
+def _group_chart(metrics: Sequence[Line], name: str, keys: Sequence[str]) -> Chart:
+    """One figure, or a line for each of its parts."""
+    is_parted = name.endswith(".")
+    title = title_of(name)
+    series = [
+        Series(
+            name=key.partition(".")[2] if is_parted else title,
+            points=points_of(metrics, key),
+            tone=tone,
+            raw=not name.startswith("eval_"),
+            dots=name.startswith("eval_"),
+        )
+        for key, tone in zip(sorted(keys), cycle(TONES), strict=False)
+    ]
+    svg = line_chart(series, label=f"{title} over steps")
+    key = tuple((item.tone, item.name) for item in series) if is_parted else ()
+    return Chart(title=title, svg=svg, last="" if is_parted else _last(series[0].points, ""), key=key)
+
+
+def title_of(name: str) -> str:
+    """A figure's name in words."""
+    words = name.removesuffix(".").removeprefix("eval_").replace("_", " ")
+    words = {"cer": "character error rate", "wer": "word error rate", "iou": "box IoU"}.get(words, words)
+    of = {"eval_loss.": " by modality", "eval_set_loss.": " by data set", "num_samples.": " by data set"}.get(name, "")
+    return f"Evaluation: {words}{of}" if name.startswith("eval_") else f"{words.capitalize()}{of}"
 
 
 def _expert_charts(line: Line | None) -> list[Chart]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from omniloom.run.best import read_evaluations
 from omniloom.run.directory import finished_step
 from omniloom.run.stopping import STOPPED
 from omniloom.training.metrics import EXPERT_LOAD, lines_of, parse_line, read_lines
@@ -57,7 +58,7 @@ def read_run(run: Path) -> RunFiles:
         directory=run,
         config_text=config_text,
         config=config if isinstance(config, dict) else {},
-        metrics=[line for line in read_lines(metrics_path) if is_number(line.get("step"))],
+        metrics=_with_evaluations(run, [line for line in read_lines(metrics_path) if is_number(line.get("step"))]),
         bad_samples=read_lines(run / "bad_samples.jsonl"),
         expert_load=next(filter(None, map(parse_line, reversed(newest_loads))), None),
         trainable=[row for row in _read_json(run / "trainable.json", []) if isinstance(row, dict)],
@@ -71,6 +72,17 @@ def read_run(run: Path) -> RunFiles:
         stopped=_read_json(run / STOPPED, {}),
         written=metrics_path.stat().st_mtime if metrics_path.is_file() else None,
     )
+
+
+def _with_evaluations(run: Path, metrics: list[dict[str, Any]]) -> list[Line]:
+    """The lines of steps, and evaluations that are in none of them, as that after the last step."""
+    known = {line["step"] for line in metrics if any(key.startswith("eval_") for key in line)}
+    others = [
+        {**figures, "step": done - 1}
+        for done, figures in read_evaluations(run).items()
+        if metrics and done - 1 not in known
+    ]
+    return sorted([*metrics, *others], key=lambda line: float(line["step"]))
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

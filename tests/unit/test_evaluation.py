@@ -51,12 +51,9 @@ def answers_of(folder: Path, step: int) -> list[dict[str, str]]:
 def test_every_evaluation_leaves_its_figures(finished: Path) -> None:
     lines = {line["step"] + 1: line for line in read_lines(finished / "run" / "metrics.jsonl")}
     assert {step for step, line in lines.items() if "eval_loss" in line} == {4, 8}
-    last = json.loads((finished / "run" / "evaluation.json").read_text())
+    last = read_lines(finished / "run" / "evaluations.jsonl")[-1]
     assert last["step"] == 8
-    names = {
-        f"eval_{name}"
-        for name in ("loss", "router_loss", "loss.text", "loss.image", "loss.audio", "exact_match", "cer", "wer")
-    }
+    names = {f"eval_{name}" for name in ("loss", "router_loss", "loss.text", "loss.image", "loss.audio", "exact_match")}
     assert last.keys() == {"step", *names}
     assert {name: lines[8][name] for name in names} == {name: last[name] for name in names}
     assert lines[8]["eval_loss"] < lines[4]["eval_loss"]
@@ -67,7 +64,7 @@ def test_losses_by_modality_are_those_of_the_exported_model(finished: Path, caps
     score_file(finished / "run" / "hf", finished / "held_out.json", settings)
     scores = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     rows = json.loads((finished / "held_out.json").read_text())
-    figures = json.loads((finished / "run" / "evaluation.json").read_text())
+    figures = read_lines(finished / "run" / "evaluations.jsonl")[-1]
     for modality, key in (("image", "images"), ("audio", "audios"), ("text", None)):
         own = [score for score, row in zip(scores, rows, strict=True)
                if (key in row if key else not {"images", "audios"} & row.keys())]  # fmt: skip

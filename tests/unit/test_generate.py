@@ -224,8 +224,8 @@ def test_a_run_and_adapters_are_refused_with_what_to_name_instead(tmp_path: Path
         (tmp_path / folder).mkdir(parents=True)
     for file in ("run/config.yaml", "done/config.yaml", "adapter/adapter_config.json"):
         (tmp_path / file).write_text("{}")
-    hints = {"run": "omniloom export .*run DIR", step: f"omniloom export .*{step} DIR"}
-    hints |= {"done": "whose model is .*done/hf", "adapter": "holds adapters alone"}
+    hints = {"run": "run: no complete checkpoint here", step: f"omniloom export .*{step} DIR"}
+    hints |= {"done": "done: no complete checkpoint here", "adapter": "holds adapters alone"}
     for name, hint in hints.items():
         with pytest.raises(ValueError, match=hint):
             print_answers(tmp_path / name, "hi", {}, data=None, max_new_tokens=1)

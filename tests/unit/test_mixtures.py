@@ -46,7 +46,7 @@ def test_each_set_is_counted_and_evaluated_by_its_name(tree: Callable[..., dict[
     assert counts == {"talk": 17, "code.jsonl": 52}  # of 54 + 15 rows that are not held out
     last = json.loads((Path(config.train.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["num_samples.talk"] == lines[-1].samples_of["talk"]
-    evaluated = json.loads((Path(config.train.run_dir) / "evaluation.json").read_text())
+    evaluated = json.loads((Path(config.train.run_dir) / "evaluations.jsonl").read_text().splitlines()[-1])
     losses = {name: evaluated[f"eval_set_loss.{name}"] for name in ("talk", "code.jsonl")}
     assert min(losses.values()) < evaluated["eval_loss"] < max(losses.values())
     page = write_report(Path(config.train.run_dir)).read_text()

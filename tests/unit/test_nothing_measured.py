@@ -60,7 +60,9 @@ def test_a_step_and_an_evaluation_whose_rows_all_fail_measure_nothing(
         *("train.learning_rate=1e-2", "train.schedule=constant", "checkpoint.every=1", "checkpoint.keep=9"),
         *("model.dtype=float32", "log.tensorboard=false"),
     ]
-    with pytest.raises(ValueError, match=r"evaluation measured nothing: 2 of 2 held-out rows could not be read"):
+    with pytest.raises(
+        ValueError, match=r"evaluation after step \d+ measured nothing: 2 of 2 held-out rows could not be read"
+    ):
         run(load_config(None, words))
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     (step,) = [line["step"] for line in lines if line["loss"] is None]
@@ -69,14 +71,14 @@ def test_a_step_and_an_evaluation_whose_rows_all_fail_measure_nothing(
     before, at, after = (weights_after(tmp_path / "run", number) for number in (step, step + 1, step + 2))
     assert all(torch.equal(before[name], tensor) for name, tensor in at.items())
     assert not all(torch.equal(after[name], tensor) for name, tensor in at.items())
-    assert "eval_loss" not in json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert "eval_loss" not in read_lines(tmp_path / "run" / "evaluations.jsonl")[-1]
     assert (tmp_path / "run" / "hf" / "config.json").is_file()
     bad = [json.loads(line)["file"] for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert bad.count(str(held_out)) == 2
 
     (tmp_path / "torn.png").write_bytes(picture())
     assert run(load_config(None, words)) == 0
-    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["eval_loss.image"] > 0
+    assert read_lines(tmp_path / "run" / "evaluations.jsonl")[-1]["eval_loss.image"] > 0
     assert read_lines(tmp_path / "run" / "metrics.jsonl") == lines
 
 

@@ -21,7 +21,8 @@ from PIL import Image
 
 from omniloom.config import dump_config, load_config
 from omniloom.tools import report
-from omniloom.tools.charts import MAX_POINTS, Series, fmt, line_chart
+from omniloom.tools.charts import MAX_HOVERS, MAX_POINTS, Series, fmt, line_chart
+from omniloom.tools.comparison import write_comparison
 from omniloom.tools.demo_data import write_demo_data
 from omniloom.tools.report import write_report
 from omniloom.training.policy import TrainableRow
@@ -168,7 +169,8 @@ def test_a_full_run_shows_all_that_it_holds(full_run: Path) -> None:
         assert words in text, words
     assert "nonsense ✗" in text
     assert "absent" not in text
-    assert page.tags.count("svg") == 1 + 7 + 3  # accuracy, curves with MFU, mix
+    assert page.tags.count("svg") == 1 + 7 + 4 + 3  # accuracy, curves with MFU, other figures, mix
+    assert "4 more figures" in text
 
 
 def test_the_newest_load_of_every_expert_is_drawn_darker_for_more(tmp_path: Path) -> None:
@@ -331,7 +333,7 @@ def test_any_series_is_drawn_inside_its_frame(
 def test_thinning_keeps_the_ends_and_the_level() -> None:
     points = [(float(i), math.sin(i / 50)) for i in range(5000)]
     svg = line_chart([Series(name="x", points=points)], label="x")
-    (text,) = re.findall(r'class="line a" points="([^"]*)"', svg)
+    text = re.findall(r'class="line a" points="([^"]*)"', svg)[0]
     pairs = [tuple(map(float, pair.split(","))) for pair in text.split()]
     assert len(pairs) == MAX_POINTS
     heights = [y for _, y in pairs]
@@ -344,11 +346,85 @@ def test_a_log_axis_has_powers_of_ten_and_only_where_the_span_is_wide() -> None:
     falling = [(float(i), 10 ** (-i / 25)) for i in range(101)]  # from 1 to 1e-4
     svg = line_chart([Series(name="x", points=falling)], label="x", log=True)
     assert re.findall(r'text-anchor="end">([^<]*)<', svg)[:5] == ["1e-4", "0.001", "0.01", "0.1", "1"]
-    (text,) = re.findall(r'class="line a" points="([^"]*)"', svg)
+    text, plain = re.findall(r'class="line a" points="([^"]*)"', svg)  # what is shown first comes first
+    assert svg.startswith('<svg class="chart shows-log both"')
+    assert text != plain
     heights = [float(pair.split(",")[1]) for pair in text.split()]
     assert np.ptp(np.diff(heights)) < 0.21  # a straight line, to the drawing's tenth of a unit
-    assert "0.25" in line_chart([Series(name="x", points=falling[:20])], label="x", floor=0.0, log=True)
+    narrow = line_chart([Series(name="x", points=falling[:20])], label="x", floor=0.0, log=True)
+    assert "0.25" in narrow
+    assert narrow.startswith('<svg class="chart shows-linear both"')
     assert "<svg" in line_chart([Series(name="x", points=[(0.0, 0.0), (1.0, 5.0)])], label="x", log=True)
+
+
+def test_the_values_under_the_pointer_are_told(tmp_path: Path) -> None:
+    series = [
+        Series(name="training", points=[(float(i), 1.0 + i) for i in range(300)]),
+        Series(name="evaluation", points=[(99.0, 0.5), (199.0, 0.25)]),
+    ]
+    svg = line_chart(series, label="x")
+    told = re.findall(r"<title>([^<]*)</title>", svg)
+    assert len(told) == MAX_HOVERS
+    assert (told[0], told[-1]) == ("0\ntraining 1", "299\ntraining 300\nevaluation 0.25")
+    assert 'class="much' not in svg
+    noisy = line_chart([dataclasses.replace(series[0], raw=True)], label="x")
+    assert noisy.count('<g class="noisy">') == noisy.count('class="much a"') == 2  # on both axes
+
+
+def test_every_figure_has_a_curve_and_the_last_evaluation_counts(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_lines=20)
+    evaluations = [
+        {"step": 10, "eval_wer": 0.5, "eval_mine": 2.0, "eval_loss.image": 1.0, "eval_loss.text": 2.0},
+        {"step": 20, "eval_wer": 0.4321, "eval_mine": 3.0, "eval_loss.image": 1.0, "eval_loss.text": 2.0},
+    ]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
+    write_report(run)
+    text = " ".join(read_page(run).texts)
+    assert "Evaluation: word error rate 0.4321" in re.sub(r"\s+", " ", text)
+    assert "Evaluation: mine" in text
+    assert "Evaluation: loss by modality" in text
+    assert "step 20 of 400" in text
+
+
+def test_runs_are_compared_by_figures_curves_and_what_differs(tmp_path: Path) -> None:
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", num_lines=50)
+    config = load_config({"model": {"path": "some/model"}, "train": {"steps": NUM_STEPS, "learning_rate": 0.125}})
+    (two / "config.yaml").write_text(dump_config(config))
+    path = write_comparison([one, two], tmp_path / "page.html")
+    page = Page(path.read_text())
+    text = re.sub(r"\s+", " ", " ".join(filter(None, page.texts)))
+    assert "2 runs one two" in text
+    assert "train.learning_rate 1e-05 0.125" in text
+    assert "train.steps" not in text
+    assert "going, step 50 of 400" in text
+    assert "script" not in page.tags
+    svg = path.read_text().split('aria-label="Loss over steps"')[1].split("</svg>")[0]
+    assert 'class="line a"' in svg
+    assert 'class="line b"' in svg
+    with pytest.raises(ValueError, match="no such run directory"):
+        write_comparison([one, tmp_path / "gone"], tmp_path / "page.html")
+
+
+def test_the_report_is_drawn_while_a_run_goes_on_and_when_it_breaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, drawn, clock = tmp_path / "run", [], [0.0]
+    monkeypatch.setattr(report, "write_report", lambda run: drawn.append(clock[0]))
+    monkeypatch.setattr(report.time, "monotonic", lambda: clock[0])
+
+    def train(config, on_step, on_end, *, overwrite: bool) -> int:
+        for clock[0] in range(10, 200, 10):
+            on_step(None)
+        raise ValueError("broken")
+
+    monkeypatch.setattr(report, "run_training", train)
+    config = load_config(None, [f"train.run_dir={run_dir}"])
+    with pytest.raises(ValueError, match="broken"):
+        report.train_with_report(config)
+    assert drawn == [10, 80, 150, 190]  # a minute apart, and when it broke
+    monkeypatch.setattr(report, "run_training", lambda config, on_step, on_end, *, overwrite: on_end(run_dir) or 0)
+    assert report.train_with_report(config) == 0
+    assert len(drawn) == 5
 
 
 @pytest.mark.parametrize(

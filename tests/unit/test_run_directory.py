@@ -27,6 +27,7 @@ from omniloom.run.directory import (
 )
 from omniloom.run.trainer import run
 from omniloom.tools.tiny import make_tiny
+from omniloom.training.metrics import read_lines
 
 
 def config_of(*words: str) -> Config:
@@ -247,6 +248,6 @@ def test_a_signal_ends_an_evaluation_and_leaves_the_step_before_it_saved(
     assert measured < 5  # of 30 packs
     record = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert (record["reason"], record["step"]) == ("SIGTERM", 1)
-    assert not (tmp_path / "run" / "evaluation.json").exists()
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
     assert run(load_config(None, words)) == 0
-    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["step"] == 2
+    assert read_lines(tmp_path / "run" / "evaluations.jsonl")[-1]["step"] == 2

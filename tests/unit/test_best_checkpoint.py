@@ -1,0 +1,53 @@
+"""A run keeps the checkpoint of its best evaluation, ends when nothing gets better, and exports that one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import omniloom
+from omniloom.checkpoint.files import read_json
+from omniloom.run.best import read_evaluations
+from omniloom.run.trainer import run
+from omniloom.tools.tiny import make_tiny
+
+SCORES = "values = iter([0.2, 0.9, 0.5, 0.4, 0.3])\n\n\ndef quality(rows):\n    return next(values)\n"
+
+
+def test_the_best_checkpoint_is_kept_exported_and_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"query": f"q{n}", "response": f"r{n}"} for n in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "mine.py").write_text(SCORES)
+    config = omniloom.load_config(
+        None,
+        [
+            *(f"model.path={make_tiny('qwen3_vl', tmp_path / 'model')}", f"data.train={tmp_path / 'rows.json'}"),
+            *(f"data.eval={tmp_path / 'rows.json'}", "data.workers=0", "data.pack_tokens=64", "model.dtype=float32"),
+            *("train.steps=20", "train.packs_per_step=1", "train.learning_rate=1e-2", "train.eval_every=2"),
+            *("train.eval_answers=1", "train.eval_answer_tokens=2", f"train.eval_metrics={tmp_path}/mine.py:quality"),
+            *("checkpoint.best=eval_quality", "checkpoint.keep=1", "train.patience=2", "log.tensorboard=false"),
+            *(f"train.run_dir={tmp_path / 'run'}", "checkpoint.every=0"),
+        ],
+    )
+    assert run(config) == 0
+    said = capsys.readouterr().out
+    assert "ended after step 8: eval_quality was no better than after 4" in said
+    assert "evaluation after step 4: " in said
+    found = {step: figures["eval_quality"] for step, figures in read_evaluations(tmp_path / "run").items()}
+    assert found == {2: 0.2, 4: 0.9, 6: 0.5, 8: 0.4}
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000004", "step_00000008"]
+    assert read_json(tmp_path / "run" / "finished.json")["step"] == 8
+    omniloom.export(tmp_path / "run", tmp_path / "best", best=True)
+    omniloom.export(tmp_path / "run" / "checkpoints" / kept[0], tmp_path / "fourth")
+    best, fourth = (
+        [path.read_bytes() for path in sorted((tmp_path / name).glob("*.safetensors"))] for name in ("best", "fourth")
+    )
+    assert best
+    assert best == fourth
+    assert run(config) == 0
+    assert "nothing to do" in capsys.readouterr().out
