@@ -98,7 +98,7 @@ def score(
     overrides: Overrides = None,
     adapter: AdapterDir = None,
 ) -> None:
-    """Print the loss of every sample as JSON lines: {"id", "num_loss_tokens", "loss"}."""
+    """Print the loss of every sample as JSON lines: {"id", "num_loss_tokens", "loss"}; of speech too."""
     from omniloom.tools.score import score_file
 
     score_file(model, data, overrides or [], adapter=adapter)

@@ -48,6 +48,7 @@ class ShardingPlan:
     num_attention_heads: int = 1
     num_key_value_heads: int = 1
     num_experts: int = 0
+    num_talker_experts: int = 0  # 0: no talker is built
     # forward cost of a typical sample, in any unit: of each layer of the decoder, of its embedding and of its head
     layer_costs: tuple[int, ...] = ()
     embed_cost: int = 0

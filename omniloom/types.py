@@ -203,10 +203,20 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speech:
+    """How an answer sounds: a file of codes or a recording, or the codes themselves."""
+
+    source: MediaSource | None = None
+    codes: tuple[tuple[int, ...], ...] = ()  # of each code group, a code a frame
+    speaker: str = ""  # a voice of the checkpoint; empty: its usual one
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn:
     role: Role
     parts: tuple[Part, ...]
     weight: float | None = None  # None: the default of the role (assistant 1, others 0)
+    speech: Speech | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +283,8 @@ class Extent:
     num_audio_frames: int = 0
     cost: int = 0  # estimated FLOPs / 1e6, decoder and encoders, forward only
     tower_cost: int = 0  # the encoders' part of it
+    num_code_labels: int = 0  # of spoken turns: frames, and the end of each turn
+    num_code_frames: int = 0
     clips: tuple[ClipGeometry, ...] = ()
 
 
@@ -305,6 +317,7 @@ class PlannedSample:
     epoch: int
     extent: Extent
     weight_scale: float  # multiplies every loss weight of the sample; how the loss mode is expressed
+    speech_scale: float = 1.0  # the same of its frames of speech
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +356,31 @@ class AudioClip:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeechRows:
+    """What a talker reads: a segment for each spoken turn, of a sample or of all that a pack holds.
+
+    Row i of a sample's talker shares the pack's row with row i of its text. Frames are not here: they are the values of
+    the targets CODES, each read in the row after the one that predicts it.
+    """
+
+    text_ids: Tensor  # int64 [t]: the token whose projected embedding each row takes
+    position_ids: Tensor  # int64 [3, t]
+    media_index: Tensor  # int64 [m]: rows that take a projected hidden state instead
+    hidden_index: Tensor  # int64 [m]: whose, as rows of the text
+    codec_index: Tensor  # int64 [c]: rows to which the embedding of a token of the codec is added
+    codec_ids: Tensor  # int64 [c]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechExample:
+    """The spoken turns of one sample."""
+
+    rows: SpeechRows
+    targets: Mapping[str, Targets]  # CODE0 and CODES
+    segment_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Example:
     """One sample as tensors, not yet packed."""
 
@@ -355,6 +393,13 @@ class Example:
     audio: tuple[AudioClip, ...] = ()
     # tokens of each of its segments, which do not see one another (answers that are compared, say); empty: it is one
     segment_lengths: tuple[int, ...] = ()
+    speech: SpeechExample | None = None  # None: a model that does not speak
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of a pack that it takes: those of its text, or of its speech if they are more."""
+        spoken = 0 if self.speech is None else len(self.speech.rows.text_ids)
+        return max(len(self.input_ids), spoken)
 
 
 class Processor(Protocol):
@@ -383,6 +428,10 @@ class Processor(Protocol):
         decoded: tuple[DecodedClip | None, ...],
     ) -> Example:
         """The sample as tensors; None in `decoded` for a clip that another rank decodes. Raises: SampleError."""
+
+    @property
+    def num_code_groups(self) -> int:
+        """Codes of a frame of speech; 0 for a run that makes none."""
 
     def collate_vision(self, clips: Sequence[VisionClip]) -> VisionBatch | None: ...
 
@@ -474,6 +523,9 @@ class MediaRoute:
 
 
 TEXT, ROUTER = "text", "router"  # names of losses: of the next token, and of the balance between experts
+# of speech: of a frame's first code or the end, values int64 [n]; of its other codes, values int64 [n, groups], all of
+# the frame that a row predicts
+CODE0, CODES = "code0", "codes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -483,6 +535,16 @@ class Targets:
     token_index: Tensor  # int64 [n]: rows of the pack
     weights: Tensor  # float32 [n]
     values: Tensor  # [n, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechBatch:
+    """The speech of a pack, in rows beside those of its text."""
+
+    rows: SpeechRows  # of T rows
+    segments: Segments
+    is_padding: Tensor  # bool [T]
+    reads_hidden: bool = True  # whether any rank's part of the step reads a hidden state of the text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -498,6 +560,7 @@ class PackedBatch:
     segments: Segments  # of the whole pack, the padding tail being the last one
     vision: VisionBatch | None  # None only where the model has no such tower
     audio: AudioBatch | None
+    speech: SpeechBatch | None = None  # None only where the model has no talker
     sample_ids: tuple[str, ...] = ()
     # on the host: where each sample begins, and the end of the last; a sample may have several segments
     sample_bounds: tuple[int, ...] = ()
@@ -518,6 +581,14 @@ class TowerRows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeechInputs:
+    """What a talker takes from the decoder of text."""
+
+    text: Tensor  # [T, C]: embeddings of `SpeechRows.text_ids`
+    media: Tensor  # [m, C]: hidden states of `SpeechRows.hidden_index`
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossTerms:
     """What the part of a model that is here made of a pack, or of several."""
 
@@ -526,6 +597,7 @@ class LossTerms:
     sums: Mapping[str, Tensor]
     expert_counts: Tensor  # int64 [num MoE layers, E]: valid tokens sent to each expert; [0, 0] if dense
     hidden: Tensor | None = None  # [T, C]: rows for the next part of the model, where the loss head is not here
+    speech: SpeechInputs | None = None
 
 
 # ---------------------------------------------------------------------------------------- what a loader yields

@@ -49,6 +49,12 @@ def num_bounds(num_segments: int) -> int:
     return length
 
 
+def padding_rows(kept: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Which rows are padding, bool: of each slot those past the ones that are kept."""
+    pairs = [size for rows, length in zip(kept, lengths, strict=True) for size in (rows, length - rows)]
+    return torch.tensor([False, True] * len(kept)).repeat_interleave(torch.tensor(pairs))
+
+
 def collate(
     examples: Sequence[Example | FailedSlot],
     *,
@@ -61,19 +67,20 @@ def collate(
 
     `weight_scales[i]` multiplies the loss weights of example i. A collate callable is None where the model has no such
     tower. Media rows keep the order of the examples; their token_index becomes rows of the pack. Labels come shifted
-    within each example, so that no loss crosses from one to the next.
+    within each example, so that no loss crosses from one to the next. Where an example's speech has more rows than its
+    text, that is padded to as many; the speech itself is `speech_batch`'s.
     """
     assert len(examples) == len(weight_scales), (len(examples), len(weight_scales))
-    num_tokens = sum(slot.num_tokens if isinstance(slot, FailedSlot) else len(slot.input_ids) for slot in examples)
+    num_tokens = sum(slot.num_tokens for slot in examples)
     assert num_tokens <= pack_tokens, f"{num_tokens} tokens were planned into a pack of {pack_tokens}"
     slots = [*examples, FailedSlot(id="", num_tokens=pack_tokens - num_tokens)]
-    parts = [_padding(slot) if isinstance(slot, FailedSlot) else slot for slot in slots]
-    lengths = [len(part.input_ids) for part in parts]
+    parts = [_padding(slot) if isinstance(slot, FailedSlot) else _filled(slot) for slot in slots]
+    lengths = [part.num_tokens for part in parts]
     starts = list(accumulate(lengths[:-1], initial=0))
     loss_weights = torch.cat(
         [(part.loss_weights.double() * scale).float() for part, scale in zip(parts, (*weight_scales, 1.0), strict=True)]
     )
-    is_failed = torch.tensor([isinstance(slot, FailedSlot) for slot in slots])
+    kept = [0 if isinstance(slot, FailedSlot) else len(slot.input_ids) for slot in slots]
     segments = [length for part in parts for length in part.segment_lengths or (len(part.input_ids),)]
     placed = list(zip(parts, starts, strict=True))
     vision = [replace(clip, token_index=clip.token_index + start) for part, start in placed for clip in part.vision]
@@ -84,12 +91,28 @@ def collate(
         loss_weights=loss_weights,
         loss_index=loss_weights.nonzero().flatten(),
         position_ids=torch.cat([part.position_ids for part in parts], dim=1),
-        is_padding=is_failed.repeat_interleave(torch.tensor(lengths)),
+        is_padding=padding_rows(kept, lengths),
         segments=Segments.from_lengths(segments, num_bounds=num_bounds(sum(length > 0 for length in segments))),
         vision=collate_vision(vision) if collate_vision is not None else None,
         audio=collate_audio(audio) if collate_audio is not None else None,
         sample_ids=tuple(example.id for example in examples),
         sample_bounds=tuple(starts),
+    )
+
+
+def _filled(example: Example) -> Example:
+    """An example whose speech has more rows than its text, padded to as many."""
+    rest = example.num_tokens - len(example.input_ids)
+    if not rest:
+        return example
+    pad = torch.nn.functional.pad
+    return replace(
+        example,
+        input_ids=pad(example.input_ids, (0, rest), value=_PADDING_ID),
+        labels=pad(example.labels, (0, rest), value=IGNORE_LABEL),
+        loss_weights=pad(example.loss_weights, (0, rest)),
+        position_ids=pad(example.position_ids, (0, rest)),
+        segment_lengths=(*(example.segment_lengths or (len(example.input_ids),)), rest),
     )
 
 
@@ -152,9 +175,9 @@ def weight_sum(batch: PackedBatch) -> float:
 
 def check_example(example: Example, num_tokens: int) -> str | None:
     """What of the plan an example breaks, or None. A sample that grew would push others out of the pack."""
+    if example.num_tokens != num_tokens:
+        return f"planned as {num_tokens} tokens, encoded as {example.num_tokens}"
     found = len(example.input_ids)
-    if found != num_tokens:
-        return f"planned as {num_tokens} tokens, encoded as {found}"
     if example.segment_lengths and sum(example.segment_lengths) != found:
         return f"its segments {example.segment_lengths} are not its {found} tokens"
     for name, tensor in (("labels", example.labels), ("loss_weights", example.loss_weights)):

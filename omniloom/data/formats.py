@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from omniloom.config import DataConfig, FieldNames, Format
 from omniloom.data.row_media import KINDS, PARTS, RowMedia, as_clips, join_sound, names_clip
 from omniloom.data.row_objects import RowObjects
+from omniloom.data.speech import read_speech
 from omniloom.data.tool_calls import parse_tool_calls, parse_tools, tool_call_part, write_json
 from omniloom.types import Conversation, MediaKind, Part, Role, SampleError, Turn
 
@@ -255,8 +256,14 @@ class _TurnReader:
             kind = self._kind(message, where)
             weight = _turn_weight(message, where)
             content = _find(message, self._names.content_tag, "content", "value")
+            speech = None
+            if message.get("speech") is not None or message.get("speaker") is not None:
+                if kind != "assistant":
+                    raise SampleError(f"{where}.speech", f"only an answer is spoken, this turn is of role {kind}")
+                speech = read_speech(message, where, self._media)
             if kind == "assistant":
-                new = [Turn(role="assistant", parts=tuple(self._assistant(message, content, where)), weight=weight)]
+                parts = tuple(self._assistant(message, content, where))
+                new = [Turn(role="assistant", parts=parts, weight=weight, speech=speech)]
             elif kind == "tool_call":
                 new = [Turn(role="assistant", parts=tuple(parse_tool_calls(content, where)), weight=weight)]
             elif kind == "tool":

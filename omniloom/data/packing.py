@@ -129,12 +129,21 @@ def plan_steps(
 
 def _weigh(samples: Sequence[PlannedSample], loss: str) -> tuple[PlannedSample, ...]:
     """Express the loss mode as a scale of each sample's weights."""
-    in_pack = sum(sample.extent.num_loss_tokens for sample in samples)
+    tokens = sum(sample.extent.num_loss_tokens for sample in samples)
+    codes = sum(sample.extent.num_code_labels for sample in samples)
 
-    def scale(valid: int) -> float:
-        return {"token": 1.0, "sample": 1.0 / valid, "sqrt": float(valid**-0.5), "batch": 1.0 / in_pack}[loss]
+    def scale(valid: int, in_pack: int) -> float:
+        valid = valid or 1  # no speech
+        return {"token": 1.0, "sample": 1.0 / valid, "sqrt": float(valid**-0.5), "batch": 1.0 / (in_pack or 1)}[loss]
 
-    return tuple(replace(sample, weight_scale=scale(sample.extent.num_loss_tokens)) for sample in samples)
+    return tuple(
+        replace(
+            sample,
+            weight_scale=scale(sample.extent.num_loss_tokens, tokens),
+            speech_scale=scale(sample.extent.num_code_labels, codes),
+        )
+        for sample in samples
+    )
 
 
 # ---------------------------------------------------------------------------------------- arithmetic of places

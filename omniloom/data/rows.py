@@ -14,6 +14,7 @@ from omniloom.data.collate import FailedSlot, check_example, collate, weight_sum
 from omniloom.data.extent_cache import ExtentCache, extent_key
 from omniloom.data.media_cache import MediaCache
 from omniloom.data.sources import Sources
+from omniloom.data.speech_batch import add_speech
 from omniloom.types import (
     BadSample,
     ClipGeometry,
@@ -128,6 +129,8 @@ class RowReader:
             collate_vision=self.processor.collate_vision,
             collate_audio=self.processor.collate_audio,
         )
+        if groups := self.processor.num_code_groups:
+            batch = add_speech(batch, examples, [sample.speech_scale for sample in plan.samples], groups)
         loaded = [
             sample for sample, example in zip(plan.samples, examples, strict=True) if isinstance(example, Example)
         ]

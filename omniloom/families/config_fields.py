@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.families.decoder import DecoderConfig
 from omniloom.models.layers import ACTIVATIONS
+from omniloom.processors.speech import SpeechTokens
 
 DEFAULT_VISION_ROPE_THETA = 10_000.0  # published configs leave it out
 THINKER_SUFFIX = "_thinker"  # of the model_type of an omni model's thinker that was saved alone
@@ -26,12 +27,25 @@ Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, kw_only=True)
+class TalkerConfig:
+    """Dims of a talker, named as in Hugging Face configs."""
+
+    decoder: DecoderConfig
+    code_predictor: DecoderConfig
+    thinker_hidden_size: int
+    projection_size: int
+    accept_hidden_layer: int  # which of the thinker's hidden states it reads; 0: what goes into the first layer
+    tokens: SpeechTokens
+
+
+@dataclass(frozen=True, kw_only=True)
 class FamilyConfig:
     """Dims of a model's parts, and what its processor asks of config.json."""
 
     vision: VisionTowerConfig
     audio: AudioTowerConfig | None = None  # None: a family that hears nothing
     text: DecoderConfig
+    talker: TalkerConfig | None = None  # None: a run that makes no speech
     positions_per_second: float = 0.0  # of the time axis, in videos and sound; 0: a family without time in positions
     seconds_per_chunk: float = 0.0  # of video, then as much of its sound; 0: a family that does not take turns by chunk
     token_ids: Mapping[str, int] = field(default_factory=dict)  # by config.json's names

@@ -13,6 +13,8 @@ from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.families.decoder import DecoderConfig
 from omniloom.types import ClipGeometry
 
+PREDICTED_CODES = 15  # of a frame beside its first, as published
+
 
 def sample_cost(
     text: DecoderConfig,
@@ -32,6 +34,18 @@ def sample_cost(
     return -(-flops // 10**6)
 
 
+def speech_cost(decoder: DecoderConfig, predictor: DecoderConfig, turns: Sequence[tuple[int, int]]) -> int:
+    """Estimated forward FLOPs / 1e6 of spoken turns in a talker: of each its rows and, among them, its frames.
+
+    The predictor takes a frame by itself, as many positions as there are codes, of which all but one have a head.
+    """
+    flops = 0
+    for num_rows, num_frames in turns:
+        flops += decoder_flops(decoder, num_rows, num_frames + 1)
+        flops += num_frames * decoder_flops(predictor, PREDICTED_CODES + 1, PREDICTED_CODES)
+    return -(-flops // 10**6)
+
+
 def decoder_flops(config: DecoderConfig, num_tokens: int, num_loss_tokens: int) -> int:
     """One sample of `num_tokens` through all layers, and the head for the tokens that have a loss."""
     layers = sum(layer_flops(config, layer, num_tokens) for layer in range(config.num_hidden_layers))
@@ -45,7 +59,8 @@ def layer_flops(config: DecoderConfig, layer: int, num_tokens: int) -> int:
     attention = 2 * num_tokens * hidden * (2 * q_width + 2 * kv_width) + 2 * num_tokens**2 * q_width  # causal: half
     if not config.is_moe(layer):
         return attention + 2 * num_tokens * 3 * hidden * config.intermediate_size
-    experts = 3 * config.moe_intermediate_size * config.num_experts_per_tok + config.num_experts  # and the router
+    widths = config.moe_intermediate_size * config.num_experts_per_tok + config.shared_expert_intermediate_size
+    experts = 3 * widths + config.num_experts  # and the router
     return attention + 2 * num_tokens * hidden * experts
 
 

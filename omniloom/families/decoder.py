@@ -13,7 +13,7 @@ from torch import nn
 
 from omniloom.models.decoder import Decoder, DecoderLayer, LossHead
 from omniloom.models.layers import Attention, GatedMLP
-from omniloom.models.moe import MoE
+from omniloom.models.moe import MoE, SharedExpert
 from omniloom.ops.rotary import SectionOrder, multimodal_rotary
 from omniloom.types import Kernel
 
@@ -43,6 +43,7 @@ class DecoderConfig:
     norm_topk_prob: bool = True
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+    shared_expert_intermediate_size: int = 0  # 0: no expert that every token takes
 
     def is_moe(self, layer: int) -> bool:
         sparse = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
@@ -74,6 +75,13 @@ def make_layer(config: DecoderConfig, index: int, kernel: Kernel) -> DecoderLaye
             num_experts=config.num_experts,
             num_experts_per_tok=config.num_experts_per_tok,
             norm_topk_prob=config.norm_topk_prob,
+            shared=None
+            if not config.shared_expert_intermediate_size
+            else SharedExpert(
+                hidden_size=config.hidden_size,
+                intermediate_size=config.shared_expert_intermediate_size,
+                activation=config.hidden_act,
+            ),
         )
     else:
         mlp = GatedMLP(
@@ -92,8 +100,9 @@ def make_decoder(
     kernel: Kernel,
     loss_chunk_tokens: int | None,
     make_layer: Callable[[DecoderConfig, int, Kernel], nn.Module] = make_layer,
+    speech_layer: int | None = None,
 ) -> Decoder:
-    """The decoder on the current default device, weights not yet read."""
+    """The decoder on the current default device, weights not yet read; `speech_layer`: see `Decoder`."""
     embed = nn.Embedding(config.vocab_size, config.hidden_size)
     loss_head = LossHead(
         vocab_size=config.vocab_size,
@@ -105,6 +114,7 @@ def make_decoder(
         loss_head.head.weight = embed.weight
     return Decoder(
         (make_layer(config, index, kernel) for index in range(config.num_hidden_layers)),
+        speech_layer=speech_layer,
         rotary=partial(
             multimodal_rotary,
             head_dim=config.head_dim,

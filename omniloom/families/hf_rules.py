@@ -70,9 +70,9 @@ def audio_layer_rules(tower: str) -> list[Rule]:
     ]
 
 
-def decoder_rules(model: str, head: str, config: DecoderConfig) -> list[Rule | Tied]:
-    """The decoder but for its experts. `model` holds embedding, layers and norm; `head` is the head's module."""
-    theirs, ours = f"{model}.layers.{{i}}", "text.layers.{i}"
+def layer_rules(model: str, decoder: str = "text") -> list[Rule]:
+    """The layers of our `decoder` but for experts; `model` holds the published ones."""
+    theirs, ours = f"{model}.layers.{{i}}", f"{decoder}.layers.{{i}}"
     attention = {name: f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     norms = {
         "input_layernorm": "attention_norm",
@@ -80,15 +80,22 @@ def decoder_rules(model: str, head: str, config: DecoderConfig) -> list[Rule | T
         "self_attn.q_norm": "attention.q_norm",
         "self_attn.k_norm": "attention.k_norm",
     }
-    embed, last = "text.embed.weight", "text.loss_head.head.weight"
-    tie = config.tie_word_embeddings
     return [
-        Rule(published=f"{model}.embed_tokens.weight", ours=embed),
         *linears(f"{theirs}.self_attn", ours, attention, bias=True),
         *linears(theirs, ours, norms, bias=False),
         *linears(
             theirs, ours, {f"mlp.{name}": f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}, bias=False
         ),
+    ]
+
+
+def decoder_rules(model: str, head: str, config: DecoderConfig) -> list[Rule | Tied]:
+    """The decoder but for its experts. `model` holds embedding, layers and norm; `head` is the head's module."""
+    embed, last = "text.embed.weight", "text.loss_head.head.weight"
+    tie = config.tie_word_embeddings
+    return [
+        Rule(published=f"{model}.embed_tokens.weight", ours=embed),
+        *layer_rules(model),
         Rule(published=f"{model}.norm.weight", ours="text.loss_head.norm.weight"),
         Tied(published=f"{head}.weight", ours=last, same_as=embed)
         if tie
@@ -96,13 +103,13 @@ def decoder_rules(model: str, head: str, config: DecoderConfig) -> list[Rule | T
     ]
 
 
-def router_rule(model: str) -> Rule:
-    return Rule(published=f"{model}.layers.{{i}}.mlp.gate.weight", ours="text.layers.{i}.moe.router.weight")
+def router_rule(model: str, decoder: str = "text") -> Rule:
+    return Rule(published=f"{model}.layers.{{i}}.mlp.gate.weight", ours=f"{decoder}.layers.{{i}}.moe.router.weight")
 
 
-def expert_rules(model: str) -> list[Rule]:
+def expert_rules(model: str, decoder: str = "text") -> list[Rule]:
     """Experts published one by one, or stacked as transformers 5 has them in memory, outputs before inputs."""
-    theirs, ours = f"{model}.layers.{{i}}.mlp.experts", "text.layers.{i}.moe.experts"
+    theirs, ours = f"{model}.layers.{{i}}.mlp.experts", f"{decoder}.layers.{{i}}.moe.experts"
     single = f"{theirs}.{{e}}"
     return [
         Rule(index="e", published=(f"{single}.gate_proj.weight", f"{single}.up_proj.weight"), ours=f"{ours}.gate_up"),

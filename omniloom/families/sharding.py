@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from omniloom.dims import AudioTowerConfig, VisionTowerConfig
+from omniloom.families.config_fields import TalkerConfig
 from omniloom.families.cost import layer_flops
 from omniloom.families.decoder import DecoderConfig
 from omniloom.sharding import ShardingPlan, TensorSharding
@@ -11,26 +12,34 @@ TYPICAL = 2048  # tokens of a sample, by which layers and head are weighed again
 
 
 def standard_sharding(
-    *, vision: VisionTowerConfig, audio: AudioTowerConfig | None, text: DecoderConfig
+    *,
+    vision: VisionTowerConfig,
+    audio: AudioTowerConfig | None,
+    text: DecoderConfig,
+    talker: TalkerConfig | None = None,
 ) -> ShardingPlan:
-    """The plan of towers and decoder; `audio` None for families that hear nothing."""
+    """The plan of towers and decoder; `audio` None for families that hear nothing, `talker` for runs without speech."""
     towers = ("vision",) if audio is None else ("vision", "audio")
+    # every list of layers, and those of them that have experts
+    decoders = [*towers, *(("talker.decoder", "talker.code_predictor.decoder") if talker else ()), "text"]
+    routed = [*(("talker.decoder",) if talker else ()), *(("text",) if text.num_experts else ())]
+    moes = [f"{name}.layers.*.moe" for name in routed]
     tied = (("text.embed", "text.loss_head"),)  # one tensor, so one group
-    moe = "text.layers.*.moe" if text.num_experts else None
     return ShardingPlan(
-        roots=(*towers, "text"),
-        blocks=tuple(f"{part}.layers.*" for part in (*towers, "text")),
-        layer_calls=tuple(f"{part}.call" for part in (*towers, "text")),
+        roots=(*towers, *(("talker",) if talker else ()), "text"),
+        blocks=tuple(f"{part}.layers.*" for part in decoders),
+        layer_calls=tuple(f"{part}.call" for part in decoders),
         groups=tied if text.tie_word_embeddings else (("text.embed",), ("text.loss_head",)),
-        experts=(f"{moe}.experts",) if moe else (),
-        dispatches=(f"{moe}.dispatch",) if moe else (),
-        expert_products=(f"{moe}.experts.product",) if moe else (),
-        router_counts=(f"{moe}.reduce_counts",) if moe else (),
+        experts=tuple(f"{moe}.experts" for moe in moes),
+        dispatches=tuple(f"{moe}.dispatch" for moe in moes),
+        expert_products=tuple(f"{moe}.experts.product" for moe in moes),
+        router_counts=tuple(f"{moe}.reduce_counts" for moe in moes),
         attention_cores=("text.layers.*.attention.core",),
         tensor=_tensor_sharding(text),
         num_attention_heads=text.num_attention_heads,
         num_key_value_heads=text.num_key_value_heads,
         num_experts=text.num_experts,
+        num_talker_experts=talker.decoder.num_experts if talker else 0,
         layer_costs=tuple(layer_flops(text, layer, TYPICAL) for layer in range(text.num_hidden_layers)),
         embed_cost=2 * TYPICAL * text.hidden_size,  # a row is copied, and its gradient added
         head_cost=TYPICAL * text.hidden_size * text.vocab_size,  # half of the tokens have a loss

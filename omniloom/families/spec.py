@@ -8,20 +8,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omniloom.families.config_fields import THINKER_SUFFIX, ConfigSection, FamilyConfig, all_demands, reduce_layers
-from omniloom.families.cost import sample_cost
+from omniloom.families.config_fields import (
+    THINKER_SUFFIX,
+    ConfigSection,
+    FamilyConfig,
+    TalkerConfig,
+    all_demands,
+    reduce_layers,
+)
+from omniloom.families.cost import sample_cost, speech_cost
 from omniloom.families.decoder import make_decoder
 from omniloom.families.sharding import standard_sharding
 from omniloom.keymap import KeyMap
 from omniloom.models.audio import AudioTower
 from omniloom.models.decoder import Decoder
 from omniloom.models.fusion import OmniModel
+from omniloom.models.talker import Talker
 from omniloom.models.vision import VisionTower
 from omniloom.processors.chat import ChatProcessor
 from omniloom.processors.chat_template import open_template
 from omniloom.processors.clips import FamilyClips
 from omniloom.processors.rendering import Renderer
 from omniloom.processors.settings import load_tokenizer, read_extractors
+from omniloom.processors.speech import SpeechLayout
 from omniloom.processors.tower_inputs import TowerInputs
 from omniloom.sharding import ShardingPlan
 from omniloom.types import Kernels, ProcessorOptions
@@ -40,6 +49,7 @@ COMPONENTS = (
     "text.embed",
     "lm_head",
 )
+TALKER_COMPONENTS = ("talker", "talker.projection", "talker.codec_embed", "talker.code_predictor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +65,23 @@ class ModelSpec:
     key_map: Callable[[FamilyConfig], KeyMap]
     clips: type[FamilyClips]  # how its media are written as tokens
     make_decoder: Callable[..., Decoder] = make_decoder  # of (config.text, kernel=, loss_chunk_tokens=)
+    read_talker: Callable[[ConfigSection], TalkerConfig] | None = None  # the whole file -> dims; None: it cannot train
+    make_talker: Callable[..., Talker] | None = None  # of (config.talker, kernel=, loss_chunk_tokens=)
 
-    def read_config(self, config_json: Mapping[str, Any]) -> FamilyConfig:
-        """Dims from config.json. Raises: ValueError listing everything that is missing or cannot be."""
-        section = ConfigSection(values=config_json)
+    def read_config(self, config_json: Mapping[str, Any], *, speaks: bool = False) -> FamilyConfig:
+        """Dims from config.json, of the talker only if the model `speaks`.
+
+        Raises: ValueError listing everything that is missing or cannot be.
+        """
+        section = whole = ConfigSection(values=config_json)
         if self.parent is not None and not str(config_json.get("model_type")).endswith(THINKER_SUFFIX):
             section = section.section(self.parent)
         config = self.read_parts(section)
         token_ids = {name: section.field(name, name.replace("_id", "_index")) for name in self.clips.tokens()}
+        if speaks:
+            if self.read_talker is None:
+                raise ValueError(f"{self.name} has no talker that can be trained; remove the rules of policy for it")
+            config = replace(config, talker=self.read_talker(whole))
         section.check(self.model_type)
         section.check_demands(self.model_type, all_demands(config))
         return replace(config, token_ids=token_ids)
@@ -94,11 +113,19 @@ class ModelSpec:
         wanted = self.modalities if modalities is None else modalities
         kernels = kernels or Kernels()
         sees, hears = "image" in wanted or "video" in wanted, "audio" in wanted
-        audio = config.audio if hears else None
+        audio, talker = config.audio if hears else None, config.talker
         return OmniModel(
             vision=VisionTower(config.vision, kernel=kernels.vision) if sees else None,
             audio=None if audio is None else AudioTower(audio, kernel=kernels.audio),
-            text=self.make_decoder(config.text, kernel=kernels.text, loss_chunk_tokens=loss_chunk_tokens),
+            text=self.make_decoder(
+                config.text,
+                kernel=kernels.text,
+                loss_chunk_tokens=loss_chunk_tokens,
+                **({} if talker is None else {"speech_layer": talker.accept_hidden_layer}),
+            ),
+            talker=None
+            if talker is None or self.make_talker is None
+            else self.make_talker(talker, kernel=kernels.text, loss_chunk_tokens=loss_chunk_tokens),
         )
 
     def make_processor(
@@ -122,10 +149,18 @@ class ModelSpec:
             seconds_per_chunk=config.seconds_per_chunk,
         )
         renderer = Renderer(open_template(directory, options, tokenizer, media), options, tokenizer.eos_token)
-        return ChatProcessor(tokenizer=tokenizer.backend_tokenizer, renderer=renderer, media=media, towers=towers)
+        return ChatProcessor(
+            tokenizer=tokenizer.backend_tokenizer,
+            renderer=renderer,
+            media=media,
+            towers=towers,
+            speech=None
+            if (talker := config.talker) is None
+            else SpeechLayout(talker.tokens, partial(speech_cost, talker.decoder, talker.code_predictor)),
+        )
 
     def sharding(self, config: FamilyConfig) -> ShardingPlan:
-        return standard_sharding(vision=config.vision, audio=config.audio, text=config.text)
+        return standard_sharding(vision=config.vision, audio=config.audio, text=config.text, talker=config.talker)
 
     def component_of(self, parameter_name: str) -> str:
         """The policy component of one of our parameter names. Raises: ValueError for a name that belongs to none."""
@@ -136,7 +171,7 @@ class ModelSpec:
             if parts[1] == "embed":
                 return "text.embed"
             return "lm_head" if parts[1:3] == ["loss_head", "head"] else "text"
-        if parts[0] in ("vision", "audio"):
+        if parts[0] in ("vision", "audio", "talker"):
             inner = ".".join(parts[:2])
-            return inner if inner in COMPONENTS else parts[0]
+            return inner if inner in (*COMPONENTS, *TALKER_COMPONENTS) else parts[0]
         raise ValueError(f"{parameter_name} belongs to no component; known: {', '.join(COMPONENTS)}")

@@ -9,12 +9,18 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from omniloom.models.decoder import Decoder
+from omniloom.models.talker import Talker
 from omniloom.types import LossTerms, PackedBatch, TowerRows
 
 
 class OmniModel(nn.Module):
-    def __init__(self, *, vision: nn.Module | None, audio: nn.Module | None, text: Decoder) -> None:
+    def __init__(
+        self, *, vision: nn.Module | None, audio: nn.Module | None, text: Decoder, talker: Talker | None = None
+    ) -> None:
         super().__init__()
+        self.talker = talker
+        # whether nothing but the talker trains: then the text is read only as far as the talker needs it
+        self.trains_speech_alone = False
         self.vision = vision
         self.audio = audio
         self.text = text
@@ -31,7 +37,14 @@ class OmniModel(nn.Module):
         return TowerRows(vision=vision, deepstack=deepstack, audio=audio)
 
     def decode(self, batch: PackedBatch, media: TowerRows) -> LossTerms:
-        return self.text(batch, media)
+        if self.talker is None:
+            return self.text(batch, media)
+        alone = self.trains_speech_alone and self.training
+        terms = self.text(batch, media, want="speech" if alone else "loss")
+        sums, counts = self.talker(batch, terms.speech)
+        for name, value in terms.sums.items():
+            sums[name] = sums[name] + value if name in sums else value  # both have routers
+        return LossTerms(sums=sums, expert_counts=counts if alone else terms.expert_counts)
 
     def forward(self, batch: PackedBatch) -> LossTerms:
         return self.decode(batch, self.encode(batch))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from omniloom.processors.clips import FamilyClips
 from omniloom.processors.grounding import write_boxes
 from omniloom.processors.positions import sample_positions
 from omniloom.processors.rendering import Renderer
+from omniloom.processors.speech import ChatTokens, RunKind, SpeechLayout
 from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.processors.tower_inputs import TowerInputs
 from omniloom.types import (
@@ -45,12 +46,24 @@ SHRINK_STEPS = tuple(0.8**step for step in range(1, 24))  # scales that `shrink`
 class ChatProcessor:
     """A family's processor: one tokenizer, one template, the family's media rules."""
 
-    def __init__(self, *, tokenizer: Any, renderer: Renderer, media: FamilyClips, towers: TowerInputs) -> None:
-        """`tokenizer`: the checkpoint's, as `tokenizers.Tokenizer` (fast, gives offsets)."""
+    def __init__(
+        self,
+        *,
+        tokenizer: Any,
+        renderer: Renderer,
+        media: FamilyClips,
+        towers: TowerInputs,
+        speech: SpeechLayout | None = None,
+    ) -> None:
+        """`tokenizer`: the checkpoint's, as `tokenizers.Tokenizer` (fast, gives offsets).
+
+        `speech` is None for a run that makes none.
+        """
         self.tokenizer = tokenizer
         self.renderer = renderer
         self.media = media
         self.towers = towers
+        self.speech = speech
         self._pad_kinds = {pad: kind for kind, pad in media.pads.items()}
         self._pad_pattern = re.compile("|".join(map(re.escape, media.pads.values())))
 
@@ -89,14 +102,23 @@ class ChatProcessor:
         clips = self.geometry(conversation, headers) if clips is None else clips
         tokens, weights = self._label(conversation, clips)
         num_loss_tokens = int(np.count_nonzero(weights))
+        num_tokens, cost, frames = len(tokens.ids), self.towers.cost(len(tokens.ids), num_loss_tokens, clips), []
+        if self.speech is not None and (turns := self.speech.turns(conversation, tokens)):
+            # speech has rows beside those of text: what has more of them says how many
+            num_tokens = max(num_tokens, sum(self.speech.num_rows(turn, tokens) for turn in turns))
+            cost += self.speech.cost(turns, tokens)
+            frames = [turn.num_frames for turn in turns]
         return Extent(
-            num_tokens=len(tokens.ids),
+            num_tokens=num_tokens,
             num_loss_tokens=num_loss_tokens,
             weight_sum=float(weights.sum(dtype=np.float64)),
             num_patches=sum(int(np.prod(clip.grid_thw)) for clip in clips if clip.grid_thw),
             num_audio_frames=sum(clip.num_mel_frames for clip in clips),
-            cost=(cost := self.towers.cost(len(tokens.ids), num_loss_tokens, clips)),
-            tower_cost=cost - self.towers.cost(len(tokens.ids), num_loss_tokens, ()),
+            cost=cost,
+            tower_cost=self.towers.cost(len(tokens.ids), num_loss_tokens, clips)
+            - self.towers.cost(len(tokens.ids), num_loss_tokens, ()),
+            num_code_labels=sum(frames) + len(frames),
+            num_code_frames=sum(frames),
             clips=clips,
         )
 
@@ -137,7 +159,12 @@ class ChatProcessor:
             if mel is not None:
                 rows = torch.from_numpy(tokens.audio_rows[index])
                 audio.append(AudioClip(features=mel, token_index=rows, longest_frames=longest))
+        speech = None
+        if self.speech is not None:
+            turns = self.speech.turns(conversation, tokens)
+            speech = self.speech.encode(turns, tokens, self.media.positions_per_second)
         return Example(
+            speech=speech,
             id=conversation.id,
             input_ids=torch.from_numpy(tokens.ids),
             labels=torch.from_numpy(labels),
@@ -168,6 +195,11 @@ class ChatProcessor:
         """The clip with pictures in their planned size, from which `encode` makes the same."""
         return self.towers.resized(clip, decoded)
 
+    @property
+    def num_code_groups(self) -> int:
+        """Codes of a frame of speech; 0 for a run that makes none."""
+        return 0 if self.speech is None else self.speech.tokens.num_code_groups
+
     def collate_vision(self, clips: Sequence[VisionClip]) -> VisionBatch:
         return vision_batch(clips, self.towers.vision, self.towers.pixel_rules)
 
@@ -178,7 +210,7 @@ class ChatProcessor:
 
     # ------------------------------------------------------------------------------------ tokens
 
-    def _label(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> tuple[_Tokens, np.ndarray]:
+    def _label(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> tuple[ChatTokens, np.ndarray]:
         """The tokens, and weights float32 [t] of the labels: position i predicts token i + 1."""
         tokens = self._tokenize(conversation, clips)
         weights = np.append(tokens.weights[1:], np.float32(0)) * np.float32(conversation.weight)
@@ -186,7 +218,7 @@ class ChatProcessor:
             raise SampleError("messages", "nothing to train on: no assistant turn with a weight above 0")
         return tokens, weights
 
-    def _tokenize(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> _Tokens:
+    def _tokenize(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> ChatTokens:
         rendered = self.renderer.render(self._write_boxes(conversation, clips))
         text, order, moved = self._place_clips(rendered.text, conversation, clips)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
@@ -199,7 +231,7 @@ class ChatProcessor:
         weights = of_runs[np.searchsorted(ends, starts, side="right")]
         return self._expand(np.array(encoding.ids, np.int64), weights, clips, order)
 
-    def _tokenize_prompt(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> _Tokens:
+    def _tokenize_prompt(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> ChatTokens:
         text, order, _ = self._place_clips(
             self.renderer.prompt(self._write_boxes(conversation, clips)), conversation, clips
         )
@@ -245,7 +277,7 @@ class ChatProcessor:
 
     def _expand(
         self, ids: np.ndarray, weights: np.ndarray, clips: Sequence[ClipGeometry], order: Sequence[int]
-    ) -> _Tokens:
+    ) -> ChatTokens:
         """Put each clip's tokens where its pad tokens are."""
         pads = np.flatnonzero(np.isin(ids, list(self.media.pad_ids))) if order else ids[:0]
         parts = [(clip, part) for clip in order for part in self.media.tokens_of(clips[clip])]
@@ -254,6 +286,7 @@ class ChatProcessor:
         audio_rows: list[list[np.ndarray]] = [[] for _ in clips]
         id_parts, weight_parts, done, length = [], [], 0, 0
         runs: list[int | np.ndarray] = []
+        kinds: list[RunKind] = []
         for pad, (clip, part) in zip(pads, parts, strict=True):
             length += int(pad) - done
             vision_rows[clip].append(part.vision_rows + length)
@@ -262,23 +295,17 @@ class ChatProcessor:
             id_parts += [ids[done:pad], part.ids]
             weight_parts += [weights[done:pad], np.zeros(len(part.ids), np.float32)]
             runs += [int(pad) - done, part.block]
+            both = len(part.audio_rows) and len(part.vision_rows)
+            kinds += ["text", "both" if both else "sound" if len(part.audio_rows) else "picture"]
             done = int(pad) + 1
-        return _Tokens(
+        return ChatTokens(
             ids=np.concatenate([*id_parts, ids[done:]]),
             weights=np.concatenate([*weight_parts, weights[done:]]),
             runs=[*runs, len(ids) - done],
+            kinds=[*kinds, "text"],
             vision_rows=[np.concatenate(rows) for rows in vision_rows],
             audio_rows=[np.concatenate(rows) for rows in audio_rows],
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Tokens:
-    ids: np.ndarray  # int64 [t]
-    weights: np.ndarray  # float32 [t]: of each token as something to predict
-    runs: list[int | np.ndarray]  # see positions.sample_positions
-    vision_rows: list[np.ndarray]  # per clip, int64
-    audio_rows: list[np.ndarray]
 
 
 def media_parts(conversation: Conversation) -> tuple[Part, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from omniloom.checkpoint.hf import (
 from omniloom.checkpoint.hub import resolve_model_path
 from omniloom.config import Config
 from omniloom.families.registry import find_spec
-from omniloom.families.spec import ModelSpec
+from omniloom.families.spec import TALKER_COMPONENTS, ModelSpec
 from omniloom.keymap import Assembly, KeyMap, Tied
 from omniloom.models.fusion import OmniModel
 from omniloom.ops.attention import use_flash3
@@ -112,7 +112,10 @@ class Workshop:
             learning_rate=self.config.train.learning_rate,
             weight_decay=self.config.train.weight_decay,
             roots=self.spec.sharding(self.family).roots,
-            known=tuple({component_of(name) for name in self.unbuilt}),
+            known=(
+                *{component_of(name) for name in self.unbuilt},
+                *(TALKER_COMPONENTS if self.spec.make_talker and self.family.talker is None else ()),
+            ),
             tied={
                 component_of(rule.ours): component_of(rule.same_as)
                 for rule in self.key_map.rules
@@ -143,12 +146,17 @@ class Workshop:
 
 
 def open_workshop(
-    config: Config, *, adapter_decides: bool = False, adapter_sizes: Mapping[str, tuple[int, float]] | None = None
+    config: Config,
+    *,
+    adapter_decides: bool = False,
+    adapter_sizes: Mapping[str, tuple[int, float]] | None = None,
+    speaks: bool | None = None,
 ) -> Workshop:
     """Read headers and config.json, choose the family, compare names and shapes. Reads no weights.
 
     With `adapter_decides`, `model.adapter` itself says what is adapted and how, and no policy has to.
     `adapter_sizes`: rank and alpha by our names of weights, where a run's adapters do not follow its policy.
+    `speaks`: whether the talker is read too; True leaves it out where there is none, None asks the policy.
 
     Raises: ValueError for whatever does not fit.
     """
@@ -159,9 +167,11 @@ def open_workshop(
     spec = find_spec(whole_json, where=str(path / "config.json"))
     layers = config.model.num_layers
     config_json = spec.reduce_config(whole_json, text=layers.text, vision=layers.vision, audio=layers.audio)
-    family, modalities = spec.read_config(config_json), _wanted_modalities(config, spec)
-    key_map = spec.key_map(spec.read_config(whole_json))
-    whole = _check_tensors(spec, checkpoint, key_map, whole_json)
+    speaks = _speaks(config, spec, checkpoint) if speaks is None else speaks and _has_talker(spec, checkpoint)
+    family, modalities = spec.read_config(config_json, speaks=speaks), _wanted_modalities(config, spec)
+    whole_family = spec.read_config(whole_json, speaks=speaks)
+    key_map = spec.key_map(whole_family)
+    whole = _check_tensors(spec, checkpoint, key_map, whole_family)
     uncut, built = (_shapes(spec, family, kept) for kept in (spec.modalities, modalities))
     workshop = Workshop(
         config=config,
@@ -189,11 +199,31 @@ def model_of_run(path: str) -> str:
     return str(Path(path) / "hf") if is_run else path
 
 
+def without_talker(workshop: Workshop) -> Workshop:
+    """The same, but for a talker that nothing needs, which then is not built."""
+    talker = tuple(name for name in workshop.assemblies if name.startswith("talker."))
+    return replace(workshop, family=replace(workshop.family, talker=None), unbuilt=(*workshop.unbuilt, *talker))
+
+
+def _has_talker(spec: ModelSpec, checkpoint: HFCheckpoint) -> bool:
+    return spec.make_talker is not None and any(name.startswith("talker.") for name in checkpoint.shapes)
+
+
+def _speaks(config: Config, spec: ModelSpec, checkpoint: HFCheckpoint) -> bool:
+    """Whether the policy trains the talker. Raises: ValueError where there is none that can be trained."""
+    rules = {name: rule for name, rule in config.policy.items() if name.split(".")[0] == "talker"}
+    wanting = [name for name, rule in rules.items() if rule.freeze is False or rule.lora is not None]
+    if wanting and not _has_talker(spec, checkpoint):
+        why = "the checkpoint holds none" if spec.make_talker else f"that of {spec.name} cannot be trained"
+        raise ValueError(f"policy.{wanting[0]}: there is no talker to train, {why}; remove the rule")
+    return bool(wanting)
+
+
 def _check_tensors(
-    spec: ModelSpec, checkpoint: HFCheckpoint, key_map: KeyMap, config_json: Mapping[str, Any]
+    spec: ModelSpec, checkpoint: HFCheckpoint, key_map: KeyMap, family: Any
 ) -> Mapping[str, tuple[int, ...]]:
     """The shapes of the whole model by our names. Raises: ValueError where the checkpoint has others, or odd dtypes."""
-    shapes = _shapes(spec, spec.read_config(config_json), spec.modalities)
+    shapes = _shapes(spec, family, spec.modalities)
     assemblies = key_map.assemblies(checkpoint.shapes)
     try:
         check_names(shapes, assemblies, key_map)

@@ -19,6 +19,7 @@ from omniloom.data.media_headers import read_header
 from omniloom.data.planner import Measure, Planner
 from omniloom.data.rows import RowReader, SourceReader
 from omniloom.data.sources import Sources, open_sources
+from omniloom.data.speech import with_codes
 from omniloom.data.stream import BadSampleFile, StepStream
 from omniloom.families.registry import spec_named
 from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
@@ -190,12 +191,17 @@ class OpenRows:
                         raise SampleError(f"{kind}s", f"the row has {kind}, this run only {has} (model.modalities)")
         if self.last_answer_only:
             return _without_weights(conversation)
+        if self.family.talker is not None:
+            conversation = with_codes(conversation)
+        elif any(turn.speech for turn in conversation.turns):  # a run that makes none
+            turns = tuple(replace(turn, speech=None) for turn in conversation.turns)
+            conversation = replace(conversation, turns=turns)
         return replace(conversation, weight=conversation.weight * loss_weight)
 
 
 def _without_weights(conversation: Conversation) -> Conversation:
     turns = (
-        replace(turn, weight=None, parts=tuple(replace(part, weight=None) for part in turn.parts))
+        replace(turn, weight=None, speech=None, parts=tuple(replace(part, weight=None) for part in turn.parts))
         for turn in conversation.turns
     )
     return replace(conversation, turns=tuple(turns), weight=1.0)

@@ -6,9 +6,11 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from omniloom.config import Config, DataConfig, ModelConfig, override_config
 from omniloom.data.loader import Loader
@@ -16,9 +18,9 @@ from omniloom.data.planner import PlanError, plan_all
 from omniloom.data.sources import open_sources
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import materialize
-from omniloom.run.opening import Workshop, load_weights, open_workshop
+from omniloom.run.opening import Workshop, load_weights, open_workshop, without_talker
 from omniloom.run.rows import PROMPT_KEYS, ROW_KEYS, open_rows
-from omniloom.types import BadSample, LoadedPack
+from omniloom.types import CODE0, CODES, BadSample, LoadedPack, PackedBatch, SpeechInputs, Targets
 
 TAKES = (
     *("model.modalities", "model.num_layers.*", "model.attention.*", "model.dtype", "memory.loss_chunk_tokens"),
@@ -31,6 +33,8 @@ def score_file(
     model: str | Path, data: str | Path, overrides: Sequence[str] = (), *, adapter: str | Path | None = None
 ) -> None:
     """Print {"id", "num_loss_tokens", "loss"} per row, in the order of the file; bad rows go to standard error.
+
+    Rows with speech have "loss_code0", "loss_codes" and "num_code_frames" too.
 
     Raises: ValueError as `score_rows` does, and where no row could be scored.
     """
@@ -53,7 +57,7 @@ def score_rows(
     named = ModelConfig(path=str(model), adapter=None if adapter is None else str(adapter))
     given = Config(model=named, data=DataConfig(train=(str(data),)))
     config = override_config(given, overrides, verb="score", takes=TAKES)
-    workshop = open_workshop(config, adapter_decides=True)
+    workshop = open_workshop(config, adapter_decides=True, speaks=True)
     source = open_sources(config.data.train, config.data)
     scores: dict[int, dict[str, object]] = {}
     with closing(Loader(open_rows(workshop, source, cache=False), workers=config.data.workers)) as loader:
@@ -63,6 +67,8 @@ def score_rows(
             )
         except PlanError as error:  # no row can be used; its words are of a run's files
             return [], list(error.bad_rows)
+        if not any(sample.extent.num_code_frames for plan in packs for sample in plan.samples):
+            workshop = without_talker(workshop)
         net, failures = _load(workshop), list(bad)
         for plan, loaded in zip(packs, loader.load_in_order(packs), strict=True):
             failures += loaded.bad
@@ -75,10 +81,10 @@ def score_rows(
 def score_pack(net: OmniModel, loaded: LoadedPack) -> Iterator[tuple[int, dict[str, object]]]:
     """Position in the pack and score of every sample that was loaded. Loss is the weighted mean over its labels."""
     batch = loaded.batch
-    media = net.encode(batch)
-    hidden, _, _ = net.text.run_layers(net.text.embed_rows(batch, media), batch, media)
+    hidden, speech_inputs, _, _ = net.text.run(batch, net.encode(batch))
     assert net.text.loss_head is not None
     bounds = batch.sample_bounds
+    speech = {} if speech_inputs is None else score_speech(net, batch, speech_inputs)
     for position, sample_id in enumerate(batch.sample_ids):
         inside = (batch.loss_index >= bounds[position]) & (batch.loss_index < bounds[position + 1])
         index = batch.loss_index[inside]
@@ -86,7 +92,37 @@ def score_pack(net: OmniModel, loaded: LoadedPack) -> Iterator[tuple[int, dict[s
             continue
         weights = batch.loss_weights[index]
         loss = net.text.loss_head(hidden[index], batch.labels[index], weights) / weights.sum()
-        yield position, {"id": sample_id, "num_loss_tokens": len(index), "loss": float(loss)}
+        score = {"id": sample_id, "num_loss_tokens": len(index), "loss": float(loss)}
+        yield position, score | speech.get(position, {})
+
+
+def score_speech(net: OmniModel, batch: PackedBatch, inputs: SpeechInputs) -> dict[int, dict[str, object]]:
+    """By position in the pack, of every sample with speech: the weighted means of its losses, and its frames.
+
+    Of the first codes over frames and the end of each turn, of the others over groups and frames.
+    """
+    assert net.talker is not None
+    hidden, states, _, _ = net.talker.run(batch, inputs)
+    scores: dict[int, dict[str, object]] = {}
+    for position, (low, high) in enumerate(pairwise(batch.sample_bounds)):
+        inside = {name: _between(batch.targets[name].token_index, low, high) for name in (CODE0, CODES)}
+        own = {name: _take(batch.targets[name], chosen) for name, chosen in inside.items()}
+        if not own[CODE0].weights.any():
+            continue
+        sums = net.talker.losses(hidden, states[inside[CODES]], own)
+        means = {f"loss_{name}": float(value / own[name].weights.sum()) for name, value in sums.items()}
+        scores[position] = {**means, "num_code_frames": len(own[CODES].weights)}
+    return scores
+
+
+def _between(index: Tensor, low: int, high: int) -> Tensor:
+    return (index >= low) & (index < high)
+
+
+def _take(targets: Targets, chosen: Tensor) -> Targets:
+    return Targets(
+        token_index=targets.token_index[chosen], weights=targets.weights[chosen], values=targets.values[chosen]
+    )
 
 
 def _load(workshop: Workshop) -> OmniModel:

@@ -1,4 +1,4 @@
-"""Qwen3-Omni: dims and tensor names of its thinker; talker and vocoder are carried along."""
+"""Qwen3-Omni: dims and tensor names. The vocoder is carried along, and so is a talker that a run does not use."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from omniloom.families.hf_rules import (
     vision_rules,
 )
 from omniloom.families.qwen3_omni.processor import Qwen3OmniClips
+from omniloom.families.qwen3_omni.talker import make_talker, read_talker, talker_rules
 from omniloom.families.spec import OMNI, ModelSpec
 from omniloom.keymap import KeyMap, Rule
 
@@ -51,8 +52,9 @@ def key_map(config: FamilyConfig) -> KeyMap:
             *decoder_rules(model, "thinker.lm_head", config.text),
             router_rule(model),
             *expert_rules(model),
+            *(talker_rules() if config.talker is not None else ()),
         ),
-        carried=("talker.", "code2wav."),
+        carried=("talker.", "code2wav.") if config.talker is None else ("code2wav.",),
     )
 
 
@@ -65,4 +67,6 @@ SPEC = ModelSpec(
     read_parts=read_parts,
     key_map=key_map,
     clips=Qwen3OmniClips,
+    read_talker=read_talker,
+    make_talker=make_talker,
 )

@@ -1,0 +1,172 @@
+"""The talker: from what the decoder of text made of a conversation to the codes of a spoken answer.
+
+A decoder of its own predicts the first code of each frame; a small one, the code predictor, predicts the frame's other
+codes one after another, from the state that predicted the first. Which rows read what is laid out by the processor and
+travels in the batch; nothing here knows a token. Sits behind the decoder of text, in the same packs.
+
+Source: transformers, Qwen3OmniMoeTalkerForConditionalGeneration and Qwen3OmniMoeForConditionalGeneration.generate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omniloom.models.decoder import CrossEntropy, Decoder
+from omniloom.models.layers import ACTIVATIONS, Linear, RMSNorm
+from omniloom.ops.linear_map import layer_key
+from omniloom.types import CODE0, CODES, PackedBatch, Segments, SpeechInputs, Targets, TowerRows
+
+NO_MEDIA = TowerRows(vision=None, deepstack=(), audio=None)
+
+
+class Projection(nn.Module):
+    """fc2(act(fc1(x))): rows of the decoder of text as rows of the talker."""
+
+    def __init__(self, *, in_size: int, intermediate_size: int, out_size: int, activation: str) -> None:
+        super().__init__()
+        self.fc1 = Linear(in_size, intermediate_size)
+        self.act = ACTIVATIONS[activation]
+        self.fc2 = Linear(intermediate_size, out_size)
+
+    def forward(self, hidden: Tensor, draw_key: Tensor | None = None) -> Tensor:
+        return self.fc2(self.act(self.fc1(hidden, draw_key)), draw_key)
+
+
+class CodePredictor(nn.Module):
+    """All codes of a frame but the first, each from those before it."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_groups: int,
+        vocab_size: int,
+        hidden_size: int,
+        norm_eps: float,
+        chunk: int | None,
+    ) -> None:
+        """`num_groups` are the codes of a frame, the first included; `chunk`: see `CrossEntropy`."""
+        super().__init__()
+        self.embed = nn.ModuleList(nn.Embedding(vocab_size, hidden_size) for _ in range(num_groups - 1))
+        self.decoder = decoder
+        self.norm = RMSNorm(hidden_size, norm_eps)
+        self.heads = nn.ModuleList(Linear(hidden_size, vocab_size, bias=False) for _ in range(num_groups - 1))
+        self.cross_entropy = CrossEntropy(chunk)
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Frames int64 [F, G] -> embeddings of all codes but the first, [F, G - 1, C]."""
+        return torch.stack([embed(codes[:, group]) for group, embed in enumerate(self.embed, start=1)], dim=1)
+
+    def states(self, hidden: Tensor, first: Tensor, others: Tensor, batch: PackedBatch) -> Tensor:
+        """States [F, G, C], that of position g predicting code g (position 0 predicts nothing).
+
+        `hidden` [F, C] are the talker's states that predict the frames' first codes, `first` [F, C] the embeddings of
+        those, `others` [F, G - 1, C] of the rest. A frame is a segment of G positions.
+        """
+        rows = torch.cat((hidden[:, None], first[:, None], others[:, :-1]), dim=1)
+        num_frames, num_groups, _ = rows.shape
+        positions = torch.arange(num_groups, device=rows.device).repeat(num_frames).expand(3, -1)
+        bounds = range(0, num_frames * num_groups + 1, num_groups)
+        of_frames = replace(
+            batch,
+            position_ids=positions,
+            is_padding=torch.zeros_like(positions[0], dtype=torch.bool),
+            segments=Segments(
+                cu_seqlens=torch.arange(0, bounds.stop, num_groups, dtype=torch.int32, device=rows.device),
+                bounds=tuple(bounds),
+                max_length=num_groups,
+            ),
+        )
+        out, _, _ = self.decoder.run_layers(rows.flatten(0, 1), of_frames, NO_MEDIA)
+        states: Tensor = self.norm(out)
+        return states.view(rows.shape)
+
+    def loss(self, states: Tensor, codes: Tensor, weights: Tensor, draw_key: Tensor | None) -> Tensor:
+        """Weighted sum over frames of the mean cross entropy of their codes but the first, float32 []."""
+        heads: Any = self.heads  # of linears, or of adapted ones
+        losses = [
+            self.cross_entropy(states[:, group], head.as_map(draw_key), codes[:, group], weights)
+            for group, head in enumerate(heads, start=1)
+        ]
+        return torch.stack(losses).sum() / len(losses)
+
+
+class Talker(nn.Module):
+    def __init__(
+        self,
+        decoder: Decoder,
+        code_predictor: CodePredictor,
+        *,
+        projections: dict[str, Projection],
+        vocab_size: int,
+        hidden_size: int,
+        norm_eps: float,
+        chunk: int | None,
+    ) -> None:
+        """`decoder` has layers alone; `projections` are those of `text` embeddings and of `hidden` states."""
+        super().__init__()
+        self.projection = nn.ModuleDict(projections)
+        self.codec_embed = nn.Embedding(vocab_size, hidden_size)
+        self.decoder = decoder
+        self.norm = RMSNorm(hidden_size, norm_eps)
+        self.head = Linear(hidden_size, vocab_size, bias=False)
+        self.cross_entropy = CrossEntropy(chunk)
+        self.code_predictor = code_predictor
+
+    def forward(self, batch: PackedBatch, inputs: SpeechInputs) -> tuple[dict[str, Tensor], Tensor]:
+        """Sums of the losses CODE0, CODES and ROUTER, float32 scalars, and expert counts int64 [layers, E]."""
+        hidden, states, sums, counts = self.run(batch, inputs)
+        sums |= self.losses(hidden, states, batch.targets, layer_key(batch.draw_key))
+        return sums, counts
+
+    def run(self, batch: PackedBatch, inputs: SpeechInputs) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """States [T, C] and, of the code predictor, [F, G, C]; the routers' losses and counts, see `Decoder`."""
+        codes = batch.targets[CODES]
+        first, others = self.codec_embed(codes.values[:, 0]), self.code_predictor.embed_codes(codes.values)
+        hidden = self._embed_rows(batch, inputs, first + others.sum(dim=1))
+        hidden, sums, counts = self._run_layers(hidden, batch)
+        hidden = self.norm(hidden)
+        # the state that predicted a frame's first code, in the row before the frame's own, predicts the others
+        states = self.code_predictor.states(hidden[codes.token_index], first, others, batch)
+        return hidden, states, sums, counts
+
+    def losses(
+        self, hidden: Tensor, states: Tensor, targets: Mapping[str, Targets], draw_key: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Sums of weight x cross entropy of CODE0 and CODES, float32 scalars, from what `run` made.
+
+        `targets` may be a part of the batch's, `states` then those of the same frames.
+        """
+        code0, codes = targets[CODE0], targets[CODES]
+        head = self.head.as_map(draw_key)
+        return {
+            CODE0: self.cross_entropy(hidden[code0.token_index], head, code0.values, code0.weights),
+            CODES: self.code_predictor.loss(states, codes.values, codes.weights, draw_key),
+        }
+
+    def _embed_rows(self, batch: PackedBatch, inputs: SpeechInputs, frames: Tensor) -> Tensor:
+        """Rows [T, C]: projected text or media, and on top tokens of the codec and `frames` [F, C]."""
+        assert batch.speech is not None, "the model has a talker: the batch needs rows for it, if only padding"
+        rows, draw_key = batch.speech.rows, layer_key(batch.draw_key)
+        hidden = self.projection["text"](inputs.text, draw_key)
+        media = self.projection["hidden"](inputs.media, draw_key)
+        hidden = hidden.index_copy(0, rows.media_index, media.to(hidden.dtype))
+        hidden = hidden.index_add(0, rows.codec_index, self.codec_embed(rows.codec_ids).to(hidden.dtype))
+        # a frame is read in the row after the one that predicts its first code
+        return hidden.index_add(0, batch.targets[CODES].token_index + 1, frames.to(hidden.dtype))
+
+    def _run_layers(self, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        speech = batch.speech
+        assert speech is not None
+        own = replace(
+            batch,
+            position_ids=speech.rows.position_ids,
+            segments=speech.segments,
+            is_padding=speech.is_padding,
+        )
+        return self.decoder.run_layers(hidden, own, NO_MEDIA)

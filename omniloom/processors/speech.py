@@ -1,0 +1,209 @@
+"""Spoken answers as rows that a talker reads and predicts: what transformers' `generate` feeds it, laid out at once.
+
+Each spoken turn is a segment of its own: the user's turns before it, nine rows that open the answer, and a row for each
+frame of codes. Owns which token, state and code each row takes; knows no file, and of the conversation only its tokens.
+
+Source: transformers, Qwen3OmniMoeForConditionalGeneration.generate, _get_talker_user_parts and
+_get_talker_assistant_parts, and prepare_inputs_for_generation of its talker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from omniloom.processors.positions import sample_positions
+from omniloom.types import CODE0, CODES, Conversation, SampleError, Speech, SpeechExample, SpeechRows, Targets
+
+NUM_HEADER = 3  # tokens that open an answer: its start, the role, the line's end
+NUM_PREFIX = 9  # rows of an answer before its first frame; the last of them predicts it
+USUAL_SPEAKER = "ethan"  # transformers' own default
+
+
+RunKind = Literal["text", "picture", "sound", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechTokens:
+    """Ids that speech is laid out with, and the sizes of its codebooks."""
+
+    turn: tuple[int, ...]  # <|im_start|>, <|im_end|>, user, assistant
+    tts: tuple[int, ...]  # of text: pad, begin, end
+    prefix: tuple[int, ...]  # of the codec: nothink, think begin, think end, pad, begin
+    codec_eos: int
+    media: tuple[int, ...]  # of text: what takes a hidden state in place of an embedding
+    speakers: Mapping[str, int]  # voices by name, in lower case
+    num_code_groups: int
+    first_codes: int  # ids of the talker, voices and marks among them
+    other_codes: int  # codes of the other groups
+    positions_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpokenTurn:
+    """Where a spoken turn lies in the tokens of its conversation."""
+
+    start: int  # its <|im_start|>
+    end: int  # its <|im_end|>
+    codes: np.ndarray  # int64 [num_code_groups, F]
+    speaker: int
+    weight: float
+
+    @property
+    def num_frames(self) -> int:
+        return int(self.codes.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTokens:
+    """A conversation's tokens as the chat processor made them."""
+
+    ids: np.ndarray  # int64 [t]
+    weights: np.ndarray  # float32 [t]: of each token as something to predict
+    runs: Sequence[int | np.ndarray]  # see `positions.sample_positions`
+    kinds: Sequence[RunKind]  # of the runs
+    vision_rows: Sequence[np.ndarray]  # per clip, int64
+    audio_rows: Sequence[np.ndarray]
+
+
+class SpeechLayout:
+    """Lays out the spoken turns of conversations for one checkpoint."""
+
+    def __init__(self, tokens: SpeechTokens, cost: Callable[[Sequence[tuple[int, int]]], int]) -> None:
+        """`cost`: estimated FLOPs / 1e6 of turns, each given as its rows and frames."""
+        self.tokens = tokens
+        self._cost = cost
+
+    def turns(self, conversation: Conversation, chat: ChatTokens) -> list[SpokenTurn]:
+        """The turns that are spoken and trained. Raises: SampleError for speech that the model cannot have."""
+        if not any(turn.speech for turn in conversation.turns):
+            return []
+        im_start, im_end, _, assistant = self.tokens.turn
+        ids = chat.ids
+        starts = np.flatnonzero((ids[:-1] == im_start) & (ids[1:] == assistant))
+        answers = [(index, turn) for index, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+        if len(starts) != len(answers):
+            reason = f"the chat template writes {len(starts)} answers for the row's {len(answers)}"
+            raise SampleError("speech", f"{reason}, so that it is not known which is spoken")
+        found = []
+        for start, (index, turn) in zip(starts.tolist(), answers, strict=True):
+            if turn.speech is None:
+                continue
+            where = f"messages[{index}].speech"
+            ends = np.flatnonzero(ids[start:] == im_end)
+            end = start + int(ends[0]) if len(ends) else len(ids)
+            if end <= start + NUM_HEADER or end == len(ids):
+                raise SampleError(where, "the answer has no words, and what is spoken follows words; give its text")
+            if weight := float(chat.weights[end]) * conversation.weight:
+                codes = self._codes(turn.speech, where)
+                speaker = self._speaker(turn.speech, where)
+                found.append(SpokenTurn(start=start, end=end, codes=codes, speaker=speaker, weight=weight))
+        return found
+
+    def num_rows(self, turn: SpokenTurn, chat: ChatTokens) -> int:
+        return int(self._user_rows(chat)[: turn.start].sum()) + NUM_PREFIX + turn.num_frames
+
+    def cost(self, turns: Sequence[SpokenTurn], chat: ChatTokens) -> int:
+        return self._cost([(self.num_rows(turn, chat), turn.num_frames) for turn in turns]) if turns else 0
+
+    def encode(self, turns: Sequence[SpokenTurn], chat: ChatTokens, rate: float) -> SpeechExample:
+        """Rows and targets of the turns, one after another; `rate` is the positions per second of the runs' blocks."""
+        parts = [self._encode_turn(turn, chat, rate) for turn in turns]
+        bounds = np.cumsum([0, *(len(part.text_ids) for part in parts)])
+        starts = bounds[:-1].tolist()
+        rows = SpeechRows(
+            text_ids=_joined([part.text_ids for part in parts]),
+            position_ids=torch.cat([torch.zeros(3, 0, dtype=torch.int64), *(part.position_ids for part in parts)], 1),
+            media_index=_joined([part.media_index + start for part, start in zip(parts, starts, strict=True)]),
+            hidden_index=_joined([part.hidden_index for part in parts]),
+            codec_index=_joined([part.codec_index + start for part, start in zip(parts, starts, strict=True)]),
+            codec_ids=_joined([part.codec_ids for part in parts]),
+        )
+        # the row before a frame's own predicts its first code
+        predicting = [np.arange(stop - 1 - turn.num_frames, stop) for turn, stop in zip(turns, bounds[1:], strict=True)]
+        weights = [np.full(turn.num_frames + 1, turn.weight, np.float32) for turn in turns]
+        groups = self.tokens.num_code_groups
+        code0 = Targets(
+            token_index=_joined([torch.from_numpy(index) for index in predicting]),
+            weights=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *weights])),
+            values=_joined([torch.tensor([*turn.codes[0], self.tokens.codec_eos]) for turn in turns]),
+        )
+        codes = Targets(
+            token_index=_joined([torch.from_numpy(index[:-1]) for index in predicting]),
+            weights=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(own[:-1] for own in weights)])),
+            values=torch.from_numpy(np.concatenate([np.zeros((0, groups), np.int64), *(t.codes.T for t in turns)])),
+        )
+        lengths = tuple(len(part.text_ids) for part in parts)
+        return SpeechExample(rows=rows, targets={CODE0: code0, CODES: codes}, segment_lengths=lengths)
+
+    def _encode_turn(self, turn: SpokenTurn, chat: ChatTokens, rate: float) -> SpeechRows:
+        pad, begin, end = self.tokens.tts
+        asked = np.flatnonzero(self._user_rows(chat)[: turn.start])
+        header, words = np.split(chat.ids[turn.start : turn.end], [NUM_HEADER])
+        opening = [*header, *[pad] * 4, begin, words[0]]
+        spoken = [*words[1:], end, *[pad] * turn.num_frames][: turn.num_frames]
+        text_ids = np.concatenate([chat.ids[asked], np.array([*opening, *spoken], np.int64)])
+        is_media = np.isin(chat.ids[asked], self.tokens.media)
+        nothink, think_begin, think_end, codec_pad, codec_begin = self.tokens.prefix
+        return SpeechRows(
+            text_ids=torch.from_numpy(text_ids),
+            position_ids=self._positions(asked, NUM_PREFIX + turn.num_frames, chat, rate),
+            media_index=torch.from_numpy(np.flatnonzero(is_media)),
+            hidden_index=torch.from_numpy(asked[is_media]),
+            codec_index=torch.arange(len(asked) + NUM_HEADER, len(asked) + NUM_PREFIX),
+            codec_ids=torch.tensor([nothink, think_begin, think_end, turn.speaker, codec_pad, codec_begin]),
+        )
+
+    def _user_rows(self, chat: ChatTokens) -> np.ndarray:
+        """Which tokens are of turns of the user: bool [t]."""
+        im_start, _, user, _ = self.tokens.turn
+        starts = np.maximum.accumulate(np.where(chat.ids == im_start, np.arange(len(chat.ids)), 0))
+        roles = chat.ids[np.minimum(starts + 1, len(chat.ids) - 1)]
+        return np.asarray(roles == user)
+
+    def _positions(self, asked: np.ndarray, num_own: int, chat: ChatTokens, rate: float) -> torch.Tensor:
+        """As the talker's own `get_rope_index` has them. It is told nothing of sound in videos: such a clip counts like
+        text, unless pictures without sound follow it."""
+        bounds = np.cumsum([0, *(run if isinstance(run, int) else run.shape[1] for run in chat.runs)])
+        places = np.searchsorted(asked, bounds)
+        kept: list[int | np.ndarray] = []
+        followed = False
+        for number in reversed(range(len(chat.runs))):
+            run, kind, length = chat.runs[number], chat.kinds[number], int(places[number + 1] - places[number])
+            if not length or isinstance(run, int) or (kind == "both" and not followed):
+                kept.append(length)
+            else:
+                kept.append(run * np.array([[self.tokens.positions_per_second / rate], [1], [1]], np.float32))
+            followed |= length > 0 and kind == "picture"
+        return sample_positions([*reversed(kept), num_own])
+
+    def _codes(self, speech: Speech, where: str) -> np.ndarray:
+        groups, tokens = self.tokens.num_code_groups, self.tokens
+        lengths = {len(group) for group in speech.codes}
+        if len(speech.codes) != groups or len(lengths) != 1:
+            got = f"{len(speech.codes)} groups of {', '.join(map(str, sorted(lengths))) or 'no'} frames"
+            raise SampleError(where, f"expected codes of {groups} groups, all of as many frames, got {got}")
+        codes = np.array(speech.codes, np.int64)
+        if codes.shape[1] == 0:
+            raise SampleError(where, "expected codes of at least one frame, got none")
+        limits = [("group 0", codes[0], tokens.first_codes), ("the other groups", codes[1:], tokens.other_codes)]
+        for name, of_groups, limit in limits:
+            low, high = int(of_groups.min()), int(of_groups.max())
+            if low < 0 or high >= limit or (name == "group 0" and tokens.codec_eos in codes[0]):
+                raise SampleError(where, f"codes of {name} must be from 0 to {limit - 1}, got {low} to {high}")
+        return codes
+
+    def _speaker(self, speech: Speech, where: str) -> int:
+        name, known = speech.speaker or USUAL_SPEAKER, self.tokens.speakers
+        if name.lower() not in known:
+            said = f"unknown speaker {name!r}" if speech.speaker else "no speaker is given"
+            raise SampleError(f"{where}, speaker", f"{said}; the checkpoint knows {', '.join(known) or 'none'}")
+        return known[name.lower()]
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
