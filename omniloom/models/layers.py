@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from omniloom.ops.attention import HeadNorms, segment_attention
 from omniloom.ops.gated_mlp import gated_mlp
-from omniloom.ops.linear_map import LinearMap
+from omniloom.ops.linear_map import LinearMap, linears
 from omniloom.ops.norm import rms_norm
 from omniloom.ops.rotary import Rotary, apply_rotary
 from omniloom.types import Kernel, Segments
@@ -108,9 +108,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """hidden [T, C] -> [T, C]."""
         heads = (-1, self.head_dim)
-        q = self.q_proj(hidden, draw_key).unflatten(-1, heads)  # [T, H, D]
-        k = self.k_proj(hidden, draw_key).unflatten(-1, heads)  # [T, Hkv, D]
-        v = self.v_proj(hidden, draw_key).unflatten(-1, heads)
+        maps = (projection.as_map(draw_key) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (rows.unflatten(-1, heads) for rows in linears(hidden, *maps))  # [T, H, D], twice [T, Hkv, D]
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             assert rotary is not None, "heads that are normed are turned too"

@@ -93,7 +93,7 @@ def segment_attention(
         k, v: [T, Hkv, D], H a multiple of Hkv; not repeated in memory.
         segments: bounds over T; rows past the last bound are not allowed.
         causal: a row sees itself and the rows before it in its segment; else the whole segment.
-        norms: applied to q and k first. What they make is not kept for backward, but made again.
+        norms: applied to q and k first. What they make of q is not kept for backward, but made again.
 
     Returns: [T, H, D]. Raises: ValueError if the kernel cannot run here.
     """
@@ -253,7 +253,9 @@ class _Attention(torch.autograd.Function):
         heads = (q, k)
         if norms:
             q_weight, k_weight, cos, sin = norms
-            heads = (turn(normalise(q, q_weight, eps)[0], cos, sin), turn(normalise(k, k_weight, eps)[0], cos, sin))
+            normed, k_scale = normalise(k, k_weight, eps)
+            heads = (turn(normalise(q, q_weight, eps)[0], cos, sin), turn(normed, cos, sin))
+            norms = (*norms, heads[1], k_scale)  # keys are few, and made again for more than they take
         if kernel == "flash" and on_host:
             out, *kept = npu.attention(*heads, v, on_host, causal)
         elif kernel in ("flash", "flash3"):
@@ -273,13 +275,11 @@ class _Attention(torch.autograd.Function):
         kernel, causal, longest, on_host, eps, num_kept = ctx.settings
         q, k, v, bounds, out, *others = ctx.saved_tensors
         kept, norms = others[:num_kept], others[num_kept:]
-        heads, scales = [q, k], []
+        heads = (q, k)
         if norms:
-            *weights, cos, sin = norms
-            for place, weight in enumerate(weights):
-                normed, scale = normalise(heads[place], weight, eps)
-                heads[place] = turn(normed, cos, sin)
-                scales.append(scale)
+            q_weight, k_weight, cos, sin, turned, k_scale = norms
+            normed, q_scale = normalise(q, q_weight, eps)
+            heads = (turn(normed, cos, sin), turned)
         if kernel == "flash" and on_host:
             largest, log_of_sums = kept
             q_heads, k_heads = heads
@@ -297,8 +297,8 @@ class _Attention(torch.autograd.Function):
             grads = operation(grad.contiguous(), *heads, v, out, *kept, bounds, causal)
         if not norms:
             return *(None,) * 5, *grads, None
-        q_grad, q_weight_grad = normalise_backward(turn(grads[0], cos, -sin), q, weights[0], scales[0])
-        k_grad, k_weight_grad = normalise_backward(turn(grads[1], cos, -sin), k, weights[1], scales[1])
+        q_grad, q_weight_grad = normalise_backward(turn(grads[0], cos, -sin), q, q_weight, q_scale)
+        k_grad, k_weight_grad = normalise_backward(turn(grads[1], cos, -sin), k, k_weight, k_scale)
         return *(None,) * 5, q_grad, k_grad, grads[2], None, q_weight_grad, k_weight_grad, None, None
 
 

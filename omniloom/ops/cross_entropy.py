@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omniloom.ops.linear_map import LinearMap, dropped
+from omniloom.ops.linear_map import LinearMap, dropped, multiply_wide
 
 LOGIT_BUDGET_BYTES = 2**28  # of float32 logits held at a time
 DEVICE_LOGIT_BUDGET_BYTES = 2**31  # on accelerators: every chunk there adds the whole head to its gradient once more
@@ -85,43 +85,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ]
         for start in range(0, len(labels), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            parts, label, weight = [each[rows] for each in inputs], labels[rows, None], weights[rows, None]
-            logits = F.linear(parts[0], heads[0])
-            if len(parts) == 1 and join_vocabulary is None and logits.dtype != torch.float32:
-                logits = logits.log_softmax(dim=-1, dtype=torch.float32)  # widened and normalised in one pass
-                normaliser = None
-            else:
-                logits = logits.float()
-                for part, head in zip(parts[1:], heads[1:], strict=True):
-                    logits += F.linear(part, head)
-                normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            if join_vocabulary is None or normaliser is None:
-                here, label_logits = torch.ones_like(weight), logits.gather(1, label)
-            else:
-                here = ((label >= 0) & (label < logits.shape[1])).float()
-                label = label.clamp(0, logits.shape[1] - 1)
-                normaliser, label_logits = join_vocabulary(normaliser, logits.gather(1, label) * here)
-            loss += ((-label_logits if normaliser is None else normaliser - label_logits) * weight).sum()
-            if not any(wanted):
+            parts = [each[rows] for each in inputs]
+            logits = multiply_wide(parts[0], heads[0].T)
+            for part, head in zip(parts[1:], heads[1:], strict=True):
+                logits = multiply_wide(part, head.T, logits)
+            dtype = parts[0].dtype if any(wanted) else None
+            sums, logits_grad = _of_logits(logits, labels[rows, None], weights[rows, None], join_vocabulary, dtype)
+            loss += sums
+            if logits_grad is None:
                 continue
-            # the softmax, in the logits' memory
-            logits_grad = (logits if normaliser is None else logits.sub_(normaliser)).exp_()
-            logits_grad.scatter_add_(1, label, -here)
-            if logits_grad.dtype == parts[0].dtype:
-                logits_grad.mul_(weight)
-            else:  # weighted and rounded in one pass
-                low_grad = torch.empty_like(logits_grad, dtype=parts[0].dtype)
-                logits_grad = torch.mul(logits_grad, weight, out=low_grad)
             for part, head, input_grad, head_grad in zip(parts, heads, grads[::2], grads[1::2], strict=True):
                 if input_grad is not None:
                     torch.mm(logits_grad, head, out=input_grad[rows])
                 if head_grad is not None:
-                    head_grad += logits_grad.T @ part
+                    multiply_wide(logits_grad.T, part, head_grad)
         ctx.grads, ctx.dtypes = grads, [factor.dtype for factor in factors]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = zip(ctx.grads, ctx.dtypes, strict=True)
-        return (None,) * 5 + tuple(None if grad is None else (grad * loss_grad).to(dtype) for grad, dtype in pairs)
+        return (None,) * 5 + tuple(
+            None if grad is None else torch.mul(grad, loss_grad, out=torch.empty_like(grad, dtype=dtype))
+            for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
+        )
+
+
+def _of_logits(
+    logits: Tensor, label: Tensor, weight: Tensor, join_vocabulary: JoinVocabulary | None, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """The weighted sum of losses, and its gradient to `logits` [n, V] in `dtype`, if any; `logits` are overwritten.
+
+    label int64 [n, 1], weight float32 [n, 1].
+    """
+    largest, place = logits.max(dim=-1, keepdim=True)
+    here = torch.ones_like(label, dtype=torch.bool)
+    if join_vocabulary is not None:
+        here = (label >= 0) & (label < logits.shape[1])
+        label = label.clamp(0, logits.shape[1] - 1)
+    label_logits = logits.gather(1, label) * here
+    softmax = torch.softmax(logits, dim=-1, out=logits)
+    # the largest entry is 1 / sum of exponentials: two passes less than to take the log of the sum first
+    own = normaliser = largest - softmax.gather(1, place).log()
+    if join_vocabulary is not None:
+        normaliser, label_logits = join_vocabulary(own, label_logits)
+    loss = ((normaliser - label_logits) * weight).sum()
+    if dtype is None:
+        return loss, None
+    logits_grad = softmax if softmax.dtype == dtype else torch.empty_like(softmax, dtype=dtype)
+    torch.mul(softmax, weight * (own - normaliser).exp(), out=logits_grad)  # weighted and rounded in one pass
+    # of labels anew: of a rounded probability near 1 less 1 nothing would be left
+    of_label = torch.expm1(label_logits - normaliser) * weight
+    of_label = torch.where(here, of_label.to(dtype), logits_grad.gather(1, label))
+    return loss, logits_grad.scatter_(1, label, of_label)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from omniloom.ops.grouped_gemm import grouped_linear_reference
-from omniloom.ops.linear_map import NUM_PARTS, Dropout, LinearMap
+from omniloom.ops.linear_map import NUM_PARTS, Dropout, LinearMap, maps_of
 
 Dropouts = tuple[Dropout | None, ...]
 
@@ -83,10 +83,11 @@ class _GatedExperts(torch.autograd.Function):
         weights: Tensor | None,
         *parts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        gate_up, _ = _maps(parts, dropouts)
+        gate_up, _ = maps_of(parts, dropouts)
         rows = tokens if slot is None or weights is None else tokens.index_select(0, slot // weights.shape[1])
-        wide = gate_up(rows, offsets)  # [N, 2 I]
-        ctx.save_for_backward(tokens, offsets, slot, row, weights, wide, *parts)
+        terms, narrow = gate_up.of_groups(rows, offsets)
+        wide = _sum(terms)  # [N, 2 I]
+        ctx.save_for_backward(tokens, offsets, slot, row, weights, wide, narrow, *parts)
         ctx.dropouts = dropouts
         ctx.mark_non_differentiable(wide)
         ctx.set_materialize_grads(False)  # zeros as large as `wide` otherwise
@@ -96,17 +97,23 @@ class _GatedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # asked for once: a recomputing backward has each for one use
-        tokens, offsets, slot, row, weights, wide, *parts = saved
-        maps = _maps(parts, ctx.dropouts)
-        wanted = [ctx.needs_input_grad[start:][:4] for start in (6, 6 + NUM_PARTS)]
+        tokens, offsets, slot, row, weights, wide, narrow, *parts = saved
+        maps = maps_of(parts, ctx.dropouts)
+        wanted = [ctx.needs_input_grad[start:][:NUM_PARTS] for start in (6, 6 + NUM_PARTS)]
+        token = weight = None
+        if slot is not None:
+            token = slot // weights.shape[1]
+            weight = weights.new_zeros(slot.shape[0], 1).scatter_(0, row[:, None], weights.view(-1, 1))  # 0 for filling
+        rows, rows_out_grad = (each if token is None else each.index_select(0, token) for each in (tokens, grad))
+        terms, down_narrow_grad = maps[1].row_gradient_of_groups(rows_out_grad, offsets)
+        wide_grad, inner, weight_grad = _through_activation(_sum(terms), wide, weight)
+        terms, narrow_grad = maps[0].row_gradient_of_groups(wide_grad, offsets)
+        of_down = (rows_out_grad, down_narrow_grad, inner)
+        grads = maps[0].weight_gradients(wide_grad, narrow_grad, rows, wanted[0], offsets, narrow=narrow)
+        grads += maps[1].weight_gradients(*of_down, wanted[1], offsets, row_weight=weight)
         if slot is None:
-            rows_grad, _, grads = _gradients(grad, tokens, wide, maps, offsets, None, wanted)
-            return None, rows_grad, None, None, None, None, *grads
-        token = slot // weights.shape[1]
-        weight = weights.new_zeros(slot.shape[0], 1).scatter_(0, row[:, None], weights.view(-1, 1))  # 0 for filling
-        rows, rows_out_grad = tokens.index_select(0, token), grad.index_select(0, token)
-        rows_grad, weight_grad, grads = _gradients(rows_out_grad, rows, wide, maps, offsets, weight, wanted)
-        tokens_grad = F.embedding_bag(row.view_as(weights), rows_grad, mode="sum")
+            return None, _sum(terms), None, None, None, None, *grads
+        tokens_grad = _sum_copies(terms, row.view_as(weights))
         return None, tokens_grad, None, None, None, weight_grad[row].view_as(weights), *grads
 
 
@@ -124,11 +131,8 @@ class _Result(torch.autograd.Function):
         weights: Tensor | None,
     ) -> Tensor:
         gate, up = wide.chunk(2, dim=-1)
-        out = down(F.silu(gate).mul_(up), offsets)
-        if row is None or weights is None:
-            return out
-        # a bag is a token: an embedding's kernel happens to be the fused weighted gather
-        return F.embedding_bag(row.view_as(weights), out, mode="sum", per_sample_weights=weights)
+        terms, _ = down.of_groups(F.silu(gate).mul_(up), offsets)
+        return _sum(terms) if row is None or weights is None else _sum_copies(terms, row.view_as(weights), weights)
 
     @staticmethod
     @once_differentiable
@@ -136,54 +140,40 @@ class _Result(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def _gradients(
-    grad: Tensor,
-    rows: Tensor,
-    wide: Tensor,
-    maps: Sequence[LinearMap],
-    offsets: Tensor | None,
-    weight: Tensor | None,
-    wanted: Sequence[Sequence[bool]],
-    start: int = 0,
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Gradients of rows [N, C], of `weight` [N, 1], by which each row's result is multiplied if given, and of parts.
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    """Into fresh memory: selective recompute keeps what grouped GEMM returned, as it was."""
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
-    Without offsets all rows are of one group, whose maps are given; `wanted` are those of both maps' parts.
+
+def _sum_copies(terms: Sequence[Tensor], row: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Rows `row` [T, K] of what `terms` [P, C] add up to, times their `weights` if given, summed: [T, C]."""
+    # a bag is a token: an embedding's kernel happens to be the fused weighted gather
+    bags = (F.embedding_bag(row, term, mode="sum", per_sample_weights=weights) for term in terms)
+    total = next(bags)
+    for bag in bags:
+        total += bag
+    return total
+
+
+def _through_activation(inner_grad: Tensor, wide: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `wide` [N, 2 I] and of `weight` [N, 1], and what went into the second product [N, I].
+
+    `inner_grad` [N, I] is the gradient of the last before `weight`, by which each row's result is multiplied if given;
+    it is overwritten.
     """
-    gate_up, down = maps
     gate, up = wide.chunk(2, dim=-1)
     active = F.silu(gate)  # [N, I]
-    inner_grad, narrow_grad = down.row_gradient(grad, offsets, start=start)
     inner = active * up
     # <grad, down inner> = <down^T grad, inner>: the weight's gradient needs no result of the expert
-    weight_grad = torch.linalg.vecdot(inner_grad, inner) if weight is not None else inner.new_empty(0)
+    weight_grad = inner.new_empty(0)
     if weight is not None:
-        inner, inner_grad = inner.mul_(weight), inner_grad.mul_(weight)
-    down_grads = _of_parts(down, grad, narrow_grad, inner, wanted[1], offsets, start)
+        weight_grad = torch.linalg.vecdot(inner_grad, inner)
+        inner_grad = inner_grad.mul_(weight)
     wide_grad = torch.empty_like(wide)
     gate_grad, up_grad = wide_grad.chunk(2, dim=-1)
     torch.mul(inner_grad, active, out=up_grad)
     torch.ops.aten.silu_backward.grad_input(inner_grad.mul_(up), gate, grad_input=gate_grad)
-    rows_grad, narrow_grad = gate_up.row_gradient(wide_grad, offsets, start=start)
-    gate_up_grads = _of_parts(gate_up, wide_grad, narrow_grad, rows, wanted[0], offsets, start)
-    return rows_grad, weight_grad, [*gate_up_grads, *down_grads]
-
-
-def _of_parts(
-    linear: LinearMap,
-    grad: Tensor,
-    narrow_grad: Tensor | None,
-    rows: Tensor,
-    wanted: Sequence[bool],
-    offsets: Tensor | None,
-    start: int,
-) -> tuple[Tensor | None, ...]:
-    weight, low, up = linear.weight_gradients(grad, narrow_grad, rows, (wanted[0], *wanted[2:4]), offsets, start=start)
-    return weight, None, low, up, None  # neither bias nor scale
-
-
-def _maps(parts: Sequence[Any], dropouts: Dropouts) -> tuple[LinearMap, LinearMap]:
-    return LinearMap.of_parts(parts[:NUM_PARTS], dropouts[0]), LinearMap.of_parts(parts[NUM_PARTS:], dropouts[1])
+    return wide_grad, inner, weight_grad
 
 
 # ---------------------------------------------------------------------------------------- group by group, on CPU
@@ -232,7 +222,7 @@ def _cpu_routed_experts(
     key: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the sums [T, C], and of every copy what went into its activation [P, 2 I]."""
-    maps = _maps(parts, _dropouts(rates, salts, key))
+    maps = maps_of(parts, _dropouts(rates, salts, key))
     wide = tokens.new_empty(slot.shape[0], maps[0].weight.shape[1])
     rows = tokens.new_empty(slot.shape[0], tokens.shape[1])
     token = slot // weights.shape[1]
@@ -260,7 +250,7 @@ def _cpu_routed_experts_backward(
     key: Tensor | None,
 ) -> list[Tensor]:
     """Gradients of tokens, weights and parts; of the last, nothing [0] where not `wanted`."""
-    maps = _maps(parts, _dropouts(rates, salts, key))
+    maps = maps_of(parts, _dropouts(rates, salts, key))
     copies_grad, weights_grad = tokens.new_empty(slot.shape[0], tokens.shape[1]), weights.new_zeros(slot.shape[0])
     grads = _like_wanted(torch.zeros_like, tokens, parts, wanted)  # zeros: an expert may have no rows
     token = slot // weights.shape[1]
@@ -268,10 +258,13 @@ def _cpu_routed_experts_backward(
     of_maps = (wanted[:NUM_PARTS], wanted[NUM_PARTS:])
     for group, block in _groups(offsets):
         rows, out_grad = tokens.index_select(0, token[block]), grad.index_select(0, token[block])  # [n, C]
-        own = [each.of_group(group) for each in maps]
-        copies_grad[block], weights_grad[block], of_group = _gradients(
-            out_grad, rows, wide[block], own, None, weight[block], of_maps, block.start
-        )
+        start, (gate_up, down) = block.start, (each.of_group(group) for each in maps)
+        inner_grad, down_narrow_grad = down.row_gradient(out_grad, start=start)
+        wide_grad, inner, weights_grad[block] = _through_activation(inner_grad, wide[block], weight[block])
+        _, narrow_grad = gate_up.row_gradient(wide_grad, start=start, out=copies_grad[block])
+        of_down = (out_grad, down_narrow_grad, inner)
+        of_group = gate_up.weight_gradients(wide_grad, narrow_grad, rows, of_maps[0], start=start)
+        of_group += down.weight_gradients(*of_down, of_maps[1], start=start, row_weight=weight[block])
         for whole, part in zip(grads, of_group, strict=True):
             if part is not None:
                 whole[group] = part

@@ -8,7 +8,6 @@ feed-forwards are, passes over all rows, and fresh memory for each, cost as much
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omniloom.ops.linear_map import NUM_PARTS, Dropout, LinearMap
+from omniloom.ops.linear_map import NUM_PARTS, Dropout, LinearMap, maps_of
 from omniloom.ops.norm import normalise, normalise_backward
 
 Dropouts = tuple[Dropout | None, ...]
@@ -46,7 +45,7 @@ class _GatedMLP(torch.autograd.Function):
     def forward(
         ctx: Any, eps: float, dropouts: Dropouts, x: Tensor, norm: Tensor | None, *parts: Tensor | None
     ) -> Tensor:
-        gate, up, down = _maps(parts, dropouts)
+        gate, up, down = maps_of(parts, dropouts)
         out = x.new_empty(x.shape[0], down.weight.shape[0])
         kept: list[Tensor] = []  # block by block: what one large tensor would take, the allocator cannot reuse
         for block in _blocks(x, gate.weight):
@@ -64,7 +63,7 @@ class _GatedMLP(torch.autograd.Function):
         eps, dropouts = ctx.settings
         saved = ctx.saved_tensors  # asked for once: a recomputing backward has each for one use
         x, norm, out, *parts = saved[: 3 + 3 * NUM_PARTS]
-        kept, (gate, up, down) = saved[3 + len(parts) :], _maps(parts, dropouts)
+        kept, (gate, up, down) = saved[3 + len(parts) :], maps_of(parts, dropouts)
         of_gate, of_up, of_down = (ctx.needs_input_grad[4 + n * NUM_PARTS :][:NUM_PARTS] for n in range(3))
         x_grad = torch.empty_like(x)
         # blocks add up in at least float32, since in bfloat16 the sum over many would lose the small ones
@@ -83,14 +82,14 @@ class _GatedMLP(torch.autograd.Function):
             rows_grad, up_grads = up.backward(up_grad, rows, upped, of_up, start=start, out=rows_grad, adds=True)
             norm_grad = None
             if norm is not None and scale is not None:
-                x_grad[block], norm_grad = normalise_backward(rows_grad, x[block], norm, scale)
+                rows_grad, norm_grad = normalise_backward(rows_grad, x[block], norm, scale)
+                if len(kept) > 2:
+                    x_grad[block] = rows_grad
+                else:  # all rows at once
+                    x_grad = rows_grad
             parts_grads = (norm_grad, *gate_grads, *up_grads, *down_grads)
             sums = [_add(total, part, wide) for total, part in zip(sums, parts_grads, strict=True)]
         return None, None, x_grad, *(None if total is None else total.to(x.dtype) for total in sums)
-
-
-def _maps(parts: Sequence[Any], dropouts: Dropouts) -> list[LinearMap]:
-    return [LinearMap.of_parts(parts[n * NUM_PARTS :][:NUM_PARTS], dropouts[n]) for n in range(3)]
 
 
 def _add(total: Tensor | None, part: Tensor | None, dtype: torch.dtype) -> Tensor | None:

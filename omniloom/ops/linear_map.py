@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from omniloom.ops.grouped_gemm import grouped_linear, grouped_outer
 
 NUM_PARTS = 5  # of a `LinearMap` may train
+NARROW_PRODUCTS = ("cpu", "npu", "mps")  # devices on which the product of 16-bit matrices is one too
 
 
 class Dropout(NamedTuple):
@@ -56,40 +57,51 @@ class LinearMap(NamedTuple):
     def of_group(self, group: int) -> LinearMap:
         return LinearMap.of_parts([None if part is None else part[group] for part in self.parts], self.dropout)
 
-    def __call__(
-        self, rows: Tensor, offsets: Tensor | None = None, *, start: int = 0, out: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, rows: Tensor, *, start: int = 0, out: Tensor | None = None) -> Tensor:
         """rows [N, C], of which the first is row `start` of all -> [N, O]. Outside of autograd."""
-        out = multiply(rows, self.weight, offsets, out, bias=self.bias if self.scale is None else None)
+        out = multiply(rows, self.weight, out, bias=self.bias if self.scale is None else None)
         if self.low is not None and self.up is not None:
-            narrow = multiply(dropped(rows, self.dropout, start), self.low, offsets)
-            out = multiply(narrow, self.up, offsets, out, adds=True)
+            out = multiply(multiply(dropped(rows, self.dropout, start), self.low), self.up, out, adds=True)
         if self.scale is not None:
             out.mul_(self.scale)
             if self.bias is not None:
                 out.add_(self.bias)
         return out
 
+    def of_groups(self, rows: Tensor, offsets: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """What adds up to the result [N, O] of rows [N, C] of all groups, and what lies between low and up [N, R].
+
+        Terms apart, since grouped GEMM adds to nothing: whoever sums up rows anyway spares a pass over all of them.
+        """
+        terms = [grouped_linear(rows, self.weight, offsets)]
+        if self.low is None or self.up is None:
+            return terms, None
+        narrow = grouped_linear(dropped(rows, self.dropout), self.low, offsets)
+        return [*terms, grouped_linear(narrow, self.up, offsets)], narrow
+
+    def row_gradient_of_groups(self, grad: Tensor, offsets: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """What adds up to the gradient of rows [N, C] from that of their result [N, O], and that of what lies between
+        low and up."""
+        terms = [grouped_linear(grad, self.weight.mT, offsets)]
+        if self.low is None or self.up is None:
+            return terms, None
+        narrow = grouped_linear(grad, self.up.mT, offsets)
+        return [*terms, dropped(grouped_linear(narrow, self.low.mT, offsets), self.dropout)], narrow
+
     def row_gradient(
-        self,
-        grad: Tensor,
-        offsets: Tensor | None = None,
-        *,
-        start: int = 0,
-        out: Tensor | None = None,
-        adds: bool = False,
+        self, grad: Tensor, *, start: int = 0, out: Tensor | None = None, adds: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The gradient of rows from that of what they became, and that of what lies between low and up.
 
         grad [N, O] -> [N, C], [N, R]; the scale is passed over. The first is written to, or added into `out`.
         """
-        out = multiply(grad, self.weight.mT, offsets, out, adds=adds)
+        out = multiply(grad, self.weight.mT, out, adds=adds)
         if self.low is None or self.up is None:
             return out, None
-        narrow = multiply(grad, self.up.mT, offsets)
+        narrow = multiply(grad, self.up.mT)
         if self.dropout is None:
-            return multiply(narrow, self.low.mT, offsets, out, adds=True), narrow
-        return out.add_(dropped(multiply(narrow, self.low.mT, offsets), self.dropout, start)), narrow
+            return multiply(narrow, self.low.mT, out, adds=True), narrow
+        return out.add_(dropped(multiply(narrow, self.low.mT), self.dropout, start)), narrow
 
     def weight_gradients(
         self,
@@ -100,13 +112,28 @@ class LinearMap(NamedTuple):
         offsets: Tensor | None = None,
         *,
         start: int = 0,
+        narrow: Tensor | None = None,
+        row_weight: Tensor | None = None,
     ) -> list[Tensor | None]:
-        """Gradients of weight, low and up, those `wanted`; `narrow_grad` is the second result of `row_gradient`."""
-        grads = [outer(grad, rows, offsets) if wanted[0] else None, None, None]
-        if self.low is not None and narrow_grad is not None:
-            rows = dropped(rows, self.dropout, start)
-            grads[1] = outer(narrow_grad, rows, offsets) if wanted[1] else None
-            grads[2] = outer(grad, multiply(rows, self.low, offsets), offsets) if wanted[2] else None
+        """Gradients of weight, low and up in the places of their parts, those `wanted`.
+
+        `narrow_grad` is the second result of `row_gradient`; `narrow` is what low made of the rows, if known; each row
+        counts `row_weight` [N, 1] times, if given.
+        """
+        if row_weight is not None and wanted[0]:
+            rows, row_weight = rows * row_weight, None
+        grads: list[Tensor | None] = [None] * NUM_PARTS
+        if wanted[0]:
+            grads[0] = outer(grad, rows, offsets)
+        if self.low is None or narrow_grad is None:
+            return grads
+        rows = dropped(rows, self.dropout, start)
+        if wanted[2]:
+            grads[2] = outer(narrow_grad if row_weight is None else narrow_grad * row_weight, rows, offsets)
+        if wanted[3]:
+            if narrow is None:
+                narrow = multiply(rows, self.low) if offsets is None else grouped_linear(rows, self.low, offsets)
+            grads[3] = outer(grad, narrow if row_weight is None else narrow * row_weight, offsets)
         return grads
 
     def backward(
@@ -132,57 +159,75 @@ class LinearMap(NamedTuple):
                 along -= bias_grad * self.bias
             scale_grad, grad = along / self.scale, grad * self.scale
         rows_grad, narrow_grad = self.row_gradient(grad, start=start, out=out, adds=adds)
-        of_weights = self.weight_gradients(grad, narrow_grad, rows, (wanted[0], *wanted[2:4]), start=start)
-        return rows_grad, [of_weights[0], bias_grad if wanted[1] else None, *of_weights[1:], scale_grad]
+        grads = self.weight_gradients(grad, narrow_grad, rows, wanted, start=start)
+        grads[1], grads[4] = bias_grad if wanted[1] else None, scale_grad
+        return rows_grad, grads
 
 
-def adapted_linear(x: Tensor, linear: LinearMap) -> Tensor:
-    """What the map makes of x: [N, C] -> [N, O]. Keeps x alone for backward."""
-    return _Linear.apply(linear.dropout, x, *linear.parts)
+def linears(x: Tensor, *maps: LinearMap) -> tuple[Tensor, ...]:
+    """What each map makes of x: [N, C] -> [N, O] each.
+
+    Keeps x alone for backward, where the products add up its gradient.
+    """
+    parts = [part for linear in maps for part in linear.parts]
+    results: tuple[Tensor, ...] = _Linears.apply(tuple(linear.dropout for linear in maps), x, *parts)
+    return results
 
 
-class _Linear(torch.autograd.Function):
+class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dropout: Dropout | None, x: Tensor, weight: Tensor, *parts: Tensor | None) -> Tensor:
-        linear = LinearMap.of_parts((weight, *parts), dropout)
-        out = linear(x)
-        ctx.save_for_backward(x, None if linear.scale is None else out, *linear.parts)
-        ctx.dropout = dropout
-        return out
+    def forward(ctx: Any, dropouts: tuple[Dropout | None, ...], x: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
+        maps = maps_of(parts, dropouts)
+        results = tuple(linear(x) for linear in maps)
+        scaled = (None if linear.scale is None else out for linear, out in zip(maps, results, strict=True))
+        ctx.save_for_backward(x, *scaled, *parts)
+        ctx.dropouts = dropouts
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, result, *parts = ctx.saved_tensors
-        rows_grad, grads = LinearMap.of_parts(parts, ctx.dropout).backward(grad, x, result, ctx.needs_input_grad[2:])
-        return None, rows_grad, *grads
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        maps = maps_of(saved[len(grads) :], ctx.dropouts)
+        x_grad, parts_grads = None, []
+        for place, (linear, grad, result) in enumerate(zip(maps, grads, saved, strict=False)):
+            wanted = ctx.needs_input_grad[2 + place * NUM_PARTS :][:NUM_PARTS]
+            x_grad, of_parts = linear.backward(grad, x, result, wanted, out=x_grad, adds=place > 0)
+            parts_grads += of_parts
+        return None, x_grad, *parts_grads
+
+
+def maps_of(parts: Sequence[Any], dropouts: Sequence[Dropout | None]) -> list[LinearMap]:
+    """The maps whose parts follow one another, one for each of `dropouts`."""
+    return [LinearMap.of_parts(parts[n * NUM_PARTS :][:NUM_PARTS], dropout) for n, dropout in enumerate(dropouts)]
 
 
 # ---------------------------------------------------------------------------------------- products
 
 
 def multiply(
-    rows: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    out: Tensor | None = None,
-    *,
-    bias: Tensor | None = None,
-    adds: bool = False,
+    rows: Tensor, weight: Tensor, out: Tensor | None = None, *, bias: Tensor | None = None, adds: bool = False
 ) -> Tensor:
-    """rows [N, C] times weight [O, C], or of each group [E, O, C], transposed -> [N, O].
-
-    Without offsets written to `out`; or added into it, with offsets too.
-    """
-    if offsets is not None:
-        product = grouped_linear(rows, weight, offsets)
-        # into fresh memory: selective recompute keeps what grouped GEMM returned, as it was
-        return out + product if adds and out is not None else product
+    """rows [N, C] times weight [O, C] transposed -> [N, O], written to or added into `out`."""
     if adds and out is not None:
         return out.addmm_(rows, weight.mT)
     if out is None:
         return F.linear(rows, weight, bias)
     return torch.mm(rows, weight.mT, out=out) if bias is None else torch.addmm(bias, rows, weight.mT, out=out)
+
+
+def multiply_wide(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left [N, C] times right [C, O], in at least float32 and added into `out` [N, O] if given.
+
+    Accelerators sum in float32 anyway and hand that out, where their library can, without a pass of its own.
+    """
+    if left.itemsize >= 4:
+        return left @ right if out is None else out.addmm_(left, right)
+    if left.device.type in NARROW_PRODUCTS:
+        return (left @ right).float() if out is None else out.add_(left @ right)
+    if out is None:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
 
 
 def outer(left: Tensor, right: Tensor, offsets: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from omniloom.config import LoraConfig, PolicyRule
 from omniloom.ops.gated_experts import Copies
-from omniloom.ops.linear_map import Dropout, LinearMap, adapted_linear, keyed_seed
+from omniloom.ops.linear_map import Dropout, LinearMap, keyed_seed, linears
 from omniloom.training.policy import ParameterPolicy, covers
 from omniloom.types import Adapter
 
@@ -67,7 +67,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor, draw_key: Tensor | None = None) -> Tensor:
         """[N, in] -> [N, out]."""
-        return adapted_linear(x, self.as_map(draw_key))
+        (out,) = linears(x, self.as_map(draw_key))
+        return out
 
     def as_map(self, draw_key: Tensor | None) -> LinearMap:
         linear, dtype = LinearMap(self.weight, self.bias), self.weight.dtype

@@ -13,7 +13,7 @@ from omniloom.ops import gated_mlp as gated_mlp_module
 from omniloom.ops.gated_experts import Copies, _GatedExperts, _Result, gated_experts
 from omniloom.ops.gated_mlp import gated_mlp
 from omniloom.ops.grouped_gemm import sort_by_group
-from omniloom.ops.linear_map import Dropout, LinearMap, adapted_linear, dropped, layer_key
+from omniloom.ops.linear_map import Dropout, LinearMap, dropped, layer_key, linears
 
 KEY = torch.tensor(7)
 
@@ -60,9 +60,11 @@ def trained(*maps: LinearMap) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("has", "rate"), [("low", 0.0), ("low bias", 0.4), ("low scale", 0.4), ("low bias scale", 0.0)]
 )
-def test_an_adapted_linear_is_its_products_one_after_another(has: str, rate: float) -> None:
-    linear, x = make_map(5, 4, has=has, rate=rate), torch.randn(6, 4, dtype=torch.float64).requires_grad_()
-    check(adapted_linear(x, linear), written_out(x, linear), [x, *trained(linear)])
+def test_linears_are_their_products_one_after_another(has: str, rate: float) -> None:
+    maps, x = [make_map(5, 4, has=has, rate=rate), make_map(3, 4, has="bias")], torch.randn(6, 4, dtype=torch.float64)
+    x.requires_grad_()
+    got, wanted = (torch.cat(rows, dim=1) for rows in (linears(x, *maps), [written_out(x, each) for each in maps]))
+    check(got, wanted, [x, *trained(*maps)])
 
 
 @pytest.mark.parametrize(("has", "rate"), [("bias", 0.0), ("low", 0.5), ("low bias scale", 0.0)])
@@ -107,7 +109,7 @@ def test_frozen_parts_get_no_gradient() -> None:
     linear, x = make_map(5, 4, has="low bias scale"), torch.randn(3, 4, dtype=torch.float64).requires_grad_()
     for part in ("weight", "bias", "scale"):
         getattr(linear, part).requires_grad_(False)
-    adapted_linear(x, linear).sum().backward()
+    linears(x, linear)[0].sum().backward()
     assert [part is not None and part.grad is not None for part in linear.parts] == [False, False, True, True, False]
 
 
