@@ -98,10 +98,15 @@ def _mrope_section(head_dim: int) -> tuple[int, int, int]:
 
 
 def make_pack(
-    config: FamilyConfig, *, seed: int, num_tokens: int, videos: tuple[tuple[int, int, int], ...] = ()
+    config: FamilyConfig,
+    *,
+    seed: int,
+    num_tokens: int,
+    videos: tuple[tuple[int, int, int], ...] = (),
+    sample_tokens: int = SAMPLE_TOKENS,
 ) -> PackedBatch:
-    """A full pack of random samples of SAMPLE_TOKENS tokens, every one trained; rows of `videos` from its start on."""
-    assert num_tokens % SAMPLE_TOKENS == 0, f"{num_tokens} tokens are no whole samples of {SAMPLE_TOKENS}"
+    """A full pack of random samples of equal length, every token trained; rows of `videos` from its start on."""
+    assert num_tokens % sample_tokens == 0, f"{num_tokens} tokens are no whole samples of {sample_tokens}"
     generator = torch.Generator().manual_seed(seed)
     clips, first = [], 0
     for frames, height, width in videos:
@@ -115,9 +120,9 @@ def make_pack(
         labels=torch.randint(0, config.text.vocab_size, (num_tokens,), generator=generator),
         loss_weights=torch.ones(num_tokens),
         loss_index=torch.arange(num_tokens),
-        position_ids=(torch.arange(num_tokens) % SAMPLE_TOKENS).expand(3, -1).contiguous(),
+        position_ids=(torch.arange(num_tokens) % sample_tokens).expand(3, -1).contiguous(),
         is_padding=torch.zeros(num_tokens, dtype=torch.bool),
-        segments=Segments.from_lengths([SAMPLE_TOKENS] * (num_tokens // SAMPLE_TOKENS)),
+        segments=Segments.from_lengths([sample_tokens] * (num_tokens // sample_tokens)),
         vision=vision_batch(clips, config.vision),
         audio=audio_batch([], config.audio),
     )

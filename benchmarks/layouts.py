@@ -3,9 +3,10 @@
     python benchmarks/layouts.py --output results.md            # gloo on this machine's CPU; NCCL where it has 4 GPUs
     python benchmarks/layouts.py --small --only fsdp4 context4  # a look
 
-A step is one pack per model-parallel group, forward, backward, clipping and AdamW, in float32; a layout with context
-degree c works on packs c times as long, made of samples equally long, so that every layout does the same work on the
-same number of tokens. Each layout is a job of its own, so that its peak memory is its own.
+A step is one pack per model-parallel group, forward, backward, clipping and AdamW, in float32; a layout whose context
+and tensor ranks are c works on packs c times as long, made of samples equally long, so that every layout does the same
+work on the same number of tokens; but for rings, whose packs are one sample each, since others move nothing. Each
+layout is a job of its own, so that its peak memory is its own.
 
 Bytes are what the collectives of one step make a rank send, mean over ranks, counted from the payloads of every c10d
 call that the step dispatches. They are compared with the volumes of `theory`.
@@ -33,26 +34,29 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from layout_model import Size, make_config, make_pack
+from layout_model import SAMPLE_TOKENS, Size, make_config, make_pack
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from omniloom.checkpoint.hf import local_region
-from omniloom.config import MemoryConfig, ParallelConfig
+from omniloom.config import ContextConfig, MemoryConfig, ParallelConfig
 from omniloom.families.config_fields import FamilyConfig
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, materialize
+from omniloom.parallel.collectives import group_of
 from omniloom.parallel.device import peak_memory_bytes, synchronize
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed, resolve_degrees
 from omniloom.parallel.pipeline import Pipeline
+from omniloom.parallel.ring import ring_attention, ring_attention_backward
 from omniloom.parallel.segments import ATTENTION_SCALE
 from omniloom.parallel.step import Objective, encode_share, run_packs
 
 WORLD = 4
+RING = {"ring_attention": ring_attention, "ring_attention_backward": ring_attention_backward}
 MIB = 2**20
 FLOAT_BYTES = 4
 
@@ -70,6 +74,14 @@ LAYOUTS: dict[str, dict] = {
     "pipeline2_fsdp2": {"pipeline": 2},
     "pipeline4": {"pipeline": 4},
     "interleaved2_fsdp2": {"pipeline": 2, "pipeline_schedule": "interleaved"},
+    "fsdp2_tensor2": {"tensor": 2},
+    "tensor4": {"tensor": 4},
+    "context2_tensor2": {"context": 2, "tensor": 2},
+    "tensor2_expert4": {"tensor": 2, "expert": 4},
+    "pipeline2_tensor2": {"pipeline": 2, "tensor": 2},
+    "fsdp2_ring2": {"context": ContextConfig(ring=2)},  # packs of these are one sample each
+    "ring4": {"context": ContextConfig(ring=4)},
+    "ulysses2_ring2": {"context": ContextConfig(ulysses=2, ring=2)},
 }
 LARGE = Size(hidden=2048, heads=32, layers=48, experts=128, expert_hidden=768, vocab_size=151936)  # a published decoder
 POOLS: dict[str, tuple[dict, bool]] = {  # layout, with a pool
@@ -97,8 +109,17 @@ class SentBytes(TorchDispatchMode):
         self.num_calls: dict[str, int] = defaultdict(int)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        if name in RING:  # an operation as a whole, whose messages are else not seen
+            with self:
+                return RING[name](*args, **(kwargs or {}))
         if func.namespace == "c10d":
-            self._count(func._schema.name.removeprefix("c10d::"), args)
+            self._count(name, args)
+        elif func.namespace == "_c10d_functional" and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+            assert name == "all_reduce", f"no formula for the collective {name}; add one to SentBytes"
+            tensor, group_name = args[0], args[-1]
+            n = group_of(group_name).size()
+            self._add(self.axes.get(group_name, "shard"), 2 * (n - 1) / n * tensor.numel() * tensor.element_size())
         return func(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: tuple) -> None:
@@ -114,11 +135,11 @@ class SentBytes(TorchDispatchMode):
         n, payload = group.size(), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         axis = self.axes.get(group.group_name, "all ranks")
         if name == "_allgather_base_":
-            axis, sent = "shard", (n - 1) * payload
+            axis, sent = axis if "tensor" in axis else "shard", (n - 1) * payload
         elif name == "allgather_":
             axis, sent = "host plans", (n - 1) * payload
         elif name == "_reduce_scatter_base_":
-            axis, sent = "shard", (n - 1) / n * payload
+            axis, sent = axis if "tensor" in axis else "shard", (n - 1) / n * payload
         elif name == "allreduce_":
             sent = 2 * (n - 1) / n * payload
         elif name == "send":
@@ -129,47 +150,64 @@ class SentBytes(TorchDispatchMode):
             sent = payload * (1 - stays)
         else:
             raise AssertionError(f"no formula for the collective {name}; add one to SentBytes")
+        self._add(axis, sent)
+
+    def _add(self, axis: str, sent: float) -> None:
         self.sent[axis] += sent
         self.num_calls[axis] += 1
 
 
-def theory(config: FamilyConfig, degrees: Degrees, sizes: tuple[int, int, int], num_tokens: int) -> dict[str, float]:
+Sizes = tuple[float, float, float, float]
+
+
+def theory(config: FamilyConfig, degrees: Degrees, sizes: Sizes, num_tokens: int) -> dict[str, float]:
     """Bytes that a rank has to send per step, float32, by axis, of one pack of text, or as many as there are stages.
 
-    `sizes` are parameters of the towers, of the experts and of all else, the mean over ranks; `num_tokens` are the
-    rank's own of a pack. Under a pipeline the decoder's are gathered for every pack, and the rows between two stages
+    `sizes` are parameters of the towers, of the experts, of all else as FSDP divides it (of a divided matrix a tensor
+    rank's part), and of the latter what tensor ranks hold alike, the mean over ranks; `num_tokens` are the rank's own
+    of a pack. Under a pipeline the decoder's are gathered for every pack, and the rows between two stages
     and their gradient sent once for each.
 
     Sources: shard, 3 (n - 1) / n x parameters (two all-gathers, one reduce-scatter), ZeRO, arXiv 1910.02054 section 7;
     replicate, an all-reduce of the shard's gradients, arXiv 2304.11277; context, an all-to-all of q, k, v and the
     output per layer and direction, DeepSpeed Ulysses, arXiv 2309.14509, with key-value heads as often as they are
     repeated; expert, each row to each of its experts and back, per direction, where a share of (n - 1) / n leaves
-    (which is the mean over ranks whatever the router prefers), GShard, arXiv 2006.16668.
+    (which is the mean over ranks whatever the router prefers), GShard, arXiv 2006.16668; tensor, around attention and
+    around the embedding and the loss a gathering and a scattering of rows in each direction, arXiv 2205.05198, with
+    what the loss is told beside its rows and the gradients of what all ranks hold; ring, of one sample as long as the
+    pack, keys and values in each direction and their gradients, of which a causal sample needs 3/4, arXiv 2311.09431.
     """
-    towers, experts, dense = sizes
+    towers, experts, dense, alike = sizes
     text, packs = config.text, degrees.pipeline
     inner = degrees.shard * degrees.context
-    away = {
-        n: (n - 1) / n
-        for n in (
-            *(inner, inner * packs, inner // degrees.expert),
-            *(degrees.replicate, degrees.context, degrees.expert),
-        )
-    }
-    kv_heads = math.lcm(text.num_key_value_heads, degrees.context)
+    whole, n = inner * degrees.tensor, degrees.tensor
+
+    def away(ranks: int) -> float:
+        return (ranks - 1) / ranks
+
+    kv_heads = math.lcm(text.num_key_value_heads // n, degrees.ulysses) * n
     heads = 2 * text.num_attention_heads + 2 * kv_heads
     layers, k = text.num_hidden_layers, text.num_experts_per_tok
     volumes = {
         "shard": 3
         * (
-            away[inner * packs] * towers
-            + packs * (away[inner] * dense + away[inner // degrees.expert] * experts / degrees.expert)
+            away(whole * packs) * towers
+            + packs * (away(inner) * dense + away(whole // degrees.expert) * experts / degrees.expert)
         ),
-        "replicate": 2 * away[degrees.replicate] * (towers + dense + experts) / inner,
+        "replicate": 2 * away(degrees.replicate) * ((towers + experts) / whole + dense / inner),
         "pipeline": 2 * (degrees.num_stages - 1) * num_tokens * text.hidden_size,  # of all packs, the mean over ranks
-        "context": 2 * layers * num_tokens * text.head_dim * heads * away[degrees.context],
-        "expert": 4 * layers * num_tokens * k * text.hidden_size * away[degrees.expert],
+        # of all packs and the stages that are here, the mean over ranks
+        "ulysses": 2 * layers * num_tokens * text.head_dim * heads * away(degrees.ulysses),
+        "ring": 3 * layers * 0.75 * (degrees.ring - 1) * num_tokens * 2 * kv_heads * text.head_dim / n,
+        "expert": 4 * layers * num_tokens * k * text.hidden_size * away(degrees.expert),
+        "tensor": (n - 1) * num_tokens * (4 * layers + 4) * text.hidden_size
+        # token numbers, labels (int64) and weights; normaliser and logit of the label, of all rows, and their gradient
+        + (n - 1) * num_tokens * (2 + 2 + 1)
+        + (n - 1) * n * num_tokens * 2
+        + packs * 2 * away(n) * alike / inner,
     }
+    if n == degrees.world:  # one group serves both
+        volumes["shard and tensor"] = volumes.pop("shard") + volumes.pop("tensor")
     return {axis: FLOAT_BYTES * volume for axis, volume in volumes.items() if volume}
 
 
@@ -184,7 +222,7 @@ class Measured:
     peak_bytes: int  # beyond what the process held before it made the model
     sent: dict[str, float]
     num_calls: dict[str, int]
-    sizes: tuple[int, int, int]  # parameters that are here, or shards of which are: towers, experts, all else
+    sizes: Sizes  # parameters that are here, or shards of which are, as `theory` takes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,9 +282,12 @@ def fill(model: nn.Module) -> None:
 def measure_layout(rank: int, port: int, size: Size, parallel: dict, num_steps: int, out: str) -> None:
     layout = place(parallel, port, rank)
     config = make_config(size)
-    num_packs, num_tokens = layout.degrees.pipeline, size.tokens_per_rank * layout.degrees.context
+    num_packs, num_tokens = layout.degrees.pipeline, size.tokens_per_rank * layout.degrees.sharers
+    sample_tokens = SAMPLE_TOKENS if layout.degrees.ring == 1 else num_tokens
     packs = [
-        make_pack(config, seed=num_packs * layout.data_rank + number, num_tokens=num_tokens)
+        make_pack(
+            config, seed=num_packs * layout.data_rank + number, num_tokens=num_tokens, sample_tokens=sample_tokens
+        )
         for number in range(num_packs)
     ]
     before = peak_memory_bytes(layout.device)
@@ -278,7 +319,13 @@ def measure_layout(rank: int, port: int, size: Size, parallel: dict, num_steps: 
         layout.barrier()
         seconds.append(time.perf_counter() - begin)
     peak = peak_memory_bytes(layout.device) - before
-    counts = {name: p.numel() for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    counts = {name: p.numel() // num_parts(p) for name, p in parameters.items()}
+    alike = sum(
+        p.numel()
+        for p in parameters.values()
+        if "tensor" in (p.device_mesh.mesh_dim_names or ()) and p.requires_grad and num_parts(p) == 1
+    )
     experts = sum(count for name, count in counts.items() if ".experts." in name)
     towers = sum(count for name, count in counts.items() if not name.startswith("text."))
     measured = Measured(
@@ -286,9 +333,18 @@ def measure_layout(rank: int, port: int, size: Size, parallel: dict, num_steps: 
         peak_bytes=peak,
         sent=dict(counter.sent),
         num_calls=dict(counter.num_calls),
-        sizes=(towers, experts, sum(counts.values()) - experts - towers),
+        sizes=(towers, experts, sum(counts.values()) - experts - towers, alike),
     )
     report(layout, measured, out)
+
+
+def num_parts(parameter: DTensor) -> int:
+    """Of how many tensor ranks each holds a part."""
+    mesh = parameter.device_mesh
+    if "tensor" not in (mesh.mesh_dim_names or ()):
+        return 1
+    axis = mesh.mesh_dim_names.index("tensor")
+    return mesh.size(axis) if parameter.placements[axis].is_shard() else 1
 
 
 def axes_of(layout: Layout) -> dict[str, str]:
@@ -299,8 +355,13 @@ def axes_of(layout: Layout) -> dict[str, str]:
             axes[layout.expert_fsdp.get_group("replicate").group_name] = "replicate"
     if layout.expert is not None:
         axes[layout.expert.get_group().group_name] = "expert"
-    if layout.context_group is not None:
-        axes[layout.context_group.group_name] = "context"
+    if layout.tensor is not None:
+        is_all = layout.degrees.tensor == layout.world_size
+        axes[layout.tensor.get_group().group_name] = "shard and tensor" if is_all else "tensor"
+    if layout.ulysses_group is not None:
+        axes[layout.ulysses_group.group_name] = "ulysses"
+    if layout.ring_group is not None:
+        axes[layout.ring_group.group_name] = "ring"
     for group in (layout.upward, layout.downward):
         if group is not None:
             axes[group.group_name] = "pipeline"
@@ -382,7 +443,7 @@ def layout_tables(size: Size, names: list[str], num_steps: int) -> list[str]:
         against = (f"{best / base[0]:.2f}", f"{peak / base[1]:.2f}") if base else ("", "")
         speed.append(f"| {name} | {rate:.0f} | {best:.0f} | {against[0]} | {peak:.0f} | {against[1]} |")
         print(speed[-1], flush=True)
-        sizes = tuple(sum(rank["sizes"][part] for rank in found) / WORLD for part in range(3))
+        sizes = tuple(sum(rank["sizes"][part] for rank in found) / WORLD for part in range(4))
         expected = theory(config, degrees, sizes, size.tokens_per_rank)
         for axis in sorted({axis for rank in found for axis in rank["sent"]} | set(expected)):
             sent = sum(rank["sent"].get(axis, 0.0) for rank in found) / WORLD

@@ -101,10 +101,11 @@ def _balance(costs: Sequence[float], first: float, last: float, num_stages: int)
         before.append(before[-1] + cost)
     before[-1] += last
     before[0] = 0.0
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] + [(float("inf"), ())] * len(costs)
+    nowhere: tuple[float, tuple[int, ...]] = (float("inf"), ())
+    best = [(0.0, nowhere[1])] + [nowhere] * len(costs)
     for stage in range(1, num_stages + 1):
         ends = range(stage, len(costs) + 1)
-        best = [(float("inf"), ())] * stage + [
+        best = [nowhere] * stage + [
             min(
                 (max(best[start][0], before[end] - before[start]), (*best[start][1], end - start))
                 for start in range(stage - 1, end)
@@ -261,7 +262,9 @@ class Pipeline:
         self.router_rows = tuple(i for i, is_routed in enumerate(plan.routed_layers) if is_routed)
         is_tied = any(len(group) > 1 for group in plan.groups)
         ends = {0: "embed", self.num_ranks - 1: "loss_head.head"}
-        self.tied = text.get_submodule(ends[self.rank]).weight if is_tied and self.rank in ends else None
+        self.tied = (
+            text.get_submodule(ends[self.rank]).get_parameter("weight") if is_tied and self.rank in ends else None
+        )
 
     @property
     def counted_elsewhere(self) -> tuple[nn.Parameter, ...]:
@@ -324,9 +327,9 @@ class Pipeline:
                 pending.left.backward(gradient)
         if stage > 0 and self.needs_gradient[stage]:
             assert pending.arrived is not None
-            gradient = pending.arrived.grad
-            assert gradient is not None, f"no gradient of the rows between stages {stage - 1} and {stage}"
-            mail.send(gradient, (stage - 1) % self.num_ranks)
+            handed_back = pending.arrived.grad
+            assert handed_back is not None, f"no gradient of the rows between stages {stage - 1} and {stage}"
+            mail.send(handed_back, (stage - 1) % self.num_ranks)
 
     def _expect(self, orders: Sequence[Sequence[Action]]) -> dict[int, list[Message]]:
         """What comes here from each rank, in the order in which it is sent."""

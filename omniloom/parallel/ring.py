@@ -139,14 +139,13 @@ class _Rounds:
         return received, work
 
 
-# One operation each: what backward need not compute again is found by its name.
-
-
-@torch.library.custom_op("omniloom::ring_attention", mutates_args=())
-def _ring_attention(
+def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Sequence[int], kernel: str, group_name: str
 ) -> tuple[Tensor, Tensor]:
-    """Returns the output [t, H, D] and the log of each softmax's denominator, float32 [t, H]."""
+    """q [t, H, D], k and v [t, Hkv, D] of this rank's two chunks; bounds of the whole pack, on device and host.
+
+    Returns the output [t, H, D] and the log of each softmax's denominator, float32 [t, H]. Collective over the group.
+    """
     chosen, rounds = cast(Kernel, kernel), _Rounds(bounds, group_of(group_name))
     part, log_sums = attend(chosen, q, k, v, rounds.local_bounds(cu_seqlens), rounds.rows)
     out, log_sums = part.float(), log_sums.contiguous()
@@ -157,8 +156,7 @@ def _ring_attention(
     return out.to(q.dtype), log_sums
 
 
-@torch.library.custom_op("omniloom::ring_attention_backward", mutates_args=())
-def _ring_attention_backward(
+def ring_attention_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -170,6 +168,7 @@ def _ring_attention_backward(
     kernel: str,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, shaped and typed like them. Collective over the group."""
     chosen, rounds = cast(Kernel, kernel), _Rounds(bounds, group_of(group_name))
     inputs = (grad, q, k, v, out, log_sums)
     own = attend_backward(chosen, *inputs, rounds.local_bounds(cu_seqlens), rounds.rows)
@@ -184,6 +183,11 @@ def _ring_attention_backward(
         rounds.return_gradients(source, away.to(k.dtype), pair)
     k_grad, v_grad = pair.to(k.dtype).chunk(2, dim=-1)
     return q_grad.to(q.dtype), k_grad.contiguous(), v_grad.contiguous()
+
+
+# one operation each: what backward need not compute again is found by its name
+torch.library.custom_op("omniloom::ring_attention", ring_attention, mutates_args=())
+torch.library.custom_op("omniloom::ring_attention_backward", ring_attention_backward, mutates_args=())
 
 
 class _RingAttention(torch.autograd.Function):

@@ -62,10 +62,18 @@ def test_the_busiest_stage_of_48_layers_and_a_vocabulary_of_150_thousand_is_near
     config = PUBLISHED["Qwen3-VL-30B-A3B"].config
     spec = find_spec(config)
     plan = spec.sharding(spec.read_config(config))
-    for ranks, stages in ((2, 1), (4, 1), (8, 1), (4, 2), (4, 3)):
+    head = plan.head_cost / plan.layer_costs[0]
+    for ranks, stages in ((2, 1), (4, 1), (8, 1), (4, 2), (4, 3), (8, 2)):
         degrees = Degrees(pipeline=ranks, stages_per_rank=stages)
         assert sum(split_layers(plan, degrees)) == 48
-        assert busiest_over_mean(plan, degrees) < 1.05, (ranks, stages)
+        # layers are whole: 8 ranks of 6 and a head of 2.4 have one too few, so one rank has 7, where 6.3 is the mean
+        bound = 7 / ((48 + head) / 8) + 1e-4 if ranks == 8 else 1.05
+        assert busiest_over_mean(plan, degrees) < bound, (ranks, stages)
+
+
+def test_a_rank_whose_last_stage_has_the_head_has_fewer_layers_in_its_others() -> None:
+    plan = plan_of(12, head_cost=20)
+    assert busiest_over_mean(plan, Degrees(pipeline=2, stages_per_rank=3)) == 1.0
 
 
 @pytest.mark.parametrize(("ranks", "stages", "packs"), [(2, 1, 2), (4, 1, 8), (4, 2, 8), (3, 3, 9), (4, 3, 16)])
