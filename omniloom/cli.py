@@ -249,8 +249,19 @@ def preview(
 
 
 @app.command()
-def plan(words: ConfigWords = None, steps: Annotated[int, typer.Option(help="how many steps")] = 10) -> None:
-    """Show the first steps' packs: tokens, fill, media, cost."""
+def plan(
+    words: ConfigWords = None,
+    steps: Annotated[int, typer.Option(help="how many steps")] = 10,
+    gpus: Annotated[int | None, typer.Option(min=1, help="rank the layouts on so many devices, instead")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB of each device, with --gpus")] = None,
+    nodes: Annotated[int | None, typer.Option(help="machines that they are in; else eight in each")] = None,
+) -> None:
+    """Show the first steps' packs; or with --gpus the layouts on machines that one does not have, by estimate."""
+    if gpus is not None:
+        from omniloom.tools.plan import show_layouts
+
+        show_layouts(words or [], gpus, memory, nodes)
+        return
     from omniloom.tools.preview import show_plan
 
     show_plan(words or [], steps)

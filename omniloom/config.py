@@ -242,6 +242,9 @@ class ContextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
+    layout: Annotated[
+        Literal["given", "auto"], "auto takes the degrees with the least estimated step time; `parallel: auto` says so"
+    ] = "given"
     replicate: Annotated[Count, "copies of the sharded model"] = 1
     shard: Annotated[Count | Literal["auto"], "ranks that share parameters; auto is all that are left"] = "auto"
     tensor: Annotated[Count, "ranks that divide each matrix"] = 1
@@ -528,7 +531,10 @@ def _unquote(item: str) -> str:
 
 def _checked(tree: dict[str, Any], where: str, faults: list[str]) -> Config:
     """The tree as a Config. Raises: ConfigError with `faults` and all that is wrong with the tree."""
-    config = _read_section(Config, {key: {} if value is None else value for key, value in tree.items()}, "", faults)
+    tree = {key: {} if value is None else value for key, value in tree.items()}
+    if tree.get("parallel") == "auto":
+        tree["parallel"] = {"layout": "auto"}
+    config = _read_section(Config, tree, "", faults)
     if not faults:
         faults += _contradictions(config)
     if faults:  # wrong names first, since they may be why others follow
@@ -711,6 +717,11 @@ def _contradictions(config: Config) -> list[str]:
         if of[0] is not None and of[1] is not None and of[0] > of[1]:
             faults.append(f"{low} ({of[0]:g}) is above {high} ({of[1]:g})")
     faults += _rule_contradictions(config.policy)
+    if config.parallel.layout == "auto":
+        chosen = ("replicate", "shard", "tensor", "context", "expert", "pipeline", "pipeline_layers")
+        given = [name for name in chosen if getattr(config.parallel, name) != getattr(ParallelConfig(), name)]
+        if given:
+            faults.append(f"parallel.layout: auto chooses parallel.{given[0]} itself; remove one of the two")
     parallel = config.parallel
     parts, chunks = parallel.ulysses * parallel.ring * parallel.tensor, 2 * parallel.ring if parallel.ring > 1 else 1
     shards = math.lcm(parts, chunks)

@@ -7,7 +7,7 @@ Knows modules by the names in the plan only. Runs before parameters have memory 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -27,12 +27,15 @@ from omniloom.sharding import ShardingPlan
 
 def match_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     """Names of the modules that match, in the model's order. `*` stands for one dot-separated part."""
-    wanted = [pattern.split(".") for pattern in patterns]
-    return [name for name, _ in model.named_modules() if any(_matches(name.split("."), want) for want in wanted)]
+    wanted = tuple(patterns)
+    return [name for name, _ in model.named_modules() if is_named(name, wanted)]
 
 
-def _matches(parts: list[str], pattern: list[str]) -> bool:
-    return len(parts) == len(pattern) and all(map(fnmatch.fnmatchcase, parts, pattern))
+def is_named(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a module's name matches one of the patterns."""
+    parts = name.split(".")
+    wanted = (pattern.split(".") for pattern in patterns)
+    return any(len(parts) == len(each) and all(map(fnmatch.fnmatchcase, parts, each)) for each in wanted)
 
 
 def shard_parameters(
@@ -130,19 +133,25 @@ def _wrap(
 
 
 def _choose_placement(num_shards: int, parameter: nn.Parameter) -> Shard:
-    """The first dim, or an inner dim that divides: where ranks would be left with nothing, and where another axis
-    divides the first, unless those are stacked experts that both axes divide evenly."""
-
     def cuts(dim: int) -> int:
         if not isinstance(parameter, DTensor):
             return 1
         axes = enumerate(parameter.placements)
         return prod(parameter.device_mesh.size(axis) for axis, placement in axes if placement.is_shard(dim))
 
-    even = [dim for dim in range(1, parameter.ndim) if parameter.shape[dim] % (cuts(dim) * num_shards) == 0]
-    is_uneven = parameter.shape[0] % (cuts(0) * num_shards) > 0
-    is_cut_twice = cuts(0) > 1 and (is_uneven or parameter.ndim == 2)
-    return Shard(even[0] if even and (is_cut_twice or (is_uneven and parameter.shape[0] < num_shards)) else 0)
+    return Shard(choose_dim(parameter.shape, [cuts(dim) for dim in range(parameter.ndim)], num_shards))
+
+
+def choose_dim(shape: Sequence[int], cuts: Sequence[int], num_shards: int) -> int:
+    """By which dim a parameter is sharded that other axes cut into so many parts along each of its dims.
+
+    The first, or an inner one that divides: where ranks would be left with nothing, and where another axis divides the
+    first, unless those are stacked experts that both axes divide evenly.
+    """
+    even = [dim for dim in range(1, len(shape)) if shape[dim] % (cuts[dim] * num_shards) == 0]
+    is_uneven = shape[0] % (cuts[0] * num_shards) > 0
+    is_cut_twice = cuts[0] > 1 and (is_uneven or len(shape) == 2)
+    return even[0] if even and (is_cut_twice or (is_uneven and shape[0] < num_shards)) else 0
 
 
 def _set_prefetch(blocks: list[FSDPModule], depth: int) -> None:

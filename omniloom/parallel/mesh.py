@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, cast
@@ -154,6 +155,7 @@ class Ranks:
     device: torch.device
     store: dist.Store  # type: ignore[name-defined]
     timeout: timedelta = timedelta(minutes=30)  # of collectives; groups made later do not inherit it
+    local_world_size: int = 1  # ranks of this machine
 
 
 def init_distributed(*, timeout_seconds: float = 1800.0, device: torch.device | None = None) -> Ranks:
@@ -176,7 +178,22 @@ def init_distributed(*, timeout_seconds: float = 1800.0, device: torch.device | 
         timeout=timeout,
         device_id=None if device.type == "cpu" else device,
     )
-    return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, device=device, store=store, timeout=timeout)
+    return Ranks(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=device,
+        store=store,
+        timeout=timeout,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
+
+
+def least_over_ranks(values: Sequence[int], ranks: Ranks) -> list[int]:
+    """The least of each value on any rank, so that all decide alike. Collective over all ranks."""
+    least = torch.tensor(values, dtype=torch.int64, device=ranks.device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return [int(value) for value in least.tolist()]
 
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:  # type: ignore[name-defined]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -160,8 +160,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            for key in ("momentum_buffer",) if parameter in self._cuts else ("exp_avg", "exp_avg_sq"):
-                dtype = self._kept_dtype(parameter, key)
+            for key in _keys(orthogonal=parameter in self._cuts):
+                dtype = _kept_dtype(self._states, parameter.ndim, parameter.dtype, key)
                 place: dict[str, Any] = (
                     {} if self._copies is None else {"device": "cpu", "pin_memory": self._copies.pins}
                 )
@@ -169,13 +169,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 if not dtype.is_floating_point:
                     state[key + SCALE] = torch.zeros_like(parameter[..., :1], dtype=torch.float32, requires_grad=False)
         return state
-
-    def _kept_dtype(self, parameter: Tensor, key: str) -> torch.dtype:
-        if self._states == "float32" or parameter.ndim < 2:
-            return parameter.dtype
-        if self._states == "bf16":
-            return torch.bfloat16
-        return torch.uint8 if key == "exp_avg_sq" else torch.int8
 
     def _fetch(self, batch: Batch) -> list[dict[str, Any]]:
         """The states of a batch's weights on this rank, those in host memory on their way to the device."""
@@ -216,6 +209,28 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _count(self, parameter: Tensor) -> int:
         """Which step of the weight this is, from 1."""
         return int(self.state[parameter]["step"].add_(1))
+
+
+def state_bytes(shape: Sequence[int], dtype: torch.dtype, states: OptimizerStates, *, orthogonal: bool) -> int:
+    """What the states of a weight, or of a rank's part of it, take; its count of steps aside."""
+    num_bytes = 0
+    for key in _keys(orthogonal=orthogonal):
+        kept = _kept_dtype(states, len(shape), dtype, key)
+        num_bytes += math.prod(shape) * kept.itemsize
+        num_bytes += 0 if kept.is_floating_point else 4 * math.prod(shape[:-1])
+    return num_bytes
+
+
+def _keys(*, orthogonal: bool) -> tuple[str, ...]:
+    return ("momentum_buffer",) if orthogonal else ("exp_avg", "exp_avg_sq")
+
+
+def _kept_dtype(states: OptimizerStates, num_dims: int, dtype: torch.dtype, key: str) -> torch.dtype:
+    if states == "float32" or num_dims < 2:
+        return dtype
+    if states == "bf16":
+        return torch.bfloat16
+    return torch.uint8 if key == "exp_avg_sq" else torch.int8
 
 
 # ---------------------------------------------------------------------------------------- states in fewer bits

@@ -41,7 +41,7 @@ def stage(batch: PackedBatch, device: torch.device, dtype: torch.dtype) -> Packe
     buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
     places = zip(starts, tensors, strict=False)
     staged = iter([_view(buffer, start, tensor).copy_(tensor) for start, tensor in places])
-    return _map_tensors(batch, lambda _: next(staged))
+    return map_tensors(batch, lambda _: next(staged))
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -51,7 +51,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     through unchanged.
     """
     if device.type == "cpu":
-        return _map_tensors(value, lambda tensor: tensor.to(device))
+        return map_tensors(value, lambda tensor: tensor.to(device))
     wanted: Counter[int] = Counter()
     for tensor in list_tensors(value):
         wanted[tensor.untyped_storage().data_ptr()] += tensor.nbytes
@@ -70,33 +70,34 @@ def to_device(value: Any, device: torch.device) -> Any:
             buffers[storage.data_ptr()] = buffer.to(device, non_blocking=True)
         return _view(buffers[storage.data_ptr()], int(tensor.storage_offset()) * tensor.itemsize, tensor)
 
-    return _map_tensors(value, move)
+    return map_tensors(value, move)
 
 
 def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
     return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same with every tensor changed, inside (nested) dataclasses, tuples and dicts; the rest as it is."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple):
-        return tuple(_map_tensors(item, change) for item in value)
+        return tuple(map_tensors(item, change) for item in value)
     if isinstance(value, dict):
-        return {key: _map_tensors(item, change) for key, item in value.items()}
+        return {key: map_tensors(item, change) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: _map_tensors(getattr(value, f.name), change) for f in dataclasses.fields(value)}
+        changed = {f.name: map_tensors(getattr(value, f.name), change) for f in dataclasses.fields(value)}
         return replace(value, **changed)
     return value
 
 
 def list_tensors(value: Any) -> list[Tensor]:
-    """Every tensor inside (nested) dataclasses, tuples and dicts, in the order of `_map_tensors`."""
+    """Every tensor inside (nested) dataclasses, tuples and dicts, in the order of `map_tensors`."""
     found: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
         found.append(tensor)
         return tensor
 
-    _map_tensors(value, keep)
+    map_tensors(value, keep)
     return found

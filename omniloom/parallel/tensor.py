@@ -96,11 +96,18 @@ def _divide_vocabulary(model: nn.Module, sharding: TensorSharding, group: dist.P
         )
 
 
+def divided_linears(plan: ShardingPlan, degree: int) -> list[tuple[tuple[str, ...], dict[str, int]]]:
+    """Patterns of the linears that so many ranks divide, and by which dim what of their parameters."""
+    sharding = plan.tensor
+    assert sharding is not None, "check_tensor was not asked"
+    key_values = () if plan.num_key_value_heads % degree else sharding.key_values
+    by_output = (*sharding.outputs, *key_values, sharding.embedding, sharding.head)
+    return [(by_output, BY_OUTPUT), (sharding.inputs, BY_INPUT)]
+
+
 def _divide_parameters(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, sharding: TensorSharding) -> None:
-    whole_key_values = plan.num_key_value_heads % mesh.size() > 0
-    by_output = (*sharding.outputs, *(() if whole_key_values else sharding.key_values))
-    dims = dict.fromkeys(match_modules(model, (*by_output, sharding.embedding, sharding.head)), BY_OUTPUT)
-    dims |= dict.fromkeys(match_modules(model, sharding.inputs), BY_INPUT)
+    linears = divided_linears(plan, mesh.size())
+    dims = {name: keys for patterns, keys in linears for name in match_modules(model, patterns)}
     experts = match_modules(model, plan.experts)
     divided: dict[int, nn.Parameter] = {}  # a tied weight stays one
     for name, module in model.get_submodule(sharding.root).named_modules(prefix=sharding.root):

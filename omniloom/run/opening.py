@@ -38,8 +38,8 @@ from omniloom.families.spec import TALKER_COMPONENTS, ModelSpec
 from omniloom.keymap import Assembly, KeyMap, Tied
 from omniloom.models.fusion import OmniModel
 from omniloom.ops.attention import use_flash3
-from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
-from omniloom.parallel.mesh import Degrees, Layout, resolve_degrees
+from omniloom.parallel.apply import apply_parallelism, materialize
+from omniloom.parallel.mesh import Layout
 from omniloom.parallel.optimizer import make_optimizer
 from omniloom.run.directory import finished_step
 from omniloom.training.lora import adapter_policies, choose_adapted, initial_lora_a, install_lora
@@ -250,14 +250,6 @@ def _wanted_modalities(config: Config, spec: ModelSpec) -> tuple[str, ...]:
     return tuple(name for name in spec.modalities if name == "text" or name in wanted)
 
 
-def choose_degrees(workshop: Workshop, world_size: int) -> Degrees:
-    """How `parallel` divides a run over so many ranks. Raises: ValueError where ranks, packs or model do not divide."""
-    config = workshop.config
-    degrees = resolve_degrees(config.parallel, world_size, packs_per_step=config.train.packs_per_step)
-    check_plan(workshop.spec.sharding(workshop.family), degrees)
-    return degrees
-
-
 def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str, ParameterPolicy]]:
     """The model in its layout, policy applied, memory allocated, weights undefined. Collective over all ranks."""
     config = workshop.config
@@ -268,7 +260,7 @@ def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str
     plan = workshop.spec.sharding(workshop.family)
     with torch.device("meta"):
         model = workshop.build()
-    policies = _apply_policy(workshop, model)
+    policies = apply_policy(workshop, model)
     apply_parallelism(
         model,
         layout,
@@ -282,7 +274,8 @@ def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str
     return model, policies
 
 
-def _apply_policy(workshop: Workshop, model: OmniModel) -> dict[str, ParameterPolicy]:
+def apply_policy(workshop: Workshop, model: OmniModel) -> dict[str, ParameterPolicy]:
+    """Freeze what does not train, in the dtype of compute. Returns the policy of each parameter."""
     policies = workshop.policies([name for name, _ in model.named_parameters()])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(policies[name].trainable)
@@ -301,7 +294,7 @@ def all_parameters(workshop: Workshop, model: OmniModel, layout: Layout) -> dict
         return own
     with torch.device("meta"):
         whole = workshop.build()
-    _apply_policy(workshop, whole)
+    apply_policy(workshop, whole)
     found, first = dict[str, nn.Parameter](), dict[int, str]()
     for name, parameter in whole.named_parameters(remove_duplicate=False):
         known = first.setdefault(id(parameter), name)

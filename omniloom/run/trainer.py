@@ -24,13 +24,14 @@ from omniloom.data.sources import Sources
 from omniloom.data.stream import BadSampleFile, LoadedStep
 from omniloom.exit_codes import LOST_RANK, STOPPED_EARLY
 from omniloom.ops.linear_map import keyed_seed
-from omniloom.parallel.device import collect_on_call, only_deterministic
+from omniloom.parallel.device import collect_on_call, only_deterministic, total_memory_bytes
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import (
     Layout,
     build_layout,
     close_distributed,
     init_distributed,
+    least_over_ranks,
     says_rank_is_gone,
 )
 from omniloom.parallel.pipeline import Pipeline
@@ -47,12 +48,14 @@ from omniloom.run.directory import (
     write_finished,
 )
 from omniloom.run.evaluation import Evaluation, EvaluationReport
-from omniloom.run.opening import Workshop, all_parameters, build_model, build_optimizer, choose_degrees
+from omniloom.run.layouts import choose_degrees
+from omniloom.run.opening import Workshop, all_parameters, build_model, build_optimizer
 from omniloom.run.optimizer_step import OptimizerStep
 from omniloom.run.records import RunRecords
 from omniloom.run.results import write_results
 from omniloom.run.rows import open_planner, open_rows, open_run, open_stream
 from omniloom.run.state import RunState
+from omniloom.run.step_time import Machine
 from omniloom.run.stopping import StopRequest, StopWanted, write_stopped
 from omniloom.training.flops import training_work
 from omniloom.training.metrics import StepFigures, StepMetrics
@@ -85,7 +88,15 @@ def run(
     workshop, train_rows, eval_rows = open_run(config)
     ranks = init_distributed(timeout_seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
     try:
-        layout = build_layout(choose_degrees(workshop, ranks.world_size), ranks)
+        sharing = ranks.local_world_size if ranks.device.type == "cpu" else 1
+        of_device = total_memory_bytes(ranks.device) // sharing
+        memory_bytes, devices = least_over_ranks((of_device, ranks.local_world_size), ranks)
+        degrees, why = choose_degrees(
+            workshop, ranks.world_size, memory_bytes=memory_bytes, machine=Machine(devices=devices)
+        )
+        layout = build_layout(degrees, ranks)
+        if layout.is_first and why:
+            print("\n".join(why))
         with hold_run_lock(run_dir, layout.channels["checkpoint"]):
             if not overwrite and (finished := find_finished(run_dir, config)) is not None:
                 if layout.is_first:

@@ -29,11 +29,14 @@ from omniloom.parallel.mesh import Degrees
 from omniloom.processors.grounding import relative_points
 from omniloom.run.description import describe_kernels
 from omniloom.run.directory import check_start, find_finished
-from omniloom.run.opening import Workshop, choose_degrees
+from omniloom.run.footprint import ModelSizes
+from omniloom.run.layouts import FREE_SHARE, choose_degrees
+from omniloom.run.opening import Workshop
 from omniloom.run.rows import OpenRows, describe_files, describe_template, open_planner, open_rows, open_run
+from omniloom.run.step_time import Machine
 from omniloom.tools.charts import duration, fmt, percent
 from omniloom.tools.report import reason_kind
-from omniloom.training.policy import TrainableRow, trainable_table
+from omniloom.training.policy import trainable_table
 from omniloom.training.schedule import describe_warmup
 from omniloom.types import BadSample, ClipGeometry, Conversation, Extent, StepPlan
 
@@ -166,26 +169,27 @@ def _print_model(workshop: Workshop, nproc: int | None) -> None:
     print(f"           attention {describe_kernels(workshop, device)}")
     degrees = None
     if nproc is not None:
-        degrees = choose_degrees(workshop, nproc)
+        machine = Machine(devices=nproc)
+        degrees, why = choose_degrees(workshop, nproc, memory_bytes=total_memory_bytes(device), machine=machine)
         warning = check_pack_counts(workshop.config.train.packs_per_step, degrees.replicate * degrees.shard)
         print(f"layout     {degrees.describe()}" + (f"; warning: {warning}" if warning else ""))
+        for line in why:
+            print(f"           {line}")
     elif workshop.config.parallel != ParallelConfig():
         print("layout     not checked: say --nproc N for so many ranks")
-    _print_memory(workshop, table, degrees, total_memory_bytes(device))
+    _print_memory(workshop, degrees, total_memory_bytes(device))
 
 
-def _print_memory(workshop: Workshop, table: Sequence[TrainableRow], degrees: Degrees | None, there: int) -> None:
-    """What weights and optimizer take for good; what activations add depends on packs and recomputation."""
-    sharing = 1 if degrees is None else degrees.shard * degrees.context
-    trainable = sum(row.num_trainable for row in table)
-    frozen = sum(row.num_parameters for row in table) - trainable
-    # what trains is float32, as are its gradient and AdamW's two moments
-    num_bytes = (16 * trainable + workshop.compute_dtype.itemsize * frozen) / sharing
+def _print_memory(workshop: Workshop, degrees: Degrees | None, there: int) -> None:
+    """What a device will hold by estimate, at the fullest moment of a step."""
+    found = ModelSizes(workshop).footprint(degrees or Degrees())
     where = "on one rank (--nproc N divides it)" if degrees is None else "on each rank"
-    print(f"memory     {fmt(num_bytes, 'bytes')} of weights, gradients and optimizer states {where}; activations "
-          f"come on top, the device has {fmt(there, 'bytes')}")  # fmt: skip
-    if num_bytes > there:
-        print("           warning: that does not fit; use more ranks, LoRA, or freeze components by policy")
+    fixed = found.parameters + found.gradients + found.states
+    print(f"memory     {fmt(fixed, 'bytes')} of weights, gradients and optimizer states {where}, about "
+          f"{fmt(found.total, 'bytes')} at the fullest moment; the device has {fmt(there, 'bytes')}")  # fmt: skip
+    if found.total > (1 - FREE_SHARE) * there:
+        print("           warning: that does not fit; use more ranks, recomputation, LoRA, or freeze components by "
+              "policy; omniloom plan --gpus N --memory GIB shows what would")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- rows

@@ -25,9 +25,9 @@ def parameter_groups(
             continue
         policy = policies[name]
         decay = policy.weight_decay if parameter.ndim > 1 else 0.0
-        is_matrix = ".layers." in name and parameter.ndim > 1 and not policy.component.endswith(".router")
         mesh = getattr(parameter, "device_mesh", None)  # set on DTensors only
-        key = (policy.learning_rate, decay, mesh, muon and is_matrix)
+        orthogonal = muon and is_orthogonal(name, parameter.ndim, policy)
+        key = (policy.learning_rate, decay, mesh, orthogonal)
         group = groups.setdefault(
             key,
             {
@@ -36,12 +36,17 @@ def parameter_groups(
                 "lr": policy.learning_rate,
                 "peak_learning_rate": policy.learning_rate,
                 "weight_decay": decay,
-                "orthogonal": muon and is_matrix,
+                "orthogonal": orthogonal,
             },
         )
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def is_orthogonal(name: str, num_dims: int, policy: ParameterPolicy) -> bool:
+    """Whether Muon, where it is asked for, steps this parameter: a matrix of a layer that is no router."""
+    return ".layers." in name and num_dims > 1 and not policy.component.endswith(".router")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:

@@ -35,6 +35,7 @@ from omniloom.parallel.mesh import (
     resolve_degrees,
 )
 from omniloom.parallel.pipeline import Pipeline
+from omniloom.parallel.shares import local_shape
 from omniloom.parallel.step import Objective, run_packs
 from omniloom.sharding import ShardingPlan
 from omniloom.training.lora import install_lora
@@ -229,6 +230,10 @@ def set_up(case: Case, parallel: ParallelConfig, memory: MemoryConfig, layouts: 
         freeze(model, case.frozen)
     apply_parallelism(model, layout, plan, parallel=parallel, memory=memory, compute_dtype=torch.float32)
     model.is_tied = case.dims.tie
+    for name, parameter in model.named_parameters():
+        name = "text.embed.weight" if case.dims.tie and name == "text.loss_head.head.weight" else name
+        local, whole = getattr(parameter, "to_local", lambda own=parameter: own)(), tuple(parameter.shape)
+        assert tuple(local.shape) == local_shape(name, whole, plan, layout.degrees, layout.rank), name
     if not case.holds_values:
         materialize(model, layout.device)
         load(model, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 import omniloom
 from omniloom.config import load_config
 from omniloom.data.sources import read_excludes
-from omniloom.run.opening import choose_degrees
+from omniloom.run.layouts import choose_degrees
 from omniloom.run.rows import describe_files, open_data, open_run
+from omniloom.run.step_time import Machine
 from omniloom.tools.check import check_config
 from omniloom.tools.preview import preview_rows, show_plan
 from omniloom.tools.tiny import make_tiny
@@ -88,7 +90,7 @@ def test_check_refuses_in_the_words_of_train(words, overrides, nproc, fault) -> 
 
     def train_on_ranks() -> None:  # as the trainer begins, before it waits for others
         workshop, _, _ = open_run(config)
-        choose_degrees(workshop, nproc or 1)
+        choose_degrees(workshop, nproc or 1, memory_bytes=math.inf, machine=Machine())
 
     said = []
     for call in (lambda: check_config([*words, *overrides], nproc=nproc), train_on_ranks):

@@ -1,0 +1,383 @@
+"""What a run takes of each device's memory, known before any device is at hand.
+
+Weights, gradients and optimizer states are counted exactly, from the shapes of a model on meta and the rules of its
+layout. What layers keep for backward is counted by running one layer of each kind, and the vision tower, on meta under
+autograd's hooks: whatever a layer is made of, the count is of the real thing. The rest is estimated: what is gathered,
+reduced and computed with at the fullest moment.
+
+A pack is taken to hold four samples of one length, half of it pictures, half with a loss (`Pack`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from omniloom.config import Config, MemoryConfig
+from omniloom.ops.cross_entropy import choose_chunk_tokens
+from omniloom.parallel.fsdp import is_named
+from omniloom.parallel.mesh import Degrees
+from omniloom.parallel.optimizer import state_bytes
+from omniloom.parallel.pipeline import layer_owners
+from omniloom.parallel.shares import local_shape, stages_of
+from omniloom.parallel.staging import list_tensors, map_tensors
+from omniloom.processors.tower_batches import vision_batch
+from omniloom.run.opening import Workshop, apply_policy
+from omniloom.sharding import ShardingPlan
+from omniloom.training.optimizer import is_orthogonal
+from omniloom.types import Segments, VisionClip
+
+COUNTED_TOKENS = 2048  # of a layer on meta: what is kept grows in proportion
+COUNTED_DTYPE = torch.bfloat16  # the only one whose grouped products run on meta
+COUNTED_SIDE = 64  # patches of a picture's side
+NUM_SAMPLES = 4  # of a pack
+REDUCED_BYTES = 4  # of an element of a gradient on its way: float32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)  # known by identity, which costs a cache nothing
+class Weight:
+    """A parameter, or the same one of several layers."""
+
+    name: str  # of the first
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trains: bool
+    orthogonal: bool  # stepped by Muon
+    layers: tuple[int, ...]  # which have one each; empty for what is in none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Bytes that autograd keeps of one layer for a token, weights and what all layers share left out."""
+
+    outside: float  # of tensor-parallel regions
+    inside: float
+    inputs: float  # of regions: rows that are gathered, where tensor ranks divide them
+    shared: float  # of these, what is kept outside as well, and so once where nothing is divided
+    row: float  # of the layer's input
+
+    def bytes_of(self, tokens: float, tensor: int) -> float:
+        """Of so many tokens for all tensor ranks together, on one of them."""
+        if tensor == 1:
+            return tokens * (self.outside + self.inside + self.inputs - self.shared)
+        return tokens * (self.outside / tensor + self.inside / tensor + self.inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of one device at the fullest moment, that of the fullest rank."""
+
+    parameters: float
+    gradients: float
+    states: float
+    activations: float  # what layers keep for backward, towers included
+    working: float  # what is gathered, reduced and computed with
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.states + self.activations + self.working
+
+
+class ModelSizes:
+    """A workshop's model as numbers, for any number of layouts."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self.workshop, self.config = workshop, workshop.config
+        self.plan: ShardingPlan = workshop.spec.sharding(workshop.family)
+        with torch.device("meta"):
+            self.model = workshop.build()
+        policies = apply_policy(workshop, self.model)
+        muon, groups = self.config.train.optimizer == "muon", dict[tuple[Any, ...], list[tuple[str, int | None]]]()
+        for name, parameter in self.model.named_parameters():
+            layer = layer_of(name, self.plan)
+            key = (
+                name if layer is None else name.replace(f".{layer}.", ".*.", 1),
+                *(tuple(parameter.shape), parameter.dtype, parameter.requires_grad),
+                muon and is_orthogonal(name, parameter.ndim, policies[name]),
+            )
+            groups.setdefault(key, []).append((name, layer))
+        self.weights = tuple(
+            Weight(
+                name=members[0][0],
+                shape=shape,
+                dtype=dtype,
+                trains=trains,
+                orthogonal=orthogonal,
+                layers=tuple(layer for _, layer in members if layer is not None),
+            )
+            for (_, shape, dtype, trains, orthogonal), members in groups.items()
+        )
+        self.local = lru_cache(maxsize=None)(self._local)
+        self.owners = lru_cache(maxsize=None)(partial(layer_owners, self.plan))
+
+    def num_parameters(self, *, trains: bool = False) -> int:
+        """Of the whole model, or what of it trains."""
+        chosen = (weight for weight in self.weights if weight.trains or not trains)
+        return sum(max(len(weight.layers), 1) * math.prod(weight.shape) for weight in chosen)
+
+    @cached_property
+    def kept(self) -> list[Kept]:
+        """Of each layer of the decoder."""
+        text, width, found = self.model.text, self.plan.hidden_size, dict[object, Kept]()
+        counted = []
+        for layer in text.layers.values():
+            layer.to(COUNTED_DTYPE)
+            kind = tuple((name, tuple(p.shape), p.requires_grad) for name, p in layer.named_parameters())
+            if kind not in found:
+                found[kind] = self._count_layer(layer, width)
+            counted.append(found[kind])
+        return counted
+
+    def kinds(self, layers: Iterable[int], memory: MemoryConfig) -> Counter[tuple[int, bool]]:
+        """How many of these layers are of one kind: the first such layer, and whether it is recomputed."""
+        how = self.recompute("text", memory)
+        return Counter(
+            (self.alike[layer], how != "none" and not (isinstance(how, int) and layer % how)) for layer in layers
+        )
+
+    @cached_property
+    def alike(self) -> list[int]:
+        """Of each layer of the decoder, the first that keeps and costs the same."""
+        first = dict[object, int]()
+        each = enumerate(zip(self.kept, self.plan.layer_costs, self.plan.routed_layers, strict=True))
+        return [first.setdefault(kind, layer) for layer, kind in each]
+
+    @cached_property
+    def tower_kept(self) -> float:
+        """Bytes that autograd keeps of the vision tower for a token, if it trains."""
+        tower, side = self.model.vision, COUNTED_SIDE
+        if tower is None:
+            return 0.0
+        rows = side**2 // self.plan.patches_per_row
+        patches = torch.empty(side**2, self.workshop.family.vision.patch_dim)
+        clip = VisionClip(patches=patches, grid_thw=(1, side, side), token_index=torch.arange(rows))
+        batch = map_tensors(vision_batch([clip], self.workshop.family.vision), lambda tensor: tensor.to("meta"))
+        tower.to(COUNTED_DTYPE)
+        found = count_kept(tower, (), lambda: tower(batch), apart=list_tensors(batch))
+        return self.wider * sum(found.values()) / rows
+
+    @property
+    def wider(self) -> float:
+        """How much wider than what was counted the dtype of compute is."""
+        return self.workshop.compute_dtype.itemsize / COUNTED_DTYPE.itemsize
+
+    @property
+    def tower_trains(self) -> bool:
+        return any(weight.trains and weight.name.startswith("vision.") for weight in self.weights)
+
+    def _count_layer(self, layer: nn.Module, width: int) -> Kept:
+        tokens, text = COUNTED_TOKENS, self.model.text
+        with torch.device("meta"):
+            hidden = torch.empty(tokens, width, dtype=COUNTED_DTYPE, requires_grad=True)
+            rotary = text.rotary(torch.empty(3, tokens, dtype=torch.int64))
+            bounds, padding = torch.empty(2, dtype=torch.int32), torch.empty(tokens, dtype=torch.bool)
+        segments = Segments(cu_seqlens=bounds, bounds=(0, tokens), max_length=tokens)
+        prefix = self.plan.blocks[-1].replace("*", "0")
+        regions = [] if self.plan.tensor is None else [
+            module for name, module in layer.named_modules(prefix=prefix)
+            if is_named(name, [pattern.replace("*", "0", 1) for pattern in self.plan.tensor.regions])
+        ]  # fmt: skip
+        found = count_kept(layer, regions, lambda: layer(hidden, rotary, segments, padding, None),
+                           apart=[*list_tensors(rotary), bounds, padding])  # fmt: skip
+        per_token = {where: self.wider * num_bytes / tokens for where, num_bytes in found.items()}
+        row = float(width * self.workshop.compute_dtype.itemsize)
+        return Kept(row=row, **per_token)
+
+    # ------------------------------------------------------------------------------------ by layout
+
+    def _local(self, weight: Weight, degrees: Degrees, stage: int) -> tuple[tuple[int, ...], int]:
+        """What the fullest rank of a stage holds of a weight in one layer, and in how many layers."""
+        first = stage * degrees.shard * degrees.sharers
+        count = max(len(weight.layers), 1)
+        if weight.layers and weight.name.startswith(f"{self.plan.roots[-1]}."):
+            count = sum(self.owners(degrees)[layer] == stage for layer in weight.layers)
+        elif stage not in stages_of(weight.name, self.plan, self.owners(degrees)):
+            count = 0
+        return local_shape(weight.name, weight.shape, self.plan, degrees, first), count
+
+    def footprint(self, degrees: Degrees, memory: MemoryConfig | None = None) -> Footprint:
+        """Of the fullest rank under these degrees; `memory` in place of the config's."""
+        memory = self.config.memory if memory is None else memory
+        stages = [self._of_stage(degrees, memory, stage) for stage in range(degrees.pipeline)]
+        return max(stages, key=lambda stage: stage.total)
+
+    def _of_stage(self, degrees: Degrees, memory: MemoryConfig, stage: int) -> Footprint:
+        parameters = gradients = states = largest_states = 0.0
+        train = self.config.train
+        for weight in self.weights:
+            shape, count = self.local(weight, degrees, stage)
+            num_bytes = count * math.prod(shape) * weight.dtype.itemsize
+            parameters += num_bytes
+            if weight.trains and count:
+                gradients += num_bytes
+                of_one = state_bytes(shape, weight.dtype, train.optimizer_states, orthogonal=weight.orthogonal)
+                states += count * of_one
+                largest_states = max(largest_states, of_one)
+        working = self._working(degrees, stage) + self._loss(degrees, memory, stage)
+        if self.config.parallel.cpu_offload:
+            parameters = gradients = states = 0.0
+        elif memory.offload_optimizer:
+            states = 2 * largest_states
+        kept, of_layer = self._activations(degrees, memory, stage)
+        return Footprint(
+            parameters=parameters, gradients=gradients, states=states, activations=kept, working=working + of_layer
+        )
+
+    def _activations(self, degrees: Degrees, memory: MemoryConfig, stage: int) -> tuple[float, float]:
+        """What waits for backward on a rank of a stage, and what one layer works with."""
+        tokens = self.config.data.pack_tokens / degrees.context
+        here = [layer for layer, owner in enumerate(self.owners(degrees)) if owner == stage]
+        kept = of_layer = 0.0
+        for (layer, again), count in self.kinds(here, memory).items():
+            whole = self.layer_bytes(layer, tokens, degrees)
+            kept += count * self._waiting(layer, tokens, degrees, memory, whole if not again else None)
+            of_layer = max(of_layer, whole)
+        packs = packs_of_rank(self.config, degrees)
+        kept *= min(packs, packs_in_flight(degrees, stage))
+        visual = self.config.data.pack_tokens / 2 / (degrees.sharers * degrees.pipeline)
+        if self.tower_trains and degrees.pipeline == 1:
+            depth = self.workshop.family.vision.depth
+            share = 1.0 if self.recompute("vision", memory) == "none" else 1.0 / depth
+            kept += self.tower_kept * visual * share
+        return kept, of_layer
+
+    def layer_bytes(self, layer: int, tokens: float, degrees: Degrees) -> float:
+        """What autograd keeps of a layer that is not recomputed."""
+        kept = self.kept[layer].bytes_of(tokens, degrees.tensor)
+        if degrees.expert > 1 and self.plan.routed_layers[layer]:
+            # rows as they arrive, and results as they come home, in place of the tokens that copies are taken from
+            copies = 2 * self.workshop.family.text.num_experts_per_tok - 1
+            kept += tokens / degrees.tensor * copies * self.kept[layer].row
+        return kept
+
+    def _waiting(self, layer: int, tokens: float, degrees: Degrees, memory: MemoryConfig, whole: float | None) -> float:
+        """What waits of a layer on the device for its backward: `whole`, or what is not recomputed."""
+        if whole is not None:
+            return 0.0 if memory.offload_activations else whole
+        text, own_tokens, routed = self.workshop.family.text, tokens / degrees.tensor, self.plan.routed_layers[layer]
+        saved = 0.0  # per token, and never moved to the host
+        if self.recompute("text", memory) == "selective":
+            element = self.workshop.compute_dtype.itemsize
+            saved = text.num_attention_heads * (text.head_dim * element + 4)
+            if routed:
+                saved += text.num_experts_per_tok * element * (2 * text.moe_intermediate_size + text.hidden_size)
+        moved = self.kept[layer].row + (8.0 * text.num_experts_per_tok if routed else 0.0)
+        return own_tokens * (saved + (0.0 if memory.offload_activations else moved))
+
+    def recompute(self, root: str, memory: MemoryConfig) -> Any:
+        rule = self.config.policy.get(root)
+        own = None if rule is None else rule.recompute
+        return memory.recompute if own is None else "full" if own else "none"
+
+    def _working(self, degrees: Degrees, stage: int) -> float:
+        """Gathered weights of the blocks at work and on their way, and the gradients that are being reduced."""
+        element, ahead = self.workshop.compute_dtype.itemsize, 1 + self.config.parallel.prefetch
+        blocks, trained = dict[str, float](), dict[str, float]()
+        inner, total = degrees.shard * degrees.sharers, 0.0
+        for weight in self.weights:
+            shape, count = self.local(weight, degrees, stage)
+            if not count:
+                continue
+            root = weight.name.split(".")[0]
+            routed = is_named(weight.name.rpartition(".")[0], self.plan.experts)
+            shards = inner // (degrees.expert if routed else degrees.tensor)
+            if root != self.plan.roots[-1]:
+                shards = inner * degrees.pipeline
+            size = min(math.prod(shape) * shards, math.prod(weight.shape))
+            block = ".".join(weight.name.split(".")[: 3 if weight.layers else 2])
+            blocks[block] = blocks.get(block, 0.0) + size * element
+            trained[block] = trained.get(block, 0.0) + weight.trains * size * (element + REDUCED_BYTES)
+            total += count * size * element
+        gathered = ahead * max(blocks.values()) if self.config.parallel.reshard_after_forward is not False else total
+        return gathered + max(trained.values())
+
+    def _loss(self, degrees: Degrees, memory: MemoryConfig, stage: int) -> float:
+        """Logits of a chunk, the rows that have a loss, and the head's gradient in float32."""
+        if stage < degrees.pipeline - 1:
+            return 0.0
+        text, element = self.workshop.family.text, self.workshop.compute_dtype.itemsize
+        vocab = math.ceil(text.vocab_size / degrees.tensor)
+        rows = self.config.data.pack_tokens / 2 / degrees.context
+        chunk = memory.loss_chunk_tokens
+        chunk = choose_chunk_tokens(vocab, "cuda") if chunk == "auto" else chunk
+        of_head = [weight for weight in self.weights if weight.name.startswith("text.loss_head.head.")] or [
+            weight for weight in self.weights if weight.name.startswith("text.embed.")
+        ]
+        trains = any(weight.trains for weight in of_head)
+        return (
+            min(chunk, rows) * vocab * (4.0 + element)
+            + 2 * rows * text.hidden_size * element
+            + trains * vocab * text.hidden_size * 4.0
+        )
+
+
+# ---------------------------------------------------------------------------------------- counting
+
+
+def count_kept(
+    module: nn.Module, regions: Iterable[nn.Module], call: Callable[[], object], *, apart: Iterable[Tensor]
+) -> dict[str, float]:
+    """Bytes of unique storages that autograd keeps of a call, weights of `module` and `apart` left out.
+
+    By where they are first kept: `outside` of regions, `inside`, among their `inputs`; `shared` are inputs that are
+    kept outside too.
+    """
+    left_out = {StorageWeakRef(tensor.untyped_storage()) for tensor in (*module.parameters(), *apart)}
+    found: dict[str, dict[StorageWeakRef, float]] = {"outside": {}, "inside": {}, "inputs": {}}
+    within, entered, alive = [False], set[StorageWeakRef](), list[object]()
+
+    def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        within[0] = True
+        entered.add(StorageWeakRef(inputs[0].untyped_storage()))
+
+    def leave(*_: object) -> None:
+        within[0] = False
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = StorageWeakRef(tensor.untyped_storage())
+        alive.append(tensor)  # so that no storage's place is given to another
+        if storage not in left_out:
+            where = "outside" if not within[0] else "inputs" if storage in entered else "inside"
+            found[where][storage] = float(tensor.untyped_storage().nbytes())
+        return tensor
+
+    hooks = [hook for region in regions
+             for hook in (region.register_forward_pre_hook(enter), region.register_forward_hook(leave))]  # fmt: skip
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            alive.append(call())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shared = sum(size for storage, size in found["inputs"].items() if storage in found["outside"])
+    return {"shared": shared, **{where: sum(sizes.values()) for where, sizes in found.items()}}
+
+
+def layer_of(name: str, plan: ShardingPlan) -> int | None:
+    """The layer of tower or decoder that a parameter is in."""
+    parts = name.split(".")
+    return int(parts[2]) if is_named(".".join(parts[:3]), plan.blocks) else None
+
+
+def packs_of_rank(config: Config, degrees: Degrees) -> int:
+    """Packs of a step on each data rank."""
+    return -(-config.train.packs_per_step // (degrees.replicate * degrees.shard))
+
+
+def packs_in_flight(degrees: Degrees, stage: int) -> float:
+    """Packs whose activations a rank of a stage keeps at once, as if it kept all its layers of each.
+
+    Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.
+    """
+    ahead = degrees.pipeline - stage
+    if degrees.stages_per_rank == 1:
+        return ahead
+    return ((degrees.stages_per_rank - 1) * degrees.pipeline + 2 * (ahead - 1) + 1) / degrees.stages_per_rank
