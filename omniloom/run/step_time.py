@@ -177,8 +177,10 @@ class Clock:
         element, rows = sizes.workshop.compute_dtype.itemsize, self.config.data.pack_tokens / degrees.sharers
         found = {}
         if (c := degrees.context) > 1:
-            heads = 2 * text.num_attention_heads + 2 * math.lcm(text.num_key_value_heads, c)
-            num_bytes = rows * heads * text.head_dim * element * (c - 1) / c
+            heads = 2 * text.num_attention_heads + 2 * math.lcm(text.num_key_value_heads, degrees.ulysses)
+            passed = 2 * text.num_key_value_heads * (degrees.ring - 1)  # keys and values go once around
+            swapped = heads * (degrees.ulysses - 1) / degrees.ulysses
+            num_bytes = rows * (swapped + passed) * text.head_dim * element
             found["context"] = num_bytes, num_bytes / self._speed(c, degrees.tensor)
         if (t := degrees.tensor) > 1:
             regions = 1 if sizes.plan.routed_layers[layer] else 2  # experts are not divided

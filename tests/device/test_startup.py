@@ -44,11 +44,23 @@ class Start:
 
 def start(workshop: Workshop, world_size: int, parallel: dict[str, int]) -> Start:
     config = load_config({"parallel": parallel, "train": {"packs_per_step": 512}, "data": {"window": WINDOW}})
-    plan, received = workshop.spec.sharding(workshop.family), []
+    plan, received, window = workshop.spec.sharding(workshop.family), list[int](), list[int]()
+    extent = Extent(num_tokens=900, num_loss_tokens=400, weight_sum=400.0, cost=1000, tower_cost=0)
 
     def exchange(value: Any) -> list[Any]:
-        received.append(world_size * len(pickle.dumps(value)))
-        return [value] * world_size
+        """What others measured is as many rows as are theirs, and the rest what this rank says."""
+        failure, own = value
+        values = [value] * world_size
+        if isinstance(own, list) and window:
+            num_rows = window.pop()
+            values = [(failure, [extent] * len(range(rank, num_rows, world_size))) for rank in range(world_size)]
+        received.append(sum(len(pickle.dumps(each)) for each in values))
+        return values
+
+    class Ranks(PlanningRanks):
+        def measure(self, rows: list[int], measure: Any) -> list[Any]:
+            window.append(len(rows))
+            return super().measure(rows, measure)
 
     with one_of(world_size, world_size - 1, torch.device("cpu")) as ranks:
         degrees = resolve_degrees(config.parallel, world_size, packs_per_step=512)
@@ -67,13 +79,12 @@ def start(workshop: Workshop, world_size: int, parallel: dict[str, int]) -> Star
         saving.set_up_planner(state, is_coordinator=False)
         metadata = world_size * len(pickle.dumps(saving.create_local_plan()))
         shard = sum(parameter.to_local().nbytes for parameter in model.parameters())
-    extent = Extent(num_tokens=900, num_loss_tokens=400, weight_sum=400.0, cost=1000, tower_cost=0)
     planner = Planner(
         rows_per_source=[100_000],
         config=config,
         measure=lambda rows: [extent] * len(rows),
         locate=lambda row: ("rows.json", row),
-        ranks=PlanningRanks(exchange=exchange, rank=world_size - 1, world_size=world_size),
+        ranks=Ranks(exchange=exchange, rank=world_size - 1, world_size=world_size),
     )
     assert planner.next_step() is not None
     planner.close()

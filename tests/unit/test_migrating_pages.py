@@ -13,7 +13,18 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 GUIDES = ROOT.parent / "shared/guides"  # of the replaced systems; not part of the project
 OF_SHELL = {"GPT_ARGS", "OUTPUT_ARGS", "SAVE_PATH"}  # variables that scripts put together themselves
-OF_OTHER_TOOLS = {"dcp-dir", "hf-dir", "dataset-root", "local-dir", "no-cache-dir", "recurse-submodules", "recursive"}
+OF_OTHER_TOOLS = {
+    "dcp-dir",
+    "hf-dir",
+    "load-dir",
+    "save-dir",
+    "model-assets-dir",
+    "dataset-root",
+    "local-dir",
+    "no-cache-dir",
+    "recurse-submodules",
+    "recursive",
+}
 PAGES = sorted(path.name for path in (DOCS / "migrating").glob("*.md"))
 SECTIONS = "model|data|train|policy|parallel|memory|checkpoint|log"
 

@@ -71,6 +71,23 @@ def test_what_transformers_saves_is_the_same_model_and_exports_in_its_own_layout
         assert torch.equal(tensor, here[name]), name
 
 
+@pytest.mark.parametrize("family", ["qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe"])
+def test_what_the_converters_of_the_guides_write_back_is_the_same_model(published, tmp_path, family):
+    """`dcp_to_hf` and `mm_to_hf`: published names, files cut in another way, no sizes, no header words."""
+    source, directory = published[family], tmp_path / "converted"
+    shutil.copytree(source, directory, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    tensors = list(tensors_of(source).items())
+    parts = {f"model-{part + 1:05}-of-00003.safetensors": dict(tensors[part::3]) for part in range(3)}
+    for name, part in parts.items():
+        save_file(part, directory / name)
+    weight_map = {key: name for name, part in parts.items() for key in part}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    before, after = (parameters_of(open_path(path)) for path in (source, directory))
+    assert before.keys() == after.keys()
+    for name, parameter in before.items():
+        assert torch.equal(parameter, after[name]), name
+
+
 def test_a_thinker_without_its_prefix_trains_on_fewer_layers(published, tmp_path):
     """As older versions of transformers saved it: names of the published thinker, less `thinker.`."""
     source, directory = published["qwen3_omni"], tmp_path / "thinker"
