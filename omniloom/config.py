@@ -117,6 +117,7 @@ class DataSource:
     weight: Annotated[Positive | None, "its share of the rows of an epoch, against those of the others"] = None
     repeat: Annotated[Positive, "how often an epoch goes through it, where there are no weights"] = 1.0
     loss_weight: Annotated[NotNegative, "multiplies the weights of its rows"] = 1.0
+    stream: Annotated[bool, "a name or folder for the package datasets, read in order as it comes"] = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -133,7 +134,7 @@ class DataConfig(ProcessorOptions):
     exclude: Annotated[str | None, "a file that names rows to leave out, as check --write-excludes writes it"] = None
     media_dir: Annotated[str | None, "where relative media paths start; null is the folder of each data file"] = None
     allow_outside_media_dir: Annotated[bool, "read media that lie outside the media folder"] = False
-    allow_urls: Annotated[bool, "fetch media from http and https"] = False
+    allow_urls: Annotated[bool, "fetch media from http and https, and rows from any URL or hub"] = False
     unplaced_media: Annotated[
         Literal["error", "front"], "clips without a placeholder; front puts them before the first question"
     ] = "error"
@@ -143,6 +144,7 @@ class DataConfig(ProcessorOptions):
     max_bad_fraction: Annotated[Share, "share of bad rows in a window beyond which the run stops"] = 0.05
     workers: Annotated[CountOrZero, "loader processes per rank"] = 2
     prefetch_packs: Annotated[Count, "packs loaded ahead"] = 4
+    stream_shards: Annotated[Count, "readers of a stream that has several files; ranks share them"] = 8
     shuffle: Annotated[bool, "draw rows in random order, by train.seed"] = True
     cache: Annotated[str | None, "a folder for decoded media, read by later epochs and runs; null keeps none"] = None
     cache_gigabytes: Annotated[Positive, "of data.cache at most; what was not used for longest goes first"] = 100.0

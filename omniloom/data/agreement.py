@@ -59,22 +59,26 @@ class PlanningRanks:
         self, rows: list[int], measure: Callable[[list[int]], list[Extent | BadSample]]
     ) -> list[Extent | BadSample]:
         """What `measure` says of all rows, in their order. Raises: what it raises here, RanksStopped on other ranks."""
-        own, fault = [], None
-        try:
-            own = measure(rows[self.rank :: self.world_size])
-        except (ValueError, OSError, RuntimeError) as error:
-            fault = error
-        failure = None if fault is None else f"could not measure its share of a window: {fault}"
-        try:
-            gathered = gather(self.exchange, own, failure=failure)
-        except RanksStopped as stopped:
-            raise fault or stopped from None
+        gathered = self.share(lambda: measure(rows[self.rank :: self.world_size]), "measure its share of a window")
         measured: list[Any] = [None] * len(rows)
         for rank, part in enumerate(gathered):
             measured[rank :: self.world_size] = part
         if self.world_size > 1:
             self._refuse_unlike_nodes([row for row in measured if isinstance(row, BadSample) and row.missing])
         return measured
+
+    def share(self, work: Callable[[], Any], what: str) -> list[Any]:
+        """What `work` gives on each rank, in rank order. Raises: what it raises here, RanksStopped on other ranks."""
+        own, fault = None, None
+        try:
+            own = work()
+        except (ValueError, OSError, RuntimeError) as error:
+            fault = error
+        failure = None if fault is None else f"could not {what}: {fault}"
+        try:
+            return gather(self.exchange, own, failure=failure)
+        except RanksStopped as stopped:
+            raise fault or stopped from None
 
     def _refuse_unlike_nodes(self, bad: Sequence[BadSample]) -> None:
         """Raises: ValueError on all ranks for a file that some nodes have and others lack: no fault of its row."""

@@ -22,6 +22,7 @@ from omniloom.data.agreement import PlanningRanks
 from omniloom.data.dataclass_json import from_json, to_json
 from omniloom.data.packing import pack_window, plan_steps
 from omniloom.data.row_order import PlanPosition, RowOrder
+from omniloom.data.spilled_rows import StreamFeed
 from omniloom.types import BadSample, Extent, PackPlan, PlannedSample, StepPlan
 
 Measure = Callable[[list[int]], list[Extent | BadSample]]
@@ -59,7 +60,9 @@ class Planner:
     `measure(rows)` gives one Extent or BadSample per row; `locate(row)` its file and line, for messages;
     `data_fingerprint` tells on resume whether the rows are still the same, `row_options` (JSON, by their names in the
     config, those at their defaults left out) whether they still become the same samples; `entries` what an epoch takes
-    of each source. All ranks must call `next_step` equally often: with `world_size > 1` each window costs two calls of
+    of each source; `feed` has the rows of streams on disk before they are measured.
+
+    All ranks must call `next_step` equally often: with `world_size > 1` each window costs two calls of
     `exchange` (three where a file is missing), made on a thread of the planner's own, one window ahead of need.
 
     Which rows come when is `row_order`'s, which samples share a pack `packing`'s, what ranks tell each other
@@ -74,6 +77,7 @@ class Planner:
         measure: Measure,
         locate: Callable[[int], tuple[str, int]],
         ranks: PlanningRanks | None = None,
+        feed: StreamFeed | None = None,
         data_fingerprint: str = "",
         row_options: Mapping[str, Any] | None = None,
         entries: Sequence[DataSource] = (),
@@ -85,6 +89,7 @@ class Planner:
         self._measure = measure
         self._locate = locate
         self._ranks = ranks or PlanningRanks()
+        self._feed = feed or None
         self._position = PlanPosition()
         self._steps: tuple[StepPlan, ...] = ()
         self._ahead: Future[tuple[tuple[StepPlan, ...], PlanPosition]] | None = None
@@ -136,6 +141,19 @@ class Planner:
             )
         self._position = from_json(PlanPosition, record["position"])
         self._steps = tuple(from_json(StepPlan, step) for step in record["steps"])
+        if (feed := self._feed) is not None:  # blocks that are not there, as in another directory, are read once more
+            planned = _planned_rows(self.state)
+            self._ranks.share(lambda: feed.spill(planned, ()), "read its streams")
+
+    def release(self, state: PlannerState) -> None:
+        """A checkpoint was written of this state: what no checkpoint needs of streams may go."""
+        if self._feed is not None:
+            self._feed.release(_planned_rows(state), state.position.cursors)
+
+    def stop_reading(self) -> None:
+        """Wait for no more rows of streams."""
+        if self._feed is not None:
+            self._feed.stop()
 
     @property
     def is_over(self) -> bool:
@@ -214,7 +232,7 @@ class Planner:
         return (), position
 
     def _plan_window(self, position: PlanPosition) -> tuple[tuple[StepPlan, ...], PlanPosition]:
-        rows, cursors = self.order.next_window(position)
+        rows, cursors, ended = self._next_rows(position)
         num_read = sum(cursors)
         samples, bad = self._measure_window(rows, position)
         bad_in_epoch = position.bad_in_epoch + len(bad)
@@ -226,9 +244,11 @@ class Planner:
             num_rows_in_epoch=num_read,
             window=position.window,
         )
-        ends_epoch = num_read == self.order.epoch_rows(position.epoch)
+        ends_epoch = ended or num_read == self.order.epoch_rows(position.epoch)
         # A part of an epoch that ends the run stays open: a resumption with more epochs goes on in its middle.
         closes_epoch = num_read == self.order.num_rows
+        if ended and not samples and not position.carried and not position.step:
+            raise PlanError(_describe_bad(bad, f"the streams ended after {bad_in_epoch} rows, none of use"), bad)
         if ends_epoch and bad_in_epoch == num_read:
             raise PlanError(_describe_bad(bad, f"none of the {num_read} rows of an epoch can be used"), bad)
         packs, carried = pack_window(
@@ -256,8 +276,19 @@ class Planner:
             bad_in_epoch=0 if closes_epoch else bad_in_epoch,
             carried=carried,
             unreported=() if steps else position.unreported + bad,
+            ended=ended,
         )
         return steps, after
+
+    def _next_rows(self, position: PlanPosition) -> tuple[list[int], tuple[int, ...], bool]:
+        """The rows of a window, the cursors after it, and whether every stream has ended."""
+        rows, cursors = self.order.next_window(position)
+        if (feed := self._feed) is None:
+            return rows, cursors, False
+        is_first = position.window == 0
+        spilled = self._ranks.share(lambda: feed.spill(rows, cursors, anew=is_first), "read its streams")
+        there, ended = feed.those_there(rows, cursors, spilled)
+        return there, cursors, ended
 
     def _measure_window(
         self, rows: list[int], position: PlanPosition
@@ -382,6 +413,12 @@ def plan_all(
         packs += step.packs
         bad += step.bad_rows
     return packs, (*bad, *planner.unreported_bad_rows)
+
+
+def _planned_rows(state: PlannerState) -> list[int]:
+    """Rows that are planned or carried."""
+    planned = (sample for step in state.steps for pack in step.packs for sample in pack.samples)
+    return [sample.row for sample in (*state.position.carried, *planned)]
 
 
 def _changes(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

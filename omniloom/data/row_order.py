@@ -21,6 +21,7 @@ from numpy import int32, int64
 from numpy.typing import NDArray
 
 from omniloom.config import Config, DataSource
+from omniloom.data.spilled_rows import STREAM_ROWS
 from omniloom.types import BadSample, PlannedSample
 
 _FIRST_WINDOWS = (8, 4, 2)  # divisors of the window size for the first windows of a run
@@ -39,6 +40,7 @@ class PlanPosition:
     bad_in_epoch: int = 0
     carried: tuple[PlannedSample, ...] = ()
     unreported: tuple[BadSample, ...] = ()  # found in windows that yielded no step to report them
+    ended: bool = False  # whether every stream is
 
     @property
     def num_read(self) -> int:
@@ -59,7 +61,9 @@ class RowOrder:
         self._config = config
         self._starts = [0, *accumulate(rows_per_source)]
         self._ends = list(accumulate(self.taken_per_source))
-        self._mixes = config.data.shuffle or any(entry.weight for entry in entries)
+        self._mixes = (
+            config.data.shuffle or any(entry.weight for entry in entries) or STREAM_ROWS in self.rows_per_source
+        )
         epochs = config.train.epochs or 1.0
         self.total_rows = None if config.train.steps is not None else round(epochs * self.num_rows)
         if self.total_rows == 0:
@@ -68,7 +72,7 @@ class RowOrder:
 
     def at_end(self, position: PlanPosition) -> bool:
         if self._config.train.steps is not None:
-            return position.step >= self._config.train.steps
+            return position.ended or position.step >= self._config.train.steps
         return position.num_read >= self.epoch_rows(position.epoch)
 
     def epoch_rows(self, epoch: int) -> int:
@@ -117,6 +121,8 @@ class RowOrder:
         size = self.rows_per_source[source]
         if not self._config.data.shuffle:
             return np.arange(begin, end) % size
+        if size == STREAM_ROWS:  # which has no later rows yet: mixed within the window
+            return begin + shuffled_rows(end - begin, self._config.train.seed, begin, source)
         found = []
         for number in range(begin // size, -(-end // size)):
             if self._orders.get(source, (None,))[0] != number:

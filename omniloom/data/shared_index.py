@@ -125,7 +125,7 @@ def hold_place(files: Sequence[str], how: Sequence[Any], scratch: str | None) ->
     """A path in the scratch folder for what is made of files once, and whether that is there: one process at a time."""
     stats = [(os.path.realpath(file), os.stat(file)) for file in files]
     key = [_VERSION, *how, *((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats)]
-    place = _scratch_folder(scratch) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    place = scratch_folder(scratch) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     is_settled = all(time.time() - stat.st_mtime >= _SETTLED_SECONDS for _, stat in stats)
     with open(f"{place}.lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first process of this machine makes it, the others wait
@@ -139,7 +139,7 @@ def write_file(path: Path, content: bytes) -> None:
     os.replace(unfinished, path)
 
 
-def _scratch_folder(scratch: str | None) -> Path:
+def scratch_folder(scratch: str | None) -> Path:
     """Raises: ValueError where it cannot be had."""
     folder = Path(scratch) if scratch is not None else Path(tempfile.gettempdir()) / f"omniloom-{os.getuid()}"
     try:

@@ -38,11 +38,7 @@ def find_files(path: str, part: str | None) -> SourceFiles:
     place = Path(path)
     if place.is_dir():
         return _of_folder(place, part)
-    if place.exists():
-        if not place.is_file():
-            raise ValueError(
-                f"{path} is a pipe or a device, expected a file, since rows are read in any order; save it first"
-            )
+    if place.is_file():
         return SourceFiles(files=(path,))
     if glob.has_magic(path):
         files = tuple(sorted(glob.glob(path, recursive=True)))

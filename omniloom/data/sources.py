@@ -7,10 +7,13 @@ planner's. A source holds no rows and no offsets: it is cheap to send to a worke
 
 from __future__ import annotations
 
+import atexit
 import bisect
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +24,10 @@ from typing import Protocol
 
 from omniloom.config import DataConfig, DataSource, as_source, options_of
 from omniloom.data.columnar import open_columns
+from omniloom.data.row_streams import is_stream, open_stream_of
+from omniloom.data.shared_index import scratch_folder
 from omniloom.data.source_files import find_files
+from omniloom.data.spilled_rows import StreamRows, save_stream
 from omniloom.data.tar_rows import open_tars
 from omniloom.data.text_rows import open_text
 from omniloom.types import Row, Source
@@ -58,6 +64,16 @@ class Sources:
             name = entry.name or Path(entry.path).name or entry.path
             found.append(name if name not in found else f"{name}.{len(found)}")
         return tuple(found)
+
+    @property
+    def described_size(self) -> str:
+        """How many rows there are, for the log."""
+        streams = [part for part in self.parts if isinstance(part, StreamRows)]
+        others = len(self) - sum(map(len, streams))
+        said = [f"{others:,} rows"] if others or not streams else []
+        if streams:
+            said.append(f"{len(streams)} stream{'s'[: len(streams) - 1]}")
+        return " and ".join(said)
 
     @property
     def fingerprint(self) -> str:
@@ -101,6 +117,10 @@ class Sources:
         named, parts = read_excludes(excludes), []
         for part, entry in zip(self.parts, self.entries, strict=True):
             rows = named.get(os.path.realpath(entry.path), [0])
+            if isinstance(part, StreamRows) and max(rows):
+                raise ValueError(
+                    f"data.exclude: {excludes} names rows of the stream {entry.path}; filter what it sends"
+                )
             if max(rows) > len(part):
                 reason = f"{excludes} names row {max(rows)} of {entry.path}, which has {len(part)}"
                 raise ValueError(f"data.exclude: {reason}; write it anew by omniloom check --write-excludes")
@@ -239,18 +259,35 @@ def read_excludes(path: str) -> dict[str, list[int]]:
 
 
 def open_sources(
-    entries: Sequence[str | DataSource], options: DataConfig | None = None, *, part: str | None = "train"
+    entries: Sequence[str | DataSource],
+    options: DataConfig | None = None,
+    *,
+    part: str | None = "train",
+    spill: Path | None = None,
 ) -> Sources:
     """Open data sets and chain their rows. `options` is the config's section, without which its defaults hold.
 
-    `part` is taken of directories that have several parts where the entry names none; None is none of them.
+    `part` is taken of directories that have several parts where the entry names none; None is none of them. Streams
+    are read as they are needed and kept in the folder `spill`; without it they are read whole, here and now.
     Raises: ValueError for what is missing, empty, broken or of no known kind.
     """
     if not entries:
         raise ValueError("no data files: expected at least one JSON, JSONL, Parquet or Arrow file, got an empty list")
     data = options or DataConfig()
     sources = [as_source(entry) for entry in entries]
-    return Sources([_open_set(source, options_of(data, source), part) for source in sources], sources)
+    parts = []
+    for number, source in enumerate(sources):
+        own = options_of(data, source)
+        if not is_stream(source):
+            parts.append(_open_set(source, own, part))
+        elif spill is not None:
+            parts.append(StreamRows(open_stream_of(source, own, part), spill / str(number)))
+        else:
+            stream = open_stream_of(source, replace(own, stream_shards=1), part)
+            folder = tempfile.mkdtemp(dir=scratch_folder(data.scratch))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            parts.append(save_stream(stream, Path(folder)))
+    return Sources(parts, sources)
 
 
 def _open_set(source: DataSource, data: DataConfig, part: str | None) -> Source:

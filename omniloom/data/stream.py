@@ -156,14 +156,20 @@ class StepStream:
             data_wait_seconds=waited,
         )
 
+    @property
+    def state(self) -> PlannerState:
+        """What follows the step that was yielded last."""
+        return self._state
+
     def state_dict(self) -> dict[str, Any]:
-        """What follows the step that was yielded last, as JSON; `Planner.load_state_dict` takes it."""
+        """The same as JSON; `Planner.load_state_dict` takes it."""
         return self._state.to_json()
 
     def close(self, *, failed: bool = False) -> None:
         """End thread and workers. All ranks call it; with `failed` none is waited for, since one may be gone."""
         self._ended = True
         self._stop.set()
+        self._planner.stop_reading()
         self._loader.close()
         deadline = time.monotonic() + (1.0 if failed else _JOIN_SECONDS)
         if self._thread is not None:
@@ -282,11 +288,15 @@ class _FailureBudget:
 
 
 class BadSampleFile:
-    """`bad_samples.jsonl`: one line per row and epoch, also over resumed runs. Written by rank 0 alone."""
+    """`bad_samples.jsonl`: one line per row and epoch, also over resumed runs. Written by rank 0 alone.
 
-    def __init__(self, path: str | Path, *, anew: bool = False) -> None:
+    `origin` gives data set and number of a row, as `data.exclude` takes them: this file can be given to it.
+    """
+
+    def __init__(self, path: str | Path, origin: Callable[[int], tuple[str, int]], *, anew: bool = False) -> None:
         self._path = Path(path)
-        self._known: set[tuple[str, int, int, int]] = set()
+        self._origin = origin
+        self._known: set[tuple[str, int, int]] = set()
         if anew:
             self._path.unlink(missing_ok=True)
         if not self._path.exists():
@@ -295,7 +305,7 @@ class BadSampleFile:
         for line in lines:
             try:
                 record = json.loads(line)
-                self._known.add((record["file"], record["line"], record["row"], record["epoch"]))
+                self._known.add((record["source"], record["row"], record["epoch"]))
             except (ValueError, KeyError, TypeError):  # not a line of ours
                 continue
         if rest:  # cut off by a kill; what is appended would become part of it, and its row will be found again
@@ -305,11 +315,12 @@ class BadSampleFile:
     def append(self, bad: tuple[BadSample, ...]) -> None:
         lines = []
         for row in bad:
-            key = (row.file, row.line, row.row, row.epoch)
+            key = (*self._origin(row.row), row.epoch)
             if key in self._known:
                 continue
             self._known.add(key)
-            record = {name: getattr(row, name) for name in ("file", "line", "row", "field", "reason", "epoch")}
+            record: dict[str, Any] = {"source": key[0], "row": key[1]}
+            record |= {name: getattr(row, name) for name in ("file", "line", "field", "reason", "epoch")}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         if lines:
             with self._path.open("a", encoding="utf-8") as handle:

@@ -152,15 +152,15 @@ def _unpack(path: str, compression: str, scratch: str | None) -> str:
     return str(place)
 
 
-def open_packed(path: str, compression: str) -> BinaryIO:
+def open_packed(file: str | BinaryIO, compression: str) -> BinaryIO:
     """A compressed file as a stream of its content."""
     if compression == "gzip":
         import gzip
 
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(file, "rb")  # type: ignore[return-value]
     import pyarrow
 
-    stream: BinaryIO = pyarrow.input_stream(path, compression=compression)
+    stream: BinaryIO = pyarrow.input_stream(file, compression=compression)
     return stream
 
 

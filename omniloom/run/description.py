@@ -26,7 +26,7 @@ def describe_run(workshop: Workshop, layout: Layout, model: OmniModel, rows: Sou
         f"model  {workshop.spec.name} on {layout.degrees.describe()} ({device.type}), attention "
         f"{describe_kernels(workshop, device)}",
         *(f"       {line}" for line in describe_slow_ways(workshop, model, device)),
-        f"data   {len(rows):,} rows, template {describe_template(workshop, rows)}",
+        f"data   {rows.described_size}, template {describe_template(workshop, rows)}",
         *(f"       {line}" for line in describe_files(rows, workshop.config)),
         *([warning] if warning is not None else []),
     ]

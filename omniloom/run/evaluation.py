@@ -90,12 +90,13 @@ class Evaluation:
         workshop: Workshop,
         layout: Layout,
         rows: Sources,
-        bad_samples: BadSampleFile | None,
+        bad_file: Path,
         stack: ExitStack,
     ) -> None:
         """Reads headers. Collective. Raises: ValueError where no row can be used."""
         config = workshop.config
-        self.layout, self.bad_samples = layout, bad_samples
+        self.layout = layout
+        self.bad_samples = BadSampleFile(bad_file, rows.origin) if layout.is_first else None
         self.own_metrics = load_metrics(config.train.eval_metrics)
         open_reader = open_rows(workshop, rows)
         self.loader = Loader(open_reader, workers=min(config.data.workers, 1))

@@ -26,7 +26,7 @@ from omniloom.run.stopping import STOPPED
 from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation, nominal_peak
 from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepFigures, StepMetrics
 from omniloom.training.policy import ParameterPolicy, table_lines, trainable_table
-from omniloom.types import TEXT, Source
+from omniloom.types import TEXT
 
 
 class RunRecords:
@@ -136,13 +136,17 @@ class RunRecords:
             "read (see bad_samples.jsonl), the others have no loss weight; the weights stay as they are"
         )
 
-    def not_finite(self, figures: StepFigures, loaded: LoadedStep, source: Source) -> str:
+    def not_finite(self, figures: StepFigures, loaded: LoadedStep, rows: Sources) -> str:
         """Write out which samples were in a step whose loss or gradient is not finite. Returns what to say of it."""
         step = loaded.plan.step + 1
         path = self.run_dir / f"nonfinite_step_{step:08d}.json"
         if self.layout.is_first:
             samples = [
-                {"row": sample.row, "epoch": sample.epoch, "source": "{}:{}".format(*source.locate(sample.row))}
+                {
+                    **dict(zip(("source", "row"), rows.origin(sample.row), strict=True)),
+                    "line": int(rows.locate(sample.row)[1]),
+                    "epoch": sample.epoch,
+                }
                 for pack in loaded.plan.packs
                 for sample in pack.samples
             ]

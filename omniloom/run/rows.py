@@ -17,9 +17,11 @@ from omniloom.data.media_decode import decode_clip
 from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import read_header
 from omniloom.data.planner import Measure, Planner
+from omniloom.data.row_streams import is_stream
 from omniloom.data.rows import RowReader, SourceReader
 from omniloom.data.sources import Sources, open_sources
 from omniloom.data.speech import with_codes
+from omniloom.data.spilled_rows import STREAM_ROWS, StreamFeed, StreamRows
 from omniloom.data.stream import BadSampleFile, StepStream
 from omniloom.families.registry import spec_named
 from omniloom.parallel.encoder_pool import EncoderPool, assign_clips
@@ -48,13 +50,15 @@ _OTHER_OPTIONS = frozenset(
     for name in (
         *("train", "eval", "split", "max_samples", "exclude", "pack_tokens", "window", "overlong", "max_bad_fraction"),
         *("shuffle", "media_dir", "allow_outside_media_dir", "allow_urls", "workers", "prefetch_packs"),
-        *("cache", "cache_gigabytes", "cache_dir", "scratch"),
+        *("cache", "cache_gigabytes", "cache_dir", "scratch", "stream_shards"),
     )
 )
 
 
-def open_run(config: Config) -> tuple[Workshop, Sources, Sources | None]:
+def open_run(config: Config, *, spill: Path | None = None) -> tuple[Workshop, Sources, Sources | None]:
     """What a run begins with: the checkpoint, and the rows to train and to evaluate on.
+
+    Streams are read as training goes on, and kept in the folder `spill`; without it they are read whole.
 
     Raises: ValueError for whatever is wrong with config, checkpoint or data and can be said without ranks.
     """
@@ -66,7 +70,9 @@ def open_run(config: Config) -> tuple[Workshop, Sources, Sources | None]:
         raise ValueError(
             f"checkpoint.export: false would leave nothing of this run, since {NO_ADAPTER}; set it to true"
         )
-    train_rows, eval_rows = open_data(config.data, config.train.seed)
+    if faults := _stream_faults(config):
+        raise ConfigError(faults, "the configuration")
+    train_rows, eval_rows = open_data(config.data, config.train.seed, spill=spill)
     load_metrics(config.train.eval_metrics)  # what is wrong with them is said now
     if faults := _evaluation_faults(config, has_rows=eval_rows is not None):
         raise ConfigError(faults, "the configuration")
@@ -89,12 +95,31 @@ def _evaluation_faults(config: Config, *, has_rows: bool) -> list[str]:
     return faults
 
 
-def open_data(config: DataConfig, seed: int) -> tuple[Sources, Sources | None]:
+def _stream_faults(config: Config) -> list[str]:
+    """What a run cannot do with rows whose number is not known, and that are read once."""
+    entries = [as_source(entry) for entry in config.data.train]
+    names = {number: entry.path for number, entry in enumerate(entries) if is_stream(entry)}
+    faults = [f"data.eval: {path} is a stream, which is read once; save it to a file"
+              for path in (entry.path for entry in map(as_source, config.data.eval) if is_stream(entry))]  # fmt: skip
+    if not names:
+        return faults
+    if config.train.steps is None:
+        first = next(iter(names.values()))
+        faults.append(f"train.steps: not set, and {first} is a stream whose length is not known; set it")
+    for number, path in names.items():
+        if options_of(config.data, entries[number]).split and not config.data.eval:
+            faults.append(f"data.split: nothing can be held out of the stream {path}; set it to 0 there, or data.eval")
+    if len(names) < len(entries) and not all(entry.weight for entry in entries):
+        faults.append("data.train: beside a stream, whose length is not known, every data set needs a weight")
+    return faults
+
+
+def open_data(config: DataConfig, seed: int, *, spill: Path | None = None) -> tuple[Sources, Sources | None]:
     """Training and evaluation rows. `split` holds out the same rows on every rank and on every resumption.
 
     Raises: ValueError for files that cannot be read and for a split that leaves nothing on one side.
     """
-    rows = open_sources(config.train, config)
+    rows = open_sources(config.train, config, spill=spill)
     eval_rows = open_sources(config.eval, config, part=None) if config.eval else None
     if config.exclude is not None:
         rows = rows.without(config.exclude)
@@ -115,6 +140,10 @@ def describe_files(source: Sources, config: Config) -> list[str]:
     lines = []
     for index in first_rows[:DESCRIBED_FILES]:
         file, _ = source.locate(index)
+        part = source.parts[source.find(index)[0]]
+        if isinstance(part, StreamRows) and len(part) == STREAM_ROWS:  # read when they are needed
+            lines.append(f"{part.stream.path}: a stream, {part.stream.num_readers} of its readers in turns")
+            continue
         try:
             options = options_of(config.data, source.entries[source.find(index)[0]])
             lines.append(f"{file}: {describe_format(source.read_row(index)[0], options)}")
@@ -262,6 +291,12 @@ def open_planner(workshop: Workshop, rows: Sources, measure: Measure, layout: La
         config=workshop.config,
         measure=measure,
         locate=rows.locate,
+        feed=StreamFeed(
+            rows.parts,
+            rank=0 if layout is None else layout.rank,
+            world_size=1 if layout is None else layout.world_size,
+            kept_checkpoints=workshop.config.checkpoint.keep,
+        ),
         data_fingerprint=rows.fingerprint,
         row_options=planned_options(workshop),
         entries=rows.entries,

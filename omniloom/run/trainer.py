@@ -85,7 +85,7 @@ def run(
     RunError for what stops a sound run: numbers that are not finite, a rank that is gone.
     """
     timeout_seconds, run_dir = config.train.step_timeout_seconds, Path(config.train.run_dir)
-    workshop, train_rows, eval_rows = open_run(config)
+    workshop, train_rows, eval_rows = open_run(config, spill=run_dir / "stream")
     ranks = init_distributed(timeout_seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
     try:
         sharing = ranks.local_world_size if ranks.device.type == "cpu" else 1
@@ -171,8 +171,8 @@ class Trainer:
         about = describe_run(workshop, layout, self.model, train_rows)
         stored = self._find_start(overwrite)
         bad_file = self.run_dir / "bad_samples.jsonl"
-        bad_samples = BadSampleFile(bad_file, anew=overwrite) if layout.is_first else None
-        self.evaluation = None if eval_rows is None else Evaluation(workshop, layout, eval_rows, bad_samples, stack)
+        bad_samples = BadSampleFile(bad_file, train_rows.origin, anew=overwrite) if layout.is_first else None
+        self.evaluation = None if eval_rows is None else Evaluation(workshop, layout, eval_rows, bad_file, stack)
         self.stream = stack.enter_context(open_stream(workshop, self.planner, loader, layout, self.pool, bad_samples))
         self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json")
         self._begin(stored, about, policies, overwrite)
@@ -254,6 +254,8 @@ class Trainer:
             self.watchdog.enter(step, "waiting for data")
         if self.best.is_exhausted:
             self.records.say(f"ended after step {step}: {self.best.name} was no better than after {self.best.kept[0]}")
+        elif (steps := self.config.train.steps) is not None and step < steps:
+            self.records.say(f"the streams of data.train ended at step {step}, before train.steps={steps}")
         warmup_steps = self.config.train.warmup_steps
         if self.config.train.steps is None and (warning := describe_warmup(warmup_steps, step)):
             self.records.say(warning)
@@ -335,6 +337,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         self.watchdog.enter(step, "checkpoint")
         self.state.save(step, self.stream.state_dict())
+        self.planner.release(self.stream.state)
 
     def _evaluate(self, step: int) -> EvaluationReport | None:
         """None where a rank was asked to stop meanwhile: what is measured by then is of no use."""

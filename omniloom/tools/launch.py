@@ -1,9 +1,10 @@
 """Ranks without torchrun: start those of this machine, pass signals on, end together, and say whose fault it was.
 
 Under torchrun (LOCAL_RANK is set), as a task of Slurm's that is a rank itself, or with one rank nothing is started and
-the verb runs here. A rank is `python -m omniloom.tools.launch VERB ...`; its standard input is a pipe from the
-launcher, so that it ends when the launcher dies in whatever way. Ranks of other machines are met at the store that rank
-0 keeps; that one of them is gone is noticed by the ranks themselves.
+the verb runs here. A rank is `python -m omniloom.tools.launch DESCRIPTOR VERB ...` and ends when the pipe at that
+descriptor does, since the launcher has died in whatever way; the first one has the launcher's standard input, which may
+be data. Ranks of other machines are met at the store that rank 0 keeps; that one of them is gone is noticed by the
+ranks themselves.
 """
 
 from __future__ import annotations
@@ -152,14 +153,16 @@ def _launch(arguments: list[str], job: Job) -> int:
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // job.count)), **os.environ}
     ranks: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes] | None] = []
+    lifeline, _ = os.pipe()  # whose other end goes with this process
     for local_rank in range(job.count):
         log = None if local_rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        command = [sys.executable, "-m", "omniloom.tools.launch", *arguments]
+        command = [sys.executable, "-m", "omniloom.tools.launch", str(lifeline), *arguments]
         ranks.append(
             subprocess.Popen(
                 command,
                 env={**environment, **job.environment(local_rank)},
-                stdin=subprocess.PIPE,
+                stdin=None if local_rank == 0 else subprocess.DEVNULL,
+                pass_fds=[lifeline],
                 stderr=log,
                 start_new_session=True,  # a terminal's Ctrl-C reaches ranks through here alone, and so once
             )
@@ -229,14 +232,14 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _end_with_launcher() -> None:
-    """The pipe on standard input reaches its end when the launcher is gone, however it went."""
-    os.read(0, 1)  # the bare descriptor: a buffered reader's lock would be in the way of an orderly exit
+def _end_with_launcher(lifeline: int) -> None:
+    """The pipe reaches its end when the launcher is gone, however it went."""
+    os.read(lifeline, 1)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    threading.Thread(target=_end_with_launcher, args=(int(sys.argv.pop(1)),), daemon=True).start()
     from omniloom.cli import main
 
     try:

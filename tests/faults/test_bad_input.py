@@ -320,6 +320,11 @@ def test_a_broken_line_costs_only_itself(work, capsys, monkeypatch) -> None:
     assert code == 0, text
     (listed,) = (work / "run" / "bad_samples.jsonl").read_text().splitlines()
     assert json.loads(listed)["line"] == 4
+    assert (json.loads(listed)["source"], json.loads(listed)["row"]) == (str(work / "rows.jsonl"), 4)
+    again = [f"data.exclude={work / 'run' / 'bad_samples.jsonl'}", f"train.run_dir={work / 'clean'}"]
+    code, text = omniloom(capsys, monkeypatch, *words, *again)
+    assert code == 0, text
+    assert not (work / "clean" / "bad_samples.jsonl").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_kept(work, capsys, monkeypatch) -> None:

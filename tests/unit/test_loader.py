@@ -167,6 +167,10 @@ def sample(row: int, rows: RowReader | None = None) -> PlannedSample:
     return PlannedSample(row=row, epoch=0, extent=extent, weight_scale=0.5)
 
 
+def origin_of(row: int) -> tuple[str, int]:
+    return "numbers", row + 1
+
+
 def make_stream(loader: Loader, *, state=None, bad_samples=None, **changes) -> StepStream:
     options = {"pack_tokens": PACK_TOKENS, "packs_per_step": 4, "window": 64, "max_bad_fraction": 0.5, **changes}
     planner = Planner(
@@ -380,7 +384,7 @@ def test_samples_that_fail_after_planning_keep_their_slots_as_padding(workers, i
     broken = (5, 40, 95)
     file = tmp_path / "bad_samples.jsonl"
     loader = Loader(partial(open_rows, broken=broken), workers=workers)
-    with make_stream(loader, epochs=1.0, bad_samples=BadSampleFile(file)) as stream:
+    with make_stream(loader, epochs=1.0, bad_samples=BadSampleFile(file, origin_of)) as stream:
         steps = list(stream)
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert sorted(record["line"] for record in records) == [row + 1 for row in broken]
@@ -467,7 +471,7 @@ def test_bad_rows_are_written_once_however_often_the_run_is_resumed(tmp_path):
     unreadable = (3, 77)
     for _ in range(2):
         loader = Loader(partial(open_rows, unreadable=unreadable), workers=0)
-        with make_stream(loader, epochs=2.0, bad_samples=BadSampleFile(file)) as stream:
+        with make_stream(loader, epochs=2.0, bad_samples=BadSampleFile(file, origin_of)) as stream:
             list(stream)
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert sorted((record["epoch"], record["line"]) for record in records) == [(0, 4), (0, 78), (1, 4), (1, 78)]
@@ -477,23 +481,23 @@ def test_bad_rows_of_an_array_on_one_line_are_all_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(Numbers, "locate", lambda self, row: ("numbers.json", 1))
     file = tmp_path / "bad_samples.jsonl"
     loader = Loader(partial(open_rows, unreadable=(3, 77), broken=(40,)), workers=0)
-    with make_stream(loader, epochs=1.0, bad_samples=BadSampleFile(file)) as stream:
+    with make_stream(loader, epochs=1.0, bad_samples=BadSampleFile(file, origin_of)) as stream:
         list(stream)
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    assert sorted((record["line"], record["row"]) for record in records) == [(1, 3), (1, 40), (1, 77)]
+    assert sorted((record["line"], record["row"]) for record in records) == [(1, 4), (1, 41), (1, 78)]
 
 
 def test_a_record_that_a_kill_cut_off_takes_no_other_with_it(tmp_path):
     file = tmp_path / "bad_samples.jsonl"
     bad = [BadSample(file="a", line=1, field="x", reason=reason, row=row) for row, reason in enumerate("\u2028bcd")]
-    BadSampleFile(file).append(tuple(bad[:2]))
+    BadSampleFile(file, origin_of).append(tuple(bad[:2]))
     whole = file.read_bytes()
     file.write_bytes(whole[:-9])
-    resumed = BadSampleFile(file)
+    resumed = BadSampleFile(file, origin_of)
     resumed.append((bad[0], bad[2]))
     resumed.append((bad[1], bad[3]))
     records = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-    assert [record["row"] for record in records] == [0, 2, 1, 3]
+    assert [record["row"] for record in records] == [1, 3, 2, 4]
     assert [record["reason"] for record in records] == ["\u2028", "c", "b", "d"]
 
 
@@ -501,7 +505,7 @@ def test_bad_rows_that_stop_the_run_are_written_before_it_ends(tmp_path):
     file = tmp_path / "bad_samples.jsonl"
     loader = Loader(partial(open_rows, unreadable=tuple(range(0, 120, 3))), workers=0)
     with (
-        make_stream(loader, max_bad_fraction=0.1, bad_samples=BadSampleFile(file)) as stream,
+        make_stream(loader, max_bad_fraction=0.1, bad_samples=BadSampleFile(file, origin_of)) as stream,
         pytest.raises(PlanError),
     ):
         next(stream)

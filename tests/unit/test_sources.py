@@ -286,12 +286,6 @@ def test_folders_and_patterns_are_one_data_set(tmp_path):
         open_sources((str(tmp_path),))
 
 
-def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "rows.jsonl")
-    with pytest.raises(ValueError, match="is a pipe or a device, expected a file"):
-        open_sources((str(tmp_path / "rows.jsonl"),))
-
-
 def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"a": 1}')
     with pytest.raises(ValueError, match=r"no such data file: .*train.json; did you mean .*train\.jsonl"):
