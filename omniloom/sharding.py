@@ -29,6 +29,8 @@ class TensorSharding:
     widths: tuple[tuple[str, int], ...]  # sizes that must divide, with their names in config.json
     vocab_size: int
     has_output_bias: bool = False  # of one of `inputs`
+    # modules whose outputs are several parts of these widths, each divided by itself; their parameters are held whole
+    parted_outputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +46,12 @@ class ShardingPlan:
     expert_products: tuple[str, ...] = ()  # parameter-free: (rows, stacked weights..., offsets)
     router_counts: tuple[str, ...] = ()  # parameter-free: reduces a pack's expert counts over who shares the pack
     attention_cores: tuple[str, ...] = ()  # parameter-free: (q, k, v, segments, norms), decoder only
+    recurrences: tuple[str, ...] = ()  # parameter-free: (channels, weight, decay, beta, segments), as `DeltaRuleCore`
+    wide: tuple[str, ...] = ()  # modules whose parameters are computed with in float32, whatever the others are
     tensor: TensorSharding | None = None  # None: this family's decoder is not divided
     num_attention_heads: int = 1
     num_key_value_heads: int = 1
+    num_recurrent_heads: int = 0  # of keys, in layers with a recurrence
     num_experts: int = 0
     num_talker_experts: int = 0  # 0: no talker is built
     # forward cost of a typical sample, in any unit: of each layer of the decoder, of its embedding and of its head

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from omniloom.dims import AudioTowerConfig, VisionTowerConfig
-from omniloom.families.decoder import DecoderConfig
+from omniloom.families.decoder import DecoderConfig, DeltaRuleConfig
 from omniloom.models.layers import ACTIVATIONS
 from omniloom.processors.speech import SpeechTokens
 
@@ -137,9 +137,8 @@ def all_demands(config: FamilyConfig) -> dict[str, bool]:
         ),
         f"text_config: num_attention_heads {text.num_attention_heads} divides by num_key_value_heads "
         f"{text.num_key_value_heads}": text.num_attention_heads % text.num_key_value_heads == 0,
-        f"text_config: mrope_section {list(text.mrope_section)} adds up to head_dim / 2 = {text.head_dim / 2:g}": (
-            len(text.mrope_section) == 3 and 2 * sum(text.mrope_section) == text.head_dim
-        ),
+        f"text_config: mrope_section {list(text.mrope_section)} adds up to half of a head's turned dims, which are "
+        f"{text.rotary_dim}": len(text.mrope_section) == 3 and 2 * sum(text.mrope_section) == text.rotary_dim,
         f"text_config: num_experts_per_tok {text.num_experts_per_tok} is at most num_experts {text.num_experts}": (
             text.num_experts_per_tok <= text.num_experts
         ),
@@ -171,8 +170,8 @@ def _audio_demands(audio: AudioTowerConfig) -> dict[str, bool]:
 # ---------------------------------------------------------------------------------------- vision
 
 
-def read_vision(parent: ConfigSection) -> VisionTowerConfig:
-    """A tower with learned positions and deepstack (Qwen3-VL, Qwen3-Omni)."""
+def read_vision(parent: ConfigSection, *, deepstack: bool = True) -> VisionTowerConfig:
+    """A tower with learned positions (Qwen3-VL, Qwen3-Omni, Qwen3.5, the last without deepstack)."""
     section = parent.section("vision_config")
     # Qwen published for Qwen3-Omni the side of the image that the learned positions cover instead
     side, patch = section.field("image_size", default=0), section.field("patch_size")
@@ -182,6 +181,7 @@ def read_vision(parent: ConfigSection) -> VisionTowerConfig:
         in_channels=section.field("in_channels", "in_chans"),
         num_position_embeddings=section.field("num_position_embeddings", default=covered),
         rope_theta=_vision_rope_theta(section),
+        **({} if deepstack else {"deepstack_visual_indexes": ()}),
     )
 
 
@@ -211,12 +211,18 @@ def _vision_rope_theta(section: ConfigSection) -> float:
 
 
 def read_decoder(
-    parent: ConfigSection, *, has_experts: bool = False, qwen2_5: bool = False, flat: bool = False
+    parent: ConfigSection,
+    *,
+    has_experts: bool = False,
+    qwen2_5: bool = False,
+    flat: bool = False,
+    hybrid: bool = False,
 ) -> DecoderConfig:
     """The decoder, with multimodal rotary positions.
 
     `parent` holds text_config and says whether the embeddings are tied; with `flat` it may hold the decoder's fields
-    itself. Decoders of `qwen2_5` have no norms of queries and keys, biases of their own, and positions by blocks.
+    itself. Decoders of `qwen2_5` have no norms of queries and keys, biases of their own, and positions by blocks;
+    `hybrid` ones have layers with a gated delta rule among those with attention (Qwen3.5).
     Raises: ValueError for a rope_type that is not computed here.
     """
     text = parent if flat and "text_config" not in parent.values else parent.section("text_config")
@@ -245,7 +251,35 @@ def read_decoder(
         mrope_order="blocks" if qwen2_5 else "interleaved",
         tie_word_embeddings=any(section.field("tie_word_embeddings", kind=bool, default=False) for section in tied),
         **(_expert_fields(text) if has_experts else {}),
+        **(_hybrid_fields(text, rope, has_experts=has_experts) if hybrid else {}),
     )
+
+
+def _hybrid_fields(text: ConfigSection, rope: ConfigSection, *, has_experts: bool) -> dict[str, Any]:
+    num_layers, interval = text.field("num_hidden_layers"), text.field("full_attention_interval", default=4)
+    kinds = text.values.get("layer_types") or [
+        "full_attention" if (layer + 1) % interval == 0 else "linear_attention" for layer in range(num_layers)
+    ]
+    dims, known = text.record(DeltaRuleConfig), {"linear_attention", "full_attention"}
+    text.demands[f"{text.path}layer_types has {num_layers} of {', '.join(sorted(known))}"] = (
+        len(kinds) == num_layers and set(kinds) <= known
+    )
+    text.demands[
+        f"{text.path}linear_num_value_heads {dims.linear_num_value_heads} divides by linear_num_key_heads "
+        f"{dims.linear_num_key_heads}"
+    ] = dims.linear_num_key_heads > 0 and dims.linear_num_value_heads % dims.linear_num_key_heads == 0
+    where = text if rope.values.get("partial_rotary_factor") is None else rope
+    fields: dict[str, Any] = {
+        "partial_rotary_factor": float(where.field("partial_rotary_factor", default=0.25)),
+        "zero_centred_norms": True,
+        "output_gate": True,
+        "delta_rule": dims,
+        "delta_layers": tuple(layer for layer, kind in enumerate(kinds) if kind == "linear_attention"),
+    }
+    if has_experts:  # in every layer, so that there is no other width
+        fields["shared_expert_intermediate_size"] = text.field("shared_expert_intermediate_size")
+        fields["intermediate_size"] = 0
+    return fields
 
 
 def _expert_fields(text: ConfigSection) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.families.decoder import DecoderConfig
+from omniloom.ops.delta_rule import CHUNK
 from omniloom.types import ClipGeometry
 
 PREDICTED_CODES = 15  # of a frame beside its first, as published
@@ -55,13 +56,35 @@ def decoder_flops(config: DecoderConfig, num_tokens: int, num_loss_tokens: int) 
 def layer_flops(config: DecoderConfig, layer: int, num_tokens: int) -> int:
     """One sample through one layer."""
     hidden = config.hidden_size
-    q_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = 2 * num_tokens * hidden * (2 * q_width + 2 * kv_width) + 2 * num_tokens**2 * q_width  # causal: half
+    mixing = (
+        delta_rule_flops(config, num_tokens) if layer in config.delta_layers else attention_flops(config, num_tokens)
+    )
     if not config.is_moe(layer):
-        return attention + 2 * num_tokens * 3 * hidden * config.intermediate_size
+        return mixing + 2 * num_tokens * 3 * hidden * config.intermediate_size
     widths = config.moe_intermediate_size * config.num_experts_per_tok + config.shared_expert_intermediate_size
     experts = 3 * widths + config.num_experts  # and the router
-    return attention + 2 * num_tokens * hidden * experts
+    return mixing + 2 * num_tokens * hidden * experts
+
+
+def attention_flops(config: DecoderConfig, num_tokens: int) -> int:
+    """One sample through attention and its projections."""
+    q_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    projected = (2 + config.output_gate) * q_width + 2 * kv_width
+    return 2 * num_tokens * config.hidden_size * projected + 2 * num_tokens**2 * q_width  # causal: half
+
+
+def delta_rule_flops(config: DecoderConfig, num_tokens: int) -> int:
+    """One sample through a gated delta rule, as `ops.delta_rule` computes it by chunks, and its projections.
+
+    Per token and head: products with a chunk's keys and values, half of them in the triangular system, and three with
+    the state, which is read for the correction and for the output, and written.
+    """
+    dims = config.delta_rule
+    assert dims is not None, "layers with a delta rule have dims"
+    heads, keys, values = dims.linear_num_value_heads, dims.linear_key_head_dim, dims.linear_value_head_dim
+    projected = 2 * dims.key_width + 3 * dims.value_width + 2 * heads  # q, k; v, its gate, the output; decay and beta
+    in_chunk = CHUNK * (2 * keys + values) + CHUNK * (keys + values) // 2
+    return 2 * num_tokens * (config.hidden_size * projected + heads * (in_chunk + 3 * keys * values))
 
 
 def vision_flops(config: VisionTowerConfig, grid_thw: tuple[int, int, int]) -> int:

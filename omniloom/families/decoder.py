@@ -12,10 +12,30 @@ from functools import partial
 from torch import nn
 
 from omniloom.models.decoder import Decoder, DecoderLayer, LossHead
+from omniloom.models.delta_rule import GatedDeltaRule
 from omniloom.models.layers import Attention, GatedMLP
 from omniloom.models.moe import MoE, SharedExpert
 from omniloom.ops.rotary import SectionOrder, multimodal_rotary
 from omniloom.types import Kernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaRuleConfig:
+    """Dims of layers with a gated delta rule in the place of attention, named as in Hugging Face configs."""
+
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+
+    @property
+    def key_width(self) -> int:
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_width(self) -> int:
+        return self.linear_num_value_heads * self.linear_value_head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +63,16 @@ class DecoderConfig:
     norm_topk_prob: bool = True
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
-    shared_expert_intermediate_size: int = 0  # 0: no expert that every token takes
+    shared_expert_intermediate_size: int = 0  # of an expert that every token takes beside its own; 0: there is none
+    partial_rotary_factor: float = 1.0  # of a head's dims, the first ones
+    zero_centred_norms: bool = False
+    output_gate: bool = False  # of attention
+    delta_rule: DeltaRuleConfig | None = None
+    delta_layers: tuple[int, ...] = ()
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.partial_rotary_factor)
 
     def is_moe(self, layer: int) -> bool:
         sparse = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
@@ -55,17 +84,7 @@ class DecoderConfig:
 
 
 def make_layer(config: DecoderConfig, index: int, kernel: Kernel) -> DecoderLayer:
-    """Grouped-query attention, then a feed-forward or experts."""
-    attention = Attention(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        biases=config.attention_biases,
-        qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
-        causal=True,
-        kernel=kernel,
-    )
+    """Grouped-query attention or a gated delta rule, then a feed-forward or experts."""
     mlp = moe = None
     if config.is_moe(index):
         moe = MoE(
@@ -90,7 +109,41 @@ def make_layer(config: DecoderConfig, index: int, kernel: Kernel) -> DecoderLaye
             activation=config.hidden_act,
         )
     return DecoderLayer(
-        hidden_size=config.hidden_size, norm_eps=config.rms_norm_eps, attention=attention, mlp=mlp, moe=moe
+        hidden_size=config.hidden_size,
+        norm_eps=config.rms_norm_eps,
+        attention=_make_delta_rule(config) if index in config.delta_layers else _make_attention(config, kernel),
+        mlp=mlp,
+        moe=moe,
+        zero_centred_norms=config.zero_centred_norms,
+    )
+
+
+def _make_attention(config: DecoderConfig, kernel: Kernel) -> Attention:
+    return Attention(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        biases=config.attention_biases,
+        qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
+        causal=True,
+        kernel=kernel,
+        zero_centred_norms=config.zero_centred_norms,
+        output_gate=config.output_gate,
+    )
+
+
+def _make_delta_rule(config: DecoderConfig) -> GatedDeltaRule:
+    dims = config.delta_rule
+    assert dims is not None, "layers with a delta rule have dims"
+    return GatedDeltaRule(
+        hidden_size=config.hidden_size,
+        num_key_heads=dims.linear_num_key_heads,
+        num_value_heads=dims.linear_num_value_heads,
+        key_head_dim=dims.linear_key_head_dim,
+        value_head_dim=dims.linear_value_head_dim,
+        convolution_width=dims.linear_conv_kernel_dim,
+        norm_eps=config.rms_norm_eps,
     )
 
 
@@ -109,6 +162,7 @@ def make_decoder(
         hidden_size=config.hidden_size,
         norm_eps=config.rms_norm_eps,
         chunk_tokens=loss_chunk_tokens,
+        zero_centred_norms=config.zero_centred_norms,
     )
     if config.tie_word_embeddings:
         loss_head.head.weight = embed.weight
@@ -117,7 +171,7 @@ def make_decoder(
         speech_layer=speech_layer,
         rotary=partial(
             multimodal_rotary,
-            head_dim=config.head_dim,
+            head_dim=config.rotary_dim,
             theta=config.rope_theta,
             sections=config.mrope_section,
             order=config.mrope_order,

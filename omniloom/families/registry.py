@@ -8,13 +8,15 @@ from typing import Any
 from omniloom.families.config_fields import THINKER_SUFFIX
 from omniloom.families.qwen2_5_omni.spec import SPEC as QWEN2_5_OMNI
 from omniloom.families.qwen2_5_vl.spec import SPEC as QWEN2_5_VL
+from omniloom.families.qwen3_5.spec import SPEC as QWEN3_5
+from omniloom.families.qwen3_5_moe.spec import SPEC as QWEN3_5_MOE
 from omniloom.families.qwen3_omni.spec import SPEC as QWEN3_OMNI
 from omniloom.families.qwen3_vl.spec import SPEC as QWEN3_VL
 from omniloom.families.qwen3_vl_moe.spec import SPEC as QWEN3_VL_MOE
 from omniloom.families.spec import ModelSpec
 from omniloom.types import suggest
 
-SPECS: tuple[ModelSpec, ...] = (QWEN3_OMNI, QWEN2_5_OMNI, QWEN3_VL, QWEN3_VL_MOE, QWEN2_5_VL)
+SPECS: tuple[ModelSpec, ...] = (QWEN3_OMNI, QWEN2_5_OMNI, QWEN3_VL, QWEN3_VL_MOE, QWEN2_5_VL, QWEN3_5, QWEN3_5_MOE)
 
 
 def find_spec(config_json: Mapping[str, Any], *, where: str = "config.json") -> ModelSpec:

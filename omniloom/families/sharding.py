@@ -35,9 +35,12 @@ def standard_sharding(
         expert_products=tuple(f"{moe}.experts.product" for moe in moes),
         router_counts=tuple(f"{moe}.reduce_counts" for moe in moes),
         attention_cores=("text.layers.*.attention.core",),
+        recurrences=("text.layers.*.attention.recurrence",) if text.delta_rule else (),
+        wide=("text.layers.*.attention.decay",) if text.delta_rule else (),
         tensor=_tensor_sharding(text),
         num_attention_heads=text.num_attention_heads,
         num_key_value_heads=text.num_key_value_heads,
+        num_recurrent_heads=text.delta_rule.linear_num_key_heads if text.delta_rule else 0,
         num_experts=text.num_experts,
         num_talker_experts=talker.decoder.num_experts if talker else 0,
         layer_costs=tuple(layer_flops(text, layer, TYPICAL) for layer in range(text.num_hidden_layers)),
@@ -53,20 +56,35 @@ def standard_sharding(
 def _tensor_sharding(text: DecoderConfig) -> TensorSharding:
     """Experts are not in it: their rows go to whole experts, which `expert` divides over tensor ranks too."""
     layer = "text.layers.*"
-    feed_forwards = (f"{layer}.mlp", f"{layer}.moe.shared.mlp")
+    feed_forwards, rule = (f"{layer}.mlp", f"{layer}.moe.shared.mlp"), text.delta_rule
+    of_rule = (f"{layer}.attention.in_proj_{name}" for name in "zba")
+    parts = () if rule is None else (rule.key_width, rule.key_width, rule.value_width)
+    widths = {
+        "intermediate_size": 0 if text.num_moe_layers == text.num_hidden_layers else text.intermediate_size,
+        "shared_expert_intermediate_size": text.shared_expert_intermediate_size,
+        "linear_num_key_heads": 0 if rule is None else rule.linear_num_key_heads,
+    }
     return TensorSharding(
         root="text",
         regions=(f"{layer}.attention", *feed_forwards),
-        outputs=(f"{layer}.attention.q_proj", *(f"{f}.{name}_proj" for f in feed_forwards for name in ("gate", "up"))),
+        outputs=(
+            f"{layer}.attention.q_proj",
+            *of_rule,
+            f"{layer}.attention.decay",
+            *(f"{f}.{name}_proj" for f in feed_forwards for name in ("gate", "up")),
+        ),
         key_values=(f"{layer}.attention.k_proj", f"{layer}.attention.v_proj"),
-        inputs=(f"{layer}.attention.o_proj", *(f"{name}.down_proj" for name in feed_forwards)),
+        inputs=(
+            f"{layer}.attention.o_proj",
+            f"{layer}.attention.out_proj",
+            *(f"{name}.down_proj" for name in feed_forwards),
+        ),
         embedding="text.embed",
         loss_head="text.loss_head",
         head="text.loss_head.head",
         cross_entropy="text.loss_head.cross_entropy",
-        widths=()
-        if text.num_moe_layers == text.num_hidden_layers
-        else (("intermediate_size", text.intermediate_size),),
+        widths=tuple((name, width) for name, width in widths.items() if width),
         vocab_size=text.vocab_size,
         has_output_bias=text.attention_biases[3],
+        parted_outputs=tuple((f"{layer}.attention.{name}", parts) for name in ("in_proj_qkv", "conv1d") if parts),
     )

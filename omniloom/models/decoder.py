@@ -40,12 +40,13 @@ class DecoderLayer(nn.Module):
         attention: nn.Module,
         mlp: nn.Module | None = None,
         moe: nn.Module | None = None,
+        zero_centred_norms: bool = False,
     ) -> None:
         super().__init__()
         assert (mlp is None) != (moe is None), "a layer has a feed-forward or experts"
-        self.attention_norm = RMSNorm(hidden_size, norm_eps)
+        self.attention_norm = RMSNorm(hidden_size, norm_eps, zero_centred=zero_centred_norms)
         self.attention = attention
-        self.mlp_norm = RMSNorm(hidden_size, norm_eps)
+        self.mlp_norm = RMSNorm(hidden_size, norm_eps, zero_centred=zero_centred_norms)
         self.mlp, self.moe = mlp, moe
 
     def forward(
@@ -75,9 +76,17 @@ class CrossEntropy(nn.Module):
 class LossHead(nn.Module):
     """The last norm, the head and the loss: one module, so that the head is gathered once for all chunks."""
 
-    def __init__(self, *, vocab_size: int, hidden_size: int, norm_eps: float, chunk_tokens: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        norm_eps: float,
+        chunk_tokens: int | None,
+        zero_centred_norms: bool = False,
+    ) -> None:
         super().__init__()
-        self.norm = RMSNorm(hidden_size, norm_eps)
+        self.norm = RMSNorm(hidden_size, norm_eps, zero_centred=zero_centred_norms)
         self.head = Linear(hidden_size, vocab_size, bias=False)
         self.cross_entropy = CrossEntropy(chunk_tokens)
 

@@ -35,15 +35,24 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) x weight over the last dim, in float32. Source: Zhang and Sennrich 2019 (arXiv 1910.07467)."""
+    """x / rms(x) x factor over the last dim, in float32. Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
 
-    def __init__(self, size: int, eps: float) -> None:
+    The factor is the weight, or 1 + the weight if `zero_centred`: then weight decay draws it to 1.
+    """
+
+    def __init__(self, size: int, eps: float, *, zero_centred: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.zeros(size) if zero_centred else torch.ones(size))
         self.eps = eps
+        self.zero_centred = zero_centred
+
+    @property
+    def factor(self) -> Tensor:
+        """[size]; float32 if zero-centred, since bfloat16 would round 1 + weight."""
+        return 1.0 + self.weight.float() if self.zero_centred else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.factor, self.eps)
 
 
 class Linear(nn.Linear):
@@ -78,7 +87,10 @@ class AttentionCore(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with separate projections; optional biases, q/k norm and rotary positions."""
+    """Grouped-query attention with separate projections; optional biases, q/k norm, rotary positions, output gate.
+
+    Half of what `q_proj` makes of a head is then the gate, whose sigmoid the head's output is multiplied by.
+    """
 
     def __init__(
         self,
@@ -91,15 +103,19 @@ class Attention(nn.Module):
         qk_norm_eps: float | None,
         causal: bool,
         kernel: Kernel,
+        zero_centred_norms: bool = False,
+        output_gate: bool = False,
     ) -> None:
         """`biases` are those of q, k, v and output; `qk_norm_eps` None leaves the norms out."""
         super().__init__()
         self.head_dim = head_dim
-        self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=biases[0])
+        self.output_gate = output_gate
+        self.q_proj = Linear(hidden_size, (1 + output_gate) * num_heads * head_dim, bias=biases[0])
         self.k_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=biases[1])
         self.v_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=biases[2])
-        self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
-        self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
+        norm = partial(RMSNorm, head_dim, zero_centred=zero_centred_norms)
+        self.q_norm = None if qk_norm_eps is None else norm(qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else norm(qk_norm_eps)
         self.core = AttentionCore(causal=causal, kernel=kernel)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=biases[3])
 
@@ -110,13 +126,17 @@ class Attention(nn.Module):
         heads = (-1, self.head_dim)
         maps = (projection.as_map(draw_key) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rows.unflatten(-1, heads) for rows in linears(hidden, *maps))  # [T, H, D], twice [T, Hkv, D]
+        q, *gate = q.unflatten(1, (-1, 1 + self.output_gate)).unbind(2)
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             assert rotary is not None, "heads that are normed are turned too"
-            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, rotary)
+            norms = HeadNorms(self.q_norm.factor, self.k_norm.factor, self.q_norm.eps, rotary)
         elif rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        return self.o_proj(self.core(q, k, v, segments, norms).flatten(1), draw_key)
+        out = self.core(q, k, v, segments, norms)  # [T, H, D]
+        if gate:
+            out = out * gate[0].sigmoid()
+        return self.o_proj(out.flatten(1), draw_key)
 
 
 class FusedAttention(nn.Module):
@@ -166,7 +186,7 @@ class GatedMLP(nn.Module):
     def forward(self, hidden: Tensor, draw_key: Tensor | None = None, norm: RMSNorm | None = None) -> Tensor:
         """hidden [T, C] -> [T, C]; `norm` is applied to it first."""
         maps = (projection.as_map(draw_key) for projection in (self.gate_proj, self.up_proj, self.down_proj))
-        return self.product(hidden, *maps, *(() if norm is None else (norm.weight, norm.eps)))
+        return self.product(hidden, *maps, *(() if norm is None else (norm.factor, norm.eps)))
 
 
 class MLP(nn.Module):

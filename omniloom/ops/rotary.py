@@ -23,8 +23,8 @@ SectionOrder = Literal["interleaved", "blocks"]
 class Rotary:
     """Angles of a packed sequence. A dataclass, not a tuple, so that FSDP's input casting leaves it in float32."""
 
-    cos: Tensor  # float32 [T, D / 2]
-    sin: Tensor  # float32 [T, D / 2]
+    cos: Tensor  # float32 [T, R / 2], of heads whose first R dims are turned
+    sin: Tensor  # float32 [T, R / 2]
 
 
 def inverse_frequencies(num_frequencies: int, theta: float, device: torch.device) -> Tensor:
@@ -76,7 +76,8 @@ def axial_rotary(rotary_index: Tensor, *, head_dim: int, theta: float) -> Rotary
 def apply_rotary(heads: Tensor, rotary: Rotary) -> Tensor:
     """Turn `heads` [T, H, D] by the angles of their rows, in float32; returns the dtype it was given.
 
-    Dims i and i + D/2 form a pair (the Hugging Face convention, not neighbours).
+    Dims i and i + R/2 form a pair (the Hugging Face convention, not neighbours), R being twice the number of angles;
+    what of D lies beyond stays as it is.
     """
     return _Turn.apply(heads, rotary.cos, rotary.sin)
 
@@ -98,6 +99,8 @@ class _Turn(torch.autograd.Function):
 
 def turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """What `apply_rotary` returns, outside autograd; with -sin it turns back."""
+    if (turned := 2 * cos.shape[-1]) < heads.shape[-1]:
+        return torch.cat((turn(heads[..., :turned], cos, sin), heads[..., turned:]), dim=-1)
     if npu.takes(heads):
         return npu.turn(heads, cos, sin)
     # angles make every product float32; accelerators convert within each kernel, the CPU only by a copy
@@ -114,7 +117,7 @@ def turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def apply_rotary_reference(heads: Tensor, rotary: Rotary) -> Tensor:
     """What `apply_rotary` computes, as complex numbers: each pair is multiplied by exp(i angle)."""
-    half = heads.shape[-1] // 2
-    pairs = torch.complex(heads[..., :half].double(), heads[..., half:].double())
+    half = rotary.cos.shape[-1]
+    pairs = torch.complex(heads[..., :half].double(), heads[..., half : 2 * half].double())
     turned = pairs * torch.complex(rotary.cos.double(), rotary.sin.double())[:, None]
-    return torch.cat((turned.real, turned.imag), dim=-1).to(heads.dtype)
+    return torch.cat((turned.real, turned.imag, heads[..., 2 * half :]), dim=-1).to(heads.dtype)

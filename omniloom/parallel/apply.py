@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from omniloom.config import MemoryConfig, ParallelConfig
-from omniloom.parallel.context import UlyssesCore, check_heads
+from omniloom.parallel.context import UlyssesCore, UlyssesRecurrence, check_heads
 from omniloom.parallel.device import HostCopies
 from omniloom.parallel.expert import ExpertDispatch, LocalWeights, SumOverGroup
 from omniloom.parallel.fsdp import match_modules, shard_parameters
@@ -29,10 +29,16 @@ def check_plan(plan: ShardingPlan, degrees: Degrees) -> None:
     """Raises: ValueError listing every degree that this model cannot be divided by, with the ones it can."""
     faults = check_tensor(plan, degrees.tensor) if degrees.tensor > 1 else []
     if degrees.context > 1 and not faults:
-        try:
-            check_heads(plan.num_attention_heads // degrees.tensor, 1, degrees.ulysses)  # the others are repeated
-        except ValueError as error:
-            faults.append(str(error))
+        for heads in {plan.num_attention_heads, plan.num_recurrent_heads or plan.num_attention_heads}:
+            try:
+                check_heads(heads // degrees.tensor, 1, degrees.ulysses)  # those of keys and values are repeated
+            except ValueError as error:
+                faults.append(str(error))
+        if plan.recurrences and degrees.context > degrees.ulysses:
+            faults.append(
+                "parallel.context.ring: layers with a recurrence hand a state from token to token, which no ring "
+                "passes on; set it to 1, and divide the heads by parallel.context.ulysses"
+            )
     if degrees.expert > 1 and not plan.num_experts:
         faults.append(f"parallel.expert: {degrees.expert}, but this model has no experts; set it to 1")
     elif plan.num_experts % degrees.expert:
@@ -78,6 +84,9 @@ def apply_parallelism(
         if layout.ulysses_group is not None:
             core = UlyssesCore(core, layout.ulysses_group)
         model.set_submodule(name, core)
+    if layout.ulysses_group is not None:
+        for name in match_modules(model, plan.recurrences):
+            model.set_submodule(name, UlyssesRecurrence(model.get_submodule(name), layout.ulysses_group))
     if layout.sharers_group is not None:
         for name in match_modules(model, plan.router_counts):
             model.set_submodule(name, SumOverGroup(layout.sharers_group))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,6 +111,11 @@ def check_heads(num_heads: int, num_key_value_heads: int, degree: int) -> None:
     assert num_heads % num_key_value_heads == 0, f"{num_heads} heads over {num_key_value_heads} key-value heads"
 
 
+def share_of_parts(x: Tensor, widths: Sequence[int], rank: int, degree: int) -> Tensor:
+    """Of rows [sum of widths, ...] that are several parts, this rank's share of each part, in the same order."""
+    return torch.cat([part.chunk(degree)[rank] for part in x.split(tuple(widths))])
+
+
 PrepareHeads = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of q and k
 
 
@@ -136,3 +142,25 @@ class UlyssesCore(nn.Module):
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         q, k, v = (scatter_heads(x, self.group) for x in (q, k, v))
         return gather_heads(self.core(q, k, v, segments), self.group)
+
+
+class UlyssesRecurrence(nn.Module):
+    """Wraps a recurrence as `UlyssesCore` does attention: each rank runs the heads that are its share over all tokens.
+
+    A state that rank hands to rank would be fewer bytes, but each rank would wait for all before it.
+    The convolution runs inside too, where the tokens before a slice are. Two all-to-alls in, one out.
+    """
+
+    def __init__(self, core: nn.Module, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.core: Any = core
+        self.group = group
+
+    def forward(self, channels: Tensor, weight: Tensor, decay: Tensor, beta: Tensor, segments: Segments) -> Tensor:
+        """channels [t, C], weight [C, K], decay, beta [t, H] of t = T / n tokens -> [t, H, D]."""
+        degree, widths = self.group.size(), self.core.widths(channels.shape[1], beta.shape[1])
+        by_rank = torch.cat([part.unflatten(1, (degree, -1)) for part in channels.split(widths, dim=1)], dim=2)
+        mine = scatter_heads(by_rank, self.group).squeeze(1)  # [T, C / n]
+        gates = scatter_heads(torch.stack((decay, beta.to(decay.dtype)), dim=2), self.group)  # [T, H / n, 2]
+        weight = share_of_parts(weight, widths, self.group.rank(), degree)
+        return gather_heads(self.core(mine, weight, *gates.unbind(2), segments), self.group)

@@ -62,6 +62,9 @@ def shard_parameters(
                 _divide_experts(modules[name], layout.expert, name)
             wrap([modules[name]], layout.expert_fsdp)
     decoder = plan.roots[-1]
+    if compute_dtype != torch.float32:
+        for name in match_modules(model, plan.wide):
+            wrap([modules[name]], layout.fsdp, compute_dtype=torch.float32)
     meshes = {**dict.fromkeys(plan.roots, layout.tower_fsdp), decoder: layout.fsdp}
     wrapped: dict[str, list[FSDPModule]] = {root: [] for root in plan.roots}
     for name in match_modules(model, plan.blocks):

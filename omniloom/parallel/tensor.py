@@ -25,13 +25,13 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from omniloom.ops.cross_entropy import choose_chunk_tokens, linear_cross_entropy
 from omniloom.ops.linear_map import LinearMap
 from omniloom.parallel.collectives import gather_rows, sum_rows, swap_rows_for_columns
-from omniloom.parallel.context import PrepareHeads
+from omniloom.parallel.context import PrepareHeads, share_of_parts
 from omniloom.parallel.fsdp import match_modules
 from omniloom.sharding import ShardingPlan, TensorSharding
 from omniloom.types import Segments
 
 # by which dim parameters of a linear are divided; those that are not named are held whole
-BY_OUTPUT = {"weight": 0, "bias": 0, "lora_b": 0, "magnitude": 0}
+BY_OUTPUT = {"weight": 0, "bias": 0, "lora_b": 0, "magnitude": 0, "A_log": 0, "dt_bias": 0}
 BY_INPUT = {"weight": 1, "lora_a": 1}
 
 
@@ -125,6 +125,10 @@ def _divide_parameters(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, s
             module.register_parameter(key, divided[id(parameter)])
         # as fully_shard changes the class of what it shards: names of parameters and modules stay as they are
         module.__class__ = type(f"Local{type(module).__name__}", (LocalParameters, type(module)), {})
+    for pattern, widths in sharding.parted_outputs:
+        for name in match_modules(model, (pattern,)):
+            parted: Any = model.get_submodule(name)
+            parted.parted_outputs = widths
 
 
 def _divide(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
@@ -141,12 +145,18 @@ def _divide(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> 
 class LocalParameters(nn.Module):
     """Put before a module's class: the module computes with this rank's parts of gathered parameters."""
 
+    parted_outputs: tuple[int, ...] = ()  # of a module whose parameters are held whole: takes its share of each part
+
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         # of one axis, the tensor ranks': sharded parameters have another and are none of the module's business
         if not isinstance(value, DTensor) or value.device_mesh.ndim > 1:
             return value
-        return value.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in value.placements])
+        local = value.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in value.placements])
+        if self.parted_outputs and name in BY_OUTPUT:
+            mesh = value.device_mesh
+            local = share_of_parts(local, self.parted_outputs, mesh.get_local_rank(), mesh.size())
+        return local
 
 
 class SelectHeads(nn.Module):

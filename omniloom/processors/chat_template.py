@@ -53,6 +53,8 @@ NAMED_TEMPLATES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3_omni_nothink": ("qwen3_omni.jinja", {}),
     "qwen3_vl": ("qwen3_omni.jinja", {"always_thinks": True}),
     "qwen3_vl_nothink": ("qwen3_vl.jinja", {}),
+    "qwen3_5": ("qwen3_5.jinja", {}),
+    "qwen3_5_nothink": ("qwen3_5.jinja", {"enable_thinking": False}),
 }
 TEMPLATE_DIR = Path(__file__).with_name("templates")
 

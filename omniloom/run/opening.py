@@ -279,7 +279,8 @@ def apply_policy(workshop: Workshop, model: OmniModel) -> dict[str, ParameterPol
     policies = workshop.policies([name for name, _ in model.named_parameters()])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(policies[name].trainable)
-        if not parameter.requires_grad:  # no optimizer will need more precision than compute does
+        # no optimizer will need more precision than compute does; vectors are small, and some computed with in float32
+        if not parameter.requires_grad and parameter.ndim > 1:
             parameter.data = parameter.data.to(workshop.compute_dtype)
     return policies
 

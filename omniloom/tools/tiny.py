@@ -15,13 +15,13 @@ from typing import Any
 
 import yaml
 
-from omniloom.checkpoint.files import write_json
+from omniloom.checkpoint.files import read_json, write_json
 from omniloom.processors.chat_template import TEMPLATE_DIR
 from omniloom.tools.tiny_tokenizer import write_tokenizer
 from omniloom.types import suggest
 
 _MODELS = Path(__file__).parent / "tiny_models"
-FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
+FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class TinyModel:
     sizes: dict[str, dict[str, Any]]  # what each size changes, by dotted path
     processor_files: dict[str, dict[str, Any]]  # file name -> content
     turned: tuple[str, ...] = ()  # endings of tensors that are published with their last two dims the other way round
+    zero_centred: tuple[str, ...] = ()  # endings of norms whose factor is 1 + the weight
+    carried: dict[str, list[int]] = field(default_factory=dict)  # shapes of tensors that are published beside these
     float32_modules: tuple[str, ...] = ()  # published wide; all else is bfloat16
     speakers: dict[str, int] = field(default_factory=dict)  # of spk_dict.pt: first tokens
 
@@ -143,12 +145,25 @@ def _write_weights(tiny: TinyModel, config: dict[str, Any], directory: Path, see
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            parameter.copy_(_random_weight(name, parameter, generator))
+            parameter.copy_(_random_weight(name, parameter, generator) - float(name.endswith(tiny.zero_centred)))
     model.save_pretrained(directory, max_shard_size=max_shard_size)
+    if tiny.carried:
+        _add_tensors(directory, {name: torch.randn(s, generator=generator) for name, s in tiny.carried.items()})
     for shard in directory.glob("*.safetensors"):
         if tiny.turned:
             _turn(shard, tiny.turned)
         shard.chmod(0o644)  # written through private temporary files; others may want to read them
+
+
+def _add_tensors(directory: Path, tensors: Mapping[str, Any]) -> None:
+    """Put tensors that transformers does not know into the last file of the weights, and its index."""
+    from safetensors.torch import load_file, save_file
+
+    shard = max(directory.glob("*.safetensors"))
+    save_file(load_file(shard) | {name: value.bfloat16() for name, value in tensors.items()}, shard, {"format": "pt"})
+    if (path := directory / "model.safetensors.index.json").is_file():
+        index = read_json(path)
+        write_json(path, index | {"weight_map": index["weight_map"] | dict.fromkeys(tensors, shard.name)})
 
 
 def _turn(shard: Path, endings: tuple[str, ...]) -> None:

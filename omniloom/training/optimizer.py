@@ -17,7 +17,7 @@ def parameter_groups(
     """One group of what trains per (learning rate, weight decay, mesh): one kernel call takes tensors of one mesh.
 
     Each group keeps `peak_learning_rate` and `names`. Vectors (norms, biases) are never decayed. With `muon` matrices
-    of layers, routers aside, come in groups of their own, marked `orthogonal`.
+    of layers, routers and convolutions of single channels aside, come in groups of their own, marked `orthogonal`.
     """
     groups: dict[tuple[object, ...], dict[str, Any]] = {}
     for name, parameter in parameters:
@@ -45,8 +45,12 @@ def parameter_groups(
 
 
 def is_orthogonal(name: str, num_dims: int, policy: ParameterPolicy) -> bool:
-    """Whether Muon, where it is asked for, steps this parameter: a matrix of a layer that is no router."""
-    return ".layers." in name and num_dims > 1 and not policy.component.endswith(".router")
+    """Whether Muon, where it is asked for, steps this parameter: a matrix of a layer that is no router.
+
+    A convolution of single channels is none: its rows have nothing to do with one another.
+    """
+    is_other = policy.component.endswith(".router") or name.endswith(".conv1d.weight")
+    return ".layers." in name and num_dims > 1 and not is_other
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:

@@ -52,7 +52,15 @@ SLOW: Mapping[str, Case] = MappingProxyType(
         ),
         **{
             f"tiny_{family}": Case(model=family, pack_tokens=1024, memory=FULL, evaluates=True)
-            for family in ("qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
+            for family in (
+                "qwen3_omni",
+                "qwen2_5_omni",
+                "qwen3_vl",
+                "qwen3_vl_moe",
+                "qwen2_5_vl",
+                "qwen3_5",
+                "qwen3_5_moe",
+            )
         },
         "muon": Case(model=OMNI, world_size=8, parallel={"expert": 4}, train={"optimizer": "muon"}),
     }

@@ -57,7 +57,8 @@ class Case:
     pack_tokens: int = PACK_TOKENS
     num_samples: int = 3  # of a pack
     num_packs: int = 4
-    adapted: bool = False  # adapters on the decoder's layers, which drop out
+    adapted: bool = False  # adapters on the decoder's layers
+    dropout: float = 0.3  # of the adapters; draws by row, so that layouts that divide a pack's rows need 0
 
     def packs(self, config: FamilyConfig, share: tuple[int, int] = (0, 1)) -> list[PackedBatch]:
         """Full, without images, without any media, and empty: each data rank has to cope with what it gets."""
@@ -107,15 +108,12 @@ class Reference:
     objective: Objective
 
 
-LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.3)
-
-
-def adapt(model: OmniModel, weights: dict[str, torch.Tensor]) -> None:
+def adapt(model: OmniModel, weights: dict[str, torch.Tensor], dropout: float) -> None:
     """Adapters on attention and experts of the decoder, their values added to `weights`."""
     names = [name for name, _ in model.named_parameters() if name.startswith("text.layers")]
     adapted = [name for name in names if "_proj" in name or "experts" in name]
     generator = torch.Generator("cpu").manual_seed(1)
-    for adapter in install_lora(model, dict.fromkeys(adapted, LORA)):
+    for adapter in install_lora(model, dict.fromkeys(adapted, LoraConfig(rank=2, alpha=4.0, dropout=dropout))):
         for name in adapter.names:
             shape = model.get_parameter(name).shape
             weights[name] = 0.3 * torch.randn(shape, generator=generator, device="cpu")
@@ -134,7 +132,7 @@ def make_reference(case: Case) -> OmniModel:
     model = make_model(config)
     weights = random_weights(config, case.seed)
     if case.adapted:
-        adapt(model, weights)
+        adapt(model, weights, case.dropout)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name])
     freeze(model, case.frozen)
@@ -226,7 +224,7 @@ def set_up(case: Case, parallel: ParallelConfig, memory: MemoryConfig, layouts: 
         with torch.device("meta"):
             model = make_model(config)
             if case.adapted:
-                adapt(model, weights)
+                adapt(model, weights, case.dropout)
         freeze(model, case.frozen)
     apply_parallelism(model, layout, plan, parallel=parallel, memory=memory, compute_dtype=torch.float32)
     model.is_tied = case.dims.tie

@@ -37,6 +37,8 @@ ODD = Dims(
 )
 TIED = Dims(tie=True, num_experts=8, experts_per_tok=3, key_value_heads=4)
 
+HYBRID = Dims(hybrid=True, num_layers=3)
+
 SMALL = Dims(hidden_size=8, num_layers=1, num_experts=4, experts_per_tok=1, moe_width=4, vision_depth=1)
 
 LAYOUTS = {
@@ -99,6 +101,18 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
     cases["three_heads_ring4"] = (three_heads, ParallelConfig(context=ContextConfig(ring=4)), plain)
     cases["recompute_ring4"] = (Case(), ParallelConfig(**LAYOUTS["ring4"]), MemoryConfig(recompute="selective"))
     cases["cpu_offload"] = (Case(), ParallelConfig(cpu_offload=True), plain)
+    hybrid = Case(dims=HYBRID, seed=7)
+    for name, axes in LAYOUTS.items():
+        if not isinstance(axes.get("context"), ContextConfig):  # states of a delta rule go around no ring
+            cases[f"hybrid_{name}"] = (hybrid, ParallelConfig(**axes), plain)
+    recompute = MemoryConfig(recompute="selective")
+    cases["hybrid_recompute"] = (hybrid, ParallelConfig(context=2, expert=2), recompute)
+    for name in ("context2_expert2", "context2_tensor2"):
+        cases[f"hybrid_adapted_{name}"] = (
+            replace(hybrid, adapted=True, dropout=0.0),
+            ParallelConfig(**LAYOUTS[name]),
+            plain,
+        )
     return cases
 
 
@@ -117,6 +131,7 @@ SAMPLED = {
         "reshard_to_pairs",
         "cpu_offload",
     ),
+    *("hybrid_context2_tensor2_expert4", "hybrid_adapted_context2_tensor2", "hybrid_recompute"),
 }
 NAMES = [pytest.param(name, marks=() if name in SAMPLED else pytest.mark.full) for name in make_cases()]
 

@@ -10,7 +10,7 @@ import torch
 
 from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.families.config_fields import FamilyConfig
-from omniloom.families.decoder import DecoderConfig
+from omniloom.families.decoder import DecoderConfig, DeltaRuleConfig
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.fusion import OmniModel
 from omniloom.processors.tower_batches import audio_batch, vision_batch
@@ -34,6 +34,22 @@ class Dims:
     audio_width: int = 12
     vocab_size: int = 61
     tie: bool = False
+    hybrid: bool = False  # a gated delta rule in all layers but each second, and the rest of Qwen3.5's decoder
+
+
+HYBRID = {
+    "shared_expert_intermediate_size": 8,
+    "partial_rotary_factor": 0.5,
+    "zero_centred_norms": True,
+    "output_gate": True,
+    "delta_rule": DeltaRuleConfig(
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=3,
+        linear_value_head_dim=5,
+        linear_conv_kernel_dim=3,
+    ),
+}
 
 
 def random_dims(seed: int) -> Dims:
@@ -94,9 +110,9 @@ def make_config(dims: Dims) -> FamilyConfig:
             num_hidden_layers=dims.num_layers,
             num_attention_heads=dims.heads,
             num_key_value_heads=dims.key_value_heads,
-            head_dim=8,
+            head_dim=16 if dims.hybrid else 8,
             hidden_act="silu",
-            rms_norm_eps=1e-6,
+            rms_norm_eps=0.1 if dims.hybrid else 1e-6,  # small outputs of the rule are nothing but rounding
             attention_biases=(False, False, False, False),
             qk_norm=True,
             rope_theta=1e4,
@@ -106,6 +122,7 @@ def make_config(dims: Dims) -> FamilyConfig:
             num_experts=dims.num_experts,
             num_experts_per_tok=dims.experts_per_tok,
             moe_intermediate_size=dims.moe_width,
+            **(HYBRID | {"delta_layers": tuple(range(0, dims.num_layers, 2))} if dims.hybrid else {}),
         ),
     )
 

@@ -18,6 +18,8 @@ TOKENS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 9
 
 def random_config(rng: random.Random, family: str) -> dict[str, Any]:
     """A config.json of odd sizes, in the published spelling."""
+    if family.startswith("qwen3_5"):
+        return _qwen3_5(rng, experts=family == "qwen3_5_moe")
     return _qwen2_5_vl(rng) if family == "qwen2_5_vl" else _qwen3_vl(rng, experts=family == "qwen3_vl_moe")
 
 
@@ -91,6 +93,51 @@ def _qwen3_vl(rng: random.Random, *, experts: bool) -> dict[str, Any]:
     }
 
 
+def _qwen3_5(rng: random.Random, *, experts: bool) -> dict[str, Any]:
+    """Qwen3-VL's tower without deepstack, and a decoder of both kinds of layer in any order."""
+    config, kind = _qwen3_vl(rng, experts=False), "qwen3_5_moe" if experts else "qwen3_5"
+    text, vision, key_heads, num_experts = config["text_config"], config["vision_config"], rng.randint(1, 2), 5
+    sections, num_layers = text.pop("rope_scaling")["mrope_section"], rng.randint(2, 4)
+    turned = 2 * sum(sections)
+    text |= {
+        "model_type": f"{kind}_text",
+        "num_hidden_layers": num_layers,
+        "head_dim": turned * rng.choice([1, 2, 4]),
+        # the norm after the rule brings small outputs, nothing but rounding where a query meets no key, to length 1:
+        # at 1e-6 transformers' float32 is 1e-4 off what float64 gives, ours half of that
+        "rms_norm_eps": 0.1,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": sections,
+            "rope_theta": text.pop("rope_theta"),
+            "rope_type": "default",
+        },
+        "layer_types": [rng.choice(["linear_attention", "full_attention"]) for _ in range(num_layers - 1)]
+        + ["linear_attention"],
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": key_heads * rng.randint(1, 3),
+        "linear_key_head_dim": rng.randint(2, 7),
+        "linear_value_head_dim": rng.randint(2, 7),
+        "linear_conv_kernel_dim": rng.randint(2, 4),
+    }
+    text["rope_parameters"]["partial_rotary_factor"] = turned / text["head_dim"]
+    if experts:
+        del text["intermediate_size"]
+        text |= {
+            "moe_intermediate_size": 4 * rng.randint(2, 6),
+            "shared_expert_intermediate_size": 4 * rng.randint(2, 6),
+            "num_experts": num_experts,
+            "num_experts_per_tok": rng.randint(1, 3),
+        }
+    del vision["deepstack_visual_indexes"]
+    vision["model_type"] = kind
+    return {
+        **config,
+        "model_type": kind,
+        "architectures": [f"Qwen3_5{'Moe' if experts else ''}ForConditionalGeneration"],
+    }
+
+
 def reference_model(config_json: Mapping[str, Any], *, seed: int = 0, attention: str = "eager") -> Any:
     """transformers' model with random weights."""
     import copy
@@ -103,6 +150,10 @@ def reference_model(config_json: Mapping[str, Any], *, seed: int = 0, attention:
     )
     settings._attn_implementation = attention
     model = randomise(getattr(transformers, name)(settings), seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if type(module).__name__ in ("Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm"):  # they add 1 themselves
+                module.weight -= 1
     model.tie_weights()
     return model
 

@@ -87,6 +87,68 @@ def _experts(width: int) -> dict[str, Any]:
     }
 
 
+def _qwen3_5(
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    intermediate: int = 0,
+    value_heads: int = 32,
+    experts: tuple[int, int, int] | None = None,
+    tied: bool = False,
+    tower: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """`experts`: how many, of how many each token takes, and their width, which is that of the shared one, too."""
+    kind = "qwen3_5" if experts is None else "qwen3_5_moe"
+    text: dict[str, Any] = {
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "layer_types": [("full" if layer % 4 == 3 else "linear") + "_attention" for layer in range(layers)],
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": value_heads,
+        "linear_value_head_dim": 128,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "model_type": f"{kind}_text",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "vocab_size": 248320,
+    }
+    if experts is None:
+        text["intermediate_size"] = intermediate
+    else:
+        number, chosen, width = experts
+        text |= {"num_experts": number, "num_experts_per_tok": chosen}
+        text |= {"moe_intermediate_size": width, "shared_expert_intermediate_size": width}
+    return {
+        "architectures": [f"Qwen3_5{'' if experts is None else 'Moe'}ForConditionalGeneration"],
+        "image_token_id": 248056,
+        "model_type": kind,
+        "text_config": text,
+        "tie_word_embeddings": tied,
+        "video_token_id": 248057,
+        "vision_config": {**_vl_vision(kind, hidden, small=False), "deepstack_visual_indexes": [], **(tower or {})},
+        "vision_end_token_id": 248054,
+        "vision_start_token_id": 248053,
+    }
+
+
 def _window_vision(out: int, intermediate: int = 3420) -> dict[str, Any]:
     return {
         "depth": 32,
@@ -231,6 +293,9 @@ _QWEN3_OMNI_30B = {
     },
 }
 
+_TOWER_0_1B = {"depth": 12, "hidden_size": 768, "intermediate_size": 3072, "num_heads": 12}
+_TOWER_0_3B = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
+
 PUBLISHED = {
     "Qwen3-VL-2B": Published(config=_vl(2048, 6144, 28, 16, tied=True, small=True), billions="2.1"),
     "Qwen3-VL-4B": Published(config=_vl(2560, 9728, 36, 32, tied=True, small=True), billions="4.4"),
@@ -247,6 +312,25 @@ PUBLISHED = {
     "Qwen2.5-Omni-3B": Published(config=_qwen2_5_omni(2048, 11008, 36, 16, 2, 151936), billions=None),
     "Qwen2.5-Omni-7B": Published(config=_qwen2_5_omni(3584, 18944, 28, 28, 4, 152064), billions=None),
     "Qwen3-Omni-30B-A3B": Published(config=_QWEN3_OMNI_30B, billions=None),
+    "Qwen3.5-0.8B": Published(
+        config=_qwen3_5(1024, 24, 8, 2, intermediate=3584, value_heads=16, tied=True, tower=_TOWER_0_1B), billions="0.9"
+    ),
+    "Qwen3.5-2B": Published(
+        config=_qwen3_5(2048, 24, 8, 2, intermediate=6144, value_heads=16, tied=True, tower=_TOWER_0_3B), billions="2"
+    ),
+    "Qwen3.5-4B": Published(
+        config=_qwen3_5(2560, 32, 16, 4, intermediate=9216, tied=True, tower=_TOWER_0_3B), billions="5"
+    ),
+    "Qwen3.5-9B": Published(config=_qwen3_5(4096, 32, 16, 4, intermediate=12288), billions="9"),
+    "Qwen3.5-27B": Published(config=_qwen3_5(5120, 64, 24, 4, intermediate=17408, value_heads=48), billions="27"),
+    "Qwen3.5-35B-A3B": Published(config=_qwen3_5(2048, 40, 16, 2, experts=(256, 8, 512)), billions="35"),
+    "Qwen3.5-122B-A10B": Published(
+        config=_qwen3_5(3072, 48, 32, 2, value_heads=64, experts=(256, 8, 1024)),
+        billions=None,  # 122.6
+    ),
+    "Qwen3.5-397B-A17B": Published(
+        config=_qwen3_5(4096, 60, 32, 2, value_heads=64, experts=(512, 10, 1024)), billions="397"
+    ),
 }
 
 # Billions without embeddings and head, as the model cards of the language models that became these decoders have them

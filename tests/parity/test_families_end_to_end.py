@@ -20,7 +20,7 @@ from omniloom.tools.generate import load_model
 from omniloom.tools.score import score_file
 from omniloom.tools.tiny import make_tiny
 from tests.media_rows import write_media_rows
-from tests.parity.vllm_layout import check_vllm_layout
+from tests.parity.vllm_layout import ARCHITECTURES, check_vllm_layout
 
 FAMILIES = [spec.name for spec in SPECS if spec.name != "qwen3_omni"]  # of which test_trained_export tells
 WORDS = (
@@ -57,16 +57,20 @@ def test_what_does_not_train_is_carried_bit_for_bit(finished) -> None:
         assert (after[name].dtype, after[name].shape) == (old.dtype, old.shape), name
         if not torch.equal(old.view(torch.uint8), after[name].view(torch.uint8)):
             changed.add(name)
-    assert not [name for name in changed if name.startswith(("talker.", "token2wav."))]
+    assert not [name for name in changed if name.startswith(("talker.", "token2wav.", "mtp."))]
     assert not [name for name in changed if "visual." in name and ".merger." not in name]
     assert any(".merger." in name for name in changed)
-    assert any("layers.0.self_attn.q_proj.weight" in name for name in changed)
+    first = ("layers.0.self_attn.q_proj.weight", "layers.0.linear_attn.in_proj_qkv.weight")
+    assert any(name.endswith(first) for name in changed)
     copied = {path.name for path in (finished / "model").iterdir()}
     assert copied <= {path.name for path in (finished / "run" / "hf").iterdir()}
 
 
 def test_vllm_finds_its_model_in_the_export(finished) -> None:
-    check_vllm_layout(finished / "run" / "hf")
+    directory = finished / "run" / "hf"
+    if json.loads((directory / "config.json").read_text())["architectures"][0] not in ARCHITECTURES:
+        pytest.skip("its names in vLLM are not known here; they are those of the checkpoint it came from")
+    check_vllm_layout(directory)
 
 
 def test_scores_are_transformers_losses_of_the_exported_model(finished, capsys) -> None:
@@ -123,5 +127,5 @@ def test_modalities_that_a_family_lacks_are_refused(finished) -> None:
     directory = finished / "model"
     if "audio" in find_spec(json.loads((directory / "config.json").read_text())).modalities:
         pytest.skip("this family has them all")
-    with pytest.raises(ValueError, match=r"model\.modalities: qwen\w+_vl\w* knows text, image, video; remove audio"):
+    with pytest.raises(ValueError, match=r"model\.modalities: qwen\w+ knows text, image, video; remove audio"):
         open_workshop(load_config(None, [f"model.path={directory}", "model.modalities=[text, audio]"]))

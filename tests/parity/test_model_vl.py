@@ -1,4 +1,4 @@
-"""Our Qwen3-VL, dense and with experts, and Qwen2.5-VL against transformers' on random tiny models, in float32."""
+"""Our Qwen3-VL and Qwen3.5 (with experts, too) and Qwen2.5-VL against transformers on random tiny models, float32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.parity import builders, compare
 from tests.parity import builders_vl as vl
 from tests.parity.compare import SMALLEST_GAP, assert_equal, run_ours, smallest_router_gap
 
-FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
+FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
 KINDS = {
     "text": (),
     "image": ("image",),

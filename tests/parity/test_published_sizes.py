@@ -100,6 +100,12 @@ def test_published_sizes_can_be_sharded_by_their_plan(name):
         ".".join("*" if part.isdigit() else part for part in path.split(".")) for path, _ in model.named_modules()
     }
     named = {*plan.roots, *plan.blocks, *plan.experts, *plan.dispatches, *plan.expert_products, *plan.layer_calls}
-    named |= {*plan.router_counts, *plan.attention_cores, *(part for group in plan.groups for part in group)}
+    named |= {
+        *plan.router_counts,
+        *plan.attention_cores,
+        *plan.recurrences,
+        *plan.wide,
+        *(part for group in plan.groups for part in group),
+    }
     assert named <= modules
     assert bool(plan.experts) == (config.text.num_experts > 0)

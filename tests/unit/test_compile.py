@@ -21,7 +21,7 @@ from omniloom.parallel.recompute import Recompute, recompute_layers
 from omniloom.run.opening import Workshop
 from tests.device.steps import Case, Content, make_pack, open_case
 
-FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
+FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
 LORA = {"text": {"lora": {"rank": 4, "dropout": 0.3}}, "vision": {"lora": {"rank": 4, "dropout": 0.3}}}
 FROZEN = {"lm_head": {"freeze": True}, "text.embed": {"freeze": True}}
 PACK_TOKENS, NUM_PACKS = 384, 20
