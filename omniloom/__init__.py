@@ -48,15 +48,21 @@ def train(
 
 
 def score(
-    model: str | Path, data: str | Path, overrides: Sequence[str] = (), *, adapter: str | Path | None = None
+    model: str | Path,
+    data: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    adapter: str | Path | None = None,
+    worst: int | None = None,
 ) -> tuple[list[dict[str, Any]], list[BadSample]]:
     """The loss of every row of a file, as {"id", "num_loss_tokens", "loss"} in order, and the rows that have none.
 
-    `adapter`: a PEFT adapter, to be put on the model. Raises: ValueError.
+    `adapter`: a PEFT adapter, to be put on the model. `worst`: only so many rows of the highest loss, that one first,
+    with their words and media. Raises: ValueError.
     """
     from omniloom.tools.score import score_rows
 
-    return score_rows(model, data, overrides, adapter=adapter)
+    return score_rows(model, data, overrides, adapter=adapter, worst=worst)
 
 
 def export(

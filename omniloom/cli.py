@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -97,11 +99,14 @@ def score(
     data: Annotated[str, typer.Argument(help="a file of rows")],
     overrides: Overrides = None,
     adapter: AdapterDir = None,
+    worst: Annotated[
+        int | None, typer.Option(min=1, help="only so many rows of the highest loss, with their words and media")
+    ] = None,
 ) -> None:
     """Print the loss of every sample as JSON lines: {"id", "num_loss_tokens", "loss"}; of speech too."""
     from omniloom.tools.score import score_file
 
-    score_file(model, data, overrides or [], adapter=adapter)
+    score_file(model, data, overrides or [], adapter=adapter, worst=worst)
 
 
 @app.command()
@@ -198,10 +203,12 @@ def convert(
     """Write rows of another format in the messages form, or any rows as tar shards (webdataset)."""
     from omniloom.tools.convert import convert_file
 
-    num_written, problems = convert_file(kind, source, target, overrides or [])
+    num_written, problems, num_outside = convert_file(kind, source, target, overrides or [])
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     print(f"wrote {num_written} rows to {target}, left out {len(problems)}")
+    if num_outside:
+        print(f"{num_outside} media files lie elsewhere: train on it with data.allow_outside_media_dir=true")
 
 
 @app.command()
@@ -293,10 +300,13 @@ def version(
 
 def main() -> None:
     """Console entry. What a user can act on is one message, and exit code 2 for bad input or the one of its RunError;
-    everything else is a fault of ours and keeps its traceback. --debug anywhere shows it always.
+    everything else is a fault of ours and keeps its traceback. --debug anywhere shows it always,
+    and what libraries warn of.
     """
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) != len(sys.argv) - 1
+    if not debug:
+        _hush_libraries()
     try:
         app(args=arguments)  # usage errors and Ctrl-C end here, by the library's own messages and codes
     except (ValueError, OSError) as error:
@@ -307,6 +317,14 @@ def main() -> None:
         if not isinstance(error, RunError):
             raise
         _end(error, error.exit_code, debug)
+
+
+def _hush_libraries() -> None:
+    """Keep warnings of torch and transformers off the screen, on which users of ours cannot act."""
+    warnings.filterwarnings("ignore", module=r"(torch|transformers)(\..*)?$")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _end(error: Exception, code: int, debug: bool) -> NoReturn:

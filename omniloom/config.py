@@ -308,6 +308,9 @@ class CheckpointConfig:
 class LogConfig:
     every: Annotated[Count, "steps between lines on the screen"] = 1
     tensorboard: Annotated[bool, "write event files"] = True
+    wandb: Annotated[str | None, "project of Weights & Biases to log to, where wandb is installed"] = None
+    swanlab: Annotated[str | None, "project of SwanLab to log to, where swanlab is installed"] = None
+    mlflow: Annotated[str | None, "experiment of MLflow to log to, where mlflow is installed"] = None
     profile: Annotated[tuple[Count, Count] | None, "first and last step of a trace"] = None
 
 

@@ -36,11 +36,19 @@ class Loader:
     def __init__(self, open_rows: Callable[[], Reader], *, workers: int) -> None:
         self._pool = WorkerPool(open_rows, workers) if workers > 0 else _CallingThread(open_rows())
 
-    def measure(self, rows: Sequence[int]) -> list[Any]:
-        """What the reader says of rows, in their order: extents and bad samples. The planner's thread calls it."""
+    def measure(self, rows: Sequence[int], on_measured: Callable[[int, int], None] | None = None) -> list[Any]:
+        """What the reader says of rows, in their order: extents and bad samples. The planner's thread calls it.
+
+        `on_measured` is told, on the way, how many of how many rows are done.
+        """
         parts = [list(rows[start : start + _ROWS_PER_TASK]) for start in range(0, len(rows), _ROWS_PER_TASK)]
         pending = [self._pool.submit("measure", part, priority=_MEASURE_AFTER) for part in parts]
-        return [extent for part in pending for extent in part.result()]
+        found: list[Any] = []
+        for part in pending:
+            found += part.result()
+            if on_measured is not None:
+                on_measured(len(found), len(rows))
+        return found
 
     def submit(self, plan: PackPlan, decode_clips: frozenset[tuple[int, int]] | None = None) -> Pending:
         """Start loading a pack; packs are served in the order of their submission, before any measuring.

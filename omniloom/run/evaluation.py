@@ -35,7 +35,7 @@ from omniloom.run.answers import answer_pack
 from omniloom.run.best import read_evaluations, write_evaluations
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import clips_of_rank, open_rows
-from omniloom.types import TEXT, BadSample, Extent, LoadedPack, PackPlan, PlannedSample, StepPlan
+from omniloom.types import TEXT, BadSample, Conversation, Extent, LoadedPack, PackPlan, PlannedSample, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,24 +185,13 @@ class Evaluation:
                 {
                     "id": pack.batch.sample_ids[one.position],
                     "modality": modality_of(plan.samples[one.position].extent),
-                    **self._question(plan.samples[one.position].row),
+                    **describe_question(self.reader.conversation(plan.samples[one.position].row)),
                     "expected": self._decode(one.expected),
                     "answer": self._decode(one.tokens),
                 }
                 for one in answers
             ]
         return [row for part in self.layout.exchange(found if self.layout.group_rank == 0 else []) for row in part]
-
-    def _question(self, row: int) -> dict[str, Any]:
-        """The words of the question before the last answer, and the files of all media."""
-        turns = self.reader.conversation(row).turns
-        answer = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
-        asked = next((turn for turn in reversed(turns[:answer]) if turn.role == "user"), turns[0])
-        media = [part.media for turn in turns for part in turn.parts if part.media is not None]
-        return {
-            "question": "".join(part.text for part in asked.parts),
-            "media": [clip.path for clip in media if clip.path is not None],
-        }
 
     def _decode(self, tokens: Sequence[int]) -> str:
         processor: Any = self.reader.processor
@@ -253,6 +242,18 @@ def _text_means(parts: Mapping[tuple[str, str], _Measured], place: int, names: C
     """Text's loss over the parts of each name, which is the first or the second of their keys."""
     found = {name: _means([part for key, part in parts.items() if key[place] == name]) for name in sorted(names)}
     return {name: means[TEXT] for name, means in found.items() if TEXT in means}
+
+
+def describe_question(conversation: Conversation) -> dict[str, Any]:
+    """The words of the question before the last answer, and the files of all media."""
+    turns = conversation.turns
+    answer = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
+    asked = next((turn for turn in reversed(turns[:answer]) if turn.role == "user"), turns[0])
+    media = [part.media for turn in turns for part in turn.parts if part.media is not None]
+    return {
+        "question": "".join(part.text for part in asked.parts),
+        "media": [clip.path for clip in media if clip.path is not None],
+    }
 
 
 def modality_of(extent: Extent) -> str:

@@ -6,27 +6,58 @@ nothing is written and nothing said.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from omniloom.checkpoint.files import write_json
-from omniloom.config import Config
+from omniloom.config import Config, config_to_dict
 from omniloom.data.sources import Sources
 from omniloom.data.stream import LoadedStep
 from omniloom.parallel.apply import count_graphs
 from omniloom.parallel.mesh import Layout
-from omniloom.run.best import read_evaluations, write_evaluations
+from omniloom.run.best import BestSteps, read_evaluations, write_evaluations
 from omniloom.run.directory import FINISHED, record_config
 from omniloom.run.evaluation import EvaluationReport
+from omniloom.run.provenance import describe_start, record_start
 from omniloom.run.stopping import STOPPED
 from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation, nominal_peak
-from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepFigures, StepMetrics
+from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepFigures, StepMetrics, clock
 from omniloom.training.policy import ParameterPolicy, table_lines, trainable_table
+from omniloom.training.trackers import open_trackers
 from omniloom.types import TEXT
+
+PHASE_SECONDS = 2.0  # between lines on rows that are measured
+
+
+class _Counter(logging.Handler):
+    def __init__(self, count: Callable[[], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._count = count
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._count()
+
+
+@contextmanager
+def count_warnings(count: Callable[[], None]) -> Iterator[None]:
+    """Have `count` called for each warning that our loggers write to the screen."""
+    logger, handlers = logging.getLogger("omniloom"), [_Counter(count)]
+    if logging.lastResort is not None and not logger.hasHandlers():
+        handlers.append(logging.lastResort)  # with a handler of its own the logger would fall silent
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
 
 
 class RunRecords:
@@ -47,10 +78,48 @@ class RunRecords:
         self._screen = Screen(enabled=layout.is_first, total_steps=config.train.steps, every=config.log.every)
         stack.callback(self._screen.close)
         self._log: MetricsLog | None = None
+        self._start, self._shown = time.monotonic(), time.monotonic()
+        self._totals = {"samples": 0, "tokens": 0}  # of this start
+        self._num_warnings = 0
+        if layout.is_first:
+            stack.enter_context(count_warnings(self._count_warning))
         self._spikes = SpikeDetector()
 
     def say(self, words: str) -> None:
+        self._num_warnings += words.startswith("warning: ")
         self._screen.say(words)
+
+    def phase(self, words: str) -> None:
+        """What begins now, with the time since the start."""
+        self.say(f"{clock(time.monotonic() - self._start)}  {words}")
+
+    def measured(self, done: int, total: int) -> None:
+        """Rows that have been measured, until the first step is done."""
+        if self._log is None and time.monotonic() - self._shown > PHASE_SECONDS:
+            self._shown = time.monotonic()
+            self.phase(f"measured {done:,} of {total:,} rows")
+
+    def _count_warning(self) -> None:
+        self._num_warnings += 1
+
+    def end(self, step: int, best: BestSteps) -> None:
+        """What was trained, how good it is, where it is, and what to type next."""
+        evaluations = read_evaluations(self.run_dir) if self.layout.is_first else {}
+        samples, tokens = self._totals["samples"], self._totals["tokens"]
+        seconds = time.monotonic() - self._start
+        self.say(f"trained {samples:,} rows, {tokens:,} tokens, in {clock(seconds)}; {step} steps done")
+        if evaluations:
+            last = list(evaluations)[-1]
+            words = f"evaluation: eval_loss {evaluations[last].get('eval_loss', math.nan):.4f} after step {last}"
+            if best.value is not None:
+                words += f"; best {best.name} {best.value:.4f} after step {best.kept[0]}"
+            self.say(words)
+        if self._num_warnings:
+            self.say(f"{self._num_warnings} warnings above")
+        written = [name for name in ("hf", "adapter") if (self.run_dir / name).is_dir()]
+        self.say(f"results: {', '.join(str(self.run_dir / name) for name in written) or 'checkpoints alone'}")
+        is_older = best.value is not None and best.kept[0] != step
+        self.say(f"next: omniloom {f'export {self.run_dir} DIR --best' if is_older else f'chat {self.run_dir}'}")
 
     def begin(
         self,
@@ -80,7 +149,10 @@ class RunRecords:
             kept = {done: figures for done, figures in evaluations.items() if done <= first_step}
             write_evaluations(self.run_dir, kept)
         log = self.config.log
-        self._log = MetricsLog(self.run_dir, first_step=first_step, tensorboard=log.tensorboard)
+        start = describe_start(first_step, self.layout.world_size)
+        record_start(self.run_dir, start)
+        trackers = open_trackers(log, self.run_dir, {**config_to_dict(self.config), "start": start})
+        self._log = MetricsLog(self.run_dir, first_step=first_step, tensorboard=log.tensorboard, trackers=trackers)
         self._stack.callback(self._log.close)
 
     def step(
@@ -93,6 +165,10 @@ class RunRecords:
     ) -> None:
         """One finished step: its line in the metrics, and on the screen. `rows` are those that it is made of."""
         stats, seconds = loaded.agreement.stats, figures.step_seconds
+        self._totals["samples"] += stats.num_samples
+        self._totals["tokens"] += stats.num_tokens
+        train = self.config.train
+        epoch = loaded.plan.rows_planned / len(rows) if train.steps else loaded.progress * (train.epochs or 1.0)
         megaflops = work.by_component(sample.extent for pack in loaded.plan.packs for sample in pack.samples)
         shares = {
             name: model_flops_utilisation(of_part, seconds, self._peak_flops, self.layout.world_size)
@@ -115,6 +191,7 @@ class RunRecords:
             step_seconds=seconds,
             pack_fill=stats.num_tokens / (len(loaded.plan.packs) * self.config.data.pack_tokens),
             num_bad_samples=len(loaded.bad),
+            epoch=epoch,
             other_losses={name: loss for name, loss in figures.losses.items() if name != TEXT},
             expert_imbalance=figures.expert_imbalance,
             evaluation=None if report is None else report.figures(),

@@ -30,6 +30,7 @@ from omniloom.parallel.staging import stage
 from omniloom.run.answer_metrics import ANSWER_METRICS, load_metrics
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.results import NO_ADAPTER
+from omniloom.training.trackers import check_trackers
 from omniloom.types import Conversation, PackPlan, Row, SampleError
 
 DESCRIBED_FILES = 8
@@ -73,6 +74,7 @@ def open_run(config: Config, *, spill: Path | None = None) -> tuple[Workshop, So
     if faults := _stream_faults(config):
         raise ConfigError(faults, "the configuration")
     train_rows, eval_rows = open_data(config.data, config.train.seed, spill=spill)
+    check_trackers(config.log)
     load_metrics(config.train.eval_metrics)  # what is wrong with them is said now
     if faults := _evaluation_faults(config, has_rows=eval_rows is not None):
         raise ConfigError(faults, "the configuration")

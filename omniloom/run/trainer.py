@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -156,7 +157,9 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         loader = Loader(open_rows(workshop, train_rows), workers=config.data.workers)
         stack.callback(loader.close)
-        self.planner = open_planner(workshop, train_rows, loader.measure, layout)
+        self.planner = open_planner(
+            workshop, train_rows, partial(loader.measure, on_measured=self.records.measured), layout
+        )
         self.model, policies = build_model(workshop, layout)
         parameters = all_parameters(workshop, self.model, layout)
         optimizer = build_optimizer(workshop, parameters, policies, layout.device)
@@ -199,8 +202,10 @@ class Trainer:
     ) -> None:
         """Read the first rows, load the weights, and leave in the directory what does not change. Collective."""
         self.watchdog.enter(0, "reading the first rows")
+        self.records.phase("reading the first rows")
         self.stream.prepare()  # before the weights: rows that cannot be used are said within seconds
         self.watchdog.enter(0, "loading weights")
+        self.records.phase(f"loading weights of {self.workshop.checkpoint.directory}")
         self.first_step = self.state.load(stored)
         if overwrite and self.layout.is_first:
             remove_own_files(self.run_dir)
@@ -289,6 +294,7 @@ class Trainer:
                 f"{report.describe(step)}. The model is trained and saved; correct the rows or name others as "
                 "data.eval, then the same command measures them"
             )
+        self.records.end(step, self.best)
         if self.layout.is_first:
             write_finished(self.run_dir, step)
 

@@ -36,13 +36,14 @@ class Place(Protocol):
         """What the row calls a clip that is embedded."""
 
 
-def convert_file(kind: str, source: Path, target: Path, overrides: Sequence[str] = ()) -> tuple[int, list[str]]:
+def convert_file(kind: str, source: Path, target: Path, overrides: Sequence[str] = ()) -> tuple[int, list[str], int]:
     """Write `source`, rows of format `kind`, as JSON lines of messages to `target`, their media staying where they are.
 
     Paths of media are written as seen from the target's folder where they lie below it, else in full; embedded media
     are written as data URIs. For the kind `webdataset` the target is a folder of tar shards that hold the media, too,
     bytes unchanged, and the source may have any format.
-    Returns the number of rows written and a line for each that was left out, a missing file among the reasons.
+    Returns the number of rows written, a line for each that was left out (a missing file among the reasons), and how
+    many files lie outside of the target's folder, which training reads under `data.allow_outside_media_dir` alone.
     Raises: ValueError for an unknown format and for a target that exists.
     """
     if kind not in ("auto", SHARDS, *FORMATS):
@@ -54,15 +55,17 @@ def convert_file(kind: str, source: Path, target: Path, overrides: Sequence[str]
     options = override_config(usual, overrides, verb="convert", takes=TAKES).data
     if kind == SHARDS:
         with ShardWriter(target) as shards:
-            return _convert_rows(source, options, SampleParts, shards.add)
+            return *_convert_rows(source, options, SampleParts, shards.add), 0
     options = replace(options, format=cast(Format, kind))
+    folder = InFolder(target.parent)
     with target.open("x", encoding="utf-8") as file:
-        return _convert_rows(
+        done = _convert_rows(
             source,
             options,
-            lambda: InFolder(target.parent),
+            lambda: folder,
             lambda written, _: file.write(json.dumps(written, ensure_ascii=False) + "\n"),
         )
+    return *done, len(folder.outside)
 
 
 def _convert_rows(
@@ -102,11 +105,14 @@ class InFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = os.path.abspath(folder)
+        self.outside: set[str] = set()
 
     def file(self, path: str, kind: MediaKind) -> str:
         if not path.startswith(("data:", "http://", "https://")) and not os.path.isfile(path):
             raise SampleError(kind, f"{path} does not exist")
         is_below = path.startswith(self._folder.rstrip(os.sep) + os.sep)
+        if os.path.isabs(path) and not is_below:
+            self.outside.add(path)
         return os.path.relpath(path, self._folder) if is_below else path
 
     def data(self, content: bytes, kind: MediaKind) -> str:

@@ -34,6 +34,8 @@ def export_checkpoint(
     Tensors are read one at a time, so the host never holds the whole model. Raises: ValueError for a source that holds
     no complete checkpoint and for a target that holds something else.
     """
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise ValueError(f"{directory} is not empty; choose another directory, or --overwrite replaces what is in it")
     if not source.exists():
         raise ValueError(f"{source} does not exist; name a run directory or one of its checkpoints/step_...")
     stored = open_stored(best_checkpoint(source) if best else source)

@@ -98,6 +98,7 @@ def render(files: RunFiles, *, now: float) -> str:
         num_bad=len(files.bad_samples),
         trainable=_trainable_table(files.trainable),
         samples=_sample_cards(files),
+        worst_rows=[_worst_card(files.directory, line) for line in files.worst_rows],
         samples_step=max((line["step"] for line in files.samples if is_number(line.get("step"))), default=None),
         num_samples=len(files.samples),
         config_text=files.config_text,
@@ -394,6 +395,13 @@ def _sample_cards(files: RunFiles) -> list[SampleCard]:
         by_modality.setdefault(str(line.get("modality", "text")), []).append(line)
     share = -(-MAX_SAMPLES // max(1, len(by_modality)))
     return [_card(files.directory, line) for lines in by_modality.values() for line in lines[:share]]
+
+
+def _worst_card(directory: Path, line: Line) -> SampleCard:
+    """A row of high loss: its answer is what it expects, its expectation says how surprising that is."""
+    card = _card(directory, {**line, "answer": line.get("expected")})
+    words = f"loss {fmt(line['loss'])}, {line.get('source', '')}" if is_number(line.get("loss")) else ""
+    return dataclasses.replace(card, expected=words, right=None)
 
 
 def _card(directory: Path, line: Line) -> SampleCard:

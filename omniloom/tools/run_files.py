@@ -15,6 +15,7 @@ from omniloom.run.stopping import STOPPED
 from omniloom.training.metrics import EXPERT_LOAD, lines_of, parse_line, read_lines
 
 Line = Mapping[str, Any]
+WORST_ROWS = "worst_rows.jsonl"  # that `omniloom score RUN DATA --worst N` leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class RunFiles:
     expert_load: Line | None  # the last line
     trainable: Sequence[Line]
     samples: Sequence[Line]
+    worst_rows: Sequence[Line]  # those of the highest loss, the highest first
     summary: dict[str, Any]
     checkpoints: list[str]
     is_exported: bool
@@ -65,6 +67,7 @@ def read_run(run: Path) -> RunFiles:
         samples=[
             {"step": int(file.stem.removeprefix("step_")), **line} for file in answers for line in read_lines(file)
         ],
+        worst_rows=read_lines(run / WORST_ROWS),
         summary=_read_json(run / "summary.json", {}),
         checkpoints=sorted(path.name for path in (run / "checkpoints").glob("step_*") if path.is_dir()),
         is_exported=(run / "hf" / "config.json").is_file(),

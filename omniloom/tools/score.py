@@ -6,20 +6,27 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from omniloom.config import Config, DataConfig, ModelConfig, override_config
+from omniloom.checkpoint.files import write_text
+from omniloom.config import ModelConfig, override_config
 from omniloom.data.loader import Loader
 from omniloom.data.planner import PlanError, plan_all
-from omniloom.data.sources import open_sources
+from omniloom.data.rows import RowReader
+from omniloom.data.sources import Sources, open_sources
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import materialize
+from omniloom.run.evaluation import describe_question
 from omniloom.run.opening import Workshop, load_weights, open_workshop, without_talker
 from omniloom.run.rows import PROMPT_KEYS, ROW_KEYS, open_rows
+from omniloom.tools.run_files import WORST_ROWS
+from omniloom.tools.trained_model import trained_model
 from omniloom.types import CODE0, CODES, BadSample, LoadedPack, PackedBatch, SpeechInputs, Targets
 
 TAKES = (
@@ -30,15 +37,24 @@ TAKES = (
 
 
 def score_file(
-    model: str | Path, data: str | Path, overrides: Sequence[str] = (), *, adapter: str | Path | None = None
+    model: str | Path,
+    data: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    adapter: str | Path | None = None,
+    worst: int | None = None,
 ) -> None:
     """Print {"id", "num_loss_tokens", "loss"} per row, in the order of the file; bad rows go to standard error.
 
     Rows with speech have "loss_code0", "loss_codes" and "num_code_frames" too.
-
+    With `worst` only so many rows of the highest loss, the highest first, with their places, words and media; where
+    `model` is a run they are left in its directory, too, for its report.
     Raises: ValueError as `score_rows` does, and where no row could be scored.
     """
-    scores, bad = score_rows(model, data, overrides, adapter=adapter)
+    scores, bad = score_rows(model, data, overrides, adapter=adapter, worst=worst)
+    if worst is not None and (Path(model) / "config.yaml").is_file():
+        lines = "".join(json.dumps(score, ensure_ascii=False) + "\n" for score in scores)
+        write_text(Path(model) / WORST_ROWS, lines)
     for score in scores:
         print(json.dumps(score, ensure_ascii=False))
     for one in bad:
@@ -48,25 +64,51 @@ def score_file(
 
 
 def score_rows(
-    model: str | Path, data: str | Path, overrides: Sequence[str] = (), *, adapter: str | Path | None = None
-) -> tuple[list[dict[str, object]], list[BadSample]]:
+    model: str | Path,
+    data: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    adapter: str | Path | None = None,
+    worst: int | None = None,
+) -> tuple[list[dict[str, Any]], list[BadSample]]:
     """The loss of every row of one file, in order, and the rows that have none. `adapter` is one of PEFT, put on top.
 
-    Raises: ValueError for a checkpoint, adapter or file that cannot be read, and for overrides that scoring ignores.
+    `worst` as of `score_file`. Raises: ValueError for a checkpoint, adapter or file that cannot be read, and for
+    overrides that scoring ignores.
     """
-    named = ModelConfig(path=str(model), adapter=None if adapter is None else str(adapter))
-    given = Config(model=named, data=DataConfig(train=(str(data),)))
-    config = override_config(given, overrides, verb="score", takes=TAKES)
-    workshop = open_workshop(config, adapter_decides=True, speaks=True)
-    source = open_sources(config.data.train, config.data)
-    scores: dict[int, dict[str, object]] = {}
+    with trained_model(model) as (path, usual):
+        named = ModelConfig(path=path, adapter=None if adapter is None else str(adapter))
+        given = replace(usual, model=named, data=replace(usual.data, train=(str(data),)))
+        config = override_config(given, overrides, verb="score", takes=TAKES)
+        workshop = open_workshop(config, adapter_decides=True, speaks=True)
+        source = open_sources(config.data.train, config.data)
+        scores, bad = _score(workshop, source)
+        if worst is None:
+            return [scores[row] for row in sorted(scores)], bad
+        reader = open_rows(workshop, source, cache=False)()
+        rows = sorted(scores, key=lambda row: (-scores[row]["loss"], row))[:worst]
+        return [scores[row] | _details(reader, row) for row in rows], bad
+
+
+def _details(reader: RowReader, row: int) -> dict[str, Any]:
+    """Where a row is, what it asks and expects, and its media."""
+    conversation = reader.conversation(row)
+    answer = next(turn for turn in reversed(conversation.turns) if turn.role == "assistant")
+    expected = "".join(part.text for part in answer.parts)
+    return {"source": conversation.source, **describe_question(conversation), "expected": expected}
+
+
+def _score(workshop: Workshop, source: Sources) -> tuple[dict[int, dict[str, Any]], list[BadSample]]:
+    """Scores by row, and the rows that have none."""
+    config = workshop.config
+    scores: dict[int, dict[str, Any]] = {}
     with closing(Loader(open_rows(workshop, source, cache=False), workers=config.data.workers)) as loader:
         try:
             packs, bad = plan_all(
                 num_rows=len(source), pack_tokens=config.data.pack_tokens, measure=loader.measure, locate=source.locate
             )
         except PlanError as error:  # no row can be used; its words are of a run's files
-            return [], list(error.bad_rows)
+            return {}, list(error.bad_rows)
         if not any(sample.extent.num_code_frames for plan in packs for sample in plan.samples):
             workshop = without_talker(workshop)
         net, failures = _load(workshop), list(bad)
@@ -74,11 +116,11 @@ def score_rows(
             failures += loaded.bad
             rows = [sample.row for sample in plan.samples]
             scores |= {rows[position]: score for position, score in score_pack(net, loaded)}
-    return [scores[row] for row in sorted(scores)], failures
+    return scores, failures
 
 
 @torch.no_grad()
-def score_pack(net: OmniModel, loaded: LoadedPack) -> Iterator[tuple[int, dict[str, object]]]:
+def score_pack(net: OmniModel, loaded: LoadedPack) -> Iterator[tuple[int, dict[str, Any]]]:
     """Position in the pack and score of every sample that was loaded. Loss is the weighted mean over its labels."""
     batch = loaded.batch
     hidden, speech_inputs, _, _ = net.text.run(batch, net.encode(batch))

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from omniloom.training.trackers import Tracker
 from omniloom.types import TEXT, PackStats, RunError
 
 EXPERT_LOAD = "expert_load.jsonl"  # of a run directory
@@ -65,6 +66,7 @@ class StepMetrics(PackStats):
     step_seconds: float
     pack_fill: float
     num_bad_samples: int
+    epoch: float | None = None  # passes over the rows so far
     other_losses: Mapping[str, float] | None = None  # by name; `router` is the key `router_loss` of the line
     expert_imbalance: float | None = None
     evaluation: Mapping[str, float] | None = None  # each of its figures is a key of the line
@@ -80,7 +82,8 @@ class MetricsLog:
     Lines past the resumed step are dropped, so steps never repeat.
     """
 
-    def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
         self.path = run_dir / "metrics.jsonl"
         self._files = {path: _reopen(path, first_step) for path in (self.path, run_dir / EXPERT_LOAD)}
         self._board: Any = None
@@ -100,10 +103,12 @@ class MetricsLog:
         self._append(self.path, line)
         if expert_load and is_load_kept(metrics.step):
             self._append(self.path.with_name(EXPERT_LOAD), {"step": metrics.step, "tokens": expert_load})
+        figures = {key: value for key, value in line.items() if key != "step" and value is not None}
         if self._board is not None:
-            for key, value in line.items():
-                if key != "step" and value is not None:
-                    self._board.add_scalar(key, value, metrics.step)
+            for key, value in figures.items():
+                self._board.add_scalar(key, value, metrics.step)
+        for tracker in self._trackers:
+            tracker.log(figures, metrics.step)
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
         text = (json.dumps(line) + "\n").encode()
@@ -122,6 +127,8 @@ class MetricsLog:
             file.close()
         if self._board is not None:
             self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def is_load_kept(step: int) -> bool:
@@ -194,11 +201,10 @@ class Screen:
         self._start: tuple[float, float] | None = None  # time and share of the run at the end of the first step shown
         self._bar: Any = None
         if enabled and sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import BarColumn, Progress, TextColumn
 
-            text = TextColumn("{task.fields[text]}")
-            self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), text)
-            self._task = self._bar.add_task("train", total=total_steps, text="")
+            self._bar = Progress(BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+            self._task = self._bar.add_task("train", total=1.0, text="")
             self._bar.start()
 
     def say(self, text: str) -> None:
@@ -213,19 +219,21 @@ class Screen:
         """Show a finished step. `progress` is the share of the run that is over, for the ETA under epochs."""
         if not self._enabled:
             return
-        text = (
-            f"loss {'none' if metrics.loss is None else f'{metrics.loss:.4f}'}  norm {metrics.grad_norm:.3f}  "
-            f"lr {metrics.learning_rate:.2e}  {metrics.tokens_per_second:,.0f} tok/s  "
-            f"wait {100 * metrics.data_wait_fraction:.0f}%"
+        text = f"step {metrics.step + 1}" + (f"/{self._total}" if self._total else "") + f"  {progress:.0%}"
+        text += "" if metrics.epoch is None else f"  epoch {metrics.epoch:.2f}"
+        text += (
+            f"  loss {'none' if metrics.loss is None else f'{metrics.loss:.4f}'}  norm {metrics.grad_norm:.3f}  "
+            f"lr {metrics.learning_rate:.2e}  {metrics.step_seconds:.2f} s  "
+            f"{metrics.tokens_per_second:,.0f} tok/s  wait {100 * metrics.data_wait_fraction:.0f}%  "
+            f"memory {metrics.peak_memory_bytes / 2**30:.1f} GiB"
         )
         if metrics.num_bad_samples:
             text += f"  bad {metrics.num_bad_samples}"
         text += f"  eta {self._eta(progress, time.monotonic())}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=metrics.step + 1, text=text)
+            self._bar.update(self._task, completed=progress, text=text)
         elif metrics.step % self._every == 0:
-            of = f"/{self._total}" if self._total else ""
-            print(f"step {metrics.step + 1}{of}  {text}", flush=True)
+            print(text, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -239,4 +247,10 @@ class Screen:
         if progress <= before:
             return "?"
         seconds = int((1 - progress) * (now - begun) / (progress - before))
-        return f"{seconds // 3600:d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        return clock(seconds)
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes, seconds."""
+    whole = int(seconds)
+    return f"{whole // 3600:d}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -339,7 +339,7 @@ def test_a_checkpoint_with_adapters_is_not_resumed_without_them(folder: Path, fi
 
 def test_the_folder_of_an_adapter_is_not_written_over_something_else(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="not empty and no adapter"):
+    with pytest.raises(ValueError, match="is not empty; choose another"):
         export_checkpoint(finished, tmp_path, adapter=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

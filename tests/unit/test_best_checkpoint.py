@@ -49,5 +49,7 @@ def test_the_best_checkpoint_is_kept_exported_and_ends_the_run(
     )
     assert best
     assert best == fourth
+    with pytest.raises(ValueError, match=r"best is not empty; choose another directory, or --overwrite"):
+        omniloom.export(tmp_path / "run", tmp_path / "best")
     assert run(config) == 0
     assert "nothing to do" in capsys.readouterr().out

@@ -161,10 +161,10 @@ def test_media_are_found_from_the_new_file_wherever_it_lies(folder: Path, tmp_pa
     row = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "A."}]}
     (folder / "rows.json").write_text(json.dumps([row, {**row, "image": "gone.png"}]))
     for target, path in ((folder, "media/a.png"), (tmp_path, str(folder / "media" / "a.png"))):
-        num_written, problems = convert_file(
+        num_written, problems, num_outside = convert_file(
             "llava", folder / "rows.json", target / "new.jsonl", [f"data.media_dir={folder / 'media'}"]
         )
-        assert (num_written, len(problems)) == (1, 1)
+        assert (num_written, len(problems), num_outside) == (1, 1, target == tmp_path)
         assert "rows.json:1" in problems[0]
         assert "gone.png does not exist" in problems[0]
         (block, _) = json.loads((target / "new.jsonl").read_text())["messages"][0]["content"]

@@ -10,6 +10,7 @@ from PIL import Image
 
 from omniloom import cli
 from omniloom.config import ConfigError
+from omniloom.tools.report import write_report
 from omniloom.tools.score import score_file, score_rows
 from omniloom.tools.tiny import make_tiny
 
@@ -69,3 +70,27 @@ def test_nothing_scored_is_no_success(
         score_file(model, write(rows, cut), WORDS)
     score_file(model, write(rows, gone, cut, {"query": "q", "response": "r"}), WORDS)
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_the_worst_rows_are_told_with_words_and_media_and_shown_in_the_report(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.png")
+    rows = [{"id": f"r{n}", "query": f"q{n} <image>", "response": "yes " * n, "images": ["a.png"]} for n in (1, 4, 9)]
+    file = write(tmp_path / "rows.jsonl", *rows)
+    every, _ = score_rows(model, file, WORDS)
+    by_loss = sorted(every, key=lambda score: -score["loss"])
+    found, _ = score_rows(model, file, WORDS, worst=2)
+    assert [line["id"] for line in found] == [score["id"] for score in by_loss[:2]]
+    assert found[0]["media"] == [str(tmp_path / "a.png")]
+    assert found[0]["question"].startswith("q")
+    assert found[0]["expected"].startswith("yes")
+    assert found[0]["source"].startswith(f"{file}:")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"model: {{path: {model}}}")
+    (run / "worst_rows.jsonl").write_text(json.dumps(found[0]))
+    page = write_report(run).read_text()
+    assert "Rows of the highest loss" in page
+    assert f"{file}:" in page
+    assert 'src="data:image/' in page

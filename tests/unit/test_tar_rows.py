@@ -314,7 +314,7 @@ def test_media_are_stored_unchanged_and_the_index_says_where(shards: tuple[Path,
 def test_a_row_without_its_media_is_left_out_and_nothing_is_left_of_nothing(tmp_path: Path) -> None:
     rows = [{"messages": ASKED, "images": ["gone.png"]}, {"query": "q", "response": "r"}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    num_written, problems = convert_file("webdataset", tmp_path / "rows.json", tmp_path / "out")
+    num_written, problems, _ = convert_file("webdataset", tmp_path / "rows.json", tmp_path / "out")
     assert (num_written, len(problems)) == (1, 1)
     assert "gone.png" in problems[0]
     (tmp_path / "rows.json").write_text(json.dumps(rows[:1]))

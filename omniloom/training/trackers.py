@@ -1,0 +1,85 @@
+"""Experiment trackers beside TensorBoard: Weights & Biases, SwanLab, MLflow, each through its own library.
+
+Accounts, servers and offline modes are the libraries' own settings (`WANDB_MODE=offline`, `SWANLAB_MODE=offline`,
+`MLFLOW_TRACKING_URI`). A run is called by its directory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from omniloom.config import ConfigError, LogConfig
+
+PACKAGES = {"wandb": "wandb", "swanlab": "swanlab", "mlflow": "mlflow"}  # key of the section log: package
+
+
+class Tracker(Protocol):
+    def log(self, figures: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_trackers(config: LogConfig) -> None:
+    """Raises: ConfigError for a tracker whose package is not installed."""
+    absent = [
+        key for key, package in PACKAGES.items() if getattr(config, key) and not importlib.util.find_spec(package)
+    ]
+    if absent:
+        faults = [
+            f"log.{key}: {PACKAGES[key]} is not installed; pip install {PACKAGES[key]}, or unset it" for key in absent
+        ]
+        raise ConfigError(faults, "the configuration")
+
+
+def open_trackers(config: LogConfig, run_dir: Path, about: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers that `log` names, with what is to be known of the run."""
+    made = {"wandb": WandbTracker, "swanlab": SwanlabTracker, "mlflow": MlflowTracker}
+    return [make(project, run_dir, about) for key, make in made.items() if (project := getattr(config, key))]
+
+
+class WandbTracker:
+    def __init__(self, project: str, run_dir: Path, about: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run: Any = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=dict(about))
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class SwanlabTracker:
+    def __init__(self, project: str, run_dir: Path, about: Mapping[str, Any]) -> None:
+        import swanlab
+
+        folder = str(run_dir / "swanlab")
+        self._run: Any = swanlab.init(project=project, experiment_name=run_dir.name, logdir=folder, config=dict(about))
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        import swanlab
+
+        swanlab.finish()
+
+
+class MlflowTracker:
+    def __init__(self, project: str, run_dir: Path, about: Mapping[str, Any]) -> None:
+        import mlflow
+
+        self._mlflow: Any = mlflow
+        mlflow.set_experiment(project)
+        mlflow.start_run(run_name=run_dir.name)
+        mlflow.log_dict(dict(about), "config.json")
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self._mlflow.log_metrics({key.replace(":", "_"): value for key, value in figures.items()}, step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()

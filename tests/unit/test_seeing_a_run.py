@@ -1,0 +1,104 @@
+"""What a run says while it goes on, counts, sends to trackers and leaves on how it was made."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import logging
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omniloom.config import ConfigError, LogConfig, load_config
+from omniloom.run.provenance import describe_start, record_start
+from omniloom.run.records import count_warnings
+from omniloom.training.metrics import MetricsLog, Screen, clock
+from omniloom.training.trackers import check_trackers, open_trackers
+from tests.unit.test_metrics import line
+
+
+def test_a_line_tells_time_epoch_share_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(enabled=True, total_steps=8, every=1)
+    screen.step(replace(line(1), epoch=0.5, step_seconds=1.25, peak_memory_bytes=3 << 30), progress=0.25)
+    said = capsys.readouterr().out
+    assert said.startswith("step 2/8  25%  epoch 0.50  loss 1.0000")
+    assert "1.25 s" in said
+    assert "memory 3.0 GiB" in said
+    assert said.endswith("eta ?\n")
+    assert clock(3723.9) == "1:02:03"
+
+
+class Library(types.ModuleType):
+    """A tracker's package that notes its calls."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.calls.append((name, arguments, options))
+            return self
+
+        return call
+
+
+def test_figures_reach_every_tracker_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = {name: Library(name) for name in ("wandb", "swanlab", "mlflow")}
+    for name, library in libraries.items():
+        monkeypatch.setitem(sys.modules, name, library)
+    config = LogConfig(wandb="mine", swanlab="mine", mlflow="mine")
+    check_trackers(config)
+    trackers = open_trackers(config, tmp_path, {"train": {"steps": 3}})
+    log = MetricsLog(tmp_path, first_step=0, tensorboard=False, trackers=trackers)
+    log.write(replace(line(4), evaluation={"eval_wer": 0.5}))
+    log.close()
+    for name, begun, logged, ended in (
+        ("wandb", "init", "log", "finish"),
+        ("swanlab", "init", "log", "finish"),
+        ("mlflow", "start_run", "log_metrics", "end_run"),
+    ):
+        calls = [call for call, *_ in libraries[name].calls]
+        assert calls.index(begun) < calls.index(logged) < calls.index(ended)
+        (found,) = [(arguments, options) for call, arguments, options in libraries[name].calls if call == logged]
+        assert found[1] == {"step": 4}
+        assert found[0][0]["eval_wer"] == 0.5
+        assert "step" not in found[0][0]
+        assert "mine" in json.dumps(libraries[name].calls, default=str)
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"log\.mlflow: mlflow is not installed; pip install mlflow"):
+        check_trackers(load_config(None, ["log.mlflow=x"]).log)
+
+
+def test_how_a_run_was_made_is_a_line_for_each_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["omniloom", "train", "my config.yaml"])
+    monkeypatch.chdir(tmp_path)
+    for first_step in (0, 7):
+        record_start(tmp_path, describe_start(first_step, 2))
+    starts = [json.loads(text) for text in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [start["first_step"] for start in starts] == [0, 7]
+    assert starts[0]["command"] == "omniloom train 'my config.yaml'"
+    assert starts[0]["versions"]["torch"]
+    assert starts[0]["git_commit"] is None
+
+
+def test_warnings_of_ours_are_counted_and_still_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    counted: list[int] = []
+    logger = logging.getLogger("omniloom.data.planner")
+    with count_warnings(lambda: counted.append(1)):
+        logger.warning("one")
+        logger.info("none")
+        logging.getLogger("torch").warning("not ours")
+    logger.warning("later")
+    assert len(counted) == 1
