@@ -202,9 +202,15 @@ class _Mail:
         while wanted not in self._posted:
             assert self._post(source), f"{wanted} never comes from pipeline rank {source}"
         rows, work = self._posted.pop(wanted)
-        self._post(source)  # the next one, to arrive while this one is worked on
-        if work is not None:
-            work.wait()
+        try:
+            self._post(source)  # the next one, to arrive while this one is worked on
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            rank = dist.get_global_rank(self._group(source, self._layout.pipeline_rank), source)
+            what = "the gradient of its rows" if wanted.is_gradient else "rows"
+            error.add_note(f"stage {wanted.stage} waited for {what} of pack {wanted.pack} from rank {rank}")
+            raise
         return rows
 
     def _post(self, source: int) -> bool:

@@ -115,7 +115,8 @@ def run(
             raise
         raise LostRankError(
             f"rank {ranks.rank} lost another rank, which ended or was silent for {timeout_seconds:g} s (see what it "
-            f"said); the same command goes on from the last checkpoint ({str(error).splitlines()[0]})"
+            f"said); the same command goes on from the last checkpoint "
+            f"({'; '.join([*getattr(error, '__notes__', ()), str(error).splitlines()[0]])})"
         ) from error
     finally:
         close_distributed()
