@@ -376,12 +376,11 @@ class Pipeline:
         }
         if not self.router_rows:
             return LossTerms(sums=sums, expert_counts=torch.zeros(0, 0, dtype=torch.int64, device=zero.device))
-        counts = torch.zeros(len(self.router_rows), self.plan.num_experts, dtype=torch.int64, device=zero.device)
+        elsewhere = torch.zeros(self.plan.num_experts, dtype=torch.int64, device=zero.device)
         held = [name for stage in self.stages.values() for name in stage.layers]
-        here = [row for row, layer in enumerate(self.router_rows) if str(layer) in held]
-        if here:
-            counts[here] = torch.cat([part.expert_counts for part in parts if len(part.expert_counts)])
-        return LossTerms(sums=sums, expert_counts=counts)
+        here = iter([counts for part in parts for counts in part.expert_counts.unbind()])
+        rows = [next(here) if str(layer) in held else elsewhere for layer in self.router_rows]
+        return LossTerms(sums=sums, expert_counts=torch.stack(rows))
 
     # ------------------------------------------------------------------------------------ without gradients
 

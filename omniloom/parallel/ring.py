@@ -186,8 +186,10 @@ def ring_attention_backward(
 
 
 # one operation each: what backward need not compute again is found by its name
-torch.library.custom_op("omniloom::ring_attention", ring_attention, mutates_args=())
-torch.library.custom_op("omniloom::ring_attention_backward", ring_attention_backward, mutates_args=())
+_forward = torch.library.custom_op("omniloom::ring_attention", ring_attention, mutates_args=())
+_backward = torch.library.custom_op("omniloom::ring_attention_backward", ring_attention_backward, mutates_args=())
+_forward.register_fake(lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)))
+_backward.register_fake(lambda grad, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)))
 
 
 class _RingAttention(torch.autograd.Function):

@@ -29,11 +29,34 @@ FAST: Mapping[str, Case] = MappingProxyType(
             model=OMNI, world_size=16, rank=5, parallel={"context": 2, "expert": 8}, memory=FULL
         ),
         "lora_full_recompute": Case(model=OMNI, world_size=8, memory=FULL, policy=LORA),
+        "pipeline4_tensor2_experts": Case(
+            model=OMNI,
+            layers={"text": 8, "vision": 2, "audio": 2},
+            world_size=64,
+            rank=37,
+            parallel={"pipeline": 4, "pipeline_layers": [2, 2, 2, 2], "tensor": 2, "expert": 8},
+            memory=FULL,
+            num_packs=4,
+        ),
         "offloaded": Case(model="Qwen3-VL-4B", world_size=8, memory=OFFLOADED, train={"optimizer_states": "8bit"}),
     }
 )
 SLOW: Mapping[str, Case] = MappingProxyType(
     {
+        **{
+            f"vl_235b_of_{world}": Case(
+                model="Qwen3-VL-235B-A22B",
+                layers={"text": 8, "vision": 2},
+                world_size=world,
+                rank=world - 30,
+                parallel={"pipeline": 4, "pipeline_layers": [2, 2, 2, 2], "tensor": 4, "expert": 8},
+                memory=FULL,
+                num_packs=4,
+            )
+            for world in (128, 512)
+        },
+        "tensor8": Case(model=OMNI, world_size=8, rank=3, parallel={"tensor": 8}, memory=FULL, evaluates=True),
+        "ring": Case(model="Qwen3-VL-4B", world_size=8, rank=5, parallel={"context": {"ulysses": 2, "ring": 4}}),
         "shared_pool": Case(
             model=OMNI,
             world_size=8,

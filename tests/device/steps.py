@@ -27,7 +27,8 @@ from omniloom.models.fusion import OmniModel
 from omniloom.ops import attention
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
-from omniloom.parallel.mesh import build_layout, resolve_degrees
+from omniloom.parallel.mesh import Degrees, build_layout, resolve_degrees
+from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.staging import stage
 from omniloom.parallel.step import Objective, evaluate, run_packs
 from omniloom.processors.tower_batches import audio_batch, vision_batch
@@ -180,9 +181,9 @@ def run_case(
     """One optimizer step as rank `case.rank` takes it, and an evaluation where the case asks for one."""
     config, family = workshop.config, workshop.family
     batch = make_pack(family, case.pack_tokens, content or Content())
-    with one_of(case.world_size, case.rank, device) as ranks, _imagined_members():
-        degrees = resolve_degrees(config.parallel, case.world_size, packs_per_step=config.train.packs_per_step)
-        local_tokens = case.pack_tokens // degrees.context
+    degrees = resolve_degrees(config.parallel, case.world_size, packs_per_step=config.train.packs_per_step)
+    with one_of(case.world_size, case.rank, device) as ranks, _imagined_members(degrees):
+        local_tokens = case.pack_tokens // degrees.sharers
         record = Record(device=device, rows=local_tokens * family.text.num_experts_per_tok, on_op=on_op)
         layout = build_layout(degrees, ranks)
         pool = EncoderPool(layout, workshop.spec.sharding(family), config.parallel.encoder_pool)
@@ -200,18 +201,24 @@ def run_case(
             )
             _follow(model, record)
             on_pack = partial(setattr, record, "pack")
-            (routed,) = pool.plan([batch])
-            staged = stage(routed, device, workshop.compute_dtype)
-            _check_same(staged, routed)
-            run_packs(model, [staged] * case.num_packs, layout, objective, pool, on_pack=on_pack)
+            pipeline = None
+            if degrees.pipeline > 1:
+                plan = workshop.spec.sharding(family)
+                pipeline = Pipeline(model, layout, plan, config.parallel, workshop.compute_dtype)
+            # the towers are called for all packs of a pipeline at once
+            routed = pool.plan([batch] * case.num_packs) if pipeline else pool.plan([batch]) * case.num_packs
+            staged = [stage(pack, device, workshop.compute_dtype) for pack in routed]
+            _check_same(staged[0], routed[0])
+            run_packs(model, staged, layout, objective, pool, pipeline, on_pack=on_pack)
             record.phase = "optimizer"
-            clip_gradients(model.parameters(), config.train.clip_norm, device)
+            repeated = () if pipeline is None else pipeline.counted_elsewhere
+            clip_gradients(model.parameters(), config.train.clip_norm, device, repeated)
             gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
             optimizer.step()
             if case.evaluates:
                 record.phase, record.pack = "evaluation", case.num_packs
                 model.eval()
-                evaluate(model, batch, layout, pool)
+                evaluate(model, batch, layout, pool, pipeline)
     states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]  # no step counts
     return record, Outcome(
         gradients=frozenset(gradient.dtype for gradient in gradients if gradient is not None),
@@ -244,11 +251,13 @@ def _enter(record: Record, phase: str, *_: Any) -> None:
 
 
 @contextlib.contextmanager
-def _imagined_members() -> Iterator[None]:
-    """The other ranks of an encoder pool say what this one says; flash attention is at hand."""
+def _imagined_members(degrees: Degrees) -> Iterator[None]:
+    """The other ranks say what this one says, of stages of their own; flash attention is at hand."""
     gather, resolve = dist.all_gather_object, attention.resolve_kernel
 
     def all_gather_object(gathered: list[Any], value: Any, group: Any = None) -> None:
+        if isinstance(value, dict):  # what is known of stages, by their number
+            value = {stage: known for stage in range(degrees.num_stages) for known in list(value.values())[:1]}
         gathered[:] = [value] * len(gathered)
 
     dist.all_gather_object = all_gather_object

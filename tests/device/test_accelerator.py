@@ -80,7 +80,8 @@ def test_gradients_and_optimizer_states_are_on_the_device_in_their_dtypes(step, 
 @each_step
 def test_the_host_waits_only_for_the_sizes_of_an_exchange_between_experts(step, name):
     case = CASES[name]
-    num_waits = case.layers["text"] * (case.num_packs + case.evaluates) if case.parallel.get("expert", 1) > 1 else 0
+    num_layers = case.layers["text"] // case.parallel.get("pipeline", 1)
+    num_waits = num_layers * (case.num_packs + case.evaluates) if case.parallel.get("expert", 1) > 1 else 0
     assert step["wait"] == ({SIZES: num_waits} if num_waits else {})
 
 
@@ -89,7 +90,7 @@ def test_all_copies_to_the_device_are_made_in_one_place_from_pinned_memory(step,
     case = CASES[name]
     assert set(step["copy"]) == {MOVE} | ({BACK} if case.memory is OFFLOADED else set())
     assert step["pinned"] == step["copy"]
-    is_shared = case.parallel.get("context", 1) > 1 or "encoder_pool" in case.parallel
+    is_shared = {"context", "tensor", "pipeline", "encoder_pool"} & case.parallel.keys()
     if not is_shared and not case.evaluates:
         assert step["copy"][MOVE] == case.num_packs, "a staged pack is one copy"
 

@@ -1,4 +1,5 @@
-"""Runs over stages: checkpoints go on in any layout, exports are the same bytes, and a dead rank is missed."""
+"""Runs over stages and divided matrices: checkpoints go on in any layout, exports are the same bytes, a dead rank is
+missed."""
 
 from __future__ import annotations
 
@@ -22,41 +23,58 @@ def omniloom(*words: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+LAYOUTS = {
+    "alone": (1, ()),
+    "staged": (2, ("parallel.pipeline=2",)),
+    "divided": (2, ("parallel.tensor=2",)),
+    "ring": (2, ("parallel.context.ring=2",)),
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps on two stages and on one rank, each with a checkpoint after two; the head is the embedding."""
+    """Four steps in several layouts, each with a checkpoint after two; the head is the embedding."""
     folder = tmp_path_factory.mktemp("stages")
     make_tiny("qwen3_vl", folder / "model")
     write_media_rows(folder, hears=False)
-    train(folder, "staged", 2)
-    train(folder, "alone", 1)
+    for layout in ("staged", "divided", "alone"):
+        train(folder, layout, layout)
     return folder
 
 
-def train(folder: Path, name: str, nproc: int, *words: str) -> list[dict]:
+def train(folder: Path, name: str, layout: str, *words: str) -> list[dict]:
+    nproc, axes = LAYOUTS[layout]
     rows = next(path for path in folder.iterdir() if path.suffix in (".json", ".jsonl"))
     omniloom(
         *("train", "--nproc", str(nproc), f"model.path={folder / 'model'}", f"data.train={rows}"),
         *(f"train.run_dir={folder / name}", "train.steps=4", "train.packs_per_step=2", "data.pack_tokens=512"),
         *("data.workers=0", "train.learning_rate=1e-3", "data.image.max_pixels=4096", "data.video.max_pixels=4096"),
-        *("model.dtype=float32", "checkpoint.every=2", "log.tensorboard=false", f"parallel.pipeline={nproc}", *words),
+        *("model.dtype=float32", "checkpoint.every=2", "log.tensorboard=false", *axes, *words),
     )
     return read_lines(folder / name / "metrics.jsonl")
 
 
-def test_an_export_is_the_same_bytes_as_one_rank_makes_of_the_checkpoint(folder: Path) -> None:
-    omniloom("export", str(folder / "staged"), str(folder / "exported"))
-    files = sorted(path.name for path in (folder / "staged" / "hf").glob("*.safetensors"))
+@pytest.mark.parametrize("layout", ["staged", "divided"])
+def test_an_export_is_the_same_bytes_as_one_rank_makes_of_the_checkpoint(folder: Path, layout: str) -> None:
+    exported, run = folder / f"{layout}_exported", folder / layout / "hf"
+    omniloom("export", str(folder / layout), str(exported))
+    files = sorted(path.name for path in run.glob("*.safetensors"))
     assert files
     for name in files:
-        assert (folder / "exported" / name).read_bytes() == (folder / "staged" / "hf" / name).read_bytes(), name
+        assert (exported / name).read_bytes() == (run / name).read_bytes(), name
 
 
-@pytest.mark.parametrize(("first", "second", "nproc"), [("staged", "alone", 1), ("alone", "staged", 2)])
-def test_a_checkpoint_goes_on_in_another_layout(folder: Path, first: str, second: str, nproc: int) -> None:
+FULL = [("staged", "alone"), ("alone", "staged"), ("alone", "divided"), ("divided", "ring"), ("divided", "staged")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("staged", "divided"), ("divided", "alone"), *(pytest.param(*pair, marks=pytest.mark.full) for pair in FULL)],
+)
+def test_a_checkpoint_goes_on_in_another_layout(folder: Path, first: str, second: str) -> None:
     expected = read_lines(folder / first / "metrics.jsonl")
     stored = folder / first / "checkpoints" / "step_00000002"
-    found = train(folder, f"{first}_{second}", nproc, f"checkpoint.resume={stored}", "checkpoint.export=false")
+    found = train(folder, f"{first}_{second}", second, f"checkpoint.resume={stored}", "checkpoint.export=false")
     assert [line["step"] for line in found] == [2, 3]
     for one, other in zip(expected[2:], found, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)

@@ -23,9 +23,11 @@ LAYOUTS = {
     "4 ranks": (4, ()),
     "context 2 x expert 2": (2, ("parallel.context=2", "parallel.expert=2")),
     "pipeline 2": (2, ("parallel.pipeline=2",)),
+    "tensor 2 x expert 2": (2, ("parallel.tensor=2", "parallel.expert=2")),
+    "ring 2": (2, ("parallel.context.ring=2",)),
     "replicate 2, pool of all": (2, ("parallel.replicate=2", "parallel.encoder_pool=data")),
 }
-FULL = ("2 ranks",)  # of the kind of 4 ranks: with the whole matrices alone
+FULL = ("2 ranks", "ring 2")  # of the kind of others: with the whole matrices alone
 MANY = [pytest.param(name, marks=pytest.mark.full if name in FULL else ()) for name in LAYOUTS if name != "1 rank"]
 
 
