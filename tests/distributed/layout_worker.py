@@ -202,16 +202,13 @@ class Layouts:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._layouts: dict[Degrees, Layout] = {}
-        self._pools: dict[tuple[Degrees, str], EncoderPool] = {}
 
     def get(self, parallel: ParallelConfig, plan: ShardingPlan) -> tuple[Layout, EncoderPool]:
         degrees = resolve_degrees(parallel, self.ranks.world_size, packs_per_step=8)
         if degrees not in self._layouts:
             self._layouts[degrees] = build_layout(degrees, self.ranks)
-        layout, key = self._layouts[degrees], (degrees, parallel.encoder_pool)
-        if key not in self._pools:
-            self._pools[key] = EncoderPool(layout, plan, parallel.encoder_pool)
-        return layout, self._pools[key]
+        layout = self._layouts[degrees]
+        return layout, EncoderPool(layout, plan, parallel.encoder_pool)
 
 
 def set_up(case: Case, parallel: ParallelConfig, memory: MemoryConfig, layouts: Layouts) -> Setup:
