@@ -27,7 +27,7 @@ class RowObjects:
         if isinstance(value, str) and value.strip():
             try:
                 value = json.loads(value)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SampleError("objects", f"not JSON: {error}") from None
         self._labels: list[str] = []
         self._boxes: list[Box] = []
@@ -91,7 +91,7 @@ def _as_list(value: Mapping[str, Any], keys: tuple[str, ...]) -> list[Any]:
 
 def _unit(value: Mapping[str, Any]) -> BoxUnit:
     name = value.get("bbox_type", "real")
-    if name not in _UNITS:
+    if not isinstance(name, str) or name not in _UNITS:
         raise SampleError("objects.bbox_type", f"unknown kind {name!r}" + suggest(str(name), _UNITS))
     return _UNITS[name]
 
