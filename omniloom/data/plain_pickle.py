@@ -17,6 +17,7 @@ _ALLOWED = frozenset(
         *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
     ]
 )
+_FAULTS = (pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, OverflowError, MemoryError)
 
 
 def read_plain_pickle(data: bytes) -> Any:
@@ -32,7 +33,7 @@ def read_plain_pickle(data: bytes) -> Any:
         return pickle.loads(data)
     except ValueError:
         raise
-    except (pickle.UnpicklingError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    except _FAULTS as error:
         raise ValueError(f"not a pickle that can be read: {error}") from None
 
 

@@ -204,6 +204,7 @@ def test_a_pickle_gives_plain_lists_and_nothing_else() -> None:
         b"",
         b"\x80\x04",
         b"\x82\x01.",
+        b"K\x01Na.",  # appends to a number
     ]
     for bomb in bombs:
         with pytest.raises(ValueError):
