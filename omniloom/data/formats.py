@@ -265,7 +265,13 @@ class _TurnReader:
                 parts = tuple(self._assistant(message, content, where))
                 new = [Turn(role="assistant", parts=parts, weight=weight, speech=speech)]
             elif kind == "tool_call":
-                new = [Turn(role="assistant", parts=tuple(parse_tool_calls(content, where)), weight=weight)]
+                new = [
+                    Turn(
+                        role="assistant",
+                        parts=tuple(self._media.calls(parse_tool_calls(content, where))),
+                        weight=weight,
+                    )
+                ]
             elif kind == "tool":
                 new = [Turn(role="tool", parts=tuple(_tool_content(content, where, self._media)), weight=weight)]
             else:
@@ -317,7 +323,7 @@ class _TurnReader:
         parts += _content(content, where, self._media)
         calls = _find(message, "tool_calls", "function_call")
         if calls is not None and calls != []:
-            parts += parse_tool_calls(calls, f"{where}.tool_calls")
+            parts += self._media.calls(parse_tool_calls(calls, f"{where}.tool_calls"))
         return parts
 
 
@@ -354,9 +360,9 @@ def _block(block: Any, where: str, media: RowMedia) -> list[Part]:
     if kind == "thinking":
         return [Part(kind="reasoning", text=str(block.get("thinking") or "").strip("\n"))]
     if kind == "tool_use":
-        return [tool_call_part({"name": block.get("name"), "arguments": block.get("input")}, where)]
+        return media.calls([tool_call_part({"name": block.get("name"), "arguments": block.get("input")}, where)])
     if kind == "tool_call":
-        return [tool_call_part(block.get("tool_call"), where)]
+        return media.calls([tool_call_part(block.get("tool_call"), where)])
     if kind in _MEDIA_BLOCKS:
         clip_kind, item = _MEDIA_BLOCKS[kind], _block_item(block, kind)
         return [media.clip(clip_kind, item, where) if names_clip(item, clip_kind) else media.next_clip(clip_kind, item)]

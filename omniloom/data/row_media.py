@@ -11,7 +11,7 @@ import base64
 import binascii
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
@@ -24,6 +24,7 @@ from omniloom.types import MediaKind, MediaSource, Part, SampleError, Turn
 KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
 PARTS = "__parts__"  # of a row of a tar: its sample's files by name, which the row may name as its media
 PLACEHOLDER = re.compile(r"<(image|video|audio)>")
+_QUOTED_PLACE = re.compile(r'"(<(?:bbox|point)>)"')
 _URL_SAFE = str.maketrans("-_", "+/")
 _FILE_URI = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -86,6 +87,18 @@ class RowMedia:
     def _text(self, text: str) -> Part:
         text, boxes = (text, ()) if self._objects is None else self._objects.fill(text)
         return Part(kind="text", text=text, boxes=boxes)
+
+    def calls(self, parts: Iterable[Part]) -> list[Part]:
+        """Tool calls, and text beside them, with the row's objects: a `"<bbox>"` of JSON stands for a list."""
+        if self._objects is None:
+            return list(parts)
+        filled = []
+        for part in parts:
+            is_json = part.kind == "tool_call"
+            text = _QUOTED_PLACE.sub(r"\1", part.text) if is_json else part.text
+            text, boxes = self._objects.fill(text, in_json=is_json)
+            filled.append(replace(part, text=text, boxes=boxes))
+        return filled
 
     def next_clip(self, kind: MediaKind, asked: Mapping[str, Any] | None = None) -> Part:
         """The next clip of the row's list, with what is asked of it where it stands."""

@@ -53,14 +53,15 @@ class RowObjects:
         if points is not None:
             self._boxes.append(_box(points, _unit(item), item.get("image", 0), field))
 
-    def fill(self, text: str) -> tuple[str, tuple[Box, ...]]:
+    def fill(self, text: str, *, in_json: bool = False) -> tuple[str, tuple[Box, ...]]:
         """The text with words for `<ref-object>`, and the boxes that its `<bbox>`s (for points, too) stand for."""
         boxes: list[Box] = []
 
         def put(match: re.Match[str]) -> str:
             if match[1] == "ref-object":
                 self._num_labels += 1
-                return self._labels[self._num_labels - 1] if self._num_labels <= len(self._labels) else match[0]
+                label = self._labels[self._num_labels - 1] if self._num_labels <= len(self._labels) else match[0]
+                return json.dumps(label, ensure_ascii=False)[1:-1] if in_json else label
             self._num_boxes += 1
             if self._num_boxes <= len(self._boxes):
                 boxes.append(self._boxes[self._num_boxes - 1])

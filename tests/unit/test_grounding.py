@@ -11,9 +11,10 @@ from PIL import Image
 from omniloom.config import DataConfig
 from omniloom.data.formats import describe_format, parse_row
 from omniloom.families.registry import find_spec
+from omniloom.processors.grounding import write_boxes
 from omniloom.tools.convert import convert_file
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import Box, DecodedClip, MediaHeader, ProcessorOptions, SampleError
+from omniloom.types import Box, ClipGeometry, DecodedClip, MediaHeader, ProcessorOptions, SampleError
 
 BOXES = [[100, 50, 300, 150], [200, 100]]
 ANSWER = '[{"bbox_2d": <bbox>, "label": "<ref-object>"}, {"point_2d": <bbox>, "label": "<ref-object>"}]'
@@ -44,6 +45,20 @@ def test_every_spelling_of_objects_says_the_same(objects) -> None:
     (part,) = answer.parts
     assert part.text == '[{"bbox_2d": <bbox>, "label": "cat"}, {"point_2d": <bbox>, "label": "its nose"}]'
     assert part.boxes == tuple(Box(points=tuple(box), unit="pixels", image=0) for box in BOXES)
+
+
+def test_objects_stand_in_tool_calls_as_json() -> None:
+    call = {"name": "crop", "arguments": {"box": "<bbox>", "what": "the <ref-object>", "at": ["<point>"]}}
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "tool_call", "content": json.dumps(call)}]
+    row = {"messages": turns, "images": ["a.png"], "objects": {"ref": ['"cat"'], "bbox": BOXES}}
+    conversation = parse(row)
+    geometry = ClipGeometry(kind="image", num_tokens=1, grid_thw=(1, 20, 40), source_size=(400, 200))
+    (part,) = write_boxes(conversation, [geometry], 16, relative=True).turns[1].parts
+    said = json.loads(part.text)["arguments"]
+    assert said == {"box": [250, 250, 750, 750], "what": 'the "cat"', "at": [[500, 500]]}
+    turns[1:] = [{"role": "assistant", "content": "", "tool_calls": [{"function": call}]}]
+    assert parse(row).turns[1].parts == conversation.turns[1].parts
+    assert parse({**row, "objects": None}).turns[1].parts[0].boxes == ()
 
 
 def test_placeholders_without_objects_and_objects_without_placeholders_are_left_alone() -> None:
