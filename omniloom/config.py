@@ -188,6 +188,7 @@ class TrainConfig:
     clip_norm: Annotated[NotNegative, "largest gradient norm; 0 does not clip, and still measures"] = 1.0
     loss: Annotated[Literal["token", "sample", "sqrt", "batch"], "what a token weighs"] = "token"
     router_loss: Annotated[NotNegative, "coefficient of the experts' load-balancing loss"] = 0.0
+    codes_loss: Annotated[NotNegative, "coefficient of the codes of speech beside each frame's first"] = 0.3
     nonfinite: Annotated[Literal["stop", "skip"], "what a step does whose loss or gradient is not finite"] = "stop"
     seed: Annotated[int, "of order, adapters and dropout"] = 0
     deterministic: Annotated[bool, "only deterministic kernels"] = False
@@ -206,7 +207,7 @@ class TrainConfig:
     @property
     def loss_coefficients(self) -> dict[str, float]:
         """By the loss's name, what multiplies its mean in the objective."""
-        return {"text": 1.0, "router": self.router_loss}
+        return {"text": 1.0, "router": self.router_loss, "code0": 1.0, "codes": self.codes_loss}
 
 
 @dataclass(frozen=True, kw_only=True)

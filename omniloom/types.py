@@ -283,6 +283,7 @@ class Extent:
     num_audio_frames: int = 0
     cost: int = 0  # estimated FLOPs / 1e6, decoder and encoders, forward only
     tower_cost: int = 0  # the encoders' part of it
+    speech_cost: int = 0  # the talker's
     num_code_labels: int = 0  # of spoken turns: frames, and the end of each turn
     num_code_frames: int = 0
     clips: tuple[ClipGeometry, ...] = ()

@@ -7,6 +7,7 @@ no module class is named here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import gcd
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ from omniloom.sharding import ShardingPlan
 def check_plan(plan: ShardingPlan, degrees: Degrees) -> None:
     """Raises: ValueError listing every degree that this model cannot be divided by, with the ones it can."""
     faults = check_tensor(plan, degrees.tensor) if degrees.tensor > 1 else []
+    if plan.num_talker_experts:
+        faults += [
+            f"parallel.{name}: {getattr(degrees, name)}, but a talker is not divided so yet; set it to 1"
+            for name in ("context", "tensor", "pipeline")
+            if getattr(degrees, name) > 1
+        ]
     if degrees.context > 1 and not faults:
         for heads in {plan.num_attention_heads, plan.num_recurrent_heads or plan.num_attention_heads}:
             try:
@@ -41,11 +48,12 @@ def check_plan(plan: ShardingPlan, degrees: Degrees) -> None:
             )
     if degrees.expert > 1 and not plan.num_experts:
         faults.append(f"parallel.expert: {degrees.expert}, but this model has no experts; set it to 1")
-    elif plan.num_experts % degrees.expert:
-        allowed = [d for d in range(1, plan.num_experts + 1) if plan.num_experts % d == 0]
+    # those of a talker, where one is built, are divided over the same ranks
+    elif (common := gcd(plan.num_experts, plan.num_talker_experts)) % degrees.expert:
+        allowed = [d for d in range(1, common + 1) if common % d == 0]
+        found = " and ".join(str(count) for count in (plan.num_experts, plan.num_talker_experts) if count)
         faults.append(
-            f"parallel.expert: {plan.num_experts} experts do not divide over {degrees.expert} ranks; "
-            f"choose from {allowed}"
+            f"parallel.expert: {found} experts do not divide over {degrees.expert} ranks; choose from {allowed}"
         )
     if degrees.pipeline > 1:
         try:
@@ -73,6 +81,8 @@ def apply_parallelism(
     Raises: ValueError for degrees that do not divide.
     """
     check_plan(plan, layout.degrees)
+    if plan.num_talker_experts and memory.compile:
+        raise ValueError("memory.compile: not with a talker yet, whose frames differ in number; set it to false")
     decoder = plan.roots[-1]
     if layout.degrees.pipeline > 1:
         text: Any = model.get_submodule(decoder)
@@ -95,7 +105,8 @@ def apply_parallelism(
     if layout.expert is not None:
         group = layout.expert.get_group()
         for name in match_modules(model, plan.dispatches):
-            model.set_submodule(name, ExpertDispatch(plan.num_experts, group))
+            local: Any = model.get_submodule(name)
+            model.set_submodule(name, ExpertDispatch(local.num_experts, group))
         for name in match_modules(model, plan.expert_products):
             model.set_submodule(name, LocalWeights(model.get_submodule(name)))
     copies: HostCopies | None = None
@@ -104,7 +115,11 @@ def apply_parallelism(
         # under a pipeline a tower is called once for all packs of a step
         usual = memory.recompute if root == decoder or layout.degrees.pipeline == 1 else "full"
         how = {None: usual, True: "full", False: "none"}[(recompute or {}).get(root)]
-        recompute_layers(model.get_submodule(root), how, routes=any(e.startswith(f"{root}.") for e in plan.experts))
+        recompute_layers(
+            model.get_submodule(name.rpartition(".")[0]),
+            how,
+            routes=any(e.startswith(f"{root}.") for e in plan.experts),
+        )
         if memory.offload_activations and layout.device.type != "cpu":
             copies = copies or HostCopies(layout.device)
             model.set_submodule(name, OffloadingCall(model.get_submodule(name), copies))

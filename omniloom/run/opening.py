@@ -261,6 +261,8 @@ def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str
     with torch.device("meta"):
         model = workshop.build()
     policies = apply_policy(workshop, model)
+    training = (name for name, own in policies.items() if own.trainable)
+    model.trains_speech_alone = model.talker is not None and all(name.startswith("talker.") for name in training)
     apply_parallelism(
         model,
         layout,

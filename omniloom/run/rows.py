@@ -250,7 +250,8 @@ def planned_options(workshop: Workshop) -> dict[str, Any]:
         found |= _changed(options_of(data, entry), data, f"data.train.{index}")
         if (loss_weight := as_source(entry).loss_weight) != 1.0:
             found[f"data.train.{index}.loss_weight"] = loss_weight
-    return {**found, "model.modalities": list(workshop.modalities)}
+    spoken = {"policy.talker": "trains"} if workshop.family.talker is not None else {}
+    return {**found, **spoken, "model.modalities": list(workshop.modalities)}
 
 
 def _changed(section: Any, usual: Any, path: str = "data", name: str = "data") -> dict[str, Any]:

@@ -63,7 +63,7 @@ from omniloom.training.metrics import StepFigures, StepMetrics
 from omniloom.training.policy import ParameterPolicy
 from omniloom.training.profile import Profile
 from omniloom.training.schedule import describe_warmup
-from omniloom.types import TEXT, RunError
+from omniloom.types import TEXT, RunError, StepPlan
 
 STEPS_BETWEEN_COLLECTIONS = 50  # of Python's garbage
 COLLECTIVE_GRACE_SECONDS = 60.0  # collectives give up this much later than the watchdog, which has more to say
@@ -120,6 +120,12 @@ def run(
         ) from error
     finally:
         close_distributed()
+
+
+def speaks_of_media(plan: StepPlan) -> bool:
+    """Whether any spoken turn of a step may follow media, whose hidden states it would read: the same on every rank."""
+    samples = (sample.extent for pack in plan.packs for sample in pack.samples)
+    return any(extent.clips and extent.num_code_frames for extent in samples)
 
 
 class LostRankError(RunError):
@@ -313,9 +319,19 @@ class Trainer:
     def _step(self, loaded: LoadedStep) -> tuple[StepFigures, bool]:
         """One optimizer step. Returns its figures and whether any rank was asked to stop."""
         start, train, step = time.perf_counter(), self.config.train, loaded.plan.step
-        objective = Objective(coefficients=train.loss_coefficients, weight_sums=loaded.agreement.weight_sums)
+        # a text that only the talker reads has no loss
+        measured = {
+            name: weight
+            for name, weight in loaded.agreement.weight_sums.items()
+            if name != TEXT or not self.model.trains_speech_alone
+        }
+        objective = Objective(coefficients=train.loss_coefficients, weight_sums=measured)
         packs = [
-            replace(pack.batch, draw_key=keyed_seed(train.seed, step, pack.index, self.layout.context_rank))
+            replace(
+                pack.batch,
+                draw_key=keyed_seed(train.seed, step, pack.index, self.layout.context_rank),
+                speech=pack.batch.speech and replace(pack.batch.speech, reads_hidden=speaks_of_media(loaded.plan)),
+            )
             for pack in loaded.packs
         ]
 

@@ -42,6 +42,8 @@ class TrainingWork:
 
     decoder_weights: bool
     towers: bool
+    speech: bool = False  # the talker's own weights
+    speech_alone: bool = False  # nothing but the talker's: of the text then nothing is counted, little of it being read
 
     def megaflops(self, extents: Iterable[Extent]) -> float:
         """FLOPs / 1e6 of forward and backward over these samples; recompute is not counted."""
@@ -49,18 +51,23 @@ class TrainingWork:
 
     def by_component(self, extents: Iterable[Extent]) -> dict[str, float]:
         """The same of decoder and towers; attention by the length of each sample, frame and window."""
-        decoder = towers = 0
+        decoder = towers = speech = 0
         for extent in extents:
-            decoder += extent.cost - extent.tower_cost
+            decoder += extent.cost - extent.tower_cost - extent.speech_cost
             towers += extent.tower_cost
-        return {"decoder": (3 if self.decoder_weights else 2) * decoder, "towers": (3 if self.towers else 1) * towers}
+            speech += extent.speech_cost
+        of_text = 0 if self.speech_alone else 3 if self.decoder_weights else 2
+        found = {"decoder": of_text * decoder, "towers": (3 if self.towers else 1) * towers}
+        return {**found, "speech": (3 if self.speech else 2) * speech} if speech else found
 
 
 def training_work(changed: Collection[str], adapters: Collection[str]) -> TrainingWork:
     """By the names of the parameters that train, those of adapters among them."""
     return TrainingWork(
         decoder_weights=any(name.startswith("text.") and name not in adapters for name in changed),
-        towers=any(not name.startswith("text.") for name in changed),
+        towers=any(name.startswith(("vision.", "audio.")) for name in changed),
+        speech=any(name.startswith("talker.") and name not in adapters for name in changed),
+        speech_alone=all(name.startswith("talker.") for name in changed),
     )
 
 

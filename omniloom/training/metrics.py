@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from omniloom.training.trackers import Tracker
-from omniloom.types import TEXT, PackStats, RunError
+from omniloom.types import CODE0, TEXT, PackStats, RunError
 
 EXPERT_LOAD = "expert_load.jsonl"  # of a run directory
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')  # how each of our lines begins
@@ -36,8 +36,11 @@ class StepFigures:
 
     @property
     def loss(self) -> float | None:
-        """Text's, the one that people watch; None where the step measured nothing."""
-        return self.losses.get(TEXT)
+        """Text's, the one that people watch, or of a run that trains speech alone its first codes'.
+
+        None where the step measured nothing.
+        """
+        return self.losses.get(TEXT, self.losses.get(CODE0))
 
     @property
     def is_finite(self) -> bool:

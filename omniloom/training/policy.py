@@ -2,8 +2,8 @@
 
 A rule named `text` holds for `text` and everything below it (`text.router`, `text.experts`, ...); a rule for a longer
 name overrides it field by field, where `freeze` and `lora` are one choice: full weights, adapters, or neither. Without
-a word about it a component trains, unless some other has adapters; then it is frozen. Knows component names as strings
-only, no model.
+a word about it a component trains, unless some other has adapters, or the talker trains; then it is frozen. Knows
+component names as strings only, no model.
 """
 
 from __future__ import annotations
@@ -60,14 +60,17 @@ def resolve_policy(
     """
     present = sorted(set(components.values()))
     _check_rules(rules, present, roots, known, tied or {})
-    has_adapters = any(rule.lora for rule in rules.values())
+    # of adapters, and of speech, what no rule names is left as it is
+    is_choosy = any(
+        rule.lora or (name.split(".")[0] == "talker" and rule.freeze is False) for name, rule in rules.items()
+    )
     merged = {component: _merge(rules, component) for component in present}
     policies = {}
     for name, component in components.items():
         rule = merged[component]
         policies[name] = ParameterPolicy(
             component=component,
-            trainable=not rule.freeze and rule.lora is None and not (has_adapters and _is_silent(rule)),
+            trainable=not rule.freeze and rule.lora is None and not (is_choosy and _is_silent(rule)),
             learning_rate=learning_rate if rule.learning_rate is None else rule.learning_rate,
             weight_decay=weight_decay if rule.weight_decay is None else rule.weight_decay,
             lora=rule.lora,

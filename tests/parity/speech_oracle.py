@@ -108,3 +108,57 @@ def forced_speech(model: Any, inputs: dict[str, Any], answer: list[int], codes: 
         loss_code0=cross_entropy(stacked[0], torch.tensor(wanted)),
         loss_codes=cross_entropy(stacked[1].flatten(0, 1), codes[1:].T.flatten()),
     )
+
+
+def reference_losses(
+    model: Any, inputs: dict[str, Any], answer: list[int], codes: Tensor, speaker: str
+) -> tuple[Tensor, Tensor]:
+    """Sums of the cross entropies of first codes and of the others, with gradients, by transformers' modules at once.
+
+    Each of its parts lays out its own rows; the last token of `answer`, <|im_end|>, is not spoken.
+    """
+    config, talker = model.config, model.talker
+    asked = inputs["input_ids"].shape[1]
+    ids = torch.cat((inputs["input_ids"][0], torch.tensor(answer[:-1])))[None]
+    whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    states = model.thinker(**whole, output_hidden_states=True).hidden_states
+    heard = [config.thinker_config.audio_token_id, config.thinker_config.image_token_id]
+    is_media = torch.isin(ids, torch.tensor([*heard, config.thinker_config.video_token_id]))
+    embedded, hidden = states[0], states[config.talker_config.accept_hidden_layer]
+    is_user, at = [], 0
+    for position, token in enumerate(ids[0, :asked].tolist()):
+        at = position if token == config.im_start_token_id else at
+        is_user.append(int(ids[0, at + 1]) == config.user_token_id)
+    users = torch.tensor(is_user).nonzero().flatten()
+    user_rows = model._get_talker_user_parts(0, asked, is_media, hidden, embedded)[:, users]
+    marks = torch.tensor([[config.tts_bos_token_id, config.tts_eos_token_id, config.tts_pad_token_id]])
+    begin, end, pad = talker.text_projection(model.thinker.get_input_embeddings()(marks)).chunk(3, dim=1)
+    voice = config.talker_config.speaker_id[speaker.lower()]
+    opening, own_ids, words = model._get_talker_assistant_parts(
+        asked - 3, ids.shape[1], voice, embedded, pad, begin, end
+    )
+    num_frames = codes.shape[1]
+    words = torch.cat((words, pad.expand(1, num_frames, -1)), dim=1)[:, :num_frames]
+    tables = [talker.get_input_embeddings(), *talker.code_predictor.get_input_embeddings()]
+    of_codes = torch.stack([table(group) for table, group in zip(tables, codes, strict=True)], dim=1)  # [F, G, C]
+    rows = torch.cat((user_rows, opening, of_codes.sum(dim=1)[None] + words), dim=1)
+    talker_ids = torch.cat((ids[:, users], own_ids, own_ids[:, :1].expand(1, num_frames)), dim=1)
+    positions, _ = model.thinker.get_rope_index(
+        talker_ids,
+        inputs.get("image_grid_thw"),
+        inputs.get("video_grid_thw"),
+        torch.ones_like(talker_ids),
+        False,
+        None if "feature_attention_mask" not in inputs else inputs["feature_attention_mask"].sum(dim=1),
+        inputs.get("video_second_per_grid"),
+    )
+    last = talker.model(inputs_embeds=rows, position_ids=positions).last_hidden_state[0]
+    predicting = last[-num_frames - 1 :]
+    wanted = torch.cat((codes[0], torch.tensor([config.talker_config.codec_eos_token_id])))
+    cross_entropy = torch.nn.functional.cross_entropy
+    code0 = cross_entropy(talker.codec_head(predicting), wanted, reduction="sum")
+    of_frames = torch.cat((predicting[:-1, None], of_codes[:, :-1]), dim=1)
+    out = talker.code_predictor.model(inputs_embeds=of_frames).last_hidden_state
+    heads = enumerate(talker.code_predictor.lm_head, start=1)
+    others = torch.stack([cross_entropy(head(out[:, group]), codes[group], reduction="sum") for group, head in heads])
+    return code0, others.sum() / len(others)
