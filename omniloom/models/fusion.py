@@ -18,12 +18,12 @@ class OmniModel(nn.Module):
         self, *, vision: nn.Module | None, audio: nn.Module | None, text: Decoder, talker: Talker | None = None
     ) -> None:
         super().__init__()
-        self.talker = talker
         # whether nothing but the talker trains: then the text is read only as far as the talker needs it
         self.trains_speech_alone = False
         self.vision = vision
         self.audio = audio
         self.text = text
+        self.talker = talker
 
     def encode(self, batch: PackedBatch) -> TowerRows:
         """One call of each tower that is built, on all of the batch's media and its null segments."""

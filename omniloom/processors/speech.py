@@ -194,7 +194,8 @@ class SpeechLayout:
         for name, of_groups, limit in limits:
             low, high = int(of_groups.min()), int(of_groups.max())
             if low < 0 or high >= limit or (name == "group 0" and tokens.codec_eos in codes[0]):
-                raise SampleError(where, f"codes of {name} must be from 0 to {limit - 1}, got {low} to {high}")
+                but = f" and not the end, {tokens.codec_eos}," if name == "group 0" else ","
+                raise SampleError(where, f"codes of {name} must be from 0 to {limit - 1}{but} got {low} to {high}")
         return codes
 
     def _speaker(self, speech: Speech, where: str) -> int:

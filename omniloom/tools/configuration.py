@@ -28,8 +28,9 @@ the nearest known one; names of LLaMA-Factory, ms-swift, transformers and Megatr
 
 - `null` as an override takes a key back to its default.
 - Without `train.steps` and `train.epochs` a run is one pass over the rows.
-- Without a word about it a component trains, unless some component has adapters: naming one LoRA freezes all others
-  that have no rule of their own. `policy.text.freeze=true` freezes the decoder with all its parts.
+- Without a word about it a component trains, unless some component has adapters or the talker trains: naming one LoRA,
+  or `policy.talker.freeze=false`, freezes all others that have no rule of their own. `policy.text.freeze=true` freezes
+  the decoder with all its parts.
 """
 
 
@@ -123,5 +124,5 @@ def page() -> str:
 def _components(spec: ModelSpec) -> list[str]:
     """In the order of the model's parameters."""
     with torch.device("meta"):
-        model = spec.build(spec.read_config(tiny_config(spec.name)))
+        model = spec.build(spec.read_config(tiny_config(spec.name), speaks=spec.read_talker is not None))
     return list(dict.fromkeys(spec.component_of(name) for name, _ in model.named_parameters()))

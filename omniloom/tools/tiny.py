@@ -57,7 +57,8 @@ def _read_model(family: str, size: str) -> TinyModel:
 def tiny_config(family: str) -> dict[str, Any]:
     """config.json of a tiny checkpoint, with made-up ids of its tokens. Raises: ValueError for an unknown family."""
     model = _read_model(family, "tiny")
-    return _config(model, {token: number for number, token in enumerate(model.tokens)}, {})
+    words = (*model.tokens, "system", "user", "assistant")
+    return _config(model, {token: number for number, token in enumerate(words)}, {})
 
 
 def make_tiny(

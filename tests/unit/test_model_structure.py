@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.families.registry import find_spec
-from omniloom.families.spec import COMPONENTS
+from omniloom.families.spec import COMPONENTS, TALKER_COMPONENTS
 from omniloom.ops.rotary import Rotary
+from omniloom.tools.tiny import tiny_config
 from omniloom.types import Kernels
 from tests.parity import builders
 
@@ -176,7 +177,9 @@ def test_every_parameter_belongs_to_a_component_and_every_component_has_some():
     assert found == set(COMPONENTS)
     assert SPEC.component_of("text.loss_head.norm.weight") == "text"
     with pytest.raises(ValueError, match="no component"):
-        SPEC.component_of("talker.x")
+        SPEC.component_of("code2wav.x")
+    speaks = SPEC.build(SPEC.read_config(tiny_config("qwen3_omni"), speaks=True), modalities=("text",))
+    assert {SPEC.component_of(name) for name, _ in speaks.talker.named_parameters("talker")} == set(TALKER_COMPONENTS)
 
 
 def test_every_pattern_of_the_sharding_plan_matches_a_module():
