@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omniloom.ops import npu
+from omniloom.ops import npu, torch_operators
 from omniloom.ops.norm import normalise, normalise_backward, rms_norm
 from omniloom.ops.rotary import Rotary, apply_rotary, turn
 from omniloom.types import Kernel, Segments
@@ -138,7 +138,7 @@ def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: 
     q, k, v = q.float(), k.float(), v.float()
     for start, count, length in _equal_runs(cu_seqlens):
         rows = (slice(start, start + count * length), count, length)
-        part, part_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        part, part_sums = torch_operators.cpu_attention(
             _batch(q, *rows), _batch(k, *rows), _batch(v, *rows), 0.0, causal
         )
         _batch(out, *rows).copy_(part)
@@ -156,7 +156,7 @@ def _cpu_attention_backward(
         rows = (slice(start, start + count * length), count, length)
         part_sums = log_sums[rows[0]].view(count, length, -1).transpose(1, 2).contiguous()
         batched = [_batch(x, *rows) for x in inputs]
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*batched, part_sums, 0.0, causal)
+        parts = torch_operators.cpu_attention_backward(*batched, part_sums, 0.0, causal)
         for whole, part in zip((dq, dk, dv), parts, strict=True):
             _batch(whole, *rows).copy_(part)
     return dq, dk, dv
@@ -260,7 +260,7 @@ class _Attention(torch.autograd.Function):
             out, *kept = npu.attention(*heads, v, on_host, causal)
         elif kernel in ("flash", "flash3"):
             window = [-1, 0] if causal else [-1, -1]
-            out, *kept = _flash()._varlen_attn(
+            out, *kept = torch_operators.varlen()._varlen_attn(
                 *heads, v, bounds, bounds, longest, longest, causal, None, window, enable_gqa=True
             )
         else:
@@ -289,7 +289,7 @@ class _Attention(torch.autograd.Function):
         elif kernel in ("flash", "flash3"):
             window = [-1, 0] if causal else [-1, -1]
             log_sums, random = kept
-            grads = _flash()._varlen_attn_backward(
+            grads = torch_operators.varlen()._varlen_attn_backward(
                 grad, *heads, v, out, log_sums, bounds, bounds, longest, longest, causal, random, None, window
             )
         else:
@@ -300,14 +300,6 @@ class _Attention(torch.autograd.Function):
         q_grad, q_weight_grad = normalise_backward(turn(grads[0], cos, -sin), q, q_weight, q_scale)
         k_grad, k_weight_grad = normalise_backward(turn(grads[1], cos, -sin), k, k_weight, k_scale)
         return *(None,) * 5, q_grad, k_grad, grads[2], None, q_weight_grad, k_weight_grad, None, None
-
-
-def _flash() -> Any:
-    """PyTorch's varlen flash attention as two operators: its public function keeps whatever it is given."""
-    # imported here: the module loads CUDA-only pieces that a CPU run has no use for
-    import torch.nn.attention.varlen
-
-    return torch.ops.torch_attn
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,10 @@ query sees every key. Kernels are those of `attention`, but for NPUs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from omniloom.ops import torch_operators
 from omniloom.types import Kernel
 
 
@@ -27,9 +26,9 @@ def attend(
         return torch.ops.omniloom.cpu_attention(q, k, v, bounds, True)
     if kernel == "sdpa":
         heads = [_head_first(x) for x in (q, k, v)]
-        out, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, False)
+        out, log_sums = torch_operators.cpu_attention(*heads, 0.0, False)
         return out[0].transpose(0, 1).to(q.dtype), log_sums[0].transpose(0, 1)
-    out, log_sums, _ = _flash()._varlen_attn(
+    out, log_sums, _ = torch_operators.varlen()._varlen_attn(
         *(q, k, v, *_flash_bounds(q, k, bounds, longest), bounds is not None, None, _window(bounds)), enable_gqa=True
     )
     return out, log_sums.T
@@ -56,14 +55,12 @@ def attend_backward(
         return torch.ops.omniloom.cpu_attention_backward(*inputs, log_sums, bounds, True)
     by_head = log_sums.T.contiguous()
     if kernel == "sdpa":
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *map(_head_first, inputs), by_head[None], 0.0, False
-        )
+        parts = torch_operators.cpu_attention_backward(*map(_head_first, inputs), by_head[None], 0.0, False)
         q_grad, k_grad, v_grad = (part[0].transpose(0, 1) for part in parts)
         return q_grad, k_grad, v_grad
     random = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
     of_blocks = _flash_bounds(q, k, bounds, longest)
-    return _flash()._varlen_attn_backward(
+    return torch_operators.varlen()._varlen_attn_backward(
         *inputs, by_head, *of_blocks, bounds is not None, random, None, _window(bounds)
     )
 
@@ -99,10 +96,3 @@ def _flash_bounds(q: Tensor, k: Tensor, bounds: Tensor | None, longest: int) -> 
 
 def _window(bounds: Tensor | None) -> list[int]:
     return [-1, -1] if bounds is None else [-1, 0]
-
-
-def _flash() -> Any:
-    # imported here: the module loads CUDA-only pieces that a CPU run has no use for
-    import torch.nn.attention.varlen
-
-    return torch.ops.torch_attn

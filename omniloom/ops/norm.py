@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omniloom.ops import npu
+from omniloom.ops import npu, torch_operators
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -51,7 +51,7 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return npu.rms_norm(x, weight, eps)
     if x.device.type != "cpu":
         # what torch.nn.functional.rms_norm calls; only here does it give the scale. It takes one dtype
-        out, scale = torch.ops.aten._fused_rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
+        out, scale = torch_operators.rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
         return out.to(x.dtype), scale
     rows = x.flatten(0, -2)
     out, scale = torch.empty_like(rows), rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
@@ -71,7 +71,7 @@ def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -
         return npu.rms_norm_backward(grad, x, weight, scale)
     if x.device.type != "cpu":
         wide = (each.to(weight.dtype) for each in (grad, x))
-        of_rows, of_weight = torch.ops.aten._fused_rms_norm_backward(*wide, weight.shape, scale, weight, [True, True])
+        of_rows, of_weight = torch_operators.rms_norm_backward(*wide, weight.shape, scale, weight, [True, True])
         return of_rows.to(x.dtype), of_weight
     rows, upstream, wide_weight = x.flatten(0, -2), grad.flatten(0, -2), weight.float()
     scale = scale.view(-1, 1)

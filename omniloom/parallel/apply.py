@@ -123,10 +123,15 @@ def apply_parallelism(
         if memory.offload_activations and layout.device.type != "cpu":
             copies = copies or HostCopies(layout.device)
             model.set_submodule(name, OffloadingCall(model.get_submodule(name), copies))
-    if memory.compile:
-        for name in match_modules(model, plan.blocks):
-            model.get_submodule(name).compile()
+    if memory.compile is True:
+        compile_blocks(model, plan)
     shard_parameters(model, layout, plan, parallel, compute_dtype)
+
+
+def compile_blocks(model: nn.Module, plan: ShardingPlan) -> None:
+    """Have each block compiled when it is next called."""
+    for name in match_modules(model, plan.blocks):
+        model.get_submodule(name).compile()
 
 
 def count_graphs() -> int:

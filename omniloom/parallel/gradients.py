@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from omniloom.ops import torch_operators
+
 
 def gradient_norm(
     parameters: Iterable[nn.Parameter], device: torch.device, repeated: Collection[nn.Parameter] = ()
@@ -33,7 +35,7 @@ def gradient_norm(
                 by_copies[copies, local.device].append(local)
     total = torch.zeros((), dtype=torch.float32, device=device)
     for (copies, _), tensors in by_copies.items():
-        norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+        norms = torch_operators.foreach_norm(tensors, 2, dtype=torch.float32)
         total += torch.stack(norms).square().sum().to(device) / copies
     dist.all_reduce(total)
     return total.sqrt()
@@ -63,7 +65,7 @@ def clip_gradients(
                 local, _ = _local_part(parameter.grad)
                 by_device[local.device].append(local)
         for place, tensors in by_device.items():
-            torch._foreach_mul_(tensors, scale.to(place))
+            torch_operators.foreach_mul_(tensors, scale.to(place))
     return norm
 
 

@@ -84,6 +84,7 @@ class RunRecords:
         if layout.is_first:
             stack.enter_context(count_warnings(self._count_warning))
         self._spikes = SpikeDetector()
+        self.compiles = config.memory.compile is True  # whether there are graphs to count
 
     def say(self, words: str) -> None:
         self._num_warnings += words.startswith("warning: ")
@@ -185,7 +186,7 @@ class RunRecords:
             mfu=mfu,
             mfu_of_nominal=mfu * self._peak_flops / self._nominal_flops if self._nominal_flops else None,
             mfu_parts=shares,
-            compiled_graphs=count_graphs() if self.config.memory.compile else None,
+            compiled_graphs=count_graphs() if self.compiles else None,
             data_wait_fraction=loaded.data_wait_seconds / seconds,
             peak_memory_bytes=figures.peak_memory_bytes,
             step_seconds=seconds,

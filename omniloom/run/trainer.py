@@ -39,6 +39,7 @@ from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.step import Objective, run_packs
 from omniloom.parallel.watchdog import Watchdog
 from omniloom.run.best import BestSteps, read_evaluations
+from omniloom.run.compiling import LateCompile
 from omniloom.run.description import describe_run
 from omniloom.run.directory import (
     check_all_done,
@@ -176,6 +177,7 @@ class Trainer:
         self.pipeline: Pipeline | None = None
         if layout.degrees.pipeline > 1:
             self.pipeline = Pipeline(self.model, layout, plan, config.parallel, workshop.compute_dtype)
+        self.late_compile = LateCompile(config, layout, self.model, plan)
         self.optimizer_step = self._open_step(optimizer, policies)
         self.work = training_work(self.state.changed, workshop.adapter_names)
         about = describe_run(workshop, layout, self.model, train_rows)
@@ -256,6 +258,9 @@ class Trainer:
                 report, evaluated = self._evaluate(step), step
                 stop = report is None
             self.records.step(figures, loaded, self.work, report, self.train_rows)
+            if says := self.late_compile.after_step(loaded.progress):
+                self.records.say(says)
+                self.records.compiles = True
             if stop or (every and step % every == 0) or step in self.best.kept:
                 self._save(step)
                 saved = step

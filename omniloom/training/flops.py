@@ -3,6 +3,7 @@ what its maker says."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,14 +13,19 @@ import torch
 
 from omniloom.types import Extent
 
-# Dense FLOP/s of products in bfloat16, by a part of the device's name. Source: NVIDIA's data sheets.
+# Dense FLOP/s of products in bfloat16, by words of the device's name. Source: NVIDIA's data sheets, which give twice as
+# much for matrices half of which are zeros.
 NOMINAL_PEAKS: Mapping[str, float] = MappingProxyType(
     {
+        "GB200": 2.5e15,
         "B200": 2.25e15,
+        "GH200": 989e12,
+        "H200 NVL": 835e12,
         "H200": 989e12,
         "H100 PCIe": 756e12,
         "H100 NVL": 835e12,
         "H100": 989e12,
+        "H800 PCIe": 756e12,
         "H800": 989e12,
         "H20": 148e12,
         "A100": 312e12,
@@ -93,7 +99,7 @@ def nominal_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     if name_of is None or dtype != torch.bfloat16:
         return None
     name = name_of(device)
-    return next((peak for part, peak in NOMINAL_PEAKS.items() if part in name), None)
+    return next((peak for words, peak in NOMINAL_PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def model_flops_utilisation(megaflops: float, seconds: float, peak: float, world_size: int) -> float:

@@ -44,9 +44,17 @@ def test_utilisation_is_known_by_component(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "peak"),
-    [("NVIDIA H200", 989e12), ("NVIDIA H20", 148e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10G", 70e12)],
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA H800 PCIe", 756e12),
+        ("NVIDIA GB200", 2.5e15),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+    ],
 )
-def test_the_nominal_peak_is_that_of_the_device(name: str, peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_nominal_peak_is_that_of_the_device(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert nominal_peak(torch.device("cpu"), torch.bfloat16) is None
     named = SimpleNamespace(get_device_name=lambda device: name)
     monkeypatch.setattr(torch, "get_device_module", lambda device: named)

@@ -1,0 +1,25 @@
+"""Operators of PyTorch that have no public name, in one place. tests/unit/test_torch_operators.py says if one changes.
+
+Public functions around them keep more for backward than is needed, or hide what backward takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+rms_norm = torch.ops.aten._fused_rms_norm
+rms_norm_backward = torch.ops.aten._fused_rms_norm_backward
+cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+foreach_norm = torch._foreach_norm
+foreach_mul_ = torch._foreach_mul_
+
+
+def varlen() -> Any:
+    """Flash attention of packed segments: `_varlen_attn` and `_varlen_attn_backward`."""
+    # imported here: the module loads CUDA-only pieces that a CPU run has no use for
+    import torch.nn.attention.varlen
+
+    return torch.ops.torch_attn
