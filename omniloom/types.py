@@ -83,6 +83,7 @@ NotNegative = Annotated[float, Range(ge=0)]
 Share = Annotated[float, Range(ge=0, le=1)]
 Decay = Annotated[float, Range(ge=0, lt=1)]
 Kernel = Literal["auto", "eager", "sdpa", "flash", "flash3"]
+RuleKernel = Literal["chunked", "fla"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,9 @@ class Kernels:
     text: Annotated[Kernel, "attention kernel of the decoder"] = "auto"
     vision: Annotated[Kernel, "attention kernel of the vision tower"] = "auto"
     audio: Annotated[Kernel, "attention kernel of the audio tower"] = "auto"
+    delta_rule: Annotated[RuleKernel, "chunked runs anywhere; fla is flash-linear-attention, installed apart"] = (
+        "chunked"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

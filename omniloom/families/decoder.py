@@ -16,7 +16,7 @@ from omniloom.models.delta_rule import GatedDeltaRule
 from omniloom.models.layers import Attention, GatedMLP
 from omniloom.models.moe import MoE, SharedExpert
 from omniloom.ops.rotary import SectionOrder, multimodal_rotary
-from omniloom.types import Kernel
+from omniloom.types import Kernel, RuleKernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class DecoderConfig:
         return sum(self.is_moe(layer) for layer in range(self.num_hidden_layers))
 
 
-def make_layer(config: DecoderConfig, index: int, kernel: Kernel) -> DecoderLayer:
+def make_layer(config: DecoderConfig, index: int, kernel: Kernel, rule: RuleKernel = "chunked") -> DecoderLayer:
     """Grouped-query attention or a gated delta rule, then a feed-forward or experts."""
     mlp = moe = None
     if config.is_moe(index):
@@ -111,7 +111,7 @@ def make_layer(config: DecoderConfig, index: int, kernel: Kernel) -> DecoderLaye
     return DecoderLayer(
         hidden_size=config.hidden_size,
         norm_eps=config.rms_norm_eps,
-        attention=_make_delta_rule(config) if index in config.delta_layers else _make_attention(config, kernel),
+        attention=_make_delta_rule(config, rule) if index in config.delta_layers else _make_attention(config, kernel),
         mlp=mlp,
         moe=moe,
         zero_centred_norms=config.zero_centred_norms,
@@ -133,7 +133,7 @@ def _make_attention(config: DecoderConfig, kernel: Kernel) -> Attention:
     )
 
 
-def _make_delta_rule(config: DecoderConfig) -> GatedDeltaRule:
+def _make_delta_rule(config: DecoderConfig, kernel: RuleKernel) -> GatedDeltaRule:
     dims = config.delta_rule
     assert dims is not None, "layers with a delta rule have dims"
     return GatedDeltaRule(
@@ -144,6 +144,7 @@ def _make_delta_rule(config: DecoderConfig) -> GatedDeltaRule:
         value_head_dim=dims.linear_value_head_dim,
         convolution_width=dims.linear_conv_kernel_dim,
         norm_eps=config.rms_norm_eps,
+        kernel=kernel,
     )
 
 
@@ -151,8 +152,9 @@ def make_decoder(
     config: DecoderConfig,
     *,
     kernel: Kernel,
+    rule: RuleKernel = "chunked",
     loss_chunk_tokens: int | None,
-    make_layer: Callable[[DecoderConfig, int, Kernel], nn.Module] = make_layer,
+    make_layer: Callable[[DecoderConfig, int, Kernel, RuleKernel], nn.Module] = make_layer,
     speech_layer: int | None = None,
 ) -> Decoder:
     """The decoder on the current default device, weights not yet read; `speech_layer`: see `Decoder`."""
@@ -167,7 +169,7 @@ def make_decoder(
     if config.tie_word_embeddings:
         loss_head.head.weight = embed.weight
     return Decoder(
-        (make_layer(config, index, kernel) for index in range(config.num_hidden_layers)),
+        (make_layer(config, index, kernel, rule) for index in range(config.num_hidden_layers)),
         speech_layer=speech_layer,
         rotary=partial(
             multimodal_rotary,

@@ -64,7 +64,7 @@ class ModelSpec:
     read_parts: Callable[[ConfigSection], FamilyConfig]  # that section -> dims
     key_map: Callable[[FamilyConfig], KeyMap]
     clips: type[FamilyClips]  # how its media are written as tokens
-    make_decoder: Callable[..., Decoder] = make_decoder  # of (config.text, kernel=, loss_chunk_tokens=)
+    make_decoder: Callable[..., Decoder] = make_decoder  # of (config.text, kernel=, rule=, loss_chunk_tokens=)
     read_talker: Callable[[ConfigSection], TalkerConfig] | None = None  # the whole file -> dims; None: it cannot train
     make_talker: Callable[..., Talker] | None = None  # of (config.talker, kernel=, loss_chunk_tokens=)
 
@@ -120,6 +120,7 @@ class ModelSpec:
             text=self.make_decoder(
                 config.text,
                 kernel=kernels.text,
+                rule=kernels.delta_rule,
                 loss_chunk_tokens=loss_chunk_tokens,
                 **({} if talker is None else {"speech_layer": talker.accept_hidden_layer}),
             ),

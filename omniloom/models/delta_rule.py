@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omniloom.models.layers import Linear, RMSNorm
-from omniloom.ops.delta_rule import causal_convolution, gated_delta_rule
+from omniloom.ops.delta_rule import causal_convolution, gated_delta_rule, open_fla
 from omniloom.ops.linear_map import linears
 from omniloom.ops.rotary import Rotary
-from omniloom.types import Segments
+from omniloom.types import RuleKernel, Segments
 
 
 class DecayGate(nn.Module):
@@ -41,9 +41,12 @@ class ShortConvolution(nn.Module):
 class DeltaRuleCore(nn.Module):
     """What looks at other tokens, without parameters, so that context parallelism can put its exchange around it."""
 
-    def __init__(self, *, key_head_dim: int, value_head_dim: int) -> None:
+    def __init__(self, *, key_head_dim: int, value_head_dim: int, kernel: RuleKernel) -> None:
         super().__init__()
         self.key_head_dim, self.value_head_dim = key_head_dim, value_head_dim
+        self.kernel: RuleKernel = kernel
+        if kernel == "fla":
+            open_fla()  # now, and not in the first step
 
     def widths(self, num_channels: int, num_value_heads: int) -> tuple[int, int, int]:
         """How many of the channels are those of q, k and v, in this order."""
@@ -56,7 +59,8 @@ class DeltaRuleCore(nn.Module):
         widths = self.widths(qkv.shape[1], beta.shape[1])
         q, k, v = causal_convolution(qkv, weight, segments).split(widths, dim=1)
         q, k = (x.unflatten(1, (-1, self.key_head_dim)) for x in (q, k))
-        return gated_delta_rule(q, k, v.unflatten(1, (-1, self.value_head_dim)), decay, beta, segments)
+        v = v.unflatten(1, (-1, self.value_head_dim))
+        return gated_delta_rule(q, k, v, decay, beta, segments, kernel=self.kernel)
 
 
 class GatedDeltaRule(nn.Module):
@@ -72,6 +76,7 @@ class GatedDeltaRule(nn.Module):
         value_head_dim: int,
         convolution_width: int,
         norm_eps: float,
+        kernel: RuleKernel,
     ) -> None:
         super().__init__()
         values = num_value_heads * value_head_dim
@@ -82,7 +87,7 @@ class GatedDeltaRule(nn.Module):
         self.in_proj_a = Linear(hidden_size, num_value_heads, bias=False)
         self.conv1d = ShortConvolution(channels, convolution_width)
         self.decay = DecayGate(num_value_heads)
-        self.recurrence = DeltaRuleCore(key_head_dim=key_head_dim, value_head_dim=value_head_dim)
+        self.recurrence = DeltaRuleCore(key_head_dim=key_head_dim, value_head_dim=value_head_dim, kernel=kernel)
         self.norm = RMSNorm(value_head_dim, norm_eps)
         self.out_proj = Linear(values, hidden_size, bias=False)
 

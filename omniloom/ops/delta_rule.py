@@ -14,6 +14,7 @@ chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omniloom.types import Segments
+from omniloom.types import RuleKernel, Segments
 
 CHUNK = 64  # tokens whose corrections are found by one triangular system
 GROUP = 16 * CHUNK  # tokens whose intermediates are in memory at a time, and between two kept states
 NORM_EPS = 1e-6  # under the square root of the length of queries and keys; transformers and FLA have it fixed
 
 
-def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, segments: Segments) -> Tensor:
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    segments: Segments,
+    *,
+    kernel: RuleKernel = "chunked",
+) -> Tensor:
     """The outputs of each segment's recurrence.
 
     Args:
@@ -37,10 +47,35 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tenso
         decay: float32 [T, Hv], the log of what the state keeps, at most 0.
         beta: [T, Hv], the share of the way to a token's value that the state goes.
         segments: bounds over T; rows past the last bound are not allowed.
+        kernel: what is here, or flash-linear-attention's, which has a precision of its own.
 
-    Returns: [T, Hv, Dv]. Computes in float32 at least.
+    Returns: [T, Hv, Dv]. What is here computes in float32 at least.
     """
+    if kernel == "fla":
+        repeats = v.shape[1] // k.shape[1]
+        q, k = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (q, k))
+        out: Tensor = open_fla()(
+            *(x[None] for x in (q, k, v)),
+            g=decay[None],
+            beta=beta[None],
+            cu_seqlens=segments.cu_seqlens.long(),
+            use_qk_l2norm_in_kernel=True,
+        )[0]
+        return out[0]
     return _DeltaRule.apply(q, k, v, decay, beta, segments.cu_seqlens)
+
+
+def open_fla() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """flash-linear-attention's function of the rule. Raises: ValueError where it is not installed."""
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError as error:
+        raise ValueError(
+            f"model.attention.delta_rule: fla is flash-linear-attention, which cannot be imported here ({error}); "
+            "install it, or use chunked"
+        ) from error
+    rule: Callable[..., tuple[Tensor, Tensor | None]] = chunk_gated_delta_rule
+    return rule
 
 
 def gated_delta_rule_reference(

@@ -253,7 +253,8 @@ def _wanted_modalities(config: Config, spec: ModelSpec) -> tuple[str, ...]:
 def build_model(workshop: Workshop, layout: Layout) -> tuple[OmniModel, dict[str, ParameterPolicy]]:
     """The model in its layout, policy applied, memory allocated, weights undefined. Collective over all ranks."""
     config = workshop.config
-    if "flash3" in (kernels := {*vars(config.model.attention).values()}) and layout.device.type == "cuda":
+    asked = config.model.attention
+    if "flash3" in (kernels := {asked.text, asked.vision, asked.audio}) and layout.device.type == "cuda":
         if not kernels <= {"flash3", "auto", "eager"}:
             raise ValueError("model.attention: flash3 takes the place of flash in all of a process; use one of the two")
         use_flash3()

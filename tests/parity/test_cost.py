@@ -103,3 +103,25 @@ def test_decoder_flops_of_a_dense_decoder(windowed):
     text = config.text
     masked = text.num_hidden_layers * 2 * 70**2 * text.num_attention_heads * text.head_dim
     assert decoder_flops(text, 70, 70) == pytest.approx(counted - masked, rel=TOLERANCE)
+
+
+# ------------------------------------------------------------------------------------ Qwen3.5
+
+
+def test_decoder_flops_of_layers_with_a_delta_rule(tmp_path):
+    """torch counts no triangular systems, and our estimate no short convolutions; both are made up for here."""
+    from transformers import Qwen3_5MoeForConditionalGeneration
+
+    directory, num_tokens = make_tiny("qwen3_5_moe", tmp_path / "checkpoint"), 256
+    model = Qwen3_5MoeForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    text = spec_named("qwen3_5_moe").read_config(json.loads((directory / "config.json").read_text())).text
+    ids = torch.randint(0, 1000, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+    counted, dims = count(lambda: model(input_ids=ids)), text.delta_rule
+    masked = 2 * num_tokens**2 * text.num_attention_heads * text.head_dim  # of the one layer with attention
+    solved = num_tokens * dims.linear_num_value_heads * 64 * (dims.linear_key_head_dim + dims.linear_value_head_dim)
+    channels = 2 * dims.key_width + dims.value_width
+    convolved = 2 * num_tokens * dims.linear_conv_kernel_dim * channels
+    expected = counted - masked + len(text.delta_layers) * (solved - convolved)
+    assert decoder_flops(text, num_tokens, num_tokens) == pytest.approx(expected, rel=TOLERANCE)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from omniloom.ops.delta_rule import (
     causal_convolution_reference,
     gated_delta_rule,
     gated_delta_rule_reference,
+    open_fla,
 )
 from omniloom.types import Segments
 
@@ -140,6 +143,39 @@ def test_the_convolution_equals_that_of_each_segment_alone(lengths, channels, wi
     weight, segments = torch.randn(channels, width, generator=generator, requires_grad=True), segments_of(lengths)
     out = causal_convolution(x, weight, segments)
     assert_same([x, weight], out, causal_convolution_reference(x, weight, Segments.from_lengths(lengths)))
+
+
+def test_flash_linear_attention_is_asked_for_what_the_rule_is(monkeypatch):
+    """Its kernels need an accelerator; its interface is transformers', whose function stands in, each sample alone."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+
+    def rule(q, k, v, *, g, beta, cu_seqlens, use_qk_l2norm_in_kernel):
+        assert cu_seqlens.dtype == torch.int64
+        parts = [
+            torch_chunk_gated_delta_rule(
+                *(x[:, low:high] for x in (q, k, v)),
+                g=g[:, low:high],
+                beta=beta[:, low:high],
+                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            )[0]
+            for low, high in pairwise(cu_seqlens.tolist())
+            if high > low
+        ]
+        return torch.cat(parts, dim=1), None
+
+    module = ModuleType("fla.ops.gated_delta_rule")
+    module.chunk_gated_delta_rule = rule
+    monkeypatch.setitem(sys.modules, "fla", ModuleType("fla"))
+    monkeypatch.setitem(sys.modules, "fla.ops", ModuleType("fla.ops"))
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", module)
+    inputs, segments = random_inputs(90, key_heads=2), segments_of([50, 0, 40])
+    assert_same(inputs, gated_delta_rule(*inputs, segments, kernel="fla"), gated_delta_rule(*inputs, segments))
+
+
+def test_flash_linear_attention_is_refused_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fla", None)
+    with pytest.raises(ValueError, match=r"model\.attention\.delta_rule: fla .* install it, or use chunked"):
+        open_fla()
 
 
 def test_compiled_code_sees_one_operation():

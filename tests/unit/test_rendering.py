@@ -157,6 +157,7 @@ NOTHINK = chatml("qwen3_omni")
 CONDITION = "if reasoning and loop.index0 > ns.last_query_index"
 THINKING = swap(NOTHINK, (CONDITION, "if loop.index0 > ns.last_query_index and (loop.last or reasoning)"))
 VL = chatml("qwen3_vl")
+QWEN3_5 = chatml("qwen3_5")
 SIMPLE = chatml("qwen2_5_omni").replace("<|vision_bos|><|IMAGE|><|vision_eos|>", WORDS["image"])
 SIMPLE = SIMPLE.replace("<|vision_bos|><|VIDEO|><|vision_eos|>", WORDS["video"])
 SIMPLE = SIMPLE.replace("<|audio_bos|><|AUDIO|><|audio_eos|>", WORDS["audio"])
@@ -239,6 +240,9 @@ ALTERED = {
     ),
     "no generation prompt": (swap(NOTHINK, ("{%- if add_generation_prompt %}\n    " + OPENING, "")), "<|im_end|>"),
     "generation blocks": (tagged(NOTHINK), "<|im_end|>"),
+    "qwen3.5": (QWEN3_5, "<|im_end|>"),
+    "qwen3.5, earlier thinking kept": ("{%- set preserve_thinking = true %}" + QWEN3_5, "<|im_end|>"),
+    "qwen3.5, with an effort": ("{%- set reasoning_effort = 'high' %}" + QWEN3_5, "<|im_end|>"),
     "a date": ("{{- strftime_now('%Y') }}" + NOTHINK, "<|im_end|>"),
     "ends in a token more": (NOTHINK + "{{ '<|endoftext|>' if not add_generation_prompt }}", "<|im_end|>"),
     "asks after tool responses": (
