@@ -214,7 +214,7 @@ def _check_overwrite(run_dir: Path, config: Config) -> None:
     read += [("checkpoint.resume", resume)] if resume not in ("auto", "none") else []
     doomed = list(_own_files(run_dir))
     for key, path in read:
-        is_this_run = bool(path) and Path(path).resolve() == run_dir.resolve()  # of which its hf/ would be read
+        is_this_run = path is not None and Path(path).resolve() == run_dir.resolve()  # of which its hf/ would be read
         if path and (is_this_run or any(_lies_in(Path(path), own) for own in doomed)):
             raise ValueError(f"--overwrite would remove {path}, from which {key} reads; set another train.run_dir")
 

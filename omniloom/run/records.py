@@ -48,7 +48,8 @@ class _Counter(logging.Handler):
 @contextmanager
 def count_warnings(count: Callable[[], None]) -> Iterator[None]:
     """Have `count` called for each warning that our loggers write to the screen."""
-    logger, handlers = logging.getLogger("omniloom"), [_Counter(count)]
+    logger = logging.getLogger("omniloom")
+    handlers: list[logging.Handler] = [_Counter(count)]
     if logging.lastResort is not None and not logger.hasHandlers():
         handlers.append(logging.lastResort)  # with a handler of its own the logger would fall silent
     for handler in handlers:

@@ -210,7 +210,7 @@ def _bounds(values: Sequence[float], floor: float | None) -> tuple[float, float]
     low, high = min(values), max(values)
     if floor is not None:
         low, high = min(low, floor), max(high, floor)
-    if high == low:
+    if high - low <= 1e-9 * max(abs(high), abs(low)):  # alike, but for the rounding of means
         margin = abs(high) / 2 or 1.0
         return low - (margin if floor is None or low > floor else 0), high + margin
     return low, high

@@ -89,7 +89,7 @@ def _charts(files: Sequence[RunFiles], names: Sequence[str]) -> list[Chart]:
     ]
     first = ("loss", "eval_loss")
     charts = []
-    for key in sorted(keys, key=lambda key: (key not in first, not key.startswith("eval_"), key)):
+    for key in sorted(keys, key=lambda key: (key not in first, key != "loss", not key.startswith("eval_"), key)):
         is_evaluated = key.startswith("eval_")
         series = [
             Series(name=name, points=points, tone=tone, raw=not is_evaluated, dots=is_evaluated)

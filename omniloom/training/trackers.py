@@ -7,7 +7,7 @@ Accounts, servers and offline modes are the libraries' own settings (`WANDB_MODE
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,7 +36,11 @@ def check_trackers(config: LogConfig) -> None:
 
 def open_trackers(config: LogConfig, run_dir: Path, about: Mapping[str, Any]) -> list[Tracker]:
     """The trackers that `log` names, with what is to be known of the run."""
-    made = {"wandb": WandbTracker, "swanlab": SwanlabTracker, "mlflow": MlflowTracker}
+    made: dict[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {
+        "wandb": WandbTracker,
+        "swanlab": SwanlabTracker,
+        "mlflow": MlflowTracker,
+    }
     return [make(project, run_dir, about) for key, make in made.items() if (project := getattr(config, key))]
 
 

@@ -342,6 +342,12 @@ def test_thinning_keeps_the_ends_and_the_level() -> None:
     assert max(heights) > 150
 
 
+def test_a_line_that_is_level_but_for_rounding_stays_in_its_frame() -> None:
+    svg = line_chart([Series(name="x", points=[(float(i), 0.1) for i in range(400)], raw=True)], label="x")
+    heights = {pair.split(",")[1] for text in re.findall(r'points="([^"]*)"', svg) for pair in text.split()}
+    assert all(8 <= float(height) <= 152 for height in heights)
+
+
 def test_a_log_axis_has_powers_of_ten_and_only_where_the_span_is_wide() -> None:
     falling = [(float(i), 10 ** (-i / 25)) for i in range(101)]  # from 1 to 1e-4
     svg = line_chart([Series(name="x", points=falling)], label="x", log=True)
