@@ -64,8 +64,8 @@ def _read(source: MediaSource, where: str) -> np.ndarray:
     if not content.startswith(NPY_START):
         raise SampleError(
             where,
-            "expected codes as a list or a .npy file, got another kind of file; a recording becomes codes by "
-            "omniloom convert speech DATA OUT --codec MIMI_DIR",
+            "expected codes as a list or a .npy file, got another kind of file; encode a recording first, by itself, "
+            "for published checkpoints with the first 16 quantizers of transformers' MimiModel (kyutai/mimi)",
         )
     try:
         found: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)

@@ -64,7 +64,7 @@ def load(model: Path, folder: Path, *rows: dict[str, Any], speaks: bool = True) 
         (row(None, speaker="ethan"), "a speaker .* and no speech"),
         (row(speaker=3), "expected the name of a voice"),
         (row("gone.npy"), "gone.npy does not exist"),
-        (row("sound.wav"), "a recording becomes codes by omniloom convert speech"),
+        (row("sound.wav"), "encode a recording first, by itself"),
         (row("cut.npy"), "not a whole .npy file"),
         ({"messages": [{"role": "user", "content": "q", "speech": CODES_OF_THREE}]}, "only an answer is spoken"),
     ],
