@@ -47,6 +47,28 @@ def layout() -> Iterator[Layout]:
     close_distributed()
 
 
+def test_decays_of_a_delta_rule_are_computed_in_float32_beside_weights_in_bfloat16(layout: Layout) -> None:
+    case = Case(dims=Dims(hybrid=True))
+    config = make_config(case.dims)
+    plan = SPEC.sharding(config)
+    with torch.device("meta"):
+        model = make_model(config)
+    settings = {"parallel": ParallelConfig(), "memory": MemoryConfig(), "compute_dtype": torch.bfloat16}
+    apply_parallelism(model, layout, plan, **settings)
+    materialize(model, layout.device)
+    load(model, random_weights(config, case.seed))
+    seen: dict[str, set[torch.dtype]] = {"decay": set(), "norm": set()}
+    attention = model.get_submodule("text.layers.0.attention")
+    for name, found in seen.items():
+        attention.get_submodule(name).register_forward_hook(
+            lambda module, *_, found=found: found.update(p.dtype for p in module.parameters())
+        )
+    objective = Objective(coefficients={"text": 1.0, "router": 0.1}, weight_sums={"text": 1.0, "router": 1.0})
+    run_packs(model, case.packs(config)[:1], layout, objective, EncoderPool(layout, plan, "group"))
+    assert seen == {"decay": {torch.float32}, "norm": {torch.bfloat16}}
+    assert model.get_parameter("text.layers.0.attention.decay.A_log").grad.dtype == torch.float32
+
+
 def test_one_rank_gives_what_a_plain_model_gives(layout: Layout) -> None:
     case = Case(frozen=("vision.patch_embed",))
     reference = run_reference(case)
