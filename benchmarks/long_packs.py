@@ -30,7 +30,7 @@ from omniloom.parallel.step import Objective, run_packs
 from omniloom.types import PackedBatch, Segments
 
 SIZE = Size(hidden=32, heads=2, layers=2, experts=4, expert_hidden=16, tower_hidden=32, tower_layers=1, vocab_size=256)
-RING4, RING2, ULYSSES2_RING2 = ContextConfig(ring=4), ContextConfig(ring=2), ContextConfig(ulysses=2, ring=2)
+RING4, ULYSSES2_RING2 = ContextConfig(ring=4), ContextConfig(ulysses=2, ring=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,6 @@ ROWS = (
     Long(num_tokens=2**20, longest=2**15, context=RING4),
     Long(num_tokens=2**20, longest=2**15, context=ULYSSES2_RING2),
     Long(num_tokens=2**17, longest=2**17, context=RING4),
-    Long(num_tokens=2**17, longest=2**17, context=RING2),
 )
 
 

@@ -83,6 +83,10 @@ def apply_parallelism(
     check_plan(plan, layout.degrees)
     if plan.num_talker_experts and memory.compile:
         raise ValueError("memory.compile: not with a talker yet, whose frames differ in number; set it to false")
+    if layout.ring_group is not None and layout.device.type == "npu":
+        raise ValueError(
+            "parallel.context.ring: no attention kernel of NPUs gives what a ring joins; use ulysses alone"
+        )
     decoder = plan.roots[-1]
     if layout.degrees.pipeline > 1:
         text: Any = model.get_submodule(decoder)

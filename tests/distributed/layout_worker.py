@@ -336,7 +336,6 @@ def run_job(
 ) -> None:
     """Body of one process. `cases`: name -> (Case, ParallelConfig, MemoryConfig); those `trained` take steps, too."""
     torch.set_num_threads(1)
-    torch.compiler.set_default_backend("aot_eager")  # of compiled cases: what is compared is what is traced
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)

@@ -100,8 +100,6 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
     three_heads = Case(dims=replace(ODD, heads=3), seed=6, shares_decoding=True)
     cases["three_heads_ring4"] = (three_heads, ParallelConfig(context=ContextConfig(ring=4)), plain)
     cases["recompute_ring4"] = (Case(), ParallelConfig(**LAYOUTS["ring4"]), MemoryConfig(recompute="selective"))
-    for name in ("fsdp2_tensor2", "ulysses2_ring2", "context2_tensor2_expert4"):
-        cases[f"compiled_{name}"] = (Case(), ParallelConfig(**LAYOUTS[name]), MemoryConfig(compile=True))
     cases["cpu_offload"] = (Case(), ParallelConfig(cpu_offload=True), plain)
     hybrid = Case(dims=HYBRID, seed=7)
     for name, axes in LAYOUTS.items():

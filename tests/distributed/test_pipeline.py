@@ -48,7 +48,6 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
         "a_frozen_stage": (frozen, ParallelConfig(pipeline=2, pipeline_layers=(2, 3)), plain),
         "towers_alone": (towers_alone, ParallelConfig(pipeline=4), plain),
     }
-    cases["compiled"] = (deep, ParallelConfig(pipeline=2, tensor=2), MemoryConfig(compile=True))
     axes = {"pipeline2": {"pipeline": 2}, "context": {"pipeline": 2, "context": 2}}
     axes |= {"expert": {"pipeline": 2, "expert": 2}, "hsdp": {"pipeline": 2, "replicate": 2}}
     for seed, (name, own) in enumerate(axes.items(), start=30):
