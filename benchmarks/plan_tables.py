@@ -70,6 +70,8 @@ def show(model: Model, directory: Path) -> None:
 
 
 def describe(found: list[Candidate], memory_bytes: float, machine: Machine) -> tuple[str, ...]:
+    if not found:
+        return "no layout divides model and packs", "", "", "", ""
     best = min(found, key=lambda candidate: order_of(candidate, memory_bytes))
     settings = {key.rpartition(".")[2]: value for key, value in best.settings().items()}
     layout = ", ".join(key if value == "true" else f"{key} {value}" for key, value in settings.items())

@@ -22,11 +22,12 @@ def local_shape(
     """
     inner, local = degrees.shard * degrees.sharers, list(shape)
     owner, _, key = name.rpartition(".")
-    if name.split(".")[0] != plan.roots[-1]:
+    is_experts = is_named(owner, plan.experts)
+    if name.split(".")[0] != plan.roots[-1] and not (is_experts and degrees.expert * degrees.tensor > 1):
         whole = degrees.pipeline * inner
         return _shard(local, shape, [1] * len(shape), whole, rank % whole)
     place, cuts = rank % inner, [1] * len(shape)
-    if is_named(owner, plan.experts):
+    if is_experts:
         cuts[0] = degrees.expert
         local[0] = _part(shape[0], degrees.expert, place % degrees.expert)
         return _shard(local, shape, cuts, inner // degrees.expert, place // degrees.expert)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -116,7 +116,8 @@ class ModelSizes:
             for (_, shape, dtype, trains, orthogonal), members in groups.items()
         )
         self.local = lru_cache(maxsize=None)(self._local)
-        self.owners = lru_cache(maxsize=None)(partial(layer_owners, self.plan))
+        self._owners = lru_cache(maxsize=None)(partial(layer_owners, self.plan))
+        self._fixed, self._working = (lru_cache(maxsize=None)(each) for each in (self._sum_fixed, self._sum_working))
 
     def num_parameters(self, *, trains: bool = False) -> int:
         """Of the whole model, or what of it trains."""
@@ -209,7 +210,13 @@ class ModelSizes:
         stages = [self._of_stage(degrees, memory, stage) for stage in range(degrees.pipeline)]
         return max(stages, key=lambda stage: stage.total)
 
-    def _of_stage(self, degrees: Degrees, memory: MemoryConfig, stage: int) -> Footprint:
+    def owners(self, degrees: Degrees) -> tuple[int, ...]:
+        """The pipeline rank of each layer of the decoder."""
+        alone = {"replicate": 1, "shard": 1, "context": 1, "ring": 1, "tensor": 1, "expert": 1}
+        return self._owners(replace(degrees, **alone))
+
+    def _sum_fixed(self, degrees: Degrees, stage: int) -> tuple[float, float, float, float]:
+        """Bytes of weights, gradients and states on the fullest rank of a stage, and of the largest weight's states."""
         parameters = gradients = states = largest_states = 0.0
         train = self.config.train
         for weight in self.weights:
@@ -221,6 +228,10 @@ class ModelSizes:
                 of_one = state_bytes(shape, weight.dtype, train.optimizer_states, orthogonal=weight.orthogonal)
                 states += count * of_one
                 largest_states = max(largest_states, of_one)
+        return parameters, gradients, states, largest_states
+
+    def _of_stage(self, degrees: Degrees, memory: MemoryConfig, stage: int) -> Footprint:
+        parameters, gradients, states, largest_states = self._fixed(degrees, stage)
         working = self._working(degrees, stage) + self._loss(degrees, memory, stage)
         if self.config.parallel.cpu_offload:
             parameters = gradients = states = 0.0
@@ -277,7 +288,7 @@ class ModelSizes:
         own = None if rule is None else rule.recompute
         return memory.recompute if own is None else "full" if own else "none"
 
-    def _working(self, degrees: Degrees, stage: int) -> float:
+    def _sum_working(self, degrees: Degrees, stage: int) -> float:
         """Gathered weights of the blocks at work and on their way, and the gradients that are being reduced."""
         element, ahead = self.workshop.compute_dtype.itemsize, 1 + self.config.parallel.prefetch
         blocks, trained = dict[str, float](), dict[str, float]()

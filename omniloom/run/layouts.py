@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from omniloom.config import MemoryConfig
+from omniloom.config import ContextConfig, MemoryConfig
 from omniloom.parallel.apply import check_plan
 from omniloom.parallel.mesh import Degrees, resolve_degrees
 from omniloom.run.footprint import Footprint, ModelSizes
@@ -42,6 +43,9 @@ class Candidate:
         degrees, memory = self.degrees, self.memory
         axes = ("replicate", "shard", "context", "tensor", "pipeline", "expert")
         found = {f"parallel.{axis}": str(getattr(degrees, axis)) for axis in axes if getattr(degrees, axis) > 1}
+        if degrees.ring > 1:
+            del found["parallel.context"]
+            found |= {f"parallel.context.{way}": str(getattr(degrees, way)) for way in ("ulysses", "ring")}
         found["memory.recompute"] = str(memory.recompute)
         for key in ("offload_activations", "offload_optimizer"):
             if getattr(memory, key):
@@ -80,22 +84,27 @@ def layouts_of(sizes: ModelSizes, gpus: int, machine: Machine) -> Iterator[Degre
     """Every layout of so many devices that model and packs can be divided by, small degrees first."""
     plan, config = sizes.plan, sizes.config
     powers = [2**n for n in range(gpus.bit_length())] + [gpus]
+    has_dora = any(rule.lora is not None and rule.lora.dora for rule in config.policy.values())
     axes = {
-        "tensor": [n for n in powers if n <= machine.devices],
+        "tensor": [n for n in powers if n <= (1 if has_dora else machine.devices)],
         "context": [n for n in powers if n <= MOST["context"]],
-        "pipeline": [n for n in powers if n <= MOST["pipeline"]],
+        "pipeline": [n for n in powers if n <= min(MOST["pipeline"], len(plan.layer_costs))],
         "expert": [n for n in powers if n <= max(plan.num_experts, 1)],
         "replicate": sorted({1, max(gpus // machine.devices, 1)}),
     }
     seen = set()
     for tensor, context, pipeline, expert, replicate in itertools.product(*axes.values()):
-        if gpus % (tensor * context * pipeline * replicate) or config.data.pack_tokens % (tensor * context):
+        ulysses = math.gcd(context, plan.num_attention_heads // tensor)  # as far as heads divide, a ring beyond
+        ring = context // ulysses
+        chunks = math.lcm(tensor * context, 2 * ring if ring > 1 else 1)
+        if gpus % (tensor * context * pipeline * replicate) or config.data.pack_tokens % chunks:
             continue
-        parallel = replace(config.parallel, shard="auto", tensor=tensor, context=context, pipeline=pipeline,
-                           expert=expert, replicate=replicate, pipeline_layers=None)  # fmt: skip
+        parallel = replace(config.parallel, shard="auto", tensor=tensor, pipeline=pipeline,
+                           expert=expert, replicate=replicate, pipeline_layers=None,
+                           context=ContextConfig(ulysses=ulysses, ring=ring))  # fmt: skip
         try:
             degrees = resolve_degrees(parallel, gpus, packs_per_step=config.train.packs_per_step)
-            check_plan(plan, degrees)
+            check_plan(plan, replace(degrees, pipeline=1))  # any number of stages up to that of layers will do
         except ValueError:
             continue
         if degrees not in seen:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from omniloom.config import MemoryConfig
 from omniloom.families.cost import layer_flops, vision_flops
@@ -67,6 +67,7 @@ class Clock:
 
     def __init__(self, sizes: ModelSizes, machine: Machine) -> None:
         self.sizes, self.machine, self.config = sizes, machine, sizes.config
+        self._fsdp = lru_cache(maxsize=None)(self._sum_fsdp)
 
     @cached_property
     def layers(self) -> list[tuple[float, float, float]]:
@@ -90,42 +91,42 @@ class Clock:
 
     def step(self, degrees: Degrees, memory: MemoryConfig) -> StepTime:
         """Under these degrees and this recomputation."""
-        config, sizes = self.config, self.sizes
-        packs, tokens = packs_of_rank(config, degrees), config.data.pack_tokens
-        forward = backward = exposed = 0.0
-        sent = dict.fromkeys(("fsdp", "context", "tensor", "expert", "pipeline", "replicate"), 0.0)
-        owners = sizes.owners(degrees)
+        config, owners = self.config, self.sizes.owners(degrees)
+        packs, sent = packs_of_rank(config, degrees), dict[str, float]()
         slowest = max(range(degrees.pipeline), key=lambda stage: (owners.count(stage), stage))
-        here = [layer for layer, owner in enumerate(owners) if owner == slowest]
+        rounds = packs + (degrees.pipeline - 1) / degrees.stages_per_rank
+        seconds = rounds * self._pack(degrees, memory, slowest, sent)
+        sent = {axis: packs * num_bytes for axis, num_bytes in sent.items() if num_bytes}
+        seconds += self._once(degrees, memory, slowest, sent)
+        own, towers = self.trains
+        decoder = sum(map(sum, self.layers)) + self._loss(degrees)[1]
+        flops = decoder * (3 if own else 2) + self._tower(degrees)[1] * (3 if towers else 1)
+        return StepTime(
+            seconds=seconds,
+            tokens=config.data.pack_tokens * config.train.packs_per_step,
+            world=degrees.world,
+            model_flops=flops * config.train.packs_per_step,
+            sent=sent,
+        )
+
+    def _pack(self, degrees: Degrees, memory: MemoryConfig, stage: int, sent: dict[str, float]) -> float:
+        """Seconds of one pack on a rank of a stage; `sent` gets the bytes that it sends meanwhile."""
+        sizes, forward, backward, exposed = self.sizes, 0.0, 0.0, 0.0
+        here = [layer for layer, owner in enumerate(sizes.owners(degrees)) if owner == stage]
         for (layer, again), count in sizes.kinds(here, memory).items():
             ahead, back = self._layer(layer, degrees, memory, again)
             forward, backward = forward + count * ahead, backward + count * back
             for axis, (num_bytes, seconds) in self._exchanges(layer, degrees).items():
-                sent[axis] += count * num_bytes * (2 + again)
+                sent[axis] = sent.get(axis, 0.0) + count * num_bytes * (2 + again)
                 exposed += count * seconds * (2 + again)
-        gather, reduce, gathered = self._fsdp(degrees, slowest)
-        sent["fsdp"] = gathered
-        head, head_flops = self._loss(degrees)
-        tower, tower_flops = self._tower(degrees)
-        of_pack = max(forward, gather) + max(backward, gather + reduce) + exposed + tower
-        of_pack += head if degrees.pipeline == 1 else 0.0
-        if degrees.pipeline > 1:
-            sent["pipeline"] = 2.0 * tokens / degrees.sharers * sizes.kept[0].row
-            of_pack += sent["pipeline"] / self._speed(degrees.pipeline, degrees.shard * degrees.sharers)
-            of_pack = max(of_pack, head)
-        rounds = packs + (degrees.pipeline - 1) / degrees.stages_per_rank
-        seconds = rounds * of_pack + self._once(degrees, memory, slowest, sent)
-        own, towers = self.trains
-        flops = sum(map(sum, self.layers)) * (3 if own else 2) + 3 * head_flops + tower_flops * (3 if towers else 1)
-        for axis in sent:
-            sent[axis] *= 1 if axis == "replicate" else packs
-        return StepTime(
-            seconds=seconds,
-            tokens=tokens * config.train.packs_per_step,
-            world=degrees.world,
-            model_flops=flops * config.train.packs_per_step,
-            sent={axis: num_bytes for axis, num_bytes in sent.items() if num_bytes},
-        )
+        gather, reduce, sent["fsdp"] = self._fsdp(degrees, stage)
+        seconds = max(forward, gather) + max(backward, gather + reduce) + exposed + self._tower(degrees)[0]
+        head = self._loss(degrees)[0]
+        if degrees.pipeline == 1:
+            return seconds + head
+        sent["pipeline"] = 2.0 * self.config.data.pack_tokens / degrees.sharers * sizes.kept[0].row
+        seconds += sent["pipeline"] / self._speed(degrees.pipeline, degrees.shard * degrees.sharers)
+        return max(seconds, head)  # the last stage, which has the head, has fewer layers for it
 
     # ------------------------------------------------------------------------------------ computing
 
@@ -198,7 +199,7 @@ class Clock:
         far = ranks - near
         return (ranks - 1) / max((near - 1) / machine.link, far / machine.network) if far else machine.link
 
-    def _fsdp(self, degrees: Degrees, stage: int) -> tuple[float, float, float]:
+    def _sum_fsdp(self, degrees: Degrees, stage: int) -> tuple[float, float, float]:
         """Seconds of gathering a stage's weights once and of reducing its gradients, and bytes sent for a pack."""
         sizes, inner = self.sizes, degrees.shard * degrees.sharers
         element, seconds, num_bytes = sizes.workshop.compute_dtype.itemsize, [0.0, 0.0], 0.0
