@@ -117,7 +117,8 @@ class ModelSizes:
         )
         self.local = lru_cache(maxsize=None)(self._local)
         self._owners = lru_cache(maxsize=None)(partial(layer_owners, self.plan))
-        self._fixed, self._working = (lru_cache(maxsize=None)(each) for each in (self._sum_fixed, self._sum_working))
+        self._fixed = lru_cache(maxsize=None)(self._sum_fixed)
+        self._working = lru_cache(maxsize=None)(self._sum_working)
 
     def num_parameters(self, *, trains: bool = False) -> int:
         """Of the whole model, or what of it trains."""
@@ -212,8 +213,7 @@ class ModelSizes:
 
     def owners(self, degrees: Degrees) -> tuple[int, ...]:
         """The pipeline rank of each layer of the decoder."""
-        alone = {"replicate": 1, "shard": 1, "context": 1, "ring": 1, "tensor": 1, "expert": 1}
-        return self._owners(replace(degrees, **alone))
+        return self._owners(replace(degrees, replicate=1, shard=1, context=1, ring=1, tensor=1, expert=1))
 
     def _sum_fixed(self, degrees: Degrees, stage: int) -> tuple[float, float, float, float]:
         """Bytes of weights, gradients and states on the fullest rank of a stage, and of the largest weight's states."""

@@ -77,7 +77,7 @@ def _nothing_fits(sizes: ModelSizes, gpus: int, memory_gib: float, machine: Mach
     settings = " ".join(f"{key}={value}" for key, value in least.settings().items())
     words = (
         f"--memory {memory_gib:g}: no layout of {gpus} devices fits; the smallest takes "
-        f"{least.footprint.total / GIB:.1f} GiB ({settings})"
+        f"{least.footprint.total / GIB:.3g} GiB ({settings})"
     )
     more = gpus
     while (more := 2 * more) <= MOST_DEVICES:

@@ -212,8 +212,9 @@ def test_plan_shows_layouts_with_the_keys_that_come_to_them(tiny, capsys) -> Non
     [
         (8, None, None, r"--memory: expected the GiB of each device"),
         (8, 80.0, 3, r"--nodes: expected a divisor of --gpus 8, got 3"),
-        (2, 0.001, None, r"no layout of 2 devices fits; the smallest takes [\d.]+ GiB \(.*\); use larger devices"),
-        (64, 80.0, None, r"--gpus 64: no layout of so many ranks divides model and packs; train.packs_per_step is 1"),
+        (2, 1e-3, None, r"no layout of 2 devices fits; the smallest takes [\d.]+ GiB \(.*\); 64 devices of this size"),
+        (2, 1e-4, None, r"no layout of 2 devices fits; .*\); use larger devices"),
+        (7, 80.0, None, r"--gpus 7: no layout of so many ranks divides model and packs; train.packs_per_step is 1"),
     ],
 )
 def test_what_cannot_be_planned_is_one_message(tiny, gpus, memory, nodes, message) -> None:
