@@ -70,8 +70,8 @@ def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -
     if npu.takes(x):
         return npu.rms_norm_backward(grad, x, weight, scale)
     if x.device.type != "cpu":
-        wide = (each.to(weight.dtype) for each in (grad, x))
-        of_rows, of_weight = torch_operators.rms_norm_backward(*wide, weight.shape, scale, weight, [True, True])
+        grad, rows = grad.to(weight.dtype), x.to(weight.dtype)
+        of_rows, of_weight = torch_operators.rms_norm_backward(grad, rows, weight.shape, scale, weight, [True, True])
         return of_rows.to(x.dtype), of_weight
     rows, upstream, wide_weight = x.flatten(0, -2), grad.flatten(0, -2), weight.float()
     scale = scale.view(-1, 1)

@@ -63,7 +63,7 @@ class TrainingWork:
             towers += extent.tower_cost
             speech += extent.speech_cost
         of_text = 0 if self.speech_alone else 3 if self.decoder_weights else 2
-        found = {"decoder": of_text * decoder, "towers": (3 if self.towers else 1) * towers}
+        found: dict[str, float] = {"decoder": of_text * decoder, "towers": (3 if self.towers else 1) * towers}
         return {**found, "speech": (3 if self.speech else 2) * speech} if speech else found
 
 
