@@ -37,6 +37,7 @@ def describe_kernels(workshop: Workshop, device: torch.device) -> str:
     return ", ".join(
         f"{name} {kernel if name == 'delta_rule' else resolve_kernel(kernel, device.type, workshop.compute_dtype)}"
         for name, kernel in asdict(workshop.config.model.attention).items()
+        if name != "delta_rule"  # no attention: `ops.delta_rule` has kernels of its own
     )
 
 
