@@ -26,6 +26,7 @@ from omniloom.data.spilled_rows import StreamFeed
 from omniloom.types import BadSample, Extent, PackPlan, PlannedSample, StepPlan
 
 Measure = Callable[[list[int]], list[Extent | BadSample]]
+Locate = Callable[[int], tuple[str, int]]
 
 _FIXED = {  # keys that decide the plan: they may not change between a checkpoint and its resumption
     "data": ("pack_tokens", "window", "shuffle", "overlong"),
@@ -75,7 +76,7 @@ class Planner:
         rows_per_source: Sequence[int],
         config: Config,
         measure: Measure,
-        locate: Callable[[int], tuple[str, int]],
+        locate: Locate,
         ranks: PlanningRanks | None = None,
         feed: StreamFeed | None = None,
         data_fingerprint: str = "",
@@ -294,9 +295,12 @@ class Planner:
         self, rows: list[int], position: PlanPosition
     ) -> tuple[list[PlannedSample], tuple[BadSample, ...]]:
         """All ranks' measures, in row order: what can be placed, and what cannot."""
-        measured = self._ranks.measure(
-            rows, lambda share: [self._fit(*pair) for pair in zip(share, self._measure(share), strict=True)]
-        )
+
+        def measure(share: list[int]) -> list[Extent | BadSample]:
+            pairs = zip(share, self._measure(share), strict=True)
+            return [_fit(extent, row, self.config.data.pack_tokens, self._locate) for row, extent in pairs]
+
+        measured = self._ranks.measure(rows, measure)
         samples: list[PlannedSample] = []
         bad: list[BadSample] = []
         for row, extent in zip(rows, measured, strict=True):
@@ -306,23 +310,19 @@ class Planner:
                 samples.append(PlannedSample(row=row, epoch=position.epoch, extent=extent, weight_scale=1.0))
         return samples, tuple(bad)
 
-    def _fit(self, row: int, extent: Extent | BadSample) -> Extent | BadSample:
-        if isinstance(extent, BadSample):
-            return extent
-        if extent.num_tokens > self.config.data.pack_tokens:
-            file, line = self._locate(row)
-            limit = f"more than data.pack_tokens={self.config.data.pack_tokens}"
-            return BadSample(
-                file=file,
-                line=line,
-                field="num_tokens",
-                reason=f"{extent.num_tokens} tokens, {limit}",
-                num_tokens=extent.num_tokens,
-            )
-        if extent.num_loss_tokens == 0:
-            file, line = self._locate(row)
-            return BadSample(file=file, line=line, field="labels", reason="no answer to train on")
+
+def _fit(extent: Extent | BadSample, row: int, pack_tokens: int, locate: Locate) -> Extent | BadSample:
+    """A row that is too long or has nothing to learn from is a bad one."""
+    if isinstance(extent, BadSample):
         return extent
+    if extent.num_tokens > pack_tokens:
+        file, line = locate(row)
+        reason = f"{extent.num_tokens} tokens, more than data.pack_tokens={pack_tokens}"
+        return BadSample(file=file, line=line, field="num_tokens", reason=reason, num_tokens=extent.num_tokens)
+    if extent.num_loss_tokens == 0:
+        file, line = locate(row)
+        return BadSample(file=file, line=line, field="labels", reason="no answer to train on")
+    return extent
 
 
 def _judge(
@@ -394,7 +394,7 @@ def plan_all(
     num_rows: int,
     pack_tokens: int,
     measure: Measure,
-    locate: Callable[[int], tuple[str, int]],
+    locate: Locate,
     ranks: PlanningRanks | None = None,
     window: int = 2048,
 ) -> tuple[list[PackPlan], tuple[BadSample, ...]]:

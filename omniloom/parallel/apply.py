@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from omniloom.config import MemoryConfig, ParallelConfig
 from omniloom.parallel.context import UlyssesCore, UlyssesRecurrence, check_heads
@@ -87,10 +88,22 @@ def apply_parallelism(
         raise ValueError(
             "parallel.context.ring: no attention kernel of NPUs gives what a ring joins; use ulysses alone"
         )
-    decoder = plan.roots[-1]
     if layout.degrees.pipeline > 1:
-        text: Any = model.get_submodule(decoder)
+        text: Any = model.get_submodule(plan.roots[-1])
         cut_decoder(text, layer_owners(plan, layout.degrees), layout)
+    _divide_tokens(model, layout, plan)
+    if layout.tensor is not None:
+        divide_tensors(model, layout.tensor, plan)
+    if layout.expert is not None:
+        _divide_experts(model, layout.expert.get_group(), plan)
+    _keep_less(model, layout, plan, memory, recompute or {})
+    if memory.compile is True:
+        compile_blocks(model, plan)
+    shard_parameters(model, layout, plan, parallel, compute_dtype)
+
+
+def _divide_tokens(model: nn.Module, layout: Layout, plan: ShardingPlan) -> None:
+    """Attention and recurrences over rows of several ranks, and router counts summed over them."""
     for name in match_modules(model, plan.attention_cores):
         core: Any = model.get_submodule(name)
         if layout.ring_group is not None:
@@ -104,21 +117,27 @@ def apply_parallelism(
     if layout.sharers_group is not None:
         for name in match_modules(model, plan.router_counts):
             model.set_submodule(name, SumOverGroup(layout.sharers_group))
-    if layout.tensor is not None:
-        divide_tensors(model, layout.tensor, plan)
-    if layout.expert is not None:
-        group = layout.expert.get_group()
-        for name in match_modules(model, plan.dispatches):
-            local: Any = model.get_submodule(name)
-            model.set_submodule(name, ExpertDispatch(local.num_experts, group))
-        for name in match_modules(model, plan.expert_products):
-            model.set_submodule(name, LocalWeights(model.get_submodule(name)))
+
+
+def _divide_experts(model: nn.Module, group: ProcessGroup, plan: ShardingPlan) -> None:
+    for name in match_modules(model, plan.dispatches):
+        local: Any = model.get_submodule(name)
+        model.set_submodule(name, ExpertDispatch(local.num_experts, group))
+    for name in match_modules(model, plan.expert_products):
+        model.set_submodule(name, LocalWeights(model.get_submodule(name)))
+
+
+def _keep_less(
+    model: nn.Module, layout: Layout, plan: ShardingPlan, memory: MemoryConfig, recompute: Mapping[str, bool]
+) -> None:
+    """Layers that compute again in backward, or keep what they need for it on the host."""
+    decoder = plan.roots[-1]
     copies: HostCopies | None = None
     for name in match_modules(model, plan.layer_calls):
         root = name.split(".")[0]
         # under a pipeline a tower is called once for all packs of a step
         usual = memory.recompute if root == decoder or layout.degrees.pipeline == 1 else "full"
-        how = {None: usual, True: "full", False: "none"}[(recompute or {}).get(root)]
+        how = {None: usual, True: "full", False: "none"}[recompute.get(root)]
         recompute_layers(
             model.get_submodule(name.rpartition(".")[0]),
             how,
@@ -127,9 +146,6 @@ def apply_parallelism(
         if memory.offload_activations and layout.device.type != "cpu":
             copies = copies or HostCopies(layout.device)
             model.set_submodule(name, OffloadingCall(model.get_submodule(name), copies))
-    if memory.compile is True:
-        compile_blocks(model, plan)
-    shard_parameters(model, layout, plan, parallel, compute_dtype)
 
 
 def compile_blocks(model: nn.Module, plan: ShardingPlan) -> None:

@@ -64,7 +64,7 @@ from omniloom.training.metrics import StepFigures, StepMetrics
 from omniloom.training.policy import ParameterPolicy
 from omniloom.training.profile import Profile
 from omniloom.training.schedule import describe_warmup
-from omniloom.types import TEXT, RunError, StepPlan
+from omniloom.types import TEXT, PackedBatch, RunError, StepPlan
 
 STEPS_BETWEEN_COLLECTIONS = 50  # of Python's garbage
 COLLECTIVE_GRACE_SECONDS = 60.0  # collectives give up this much later than the watchdog, which has more to say
@@ -269,13 +269,7 @@ class Trainer:
             if self.best.is_exhausted:
                 break
             self.watchdog.enter(step, "waiting for data")
-        if self.best.is_exhausted:
-            self.records.say(f"ended after step {step}: {self.best.name} was no better than after {self.best.kept[0]}")
-        elif (steps := self.config.train.steps) is not None and step < steps:
-            self.records.say(f"the streams of data.train ended at step {step}, before train.steps={steps}")
-        warmup_steps = self.config.train.warmup_steps
-        if self.config.train.steps is None and (warning := describe_warmup(warmup_steps, step)):
-            self.records.say(warning)
+        self._say_why_over(step)
         if saved != step:
             self._save(step)
         self.state.saver.finish()
@@ -285,6 +279,15 @@ class Trainer:
                 return self._leave_early(step)
         self._leave_results(step, report)
         return 0
+
+    def _say_why_over(self, step: int) -> None:
+        if self.best.is_exhausted:
+            self.records.say(f"ended after step {step}: {self.best.name} was no better than after {self.best.kept[0]}")
+        elif (steps := self.config.train.steps) is not None and step < steps:
+            self.records.say(f"the streams of data.train ended at step {step}, before train.steps={steps}")
+        warmup_steps = self.config.train.warmup_steps
+        if self.config.train.steps is None and (warning := describe_warmup(warmup_steps, step)):
+            self.records.say(warning)
 
     def _leave_results(self, step: int, report: EvaluationReport | None) -> None:
         """Model and adapters, and that the run is finished. Raises: ValueError where `report` measured nothing."""
@@ -331,14 +334,7 @@ class Trainer:
             if name != TEXT or not self.model.trains_speech_alone
         }
         objective = Objective(coefficients=train.loss_coefficients, weight_sums=measured)
-        packs = [
-            replace(
-                pack.batch,
-                draw_key=keyed_seed(train.seed, step, pack.index, self.layout.context_rank),
-                speech=pack.batch.speech and replace(pack.batch.speech, reads_hidden=speaks_of_media(loaded.plan)),
-            )
-            for pack in loaded.packs
-        ]
+        packs = _keyed_packs(loaded, train.seed, self.layout)
 
         def enter_pack(number: int) -> None:
             self.watchdog.enter(step, f"pack {number + 1} of {len(packs)}")
@@ -393,3 +389,16 @@ class Trainer:
         self.best.add(step, figures)
         self.state.saver.kept_steps = self.best.kept
         return report
+
+
+def _keyed_packs(loaded: LoadedStep, seed: int, layout: Layout) -> list[PackedBatch]:
+    """This rank's packs, each with the key of its random draws."""
+    reads_hidden = speaks_of_media(loaded.plan)
+    return [
+        replace(
+            pack.batch,
+            draw_key=keyed_seed(seed, loaded.plan.step, pack.index, layout.context_rank),
+            speech=pack.batch.speech and replace(pack.batch.speech, reads_hidden=reads_hidden),
+        )
+        for pack in loaded.packs
+    ]
