@@ -195,15 +195,26 @@ def chat(
 
 @app.command()
 def convert(
-    kind: Annotated[str, typer.Argument(help="format of the source (llava, sharegpt, ...), or webdataset")],
+    kind: Annotated[str, typer.Argument(help="format of the source (llava, sharegpt, ...), webdataset, or speech")],
     source: Annotated[Path, typer.Argument(help="a file of rows")],
     target: Annotated[Path, typer.Argument(help="the file to write, or the folder of shards")],
     overrides: Overrides = None,
+    codec: Annotated[Path | None, typer.Option(help="of speech: a directory of kyutai/mimi")] = None,
+    groups: Annotated[int, typer.Option(help="of speech: codes of a frame")] = 16,
+    workers: Annotated[int, typer.Option(help="of speech: processes that encode")] = 1,
 ) -> None:
-    """Write rows of another format in the messages form, or any rows as tar shards (webdataset)."""
+    """Write rows in the messages form, any rows as tar shards (webdataset), or recordings as codes (speech)."""
     from omniloom.tools.convert import convert_file
 
-    num_written, problems, num_outside = convert_file(kind, source, target, overrides or [])
+    num_outside = 0
+    if kind == "speech":
+        from omniloom.tools.convert_speech import convert_speech
+
+        if codec is None or overrides:
+            raise ValueError("convert speech DATA OUT --codec MIMI_DIR: it takes a codec, and no overrides")
+        num_written, problems = convert_speech(source, target, codec, num_groups=groups, workers=workers)
+    else:
+        num_written, problems, num_outside = convert_file(kind, source, target, overrides or [])
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     print(f"wrote {num_written} rows to {target}, left out {len(problems)}")

@@ -64,8 +64,8 @@ def _read(source: MediaSource, where: str) -> np.ndarray:
     if not content.startswith(NPY_START):
         raise SampleError(
             where,
-            "expected codes as a list or a .npy file, got another kind of file; encode a recording first, by itself, "
-            "for published checkpoints with the first 16 quantizers of transformers' MimiModel (kyutai/mimi)",
+            "expected codes as a list or a .npy file, got another kind of file; recordings become codes by `omniloom "
+            "convert speech ROWS OUT --codec DIR`, DIR with kyutai/mimi for published checkpoints",
         )
     try:
         found: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
