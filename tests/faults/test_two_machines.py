@@ -68,6 +68,7 @@ def wait_with(nodes: list[subprocess.Popen[bytes]], done: Callable[[], object], 
                 node.kill()
 
 
+@pytest.mark.full  # minutes, most of them waiting
 def test_a_machine_that_is_cut_off_is_named_and_the_run_goes_on_bit_for_bit(server, words, machines, tmp_path) -> None:
     words = with_values(words, train__packs_per_step="4", train__steps="60", checkpoint__every="20")
     expected, run_dir = tmp_path / "expected", tmp_path / "run"
