@@ -92,6 +92,8 @@ def number_of(conversation: Conversation) -> int:
 
 
 class NumberProcessor:
+    num_code_groups = 0  # no talker
+
     def measure(self, conversation, headers, clips=None) -> Extent:
         number = number_of(conversation)
         tokens = 12 + number * 7 % 60

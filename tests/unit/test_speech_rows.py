@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from omniloom.config import Config, DataConfig, LoraConfig, ModelConfig, PolicyRule
+from omniloom.config import Config, DataConfig, LoraConfig, ModelConfig, PolicyRule, load_config
 from omniloom.data.formats import parse_row
 from omniloom.data.loader import Loader
 from omniloom.data.packing import plan_steps
@@ -64,7 +64,7 @@ def load(model: Path, folder: Path, *rows: dict[str, Any], speaks: bool = True) 
         (row(None, speaker="ethan"), "a speaker .* and no speech"),
         (row(speaker=3), "expected the name of a voice"),
         (row("gone.npy"), "gone.npy does not exist"),
-        (row("sound.wav"), "encode a recording first, by itself"),
+        (row("sound.wav"), "recordings become codes by"),
         (row("cut.npy"), "not a whole .npy file"),
         ({"messages": [{"role": "user", "content": "q", "speech": CODES_OF_THREE}]}, "only an answer is spoken"),
     ],
@@ -122,6 +122,11 @@ def test_the_loss_mode_weighs_frames_as_it_weighs_tokens(loss: str, scales: tupl
     samples = [PlannedSample(row=i, epoch=0, extent=extent, weight_scale=1.0) for i, extent in enumerate(extents)]
     (step,) = plan_steps([samples], packs_per_step=1, first_step=0, rows_before=0, bad_rows=(), loss=loss)
     assert tuple(sample.speech_scale for sample in step.packs[0].samples) == pytest.approx(scales)
+
+
+def test_the_other_codes_count_as_the_config_says() -> None:
+    found = load_config(None, ["train.codes_loss=0.7"]).train.loss_coefficients
+    assert (found["code0"], found["codes"]) == (1.0, 0.7)
 
 
 def test_only_what_is_named_trains_beside_the_talker() -> None:

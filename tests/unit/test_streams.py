@@ -282,7 +282,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             Image.fromarray(np.full((40, 40, 3), number, dtype=np.uint8)).save(folder / f"{number}.png")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=40)
-    assert convert_file("webdataset", folder / "rows.jsonl", folder / "shards") == (150, [])
+    assert convert_file("webdataset", folder / "rows.jsonl", folder / "shards") == (150, [], 0)
     paths = {name: str(folder / name) for name in ("rows.jsonl", "rows.parquet", "shards")}
     return {"model": str(folder / "model"), **paths, "stream": f"file://{folder}/rows.jsonl", "folder": str(folder)}
 
