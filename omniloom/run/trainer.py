@@ -248,7 +248,6 @@ class Trainer:
         for loaded in () if self.best.is_exhausted else self.stream:
             with self.profile.step(loaded.plan.step):
                 figures, stop = self._step(loaded)
-            self._say_what_was_not_trained(loaded, figures)
             step = loaded.plan.step + 1
             if step % STEPS_BETWEEN_COLLECTIONS == 0:
                 self.collect_garbage()
@@ -325,7 +324,7 @@ class Trainer:
         return STOPPED_EARLY
 
     def _step(self, loaded: LoadedStep) -> tuple[StepFigures, bool]:
-        """One optimizer step. Returns its figures and whether any rank was asked to stop."""
+        """One optimizer step. Returns its figures and whether any rank was asked to stop. Raises: NonFiniteError."""
         start, train, step = time.perf_counter(), self.config.train, loaded.plan.step
         # a text that only the talker reads has no loss
         measured = {
@@ -343,6 +342,7 @@ class Trainer:
         terms = run_packs(self.model, packs, self.layout, objective, self.pool, self.pipeline, on_pack=enter_pack)
         wants_stop = self.stop.reason is not None
         figures, stop = self.optimizer_step.take(loaded.plan, terms, objective, wants_stop=wants_stop)
+        self._say_what_was_not_trained(loaded, figures)
         return replace(figures, step_seconds=time.perf_counter() - start + loaded.data_wait_seconds), stop
 
     def _say_what_was_not_trained(self, loaded: LoadedStep, figures: StepFigures) -> None:
