@@ -165,7 +165,7 @@ def _accuracy_curve(
     points: list[dict[str, float]] = []
     for checkpoint in sorted((directory / "checkpoints").glob("step_*"))[:-1]:
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            export_checkpoint(checkpoint, Path(scratch) / "hf")
+            export_checkpoint(checkpoint, Path(scratch) / "hf", say=lambda words: None)
             model = load_model(Path(scratch) / "hf")
         point: dict[str, float] = {"step": int(checkpoint.name.removeprefix("step_"))}
         for name, path in data.held_out.items():
