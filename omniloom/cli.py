@@ -39,6 +39,7 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="tokens of an answer at m
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, more draws")]
 TopP = Annotated[float, typer.Option(help="draw from this share of the likeliest tokens")]
 TopK = Annotated[int, typer.Option(help="draw from so many of the likeliest tokens; 0 is all")]
+Seed = Annotated[int, typer.Option(help="of drawn tokens")]
 
 
 @app.command()
@@ -151,7 +152,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
-    seed: Annotated[int, typer.Option(help="of drawn tokens")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Answer a prompt about media, or every row of a file, with transformers' generate fed by our processor."""
     from omniloom.tools.generate import Sampling, answers, print_answers, split_words
@@ -175,7 +176,7 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
-    seed: Annotated[int, typer.Option(help="of drawn tokens")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Talk with a model; /image PATH, /audio PATH, /video PATH go with the next line, /reset forgets, /quit leaves."""
     from omniloom.tools.chat import chat as talk
@@ -207,6 +208,8 @@ def convert(
     from omniloom.tools.convert import convert_file
 
     num_outside = 0
+    if kind != "speech" and codec is not None:
+        raise ValueError(f"--codec is for `convert speech`, not for `convert {kind}`; leave it out")
     if kind == "speech":
         from omniloom.tools.convert_speech import convert_speech
 

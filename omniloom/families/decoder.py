@@ -83,6 +83,9 @@ class DecoderConfig:
         return sum(self.is_moe(layer) for layer in range(self.num_hidden_layers))
 
 
+LayerMaker = Callable[[DecoderConfig, int, Kernel, RuleKernel], nn.Module]
+
+
 def make_layer(config: DecoderConfig, index: int, kernel: Kernel, rule: RuleKernel = "chunked") -> DecoderLayer:
     """Grouped-query attention or a gated delta rule, then a feed-forward or experts."""
     mlp = moe = None
@@ -154,7 +157,7 @@ def make_decoder(
     kernel: Kernel,
     rule: RuleKernel = "chunked",
     loss_chunk_tokens: int | None,
-    make_layer: Callable[[DecoderConfig, int, Kernel, RuleKernel], nn.Module] = make_layer,
+    make_layer: LayerMaker = make_layer,
     speech_layer: int | None = None,
 ) -> Decoder:
     """The decoder on the current default device, weights not yet read; `speech_layer`: see `Decoder`."""
@@ -168,6 +171,28 @@ def make_decoder(
     )
     if config.tie_word_embeddings:
         loss_head.head.weight = embed.weight
+    return make_layers(
+        config,
+        kernel=kernel,
+        rule=rule,
+        make_layer=make_layer,
+        embed=embed,
+        loss_head=loss_head,
+        speech_layer=speech_layer,
+    )
+
+
+def make_layers(
+    config: DecoderConfig,
+    *,
+    kernel: Kernel,
+    rule: RuleKernel = "chunked",
+    make_layer: LayerMaker = make_layer,
+    embed: nn.Embedding | None = None,
+    loss_head: LossHead | None = None,
+    speech_layer: int | None = None,
+) -> Decoder:
+    """The layers with their rotary positions, and whichever ends are given."""
     return Decoder(
         (make_layer(config, index, kernel, rule) for index in range(config.num_hidden_layers)),
         speech_layer=speech_layer,

@@ -107,6 +107,13 @@ def router_rule(model: str, decoder: str = "text") -> Rule:
     return Rule(published=f"{model}.layers.{{i}}.mlp.gate.weight", ours=f"{decoder}.layers.{{i}}.moe.router.weight")
 
 
+def shared_expert_rules(model: str, decoder: str = "text") -> list[Rule]:
+    """Of an expert that every token takes, and of its gate."""
+    names = {f"shared_expert.{name}": f"shared.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+    names["shared_expert_gate"] = "shared.gate"
+    return linears(f"{model}.layers.{{i}}.mlp", f"{decoder}.layers.{{i}}.moe", names, bias=False)
+
+
 def expert_rules(model: str, decoder: str = "text") -> list[Rule]:
     """Experts published one by one, or stacked as transformers 5 has them in memory, outputs before inputs."""
     theirs, ours = f"{model}.layers.{{i}}.mlp.experts", f"{decoder}.layers.{{i}}.moe.experts"

@@ -64,7 +64,7 @@ from omniloom.training.metrics import StepFigures, StepMetrics
 from omniloom.training.policy import ParameterPolicy
 from omniloom.training.profile import Profile
 from omniloom.training.schedule import describe_warmup
-from omniloom.types import TEXT, PackedBatch, RunError, StepPlan
+from omniloom.types import TEXT, PackedBatch, RunError
 
 STEPS_BETWEEN_COLLECTIONS = 50  # of Python's garbage
 COLLECTIVE_GRACE_SECONDS = 60.0  # collectives give up this much later than the watchdog, which has more to say
@@ -121,12 +121,6 @@ def run(
         ) from error
     finally:
         close_distributed()
-
-
-def speaks_of_media(plan: StepPlan) -> bool:
-    """Whether any spoken turn of a step may follow media, whose hidden states it would read: the same on every rank."""
-    samples = (sample.extent for pack in plan.packs for sample in pack.samples)
-    return any(extent.clips and extent.num_code_frames for extent in samples)
 
 
 class LostRankError(RunError):
@@ -393,12 +387,13 @@ class Trainer:
 
 def _keyed_packs(loaded: LoadedStep, seed: int, layout: Layout) -> list[PackedBatch]:
     """This rank's packs, each with the key of its random draws."""
-    reads_hidden = speaks_of_media(loaded.plan)
-    return [
-        replace(
-            pack.batch,
-            draw_key=keyed_seed(seed, loaded.plan.step, pack.index, layout.context_rank),
-            speech=pack.batch.speech and replace(pack.batch.speech, reads_hidden=reads_hidden),
-        )
+    packs = [
+        replace(pack.batch, draw_key=keyed_seed(seed, loaded.plan.step, pack.index, layout.context_rank))
         for pack in loaded.packs
     ]
+    if all(pack.speech is None for pack in packs):  # a model without a talker
+        return packs
+    # whether a spoken turn of the step may follow media, whose hidden states it would read: the same on every rank
+    samples = (sample.extent for pack in loaded.plan.packs for sample in pack.samples)
+    reads_hidden = any(extent.clips and extent.num_code_frames for extent in samples)
+    return [replace(pack, speech=pack.speech and replace(pack.speech, reads_hidden=reads_hidden)) for pack in packs]

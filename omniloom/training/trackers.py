@@ -9,39 +9,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from omniloom.config import ConfigError, LogConfig
-
-PACKAGES = {"wandb": "wandb", "swanlab": "swanlab", "mlflow": "mlflow"}  # key of the section log: package
 
 
 class Tracker(Protocol):
     def log(self, figures: Mapping[str, float], step: int) -> None: ...
 
     def close(self) -> None: ...
-
-
-def check_trackers(config: LogConfig) -> None:
-    """Raises: ConfigError for a tracker whose package is not installed."""
-    absent = [
-        key for key, package in PACKAGES.items() if getattr(config, key) and not importlib.util.find_spec(package)
-    ]
-    if absent:
-        faults = [
-            f"log.{key}: {PACKAGES[key]} is not installed; pip install {PACKAGES[key]}, or unset it" for key in absent
-        ]
-        raise ConfigError(faults, "the configuration")
-
-
-def open_trackers(config: LogConfig, run_dir: Path, about: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers that `log` names, with what is to be known of the run."""
-    made: dict[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {
-        "wandb": WandbTracker,
-        "swanlab": SwanlabTracker,
-        "mlflow": MlflowTracker,
-    }
-    return [make(project, run_dir, about) for key, make in made.items() if (project := getattr(config, key))]
 
 
 class WandbTracker:
@@ -87,3 +64,21 @@ class MlflowTracker:
 
     def close(self) -> None:
         self._mlflow.end_run()
+
+
+TRACKERS: Mapping[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = MappingProxyType(
+    {"wandb": WandbTracker, "swanlab": SwanlabTracker, "mlflow": MlflowTracker}
+)  # by their packages, which are their keys in the section log
+
+
+def check_trackers(config: LogConfig) -> None:
+    """Raises: ConfigError for a tracker whose package is not installed."""
+    absent = [name for name in TRACKERS if getattr(config, name) and not importlib.util.find_spec(name)]
+    if absent:
+        faults = [f"log.{name}: {name} is not installed; pip install {name}, or unset it" for name in absent]
+        raise ConfigError(faults, "the configuration")
+
+
+def open_trackers(config: LogConfig, run_dir: Path, about: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers that `log` names, with what is to be known of the run."""
+    return [make(project, run_dir, about) for name, make in TRACKERS.items() if (project := getattr(config, name))]

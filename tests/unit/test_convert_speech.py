@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import MimiConfig, MimiModel
 
+from omniloom.cli import convert
 from omniloom.tools.convert_speech import convert_speech
 from tests.unit.media_files import tone, write_audio
 
@@ -54,3 +55,8 @@ def test_each_recording_is_encoded_alone_and_once(tmp_path: Path) -> None:
     assert file.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="name a file in that folder"):
         convert_speech(tmp_path / "rows.jsonl", tmp_path / "codec" / "x.jsonl", tmp_path / "codec")
+
+
+def test_a_codec_is_refused_where_nothing_is_encoded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--codec is for `convert speech`, not for `convert llava`"):
+        convert("llava", tmp_path / "rows.jsonl", tmp_path / "out.jsonl", codec=tmp_path)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from omniloom.families.config_fields import ConfigSection, FamilyConfig, read_decoder, read_vision
-from omniloom.families.hf_rules import expert_rules, linears, router_rule
+from omniloom.families.hf_rules import expert_rules, router_rule, shared_expert_rules
 from omniloom.families.qwen3_5 import spec as qwen3_5
 from omniloom.families.qwen3_vl.spec import MODEL
 from omniloom.keymap import KeyMap
-
-SHARED = {f"shared_expert.{name}": f"shared.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 
 
 def read_parts(file: ConfigSection) -> FamilyConfig:
@@ -20,14 +18,8 @@ def read_parts(file: ConfigSection) -> FamilyConfig:
 
 
 def key_map(config: FamilyConfig) -> KeyMap:
-    shared = linears(
-        f"{MODEL}.layers.{{i}}.mlp",
-        "text.layers.{i}.moe",
-        SHARED | {"shared_expert_gate": "shared.gate"},
-        bias=False,
-    )
     base = qwen3_5.key_map(config)
-    return replace(base, rules=(*base.rules, router_rule(MODEL), *expert_rules(MODEL), *shared))
+    return replace(base, rules=(*base.rules, router_rule(MODEL), *expert_rules(MODEL), *shared_expert_rules(MODEL)))
 
 
 SPEC = replace(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 from omniloom.families.config_fields import ConfigSection, TalkerConfig, read_decoder
-from omniloom.families.decoder import DecoderConfig, make_layer
-from omniloom.families.hf_rules import expert_rules, layer_rules, linears, router_rule
+from omniloom.families.decoder import DecoderConfig, make_layers
+from omniloom.families.hf_rules import expert_rules, layer_rules, linears, router_rule, shared_expert_rules
 from omniloom.keymap import Rule
-from omniloom.models.decoder import Decoder
 from omniloom.models.talker import CodePredictor, Projection, Talker
-from omniloom.ops.rotary import multimodal_rotary
 from omniloom.processors.speech import SpeechTokens
 from omniloom.types import Kernel
 
@@ -93,7 +90,6 @@ def _read_tokens(config: ConfigSection, talker: ConfigSection, num_codes: int) -
 
 def talker_rules() -> list[Rule]:
     theirs, predictor, ours = "talker.model", "talker.code_predictor", "talker.decoder"
-    shared = {f"shared_expert.{name}": f"shared.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
     ends = {"linear_fc1": "fc1", "linear_fc2": "fc2"}
     return [
         *linears("talker.text_projection", "talker.projection.text", ends, bias=True),
@@ -102,12 +98,7 @@ def talker_rules() -> list[Rule]:
         *layer_rules(theirs, ours),
         router_rule(theirs, ours),
         *expert_rules(theirs, ours),
-        *linears(
-            f"{theirs}.layers.{{i}}.mlp",
-            f"{ours}.layers.{{i}}.moe",
-            {**shared, "shared_expert_gate": "shared.gate"},
-            bias=False,
-        ),
+        *shared_expert_rules(theirs, ours),
         Rule(published=f"{theirs}.norm.weight", ours="talker.norm.weight"),
         Rule(published="talker.codec_head.weight", ours="talker.head.weight"),
         Rule(
@@ -123,7 +114,7 @@ def make_talker(config: TalkerConfig, *, kernel: Kernel, loss_chunk_tokens: int 
     """The talker on the current default device, weights not yet read."""
     decoder, predictor = config.decoder, config.code_predictor
     code_predictor = CodePredictor(
-        _layers(predictor, kernel),
+        make_layers(predictor, kernel=kernel),
         num_groups=config.tokens.num_code_groups,
         vocab_size=predictor.vocab_size,
         hidden_size=predictor.hidden_size,
@@ -131,7 +122,7 @@ def make_talker(config: TalkerConfig, *, kernel: Kernel, loss_chunk_tokens: int 
         chunk=loss_chunk_tokens,
     )
     return Talker(
-        _layers(decoder, kernel),
+        make_layers(decoder, kernel=kernel),
         code_predictor,
         projections={name: _projection(config) for name in ("text", "hidden")},
         vocab_size=decoder.vocab_size,
@@ -147,20 +138,4 @@ def _projection(config: TalkerConfig) -> Projection:
         intermediate_size=config.projection_size,
         out_size=config.decoder.hidden_size,
         activation=config.decoder.hidden_act,
-    )
-
-
-def _layers(config: DecoderConfig, kernel: Kernel) -> Decoder:
-    return Decoder(
-        (make_layer(config, index, kernel) for index in range(config.num_hidden_layers)),
-        rotary=partial(
-            multimodal_rotary,
-            head_dim=config.head_dim,
-            theta=config.rope_theta,
-            sections=config.mrope_section,
-            order=config.mrope_order,
-        ),
-        embed=None,
-        loss_head=None,
-        num_router_losses=config.num_moe_layers,
     )
