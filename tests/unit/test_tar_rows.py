@@ -211,7 +211,8 @@ def test_a_pickle_gives_plain_lists_and_nothing_else() -> None:
             read_plain_pickle(bomb)
 
 
-def fuzz_samples(num_cases: int) -> None:
+def fuzz_samples(num_cases: int) -> int:
+    """Read so many damaged samples and pickles. Returns how many were read."""
     good = io.BytesIO()
     with tarfile.open(fileobj=good, mode="w") as tar:
         for name, data in (
