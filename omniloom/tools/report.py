@@ -129,34 +129,37 @@ def train_with_report(
     overwrite: bool = False,
 ) -> int:
     """`run.trainer.run`, its report drawn while it goes on and when it ends, in whatever way."""
-    run_dir, state = Path(config.train.run_dir), {"next": 0.0, "has_begun": False}
+    run_dir, next_time, has_begun = Path(config.train.run_dir), 0.0, False
 
     def draw() -> None:
+        nonlocal next_time
         start = time.monotonic()
-        write_report(run_dir)
-        state["next"] = time.monotonic() + max(REDRAW_SECONDS, (time.monotonic() - start) / REDRAW_SHARE)
+        try:
+            write_report(run_dir)
+        except OSError as error:  # a page is no reason to end a run
+            print(f"warning: {run_dir / 'report.html'} cannot be drawn: {error}; try omniloom report {run_dir} later")
+        next_time = time.monotonic() + max(REDRAW_SECONDS, (time.monotonic() - start) / REDRAW_SHARE)
 
     def step(metrics: StepMetrics) -> None:
-        state["has_begun"] = True
-        if time.monotonic() > state["next"]:
+        nonlocal has_begun
+        has_begun = True
+        if time.monotonic() > next_time:
             draw()
         if on_step is not None:
             on_step(metrics)
 
     def end(run_dir: Path) -> None:
-        state["has_begun"] = False  # nothing more is to be drawn
-        draw()
+        nonlocal has_begun
+        has_begun = False  # nothing more is to be drawn
+        write_report(run_dir)
         if on_end is not None:
             on_end(run_dir)
 
     try:
         return run_training(config, step, end, overwrite=overwrite)
     finally:
-        if state["has_begun"]:  # a signal, the time limit, or an error
+        if has_begun:  # a signal, the time limit, or an error
             draw()
-
-
-# ---------------------------------------------------------------------------------------- the top of the page
 
 
 def state_of(files: RunFiles, now: float) -> tuple[str, str]:

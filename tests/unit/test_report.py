@@ -12,6 +12,7 @@ import subprocess
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -431,6 +432,24 @@ def test_the_report_is_drawn_while_a_run_goes_on_and_when_it_breaks(
     monkeypatch.setattr(report, "run_training", lambda config, on_step, on_end, *, overwrite: on_end(run_dir) or 0)
     assert report.train_with_report(config) == 0
     assert len(drawn) == 5
+
+
+def test_a_page_that_cannot_be_drawn_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(run: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    def train(config: Any, on_step: Any, on_end: Any, *, overwrite: bool) -> int:
+        on_step(None)
+        return 75
+
+    monkeypatch.setattr(report, "write_report", full)
+    monkeypatch.setattr(report, "run_training", train)
+    assert report.train_with_report(load_config(None, [f"train.run_dir={tmp_path}"])) == 75
+    said = capsys.readouterr().out
+    assert said.count("report.html cannot be drawn: ") == 2  # in the run, and as it stops
+    assert f"try omniloom report {tmp_path} later" in said
 
 
 @pytest.mark.parametrize(
