@@ -29,8 +29,9 @@ from omniloom.data.media_decode import decode_clip
 from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import read_header
 from omniloom.families.registry import find_spec
+from omniloom.options import ProcessorOptions
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import Conversation, MediaKind, MediaSource, Part, ProcessorOptions, Turn
+from omniloom.types import Conversation, MediaKind, MediaSource, Part, Turn
 
 REPEATS = 15
 LIMITS = MediaLimits()

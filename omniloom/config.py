@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,25 +19,24 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from omniloom.types import (
+from omniloom.options import (
     Count,
     CountOrZero,
     Decay,
-    Kernels,
+    FieldNames,
+    Format,
     NotNegative,
+    OptionReader,
     Positive,
     ProcessorOptions,
     Range,
     Share,
-    suggest,
+    members_of,
 )
+from omniloom.types import Kernels, suggest
 
 Dtype = Literal["bf16", "float32"]
 OptimizerStates = Literal["float32", "bf16", "8bit"]
-Format = Literal[
-    "auto", "sharegpt", "messages", "openai", "anthropic", "alpaca", "llava", "multimodal_tool", "query_response"
-]
-
 
 OTHER_TRAINERS = Path(__file__).with_name("other_trainers.yaml")
 
@@ -48,8 +45,8 @@ class ConfigError(ValueError):
     """One or more faults of a configuration; the message lists all of them."""
 
     def __init__(self, faults: list[str], where: str) -> None:
-        noun = "fault" if len(faults) == 1 else "faults"
-        super().__init__(f"{len(faults)} {noun} in {where}:\n" + "\n".join(f"  - {fault}" for fault in faults))
+        listed = "\n".join(f"  - {fault}" for fault in faults)
+        super().__init__(f"{len(faults)} fault{'s' * (len(faults) != 1)} in {where}:\n{listed}")
         self.faults = faults
 
 
@@ -77,34 +74,6 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
     limit_seconds: Annotated[Positive, "a longer file is refused before it is decoded"] = 7200.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class FieldNames:
-    """Names of a row's fields and roles where they differ from the formats' own; the guides' `attr`."""
-
-    messages: Annotated[str | None, "the list of turns"] = None
-    role_tag: Annotated[str | None, "a turn's role"] = None
-    content_tag: Annotated[str | None, "a turn's content"] = None
-    user_tag: Annotated[str | None, "the role of the user"] = None
-    assistant_tag: Annotated[str | None, "the role of the assistant"] = None
-    observation_tag: Annotated[str | None, "the role of a tool's answer"] = None
-    function_tag: Annotated[str | None, "the role of a tool call"] = None
-    system_tag: Annotated[str | None, "the role of the system prompt"] = None
-    system: Annotated[str | None, "the system prompt beside the turns"] = None
-    tools: Annotated[str | None, "the tools"] = None
-    images: Annotated[str | None, "the images"] = None
-    videos: Annotated[str | None, "the videos"] = None
-    audios: Annotated[str | None, "the sounds"] = None
-    prompt: Annotated[str | None, "the instruction of an alpaca row"] = None
-    query: Annotated[str | None, "the question, or the input of an alpaca row"] = None
-    response: Annotated[str | None, "the answer"] = None
-    history: Annotated[str | None, "earlier questions and answers"] = None
-    formatting: Annotated[Format | None, "the format, where the guides name it"] = None
-    ranking: Annotated[bool | str | None, "of preference data, which are not trained here"] = None
-    chosen: Annotated[bool | str | None, "of preference data, which are not trained here"] = None
-    rejected: Annotated[bool | str | None, "of preference data, which are not trained here"] = None
-    kto_tag: Annotated[bool | str | None, "of preference data, which are not trained here"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +147,7 @@ class TrainConfig:
     min_learning_rate: Annotated[NotNegative, "where the schedule ends"] = 0.0
     warmup_steps: Annotated[CountOrZero, "steps of linear growth at the start"] = 0
     schedule: Annotated[Literal["constant", "linear", "cosine"], "of the learning rate after the warm-up"] = "cosine"
-    optimizer: Annotated[Literal["adamw", "muon"], "muon is for the matrices of layers, with adamw for the rest"] = (
-        "adamw"
-    )
+    optimizer: Annotated[Literal["adamw", "muon"], "muon: for the matrices of layers, and adamw for the rest"] = "adamw"
     optimizer_states: Annotated[OptimizerStates, "of its moments; float32 is as wide as the weights"] = "float32"
     betas: Annotated[tuple[Decay, Decay], "AdamW's; the first is Muon's momentum, too"] = (0.9, 0.95)
     epsilon: Annotated[Positive, "AdamW's"] = 1e-8
@@ -283,7 +250,7 @@ class MemoryConfig:
     offload_activations: Annotated[bool, "keep activations in host memory until backward"] = False
     offload_optimizer: Annotated[bool, "keep the optimizer's states in host memory between steps"] = False
     loss_chunk_tokens: Annotated[Count | Literal["auto"], "tokens whose logits are held at once"] = "auto"
-    compile: Annotated[bool | Literal["auto"], "compile the blocks; auto: on CPU, in runs of over 20 minutes"] = False
+    compile: Annotated[bool, "compile the blocks"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,9 +360,7 @@ def _without_nulls(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def dump_config(config: Config) -> str:
-    """As YAML text."""
-    text: str = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
-    return text
+    return str(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True))
 
 
 def keys_of(section: Any = None, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -452,9 +417,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-# ---------------------------------------------------------------------------------------- overrides
-
-
 def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> None:
     name, separator, text = override.partition("=")
     if not separator or not name:
@@ -505,33 +467,6 @@ def _value_of(text: str, kind: Any) -> Any:
         return text
 
 
-def _split(text: str) -> list[str]:
-    """`[a, b]` or `a,b` as items, without quotes; a comma within quotes, brackets or braces does not split."""
-    if text.strip().startswith("[") and text.strip().endswith("]"):
-        text = text.strip()[1:-1]
-    items, depth, quote = [""], 0, ""
-    for mark in text:
-        if quote:
-            quote = "" if mark == quote else quote
-        elif mark in "'\"" and not items[-1].strip():
-            quote = mark
-        elif mark == "," and depth == 0:
-            items.append("")
-            continue
-        depth = max(depth + (mark in "([{") - (mark in ")]}"), 0) if not quote else depth
-        items[-1] += mark
-    return [_unquote(item.strip()) for item in items if item.strip()]
-
-
-def _unquote(item: str) -> str:
-    if len(item) < 2 or item[0] != item[-1] or item[0] not in "'\"":
-        return item
-    try:
-        return str(yaml.safe_load(item))
-    except yaml.YAMLError:
-        return item[1:-1]
-
-
 # ---------------------------------------------------------------------------------------- checking
 
 
@@ -540,30 +475,33 @@ def _checked(tree: dict[str, Any], where: str, faults: list[str]) -> Config:
     tree = {key: {} if value is None else value for key, value in tree.items()}
     if tree.get("parallel") == "auto":
         tree["parallel"] = {"layout": "auto"}
-    config = _read_section(Config, tree, "", faults)
+    reader = _ConfigReader()
+    config = reader.section(Config, tree, "")
+    faults = faults + reader.faults
     if not faults:
-        faults += _contradictions(config)
+        faults = _contradictions(config)
     if faults:  # wrong names first, since they may be why others follow
         raise ConfigError(sorted(faults, key=lambda fault: (": unknown" not in fault, fault)), where)
     assert isinstance(config, Config)
     return config
 
 
-def _read_section(kind: Any, value: Mapping[Any, Any], path: str, faults: list[str]) -> Any:
-    hints = _hints(kind)
-    fields: dict[str, Any] = {}
-    for key, item in value.items():
-        if key in hints:
-            fields[key] = _read(hints[key], item, f"{path}{key}", faults)
-            continue
-        elsewhere = [name for name, *_ in keys_of() if name.rpartition(".")[2] == key]
-        hint = _of_other_trainers(str(key)) or suggest(str(key), hints, among="known here:", before=path)
-        if elsewhere and "did you mean" not in hint:
-            hint = f"; did you mean {elsewhere[0]}?"
-        faults.append(f"{path}{key}: unknown {'key' if path else 'section'}{hint}")
-    if kind is DataSource:
-        fields["options"] = {name: fields.pop(name) for name in OWN_OPTIONS if name in fields}
-    return kind(**fields)
+class _ConfigReader(OptionReader):
+    def section(self, kind: Any, value: Mapping[Any, Any], path: str) -> Any:
+        hints = _hints(kind)
+        fields: dict[str, Any] = {}
+        for key, item in value.items():
+            if key in hints:
+                fields[key] = self.read(hints[key], item, f"{path}{key}")
+                continue
+            elsewhere = [name for name, *_ in keys_of() if name.rpartition(".")[2] == key]
+            hint = _of_other_trainers(str(key)) or suggest(str(key), hints, among="known here:", before=path)
+            if elsewhere and "did you mean" not in hint:
+                hint = f"; did you mean {elsewhere[0]}?"
+            self.faults.append(f"{path}{key}: unknown {'key' if path else 'section'}{hint}")
+        if kind is DataSource:
+            fields["options"] = {name: fields.pop(name) for name in OWN_OPTIONS if name in fields}
+        return kind(**fields)
 
 
 def _of_other_trainers(name: str) -> str:
@@ -581,124 +519,6 @@ def _of_other_trainers(name: str) -> str:
             if why := next((why for why, names in rules[kind].items() if name in names.split()), None):
                 return f"; {'not needed here' if kind == 'needless' else 'without a counterpart here'}: {why}"
     return ""
-
-
-def _read(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
-    """`value`, as YAML gives it, as the annotated type; None and a fault where it is another."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        found = _read(arguments[0], value, path, faults)
-        for limits in arguments[1:]:
-            if isinstance(limits, Range) and found is not None and (words := _outside(limits, found)):
-                faults.append(f"{path}: expected {words}, got {found!r}")
-        return found
-    if origin in (typing.Union, types.UnionType):
-        return _read_union(kind, value, path, faults)
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        return _read_section(kind, value, f"{path}.", faults)
-    if dataclasses.is_dataclass(kind) and value is None:
-        names = ", ".join(item.name for item in dataclasses.fields(kind))
-        faults.append(f"{path}: empty; give it keys ({names}) or remove it")
-    elif dataclasses.is_dataclass(kind):
-        faults.append(f"{path}: expected a section with keys, got {value!r}")
-    elif origin is dict and isinstance(value, Mapping):  # a component's rule that says nothing is no rule
-        return {str(key): _read(arguments[1], item or None, f"{path}.{key}", faults) for key, item in value.items()}
-    elif origin is tuple and isinstance(value, str | list | tuple):
-        return _read_tuple(arguments, _split(value) if isinstance(value, str) else value, path, faults)
-    elif (found := _read_plain(kind, value)) is not None:
-        return found
-    else:
-        hint = "; put it in quotes" if kind is str and value is not None else ""
-        if origin is Literal and isinstance(value, str):
-            hint = suggest(value, map(str, arguments), among="")
-        faults.append(f"{path}: expected {describe_type(kind)}, got {'null' if value is None else repr(value)}{hint}")
-    return None
-
-
-def _outside(limits: Range, value: float) -> str | None:
-    """What was expected where a number is outside its range, in words; NaN is outside of each."""
-    for words, is_inside, limit in (
-        ("at least", operator.ge, limits.ge),
-        ("more than", operator.gt, limits.gt),
-        ("at most", operator.le, limits.le),
-        ("less than", operator.lt, limits.lt),
-    ):
-        if limit is not None and not is_inside(value, limit):
-            return f"{words} {limit:g}"
-    return None
-
-
-def _read_union(kind: Any, value: Any, path: str, faults: list[str]) -> Any:
-    arguments = typing.get_args(kind)
-    sections = [member for member in arguments if dataclasses.is_dataclass(member)]
-    if value is None and type(None) in arguments and not sections:
-        return None
-    if sections and isinstance(value, Mapping):
-        return _read(sections[0], value, path, faults)
-    members = [member for member in arguments if member is not type(None)]
-    for member in members:
-        own: list[str] = []
-        found = _read(member, value, path, own)
-        if not own:
-            return found
-        if len(members) == 1:
-            faults += own
-            return None
-    faults.append(f"{path}: expected {describe_type(kind)}, got {value!r}")
-    return None
-
-
-def _read_tuple(arguments: tuple[Any, ...], items: Sequence[Any], path: str, faults: list[str]) -> tuple[Any, ...]:
-    kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
-    if len(kinds) != len(items):
-        faults.append(f"{path}: expected {len(kinds)} values, got {len(items)}: {list(items)!r}")
-    found = zip(kinds, items, strict=False)
-    return tuple(_read(kind, item, f"{path}.{index}", faults) for index, (kind, item) in enumerate(found))
-
-
-def _read_plain(kind: Any, value: Any) -> Any:
-    """A value that is no section, list or union, or None. Numbers may come as text: YAML takes 1e-5 for a word."""
-    if typing.get_origin(kind) is Literal:
-        return value if value in typing.get_args(kind) else None
-    if kind in (int, float) and isinstance(value, str):
-        try:
-            value = float(value) if kind is float or not value.lstrip("+-").isdecimal() else int(value)
-        except ValueError:
-            return None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if type(value) is kind else None
-
-
-def members_of(kind: Any) -> list[Any]:
-    """The types that an annotation allows, without None, ranges and words."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return members_of(arguments[0])
-    if origin in (typing.Union, types.UnionType):
-        return [member for argument in arguments for member in members_of(argument)]
-    return [] if kind in (None, type(None)) else [kind]
-
-
-def describe_type(kind: Any) -> str:
-    """A type in words."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe_type(member) for member in arguments)
-    if origin is Annotated:
-        limits = [words for limit in arguments[1:] if isinstance(limit, Range) and (words := _outside(limit, math.nan))]
-        return " of ".join([describe_type(arguments[0]), *limits])
-    if origin is Literal:
-        return " or ".join(map(str, arguments))
-    if origin is tuple:
-        return "a list"
-    if origin is dict:
-        return "names with values"
-    if dataclasses.is_dataclass(kind):
-        return "a section"
-    return {type(None): "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
 
 
 def _contradictions(config: Config) -> list[str]:

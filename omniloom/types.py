@@ -29,13 +29,11 @@ class SampleError(ValueError):
     """A row that cannot be read, decoded or fitted. `field` names the part of the row, `reason` says why."""
 
     def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field = field
-        self.reason = reason
+        super().__init__(field, reason)  # by which it crosses a process boundary
+        self.field, self.reason = field, reason
 
-    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
-        # two-argument exceptions do not survive a process boundary by default
-        return (SampleError, (self.field, self.reason))
+    def __str__(self) -> str:
+        return f"{self.field}: {self.reason}"
 
 
 class MissingFile(SampleError):
@@ -43,10 +41,7 @@ class MissingFile(SampleError):
 
     def __init__(self, field: str, path: str) -> None:
         super().__init__(field, f"{path if len(path) < 300 else path[:60] + '...'} does not exist")
-        self.path = path
-
-    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
-        return (MissingFile, (self.field, self.path))
+        self.path, self.args = path, (field, path)
 
 
 def suggest(name: str, known: Iterable[str], *, among: str = "known:", before: str = "") -> str:
@@ -63,25 +58,6 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
-# ---------------------------------------------------------------------------------------- what a run may choose
-
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """The numbers that a key of the config allows, for `Annotated`."""
-
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-
-
-Count = Annotated[int, Range(ge=1)]
-CountOrZero = Annotated[int, Range(ge=0)]
-Positive = Annotated[float, Range(gt=0)]
-NotNegative = Annotated[float, Range(ge=0)]
-Share = Annotated[float, Range(ge=0, le=1)]
-Decay = Annotated[float, Range(ge=0, lt=1)]
 Kernel = Literal["auto", "eager", "sdpa", "flash", "flash3"]
 RuleKernel = Literal["chunked", "fla"]
 
@@ -93,40 +69,7 @@ class Kernels:
     text: Annotated[Kernel, "attention kernel of the decoder"] = "auto"
     vision: Annotated[Kernel, "attention kernel of the vision tower"] = "auto"
     audio: Annotated[Kernel, "attention kernel of the audio tower"] = "auto"
-    delta_rule: Annotated[RuleKernel, "chunked runs anywhere; fla is flash-linear-attention, installed apart"] = (
-        "chunked"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageConfig:
-    min_pixels: Annotated[Count | None, "smaller images are enlarged; null is the checkpoint's value"] = None
-    max_pixels: Annotated[Count | None, "larger images are scaled down; null is the checkpoint's value"] = None
-    limit_pixels: Annotated[Count, "a larger file is refused before it is decoded"] = 178_956_970  # pillow's bound
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoConfig:
-    min_pixels: Annotated[Count | None, "per frame; null is the checkpoint's value"] = None
-    max_pixels: Annotated[Count | None, "per frame; null is the checkpoint's value"] = None
-    fps: Annotated[Positive, "frames taken per second"] = 2.0
-    max_frames: Annotated[int, Range(ge=2), "frames taken at most"] = 128
-    use_audio: Annotated[bool, "interleave the sound of every video whose row says nothing about it"] = False
-    no_audio: Annotated[Literal["error", "video_only"], "where sound is asked for and there is none"] = "error"
-    limit_seconds: Annotated[Positive, "a longer file is refused before it is decoded"] = 7200.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProcessorOptions:
-    """What a run may change about a checkpoint's processor: part of the config's section `data`."""
-
-    template: Annotated[str, "chat template; auto is the checkpoint's"] = "auto"
-    system: Annotated[str | None, "system prompt of rows that have no system turn"] = None
-    train_on_prompt: Annotated[bool, "train every turn"] = False
-    last_turn_only: Annotated[bool, "train the last answer only"] = False
-    enable_thinking: Annotated[bool, "thinking templates: train the empty block of answers without reasoning"] = True
-    image: ImageConfig = field(default_factory=ImageConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
+    delta_rule: Annotated[RuleKernel, "chunked, or fla: flash-linear-attention, installed apart"] = "chunked"
 
 
 # ---------------------------------------------------------------------------------------- what a row says
@@ -624,12 +567,8 @@ class PackStats:
 class LoadedPack:
     index: int
     batch: PackedBatch
-    weight_sum: float  # what the batch's loss weights add up to in float64
     stats: PackStats
     bad: tuple[BadSample, ...] = field(default=())  # samples whose slots became padding
-
-
-# ---------------------------------------------------------------------------------------- what trains beside a weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from omniloom.options import ProcessorOptions
 from omniloom.processors.settings import read_json
-from omniloom.types import Part, ProcessorOptions, SampleError, Turn, suggest
+from omniloom.types import Part, SampleError, Turn, suggest
 
 if TYPE_CHECKING:
     from jinja2 import Template, nodes

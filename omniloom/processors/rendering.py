@@ -16,8 +16,9 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
+from omniloom.options import ProcessorOptions
 from omniloom.processors.chat_template import ChatTemplate, Leaf, messages_of, spell
-from omniloom.types import Conversation, Part, ProcessorOptions, Role, SampleError, Turn
+from omniloom.types import Conversation, Part, Role, SampleError, Turn
 
 
 @dataclass(frozen=True, kw_only=True)

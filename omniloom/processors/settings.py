@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from omniloom.dims import AudioTowerConfig, VisionTowerConfig
-from omniloom.types import ProcessorOptions
+from omniloom.options import ProcessorOptions
 
 BICUBIC = 3  # PIL's number of it
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from omniloom.dims import AudioTowerConfig, VisionTowerConfig
+from omniloom.options import ProcessorOptions
 from omniloom.processors.features import (
     log_mel,
     normalise_pixels,
@@ -32,7 +33,6 @@ from omniloom.types import (
     DecodedClip,
     MediaHeader,
     MediaSource,
-    ProcessorOptions,
     SampleError,
 )
 

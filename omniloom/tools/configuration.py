@@ -12,9 +12,10 @@ from typing import Any, get_origin
 import torch
 import yaml
 
-from omniloom.config import ConfigError, describe_type, keys_of, members_of
+from omniloom.config import ConfigError, keys_of
 from omniloom.families.registry import SPECS
 from omniloom.families.spec import ModelSpec
+from omniloom.options import describe_type, members_of
 from omniloom.tools.tiny import tiny_config
 from omniloom.types import suggest
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from omniloom.config import DataConfig
 from omniloom.data.formats import FORMATS, parse_row
+from omniloom.options import VideoConfig
 from omniloom.tools.convert import InFolder, convert_file, convert_row
-from omniloom.types import Conversation, SampleError, VideoConfig
+from omniloom.types import Conversation, SampleError
 
 ANYWHERE = DataConfig(allow_urls=True, allow_outside_media_dir=True)
 CONFIGS = (DataConfig(), DataConfig(video=VideoConfig(use_audio=True, fps=5.0)))  # what rows may leave open

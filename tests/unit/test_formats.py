@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.config import DataConfig, FieldNames, load_config
+from omniloom.config import DataConfig, load_config
 from omniloom.data.formats import (
     FORMATS,
     describe_format,
@@ -17,9 +17,10 @@ from omniloom.data.formats import (
     parse_row,
 )
 from omniloom.data.sources import open_sources
+from omniloom.options import FieldNames, ProcessorOptions, VideoConfig
 from omniloom.processors.chat_template import ChatTemplate, named_source
 from omniloom.processors.rendering import Renderer
-from omniloom.types import Part, ProcessorOptions, SampleError, VideoConfig
+from omniloom.types import Part, SampleError
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "real"
 CALL = '{"name": "get_weather", "arguments": {"city": "Paris"}}'

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer
 from omniloom import cli
 from omniloom.config import DataConfig
 from omniloom.data.sources import open_sources
+from omniloom.options import ImageConfig, VideoConfig
 from omniloom.tools import generate
 from omniloom.tools.demo_data import FRAMES_PER_SECOND, NUM_PIXELS, write_demo_data
 from omniloom.tools.generate import answer, join_inputs, load_model, open_reader, read_prompts
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import ImageConfig, VideoConfig
 from tests.unit.media_files import tone, write_video
 
 PIXELS = NUM_PIXELS**2

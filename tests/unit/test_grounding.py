@@ -11,10 +11,11 @@ from PIL import Image
 from omniloom.config import DataConfig
 from omniloom.data.formats import describe_format, parse_row
 from omniloom.families.registry import find_spec
+from omniloom.options import ProcessorOptions
 from omniloom.processors.grounding import write_boxes
 from omniloom.tools.convert import convert_file
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import Box, ClipGeometry, DecodedClip, MediaHeader, ProcessorOptions, SampleError
+from omniloom.types import Box, ClipGeometry, DecodedClip, MediaHeader, SampleError
 
 BOXES = [[100, 50, 300, 150], [200, 100]]
 ANSWER = '[{"bbox_2d": <bbox>, "label": "<ref-object>"}, {"point_2d": <bbox>, "label": "<ref-object>"}]'

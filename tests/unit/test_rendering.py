@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omniloom.options import ProcessorOptions
 from omniloom.processors.chat_template import TEMPLATE_DIR, ChatTemplate, TemplateSource, find_source, named_source
 from omniloom.processors.rendering import Renderer, split_reasoning
-from omniloom.types import Conversation, MediaSource, Part, ProcessorOptions, SampleError, Turn
+from omniloom.types import Conversation, MediaSource, Part, SampleError, Turn
 
 PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>", "audio": "<|audio_pad|>"}
 WORDS = {

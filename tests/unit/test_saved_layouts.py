@@ -13,9 +13,9 @@ from omniloom.checkpoint.hf import load_model
 from omniloom.checkpoint.tensor_files import SINGLE_NAME
 from omniloom.config import load_config
 from omniloom.families.registry import find_spec
+from omniloom.options import ProcessorOptions
 from omniloom.run.opening import open_workshop
 from omniloom.tools.tiny import FAMILIES, make_tiny
-from omniloom.types import ProcessorOptions
 
 WHOLE = {
     "qwen3_omni": "Qwen3OmniMoeForConditionalGeneration",

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.config import DataConfig, DataSource, FieldNames
+from omniloom.config import DataConfig, DataSource
 from omniloom.data import text_rows
 from omniloom.data.formats import describe_format, parse_row
 from omniloom.data.sources import open_sources
+from omniloom.options import FieldNames
 from omniloom.types import SampleError
 
 ROWS = [{"id": str(index), "text": text} for index, text in enumerate(["a", "äöü", "中文\n二", "😀", "]},{"])]
