@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from omniloom.data.collate import blank_samples, sample_weight_sums, weight_sum
+from omniloom.data.collate import blank_samples, sample_weight_sums
 from omniloom.data.rows import count_samples
 from omniloom.types import ROUTER, TEXT, BadSample, Extent, LoadedPack, PackPlan, PackStats, RunError, StepPlan
 
@@ -202,4 +202,4 @@ def _blank(pack: LoadedPack, failed: dict[int, BadSample], scale: float) -> Load
     if scale != 1.0:
         batch = replace(batch, loss_weights=(batch.loss_weights.double() * scale).float())
     bad = tuple(failed[position] for position in sorted(failed))
-    return replace(pack, batch=batch, weight_sum=weight_sum(batch), bad=bad)
+    return replace(pack, batch=batch, bad=bad)

@@ -67,19 +67,16 @@ def collate(
 
     `weight_scales[i]` multiplies the loss weights of example i. A collate callable is None where the model has no such
     tower. Media rows keep the order of the examples; their token_index becomes rows of the pack. Labels come shifted
-    within each example, so that no loss crosses from one to the next. Where an example's speech has more rows than its
-    text, that is padded to as many; the speech itself is `speech_batch`'s.
+    within each example, so that no loss crosses from one to the next. A text with fewer rows than its speech is padded.
     """
-    assert len(examples) == len(weight_scales), (len(examples), len(weight_scales))
     num_tokens = sum(slot.num_tokens for slot in examples)
     assert num_tokens <= pack_tokens, f"{num_tokens} tokens were planned into a pack of {pack_tokens}"
     slots = [*examples, FailedSlot(id="", num_tokens=pack_tokens - num_tokens)]
     parts = [_padding(slot) if isinstance(slot, FailedSlot) else _filled(slot) for slot in slots]
     lengths = [part.num_tokens for part in parts]
     starts = list(accumulate(lengths[:-1], initial=0))
-    loss_weights = torch.cat(
-        [(part.loss_weights.double() * scale).float() for part, scale in zip(parts, (*weight_scales, 1.0), strict=True)]
-    )
+    scaled = zip(parts, (*weight_scales, 1.0), strict=True)
+    loss_weights = torch.cat([(part.loss_weights.double() * scale).float() for part, scale in scaled])
     kept = [0 if isinstance(slot, FailedSlot) else len(slot.input_ids) for slot in slots]
     segments = [length for part in parts for length in part.segment_lengths or (len(part.input_ids),)]
     placed = list(zip(parts, starts, strict=True))
@@ -168,11 +165,6 @@ def _sum_between(bounds: Sequence[int], weights: Tensor) -> tuple[float, ...]:
     return tuple(float(weights[low:high].sum()) for low, high in pairwise(bounds))
 
 
-def weight_sum(batch: PackedBatch) -> float:
-    """The pack's share of the denominator of text's loss, float64."""
-    return sum(sample_weight_sums(batch)[TEXT], start=0.0)
-
-
 def check_example(example: Example, num_tokens: int) -> str | None:
     """What of the plan an example breaks, or None. A sample that grew would push others out of the pack."""
     if example.num_tokens != num_tokens:
@@ -185,10 +177,4 @@ def check_example(example: Example, num_tokens: int) -> str | None:
             return f"{name} has shape {tuple(tensor.shape)}, expected ({found},)"
     if example.position_ids.shape != (3, found):
         return f"position_ids has shape {tuple(example.position_ids.shape)}, expected (3, {found})"
-    if not _finite(example.loss_weights):
-        return "a loss weight is not finite"
-    return None
-
-
-def _finite(values: Tensor) -> bool:
-    return bool(torch.isfinite(values).all())
+    return None if bool(example.loss_weights.isfinite().all()) else "a loss weight is not finite"

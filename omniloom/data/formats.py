@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, get_args
 
-from omniloom.config import DataConfig, FieldNames, Format
+from omniloom.config import DataConfig
 from omniloom.data.row_media import KINDS, PARTS, RowMedia, as_clips, join_sound, names_clip
 from omniloom.data.row_objects import RowObjects
 from omniloom.data.speech import read_speech
 from omniloom.data.tool_calls import parse_tool_calls, parse_tools, tool_call_part, write_json
-from omniloom.types import Conversation, MediaKind, Part, Role, SampleError, Turn
+from omniloom.options import FieldNames, Format
+from omniloom.types import Conversation, MediaKind, Part, Role, SampleError, Speech, Turn
 
 FORMATS: tuple[str, ...] = get_args(Format)[1:]
 _TurnKind = Literal["system", "user", "assistant", "tool", "tool_call"]
@@ -256,36 +257,35 @@ class _TurnReader:
             kind = self._kind(message, where)
             weight = _turn_weight(message, where)
             content = _find(message, self._names.content_tag, "content", "value")
-            speech = None
-            if message.get("speech") is not None or message.get("speaker") is not None:
-                if kind != "assistant":
-                    raise SampleError(f"{where}.speech", f"only an answer is spoken, this turn is of role {kind}")
-                speech = read_speech(message, where, self._media)
-            if kind == "assistant":
-                parts = tuple(self._assistant(message, content, where))
-                new = [Turn(role="assistant", parts=parts, weight=weight, speech=speech)]
-            elif kind == "tool_call":
-                new = [
-                    Turn(
-                        role="assistant",
-                        parts=tuple(self._media.calls(parse_tool_calls(content, where))),
-                        weight=weight,
-                    )
-                ]
-            elif kind == "tool":
-                new = [Turn(role="tool", parts=tuple(_tool_content(content, where, self._media)), weight=weight)]
-            else:
-                new = self._said(kind, content, where, weight)
-            if kind == "tool_call" and previous in ("assistant", "tool_call"):  # calls beside text, or parallel
-                calls = new[0].parts
+            speech = self._speech(message, kind, where)
+            if kind == "user" or kind == "system":
+                turns += self._said(kind, content, where, weight)
+            elif kind == "tool_call" and previous in ("assistant", "tool_call"):  # calls beside text, or parallel
+                calls = tuple(self._parts(kind, message, content, where))
                 own = 1.0 if weight is None else weight
                 if turns[-1].weight not in (weight, own):
                     calls = tuple(replace(part, weight=own) for part in calls)
                 turns[-1] = replace(turns[-1], parts=turns[-1].parts + calls)
             else:
-                turns += new
+                role: Role = "tool" if kind == "tool" else "assistant"
+                parts = tuple(self._parts(kind, message, content, where))
+                turns.append(Turn(role=role, parts=parts, weight=weight, speech=speech))
             previous = kind
         return turns
+
+    def _speech(self, message: Mapping[str, Any], kind: _TurnKind, where: str) -> Speech | None:
+        if message.get("speech") is None and message.get("speaker") is None:
+            return None
+        if kind != "assistant":
+            raise SampleError(f"{where}.speech", f"only an answer is spoken, this turn is of role {kind}")
+        return read_speech(message, where, self._media)
+
+    def _parts(self, kind: _TurnKind, message: Mapping[str, Any], content: Any, where: str) -> list[Part]:
+        if kind == "tool":
+            return _tool_content(content, where, self._media)
+        if kind == "tool_call":
+            return self._media.calls(parse_tool_calls(content, where))
+        return self._assistant(message, content, where)
 
     def _kind(self, message: Mapping[str, Any], where: str) -> _TurnKind:
         role = _find(message, self._names.role_tag, "role", "from")

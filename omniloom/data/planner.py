@@ -115,9 +115,8 @@ class Planner:
     @property
     def is_ready(self) -> bool:
         """Whether `next_step` would return at once, instead of waiting for a window."""
-        return (
-            bool(self._steps) or (self._ahead is not None and self._ahead.done()) or self.order.at_end(self._position)
-        )
+        is_planned = self._ahead is not None and self._ahead.done()
+        return bool(self._steps) or is_planned or self.order.at_end(self._position)
 
     @property
     def state(self) -> PlannerState:
@@ -132,9 +131,7 @@ class Planner:
         assert self._ahead is None, "load the state before the first step"
         if record.get("version") != _STATE_VERSION:
             raise ValueError(f"data state: expected version {_STATE_VERSION}, got {record.get('version')!r}")
-        ours, theirs = self._fixed_options(), record["fixed"]
-        changed = _changes(theirs, ours)
-        if changed:
+        if changed := _changes(record["fixed"], self._fixed_options()):
             raise ValueError(
                 "the checkpoint's data plan does not fit this run: "
                 + "; ".join(changed)
@@ -195,16 +192,12 @@ class Planner:
         farewell.join(max(0.0, deadline - time.monotonic()))
 
     def _fixed_options(self) -> dict[str, Any]:
-        fixed = {
-            f"{section}.{key}": getattr(getattr(self.config, section), key)
-            for section, keys in _FIXED.items()
-            for key in keys
-        }
+        keys = [(section, key) for section, names in _FIXED.items() for key in names]
         return {
             "rows_per_source": list(self.order.rows_per_source),
             "taken_per_source": list(self.order.taken_per_source),
             "data_fingerprint": self.data_fingerprint,
-            **fixed,
+            **{f"{section}.{key}": getattr(getattr(self.config, section), key) for section, key in keys},
             "row_options": self.row_options,
         }
 
@@ -234,17 +227,9 @@ class Planner:
 
     def _plan_window(self, position: PlanPosition) -> tuple[tuple[StepPlan, ...], PlanPosition]:
         rows, cursors, ended = self._next_rows(position)
-        num_read = sum(cursors)
         samples, bad = self._measure_window(rows, position)
-        bad_in_epoch = position.bad_in_epoch + len(bad)
-        _judge(
-            self.config.data,
-            bad,
-            bad_in_epoch=bad_in_epoch,
-            num_rows=len(rows),
-            num_rows_in_epoch=num_read,
-            window=position.window,
-        )
+        bad_in_epoch, num_read = position.bad_in_epoch + len(bad), sum(cursors)
+        _judge(self.config.data, bad, position, num_rows=len(rows), num_read=num_read)
         ends_epoch = ended or num_read == self.order.epoch_rows(position.epoch)
         # A part of an epoch that ends the run stays open: a resumption with more epochs goes on in its middle.
         closes_epoch = num_read == self.order.num_rows
@@ -252,34 +237,42 @@ class Planner:
             raise PlanError(_describe_bad(bad, f"the streams ended after {bad_in_epoch} rows, none of use"), bad)
         if ends_epoch and bad_in_epoch == num_read:
             raise PlanError(_describe_bad(bad, f"none of the {num_read} rows of an epoch can be used"), bad)
-        packs, carried = pack_window(
-            [*position.carried, *samples],
-            num_carried=len(position.carried),
-            pack_tokens=self.config.data.pack_tokens,
-            packs_per_step=self.config.train.packs_per_step,
-            leave_nothing=ends_epoch,
-        )
-        steps = plan_steps(
-            packs,
-            packs_per_step=self.config.train.packs_per_step,
-            first_step=position.step,
-            rows_before=position.rows_planned + len(bad),
-            bad_rows=position.unreported + bad,
-            loss=self.config.train.loss,
-        )
-        self._ranks.compare(lambda: [self._fixed_options(), to_json(steps), to_json(carried)])
+        steps, carried, num_packed = self._pack(samples, bad, position, leave_nothing=ends_epoch)
         after = PlanPosition(
             epoch=position.epoch + closes_epoch,
             cursors=() if closes_epoch else cursors,
             window=position.window + 1,
             step=position.step + len(steps),
-            rows_planned=position.rows_planned + len(bad) + sum(len(pack) for pack in packs),
+            rows_planned=position.rows_planned + len(bad) + num_packed,
             bad_in_epoch=0 if closes_epoch else bad_in_epoch,
             carried=carried,
             unreported=() if steps else position.unreported + bad,
             ended=ended,
         )
         return steps, after
+
+    def _pack(
+        self, samples: list[PlannedSample], bad: tuple[BadSample, ...], position: PlanPosition, *, leave_nothing: bool
+    ) -> tuple[tuple[StepPlan, ...], tuple[PlannedSample, ...], int]:
+        """Steps of what was carried here and of a window's samples, what is carried on, and how many were packed."""
+        data, train = self.config.data, self.config.train
+        packs, carried = pack_window(
+            [*position.carried, *samples],
+            num_carried=len(position.carried),
+            pack_tokens=data.pack_tokens,
+            packs_per_step=train.packs_per_step,
+            leave_nothing=leave_nothing,
+        )
+        steps = plan_steps(
+            packs,
+            packs_per_step=train.packs_per_step,
+            first_step=position.step,
+            rows_before=position.rows_planned + len(bad),
+            bad_rows=position.unreported + bad,
+            loss=train.loss,
+        )
+        self._ranks.compare(lambda: [self._fixed_options(), to_json(steps), to_json(carried)])
+        return steps, carried, sum(map(len, packs))
 
     def _next_rows(self, position: PlanPosition) -> tuple[list[int], tuple[int, ...], bool]:
         """The rows of a window, the cursors after it, and whether every stream has ended."""
@@ -326,22 +319,15 @@ def _fit(extent: Extent | BadSample, row: int, pack_tokens: int, locate: Locate)
 
 
 def _judge(
-    options: DataConfig,
-    bad: tuple[BadSample, ...],
-    *,
-    bad_in_epoch: int,
-    num_rows: int,
-    num_rows_in_epoch: int,
-    window: int,
+    options: DataConfig, bad: tuple[BadSample, ...], position: PlanPosition, *, num_rows: int, num_read: int
 ) -> None:
-    """Stop where too much is lost. Raises: PlanError."""
+    """Stop where too much of a window's `num_rows` is lost; of its epoch `num_read` are read. Raises: PlanError."""
     overlong = [row for row in bad if row.num_tokens]
-    limit = options.pack_tokens
-    if window == 0 and overlong and len(bad) == num_rows:
+    if position.window == 0 and overlong and len(bad) == num_rows:
         shortest = min(row.num_tokens for row in overlong)
         raise PlanError(
-            f"data.pack_tokens={limit} is smaller than every sample: the shortest of the first {num_rows} rows has "
-            f"{shortest} tokens; raise data.pack_tokens to at least that",
+            f"data.pack_tokens={options.pack_tokens} is smaller than every sample: the shortest of the first "
+            f"{num_rows} rows has {shortest} tokens; raise data.pack_tokens to at least that",
             bad,
         )
     if overlong and options.overlong == "error":
@@ -351,10 +337,9 @@ def _judge(
             "set data.overlong to drop or shrink",
             bad,
         )
+    num_bad = len(bad)
     if num_rows < options.window:  # too few for a verdict of their own: a tail, or the first of a run
-        num_bad, num_rows = bad_in_epoch, num_rows_in_epoch
-    else:
-        num_bad = len(bad)
+        num_bad, num_rows = position.bad_in_epoch + num_bad, num_read
     if num_bad > options.max_bad_fraction * num_rows:
         share = f"{num_bad} of {num_rows} rows are bad, more than data.max_bad_fraction="
         raise PlanError(_describe_bad(bad, share + f"{options.max_bad_fraction:g} allows"), bad)
@@ -364,12 +349,7 @@ def _judge(
 
 
 def check_pack_counts(packs_per_step: int, data_world: int) -> str | None:
-    """A warning where packs do not divide over the data-parallel ranks, else None. Raises: ValueError."""
-    if data_world > packs_per_step:
-        raise ValueError(
-            f"train.packs_per_step={packs_per_step} leaves {data_world - packs_per_step} of {data_world} data-parallel "
-            f"ranks without a pack; set it to {data_world} or a multiple, or use fewer ranks"
-        )
+    """A warning where packs do not divide over the data-parallel ranks, else None."""
     if packs_per_step % data_world == 0:
         return None
     num_empty = -packs_per_step % data_world

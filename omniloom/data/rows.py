@@ -7,10 +7,11 @@ refuses a row. Knows no process, no rank and no plan beyond the pack it is given
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
-from omniloom.data.collate import FailedSlot, check_example, collate, weight_sum
+from omniloom.data.collate import FailedSlot, check_example, collate
 from omniloom.data.extent_cache import ExtentCache, extent_key
 from omniloom.data.media_cache import MediaCache
 from omniloom.data.sources import Sources
@@ -34,6 +35,8 @@ from omniloom.types import (
     Row,
     SampleError,
 )
+
+Made = TypeVar("Made")
 
 
 class RowFault(RuntimeError):
@@ -87,16 +90,7 @@ class RowReader:
         fresh: dict[str, Extent] = {}
         for row in rows:
             report(row)
-            try:
-                _refuse_skipped(row, skip)
-                extent = self._measure_row(row, fresh)
-                if self.decode_all:
-                    self.encode_row(PlannedSample(row=row, epoch=0, extent=extent, weight_scale=1.0))
-                found.append(extent)
-            except SampleError as error:
-                found.append(self._bad(row, error))
-            except (ValueError, OSError, EOFError, MemoryError) as error:
-                raise self._fault(row, error) from error
+            found.append(self._attempt(row, skip, partial(self._measure_row, row, fresh)))
         if self.cache is not None:
             self.cache.put(fresh)
         return found
@@ -113,15 +107,12 @@ class RowReader:
         bad: list[BadSample] = []
         for position, sample in enumerate(plan.samples):
             report(sample.row)
-            try:
-                _refuse_skipped(sample.row, skip)
-                examples.append(self.encode_row(sample, position, decode_clips))
-            except SampleError as error:
-                bad.append(self._bad(sample.row, error, sample.epoch))
-                name = f"{bad[-1].file}:{bad[-1].line}"
-                examples.append(FailedSlot(id=name, num_tokens=sample.extent.num_tokens))
-            except (ValueError, OSError, EOFError, MemoryError) as error:
-                raise self._fault(sample.row, error) from error
+            made = self._attempt(sample.row, skip, partial(self.encode_row, sample, position, decode_clips))
+            if isinstance(made, Example):
+                examples.append(made)
+            else:
+                bad.append(replace(made, epoch=sample.epoch))
+                examples.append(FailedSlot(id=f"{made.file}:{made.line}", num_tokens=sample.extent.num_tokens))
         batch = collate(
             examples,
             pack_tokens=self.pack_tokens,
@@ -134,15 +125,32 @@ class RowReader:
         loaded = [
             sample for sample, example in zip(plan.samples, examples, strict=True) if isinstance(example, Example)
         ]
-        return LoadedPack(
-            index=plan.index,
-            batch=batch,
-            weight_sum=weight_sum(batch),
-            stats=count_samples(loaded),
-            bad=tuple(bad),
-        )
+        return LoadedPack(index=plan.index, batch=batch, stats=count_samples(loaded), bad=tuple(bad))
+
+    def _attempt(self, row: int, skip: Mapping[int, str], work: Callable[[], Made]) -> Made | BadSample:
+        """What `work` makes of a row, or what is wrong with that. Raises: RowFault for what is no fault of the row."""
+        try:
+            if row in skip:
+                raise SampleError("row", skip[row])
+            return work()
+        except SampleError as error:
+            file, line = self.source.locate(row)
+            missing = error.path if isinstance(error, MissingFile) else ""
+            return BadSample(file=file, line=line, field=error.field, reason=error.reason, row=row, missing=missing)
+        except (ValueError, OSError, EOFError, MemoryError) as error:
+            file, line = self.source.locate(row)
+            raise RowFault(
+                f"{file}:{line}: {type(error).__name__}: {error}; this is a fault of omniloom, please report it. "
+                "Without this row the run goes on"
+            ) from error
 
     def _measure_row(self, row: int, fresh: dict[str, Extent]) -> Extent:
+        extent = self._known_or_measured(row, fresh)
+        if self.decode_all:
+            self.encode_row(PlannedSample(row=row, epoch=0, extent=extent, weight_scale=1.0))
+        return extent
+
+    def _known_or_measured(self, row: int, fresh: dict[str, Extent]) -> Extent:
         reader, conversation = self.reader_of(row), self.conversation(row)
         fingerprint = f"{reader.fingerprint}, shrunk to {self.pack_tokens}" if self.shrink else reader.fingerprint
         key = extent_key(conversation, fingerprint) if self.cache is not None else None
@@ -191,20 +199,6 @@ class RowReader:
             self.media.put(key, found)
         return found
 
-    def _bad(self, row: int, error: SampleError, epoch: int = 0) -> BadSample:
-        file, line = self.source.locate(row)
-        missing = error.path if isinstance(error, MissingFile) else ""
-        return BadSample(
-            file=file, line=line, field=error.field, reason=error.reason, epoch=epoch, row=row, missing=missing
-        )
-
-    def _fault(self, row: int, error: Exception) -> RowFault:
-        file, line = self.source.locate(row)
-        return RowFault(
-            f"{file}:{line}: {type(error).__name__}: {error}; this is a fault of omniloom, please report it. Without "
-            "this row the run goes on"
-        )
-
 
 def count_samples(samples: Sequence[PlannedSample]) -> PackStats:
     """What the metrics say of samples that were loaded, from their extents."""
@@ -222,8 +216,3 @@ def count_samples(samples: Sequence[PlannedSample]) -> PackStats:
 def clips_of(conversation: Conversation) -> list[tuple[MediaSource, Any]]:
     """The clips of a conversation in order, each with its kind."""
     return [(part.media, part.kind) for turn in conversation.turns for part in turn.parts if part.media is not None]
-
-
-def _refuse_skipped(row: int, skip: Mapping[int, str]) -> None:
-    if row in skip:
-        raise SampleError("row", skip[row])

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
 
 from omniloom.config import DataConfig, DataSource, as_source, options_of
 from omniloom.data.columnar import open_columns
@@ -144,17 +143,6 @@ class Sources:
         return kept, held
 
 
-class _Choice(Protocol):
-    """Some rows of a source: how many, and which of its rows each is. Holds next to nothing."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def row(self, number: int) -> int: ...
-
-
 @dataclass(frozen=True)
 class _Split:
     """Rows that are held out, one somewhere in each of as many equal stretches, or the others."""
@@ -214,7 +202,7 @@ class _Others:
 class _Chosen:
     """Some rows of a source."""
 
-    def __init__(self, source: Source, choice: _Choice) -> None:
+    def __init__(self, source: Source, choice: _Split | _Others) -> None:
         self.source = source
         self.choice = choice
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from omniloom.data.collate import FailedSlot, num_bounds, padding_rows
 from omniloom.types import CODE0, CODES, Example, PackedBatch, Segments, SpeechBatch, SpeechExample, SpeechRows, Targets
@@ -25,10 +26,8 @@ def add_speech(
     """
     given = [None if isinstance(slot, FailedSlot) else slot.speech for slot in slots]
     parts = [_no_speech(num_code_groups) if speech is None else speech for speech in (*given, None)]
-    starts, lengths = (
-        batch.sample_bounds,
-        [high - low for low, high in pairwise((*batch.sample_bounds, len(batch.labels)))],
-    )
+    starts = batch.sample_bounds
+    lengths = [high - low for low, high in pairwise((*starts, len(batch.labels)))]
     own = [len(part.rows.text_ids) for part in parts]
     segments = [length for part, size, rows in zip(parts, lengths, own, strict=True)
                 for length in (*part.segment_lengths, size - rows)]  # fmt: skip
@@ -38,9 +37,7 @@ def add_speech(
 
     def padded(values_of: Callable[[SpeechRows], Tensor]) -> Tensor:
         rooms = zip(parts, lengths, own, strict=True)
-        return torch.cat(
-            [torch.nn.functional.pad(values_of(part.rows), (0, size - rows)) for part, size, rows in rooms], dim=-1
-        )
+        return torch.cat([pad(values_of(part.rows), (0, size - rows)) for part, size, rows in rooms], dim=-1)
 
     rows = SpeechRows(
         text_ids=padded(lambda own: own.text_ids),
@@ -54,12 +51,8 @@ def add_speech(
     if not len(targets[CODES].token_index):
         null = torch.zeros(1, num_code_groups, dtype=torch.int64)
         targets[CODES] = Targets(token_index=null[:, 0], weights=torch.zeros(1), values=null)
-    bounds = num_bounds(sum(length > 0 for length in segments))
-    speech = SpeechBatch(
-        rows=rows,
-        segments=Segments.from_lengths(segments, num_bounds=bounds),
-        is_padding=padding_rows(own, lengths),
-    )
+    bounds = Segments.from_lengths(segments, num_bounds=num_bounds(sum(length > 0 for length in segments)))
+    speech = SpeechBatch(rows=rows, segments=bounds, is_padding=padding_rows(own, lengths))
     return replace(batch, speech=speech, targets={**batch.targets, **targets})
 
 

@@ -47,7 +47,7 @@ class LoadedStep:
     agreement: StepAgreement
     bad: tuple[BadSample, ...]  # of all ranks: rows found bad while planning, then samples that failed to load
     progress: float  # share of the run that is done after this step, for schedules
-    data_wait_seconds: float  # how long the loop stood still for it
+    data_wait_seconds: float = 0.0  # how long the loop stood still for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,7 @@ class _Planned:
     pending: tuple[Pending, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Ready:
-    plan: StepPlan
-    state: PlannerState
-    packs: tuple[LoadedPack, ...]
-    agreement: StepAgreement
+_Ready = tuple[LoadedStep, PlannerState]  # and what follows it
 
 
 class StepStream:
@@ -143,18 +138,10 @@ class StepStream:
             self._ended = True
             self._write_bad(self._planner.unreported_bad_rows)
             raise StopIteration
-        self._state = item.state
-        bad = (*item.plan.bad_rows, *item.agreement.bad)
-        self._write_bad(bad)
-        self._budget.count(item.plan, item.agreement)
-        return LoadedStep(
-            plan=item.plan,
-            packs=item.packs,
-            agreement=item.agreement,
-            bad=bad,
-            progress=self._planner.progress(item.plan),
-            data_wait_seconds=waited,
-        )
+        step, self._state = item
+        self._write_bad(step.bad)
+        self._budget.count(step.plan, step.agreement)
+        return replace(step, data_wait_seconds=waited)
 
     @property
     def state(self) -> PlannerState:
@@ -208,7 +195,7 @@ class StepStream:
             except BaseException as error:  # noqa: BLE001 - raised by the training loop
                 outcome = error
             self._put(outcome)
-            if not isinstance(outcome, _Ready):
+            if not isinstance(outcome, tuple):
                 return
 
     def _take_step(self) -> _Planned | BaseException | None:
@@ -252,7 +239,14 @@ class StepStream:
         measured = [[report.media for report in reports] for reports in gathered]
         batches = self._stage([pack.batch for pack in kept], measured)
         kept = tuple(replace(pack, batch=batch) for pack, batch in zip(kept, batches, strict=True))
-        return _Ready(plan=item.plan, state=item.state, packs=kept, agreement=agreement)
+        step = LoadedStep(
+            plan=item.plan,
+            packs=kept,
+            agreement=agreement,
+            bad=(*item.plan.bad_rows, *agreement.bad),
+            progress=self._planner.progress(item.plan),
+        )
+        return step, item.state
 
     def _put(self, outcome: _Ready | BaseException | None) -> None:
         while not self._stop.is_set():

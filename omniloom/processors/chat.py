@@ -19,7 +19,7 @@ from omniloom.processors.chat_template import MEDIA_KINDS
 from omniloom.processors.clips import FamilyClips
 from omniloom.processors.grounding import write_boxes
 from omniloom.processors.positions import sample_positions
-from omniloom.processors.rendering import Renderer
+from omniloom.processors.rendering import Rendered, Renderer
 from omniloom.processors.speech import ChatTokens, RunKind, SpeechLayout
 from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.processors.tower_inputs import TowerInputs
@@ -33,7 +33,6 @@ from omniloom.types import (
     Example,
     Extent,
     MediaHeader,
-    MediaSource,
     Part,
     SampleError,
     VisionBatch,
@@ -81,16 +80,9 @@ class ChatProcessor:
             if part.kind != header.kind:
                 raise SampleError(f"{part.kind}s", f"the file is not of this kind but {header.kind}")
             assert part.media is not None
-            clip = self._clip_geometry(part.media, header, scale)
+            clip = self.media.geometry(part.media, header, scale)
             clips.append(replace(clip, asked=part.media.options, source_size=(header.width, header.height)))
         return tuple(clips)
-
-    def _clip_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
-        if header.kind == "image":
-            return self.towers.image_geometry(source, header, scale)
-        if header.kind == "video":
-            return self.media.video_geometry(source, header, scale)
-        return self.towers.audio_geometry(header)
 
     def measure(
         self,
@@ -185,7 +177,8 @@ class ChatProcessor:
         asked = Conversation(id=conversation.id, source=conversation.source, turns=turns, tools=conversation.tools)
         num_clips = len(media_parts(asked))
         clips = self.geometry(asked, headers[:num_clips])
-        tokens = self._tokenize_prompt(asked, clips)
+        text = self.renderer.prompt(self._write_boxes(asked, clips))
+        tokens = self._tokenize(Rendered(text=text, weights=((len(text), 0.0),)), asked, clips)
         given = zip(clips, decoded[:num_clips], strict=True)
         features = [self.towers.normalised(self.towers.features(clip, arrays)) for clip, arrays in given]
         input_ids = torch.from_numpy(tokens.ids)[None]
@@ -213,14 +206,13 @@ class ChatProcessor:
 
     def _label(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> tuple[ChatTokens, np.ndarray]:
         """The tokens, and weights float32 [t] of the labels: position i predicts token i + 1."""
-        tokens = self._tokenize(conversation, clips)
+        tokens = self._tokenize(self.renderer.render(self._write_boxes(conversation, clips)), conversation, clips)
         weights = np.append(tokens.weights[1:], np.float32(0)) * np.float32(conversation.weight)
         if not weights.any():
             raise SampleError("messages", "nothing to train on: no assistant turn with a weight above 0")
         return tokens, weights
 
-    def _tokenize(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> ChatTokens:
-        rendered = self.renderer.render(self._write_boxes(conversation, clips))
+    def _tokenize(self, rendered: Rendered, conversation: Conversation, clips: Sequence[ClipGeometry]) -> ChatTokens:
         text, order, moved = self._place_clips(rendered.text, conversation, clips)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         starts = np.array([start for start, _ in encoding.offsets], np.int64)
@@ -232,18 +224,10 @@ class ChatProcessor:
         weights = of_runs[np.searchsorted(ends, starts, side="right")]
         return self._expand(np.array(encoding.ids, np.int64), weights, clips, order)
 
-    def _tokenize_prompt(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> ChatTokens:
-        text, order, _ = self._place_clips(
-            self.renderer.prompt(self._write_boxes(conversation, clips)), conversation, clips
-        )
-        ids = np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
-        return self._expand(ids, np.zeros(len(ids), np.float32), clips, order)
-
     def _write_boxes(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> Conversation:
         if not any(part.boxes for turn in conversation.turns for part in turn.parts):
             return conversation
-        relative = self.media.relative_boxes
-        return write_boxes(conversation, clips, self.towers.vision.patch_size, relative=relative)
+        return write_boxes(conversation, clips, self.towers.vision.patch_size, relative=self.media.relative_boxes)
 
     def _place_clips(
         self, text: str, conversation: Conversation, clips: Sequence[ClipGeometry]

@@ -77,8 +77,15 @@ class FamilyClips:
         starts = {f"{tower}_start_token_id": start for tower, (start, _) in cls.wrappers.items()}
         return {f"{kind}_token_id": pad for kind, pad in cls.pads.items()} | starts
 
-    def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
+    def geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
         """Planned size; `scale` below 1 lowers pixels and frames. Raises: SampleError for what cannot be."""
+        if header.kind == "image":
+            return self.towers.image_geometry(source, header, scale)
+        if header.kind == "audio":
+            return self.towers.audio_geometry(header)
+        return self.video_geometry(source, header, scale)
+
+    def video_geometry(self, source: MediaSource, header: MediaHeader, scale: float) -> ClipGeometry:
         return self.towers.video_geometry(source, header, scale, self.video_pixels, self.min_frames)
 
     def tokens_of(self, clip: ClipGeometry) -> tuple[ClipTokens, ...]:

@@ -12,6 +12,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from omniloom.data.extent_cache import extent_key
 from omniloom.data.loader import Loader
 from omniloom.data.planner import check_pack_counts
 from omniloom.data.row_media import KINDS, PLACEHOLDER
-from omniloom.data.rows import RowReader, clips_of
+from omniloom.data.rows import clips_of
 from omniloom.data.sources import Sources
 from omniloom.parallel.device import choose_device, total_memory_bytes
 from omniloom.parallel.mesh import Degrees
@@ -62,22 +63,12 @@ class CheckedRow:
     odd: tuple[str, ...] = ()  # keys of ODD
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenChecked:
-    """Builds a `CheckingReader` in a loader's worker."""
-
-    rows: OpenRows
-
-    def __call__(self) -> CheckingReader:
-        return CheckingReader(self.rows(), hears="audio" in self.rows.modalities)
-
-
 class CheckingReader:
     """In place of a loader's `RowReader`: measures, decodes and encodes a row, and looks at what it holds."""
 
-    def __init__(self, rows: RowReader, *, hears: bool) -> None:
-        self._rows = rows
-        self._hears = hears
+    def __init__(self, rows: OpenRows) -> None:
+        self._rows = rows()
+        self._hears = "audio" in rows.modalities
 
     def measure(self, rows: Sequence[int], skip: Mapping[int, str], report: object) -> list[CheckedRow]:
         measured = self._rows.measure(rows, skip, report)  # type: ignore[arg-type]
@@ -200,10 +191,8 @@ def _look_at(workshop: Workshop, source: Sources, name: str) -> list[CheckedRow]
     from rich.console import Console
     from rich.progress import track
 
-    loader = Loader(
-        OpenChecked(rows=open_rows(workshop, source, cache=False, decode_all=True)),
-        workers=workshop.config.data.workers,
-    )
+    opened = open_rows(workshop, source, cache=False, decode_all=True)
+    loader = Loader(partial(CheckingReader, opened), workers=workshop.config.data.workers)
     chunks = [range(start, min(start + CHUNK_ROWS, len(source))) for start in range(0, len(source), CHUNK_ROWS)]
     rows: list[CheckedRow] = []
     try:

@@ -12,28 +12,19 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-from omniloom.config import Config, DataConfig, Format, override_config
+from omniloom.config import Config, DataConfig, override_config
 from omniloom.data.clip_options import option_words
 from omniloom.data.formats import FORMATS, parse_row
 from omniloom.data.sources import open_sources
+from omniloom.options import Format, VideoConfig
 from omniloom.run.rows import ROW_KEYS
 from omniloom.tools.write_shards import SampleParts, ShardWriter
-from omniloom.types import Conversation, MediaKind, MediaSource, Part, SampleError, Turn, VideoConfig, suggest
+from omniloom.types import Conversation, MediaKind, MediaSource, Part, SampleError, Turn, suggest
 
 SHARDS = "webdataset"
 TAKES = (*ROW_KEYS, "data.allow_urls")
-
-
-class Place(Protocol):
-    """Where a written row finds its media."""
-
-    def file(self, path: str, kind: MediaKind) -> str:
-        """What the row calls a file. Raises: SampleError where it cannot be had."""
-
-    def data(self, content: bytes, kind: MediaKind) -> str:
-        """What the row calls a clip that is embedded."""
 
 
 def convert_file(kind: str, source: Path, target: Path, overrides: Sequence[str] = ()) -> tuple[int, list[str], int]:
@@ -117,6 +108,9 @@ class InFolder:
 
     def data(self, content: bytes, kind: MediaKind) -> str:
         return "data:;base64," + base64.b64encode(content).decode()
+
+
+Place = InFolder | SampleParts  # where a written row finds its media, and what it calls them
 
 
 class _TurnWriter:

@@ -10,10 +10,10 @@ import torch
 
 from omniloom.checkpoint.dcp import MODEL, stored_names
 from omniloom.checkpoint.hf import read_tensor
-from omniloom.checkpoint.stored import open_stored, read_stored_tensor, step_name
+from omniloom.checkpoint.stored import StoredCheckpoint, open_stored, read_stored_tensor, step_name
 from omniloom.config import load_config
 from omniloom.run.best import BestSteps, read_evaluations
-from omniloom.run.opening import open_workshop
+from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.results import export_adapter, export_model
 from omniloom.run.trained_media import TrainedMedia
 
@@ -39,15 +39,7 @@ def export_checkpoint(
     if not source.exists():
         raise ValueError(f"{source} does not exist; name a run directory or one of its checkpoints/step_...")
     stored = open_stored(best_checkpoint(source) if best else source)
-    run_dir = stored.directory.parent.parent
-    if not (run_dir / "config.yaml").is_file():
-        raise ValueError(
-            f"{run_dir} has no config.yaml beside its checkpoints; export reads the source model's path there"
-        )
-    config = load_config(run_dir / "config.yaml")
-    sizes = {name: (rank, alpha) for name, (rank, alpha) in stored.extras.get("adapter_sizes", {}).items()}
-    # the run has an adapter of its own by now
-    workshop = open_workshop(replace(config, model=replace(config.model, adapter=None)), adapter_sizes=sizes)
+    workshop = _open_source(stored)
     with torch.device("meta"):
         known = [name for name, _ in workshop.build().named_parameters()]
     changed = stored_names(stored, known)
@@ -66,6 +58,18 @@ def export_checkpoint(
     else:
         media = TrainedMedia(**stored.extras.get("media", {}))
         export_model(workshop, directory, changed, read, media=media, say=say, overwrite=overwrite)
+
+
+def _open_source(stored: StoredCheckpoint) -> Workshop:
+    """The model that a checkpoint's run began with, and its adapters as the run has them by now."""
+    run_dir = stored.directory.parent.parent
+    if not (run_dir / "config.yaml").is_file():
+        raise ValueError(
+            f"{run_dir} has no config.yaml beside its checkpoints; export reads the source model's path there"
+        )
+    config = load_config(run_dir / "config.yaml")
+    sizes = {name: (rank, alpha) for name, (rank, alpha) in stored.extras.get("adapter_sizes", {}).items()}
+    return open_workshop(replace(config, model=replace(config.model, adapter=None)), adapter_sizes=sizes)
 
 
 def best_checkpoint(run_dir: Path) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from omniloom.processors.grounding import relative_points
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import open_planner, open_rows, open_run
 from omniloom.tools.charts import percent
+from omniloom.tools.report import template
 from omniloom.tools.thumbnails import file_player, picture_of, sound_player, spectrogram_of
 from omniloom.types import (
     BadSample,
@@ -43,73 +43,18 @@ MAX_CHARACTER_TOKENS = 8  # that one character may be spelled with
 PACK_STEPS = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenView:
-    text: str
-    weight: float  # share of the row's largest
-    about: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class BoxView:
-    """In percent of the picture; a point has no size."""
-
-    left: float
-    top: float
-    width: float
-    height: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipView:
-    """Where tokens of a clip sit: all of them, or those of one time step of a video."""
-
-    kind: str
-    about: str
-    num_tokens: int
-    picture: str | None = None
-    sound: str | None = None
-    audio: str | None = None
-    video: str | None = None
-    boxes: tuple[BoxView, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowView:
-    where: str
-    about: str
-    pieces: tuple[TokenView | ClipView, ...] = ()
-    fault: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleBar:
-    share: float  # percent of the pack
-    tone: str
-    about: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackBar:
-    name: str
-    samples: tuple[SampleBar, ...]
-    fill: str
-    cost: float  # percent of the heaviest
-    about: str
+# What the page's template reads, by name. A piece of a row is some tokens of text, with their weight as a share of the
+# row's largest, or where tokens of a clip sit: all of them, or those of one time step of a video; only that has a kind.
+View = dict[str, Any]
 
 
 def write_page(words: Sequence[str], page: Path, num_rows: int) -> None:
     """Write the page of the first rows and packs. Raises: ValueError as training would before its first step."""
-    import jinja2
-
     config = config_from_words(words)
     workshop, source, _ = open_run(config)
     reader = open_rows(workshop, source, cache=False)()
     rows = [_view_row(reader, source, row) for row in range(min(num_rows, len(source)))]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    text = environment.get_template("preview.html.jinja").render(
+    text = template("preview.html.jinja").render(
         model=config.model.path, rows=rows, num_rows=len(source), packs=_view_packs(workshop, source)
     )
     page.write_text(text, encoding="utf-8")
@@ -119,11 +64,11 @@ def write_page(words: Sequence[str], page: Path, num_rows: int) -> None:
 # ---------------------------------------------------------------------------------------- rows
 
 
-def _view_row(rows: RowReader, source: Sources, row: int) -> RowView:
+def _view_row(rows: RowReader, source: Sources, row: int) -> View:
     where = "{}:{}".format(*source.locate(row))
     extent = rows.measure([row], {}, lambda _: None)[0]
     if isinstance(extent, BadSample):
-        return RowView(where=where, about="bad row", fault=f"{extent.field}: {extent.reason}")
+        return {"where": where, "about": "bad row", "fault": f"{extent.field}: {extent.reason}", "pieces": ()}
     reader, processor = rows.reader_of(row), rows.reader_of(row).processor
     assert isinstance(processor, ChatProcessor)
     try:
@@ -132,13 +77,13 @@ def _view_row(rows: RowReader, source: Sources, row: int) -> RowView:
         decoded = [reader.decode(one, clip) for one, clip in zip(media, extent.clips, strict=True)]
         example = processor.encode(conversation, extent.clips, tuple(decoded))
     except SampleError as error:
-        return RowView(where=where, about="bad row", fault=str(error))
+        return {"where": where, "about": "bad row", "fault": str(error), "pieces": ()}
     about = f"{extent.num_tokens:,} tokens, {extent.num_loss_tokens:,} with a loss, {extent.cost / 1000:,.3g} GFLOP"
     view = _Clips(processor, conversation, media, extent.clips, decoded, example)
-    return RowView(where=where, about=about, pieces=tuple(_view_tokens(processor, example, view)))
+    return {"where": where, "about": about, "fault": None, "pieces": [*_view_tokens(processor, example, view)]}
 
 
-def _view_tokens(processor: ChatProcessor, example: Example, clips: _Clips) -> Iterator[TokenView | ClipView]:
+def _view_tokens(processor: ChatProcessor, example: Example, clips: _Clips) -> Iterator[View]:
     """Tokens of text in as many pieces as there are characters, and each run of a clip's tokens as one."""
     ids, weights = example.input_ids.tolist(), [0.0, *example.loss_weights[:-1].tolist()]
     most, num_shown = max(weights), 0
@@ -155,9 +100,9 @@ def _view_tokens(processor: ChatProcessor, example: Example, clips: _Clips) -> I
             first, places, num_shown = places[0], places[length:], num_shown + length
             position = " ".join(str(int(axis)) for axis in example.position_ids[:, first])
             about = f"token {first} · id {ids[first]} · position {position} · weight {weights[first]:g}"
-            yield TokenView(text=text, weight=weights[first] / most if most else 0.0, about=about)
+            yield {"text": text, "weight": weights[first] / most if most else 0.0, "about": about}
     if (left := int((clips.owner < 0).sum()) - num_shown) > 0:
-        yield TokenView(text=f" … {left:,} more tokens of text", weight=0.0, about="not shown")
+        yield {"text": f" … {left:,} more tokens of text", "weight": 0.0, "about": "not shown"}
 
 
 class _Clips:
@@ -185,7 +130,7 @@ class _Clips:
         for number, token_index in runs:
             self.owner[token_index.numpy()] = number
 
-    def view(self, number: int, places: Sequence[int]) -> ClipView:
+    def view(self, number: int, places: Sequence[int]) -> View:
         clip, decoded = self._clips[number], self._decoded[number]
         run = self._runs_shown[number]
         self._runs_shown[number] += 1
@@ -196,16 +141,16 @@ class _Clips:
             about += f" · {clip.grid_thw[2] * patch} x {clip.grid_thw[1] * patch} pixels"
         rate, waveform = self._processor.towers.settings.sampling_rate, decoded.waveform if run == 0 else None
         path = self._media[number].path
-        return ClipView(
-            kind=clip.kind,
-            about=about,
-            num_tokens=len(places),
-            picture=self._picture(clip, decoded, run, len(places)),
-            sound=None if waveform is None else spectrogram_of(waveform),
-            audio=None if waveform is None else sound_player(waveform, rate),
-            video=file_player(Path(path)) if clip.kind == "video" and path is not None and run == 0 else None,
-            boxes=tuple(self._view_boxes(number)),
-        )
+        return {
+            "kind": clip.kind,
+            "about": about,
+            "num_tokens": len(places),
+            "picture": self._picture(clip, decoded, run, len(places)),
+            "sound": None if waveform is None else spectrogram_of(waveform),
+            "audio": None if waveform is None else sound_player(waveform, rate),
+            "video": file_player(Path(path)) if clip.kind == "video" and path is not None and run == 0 else None,
+            "boxes": [*self._view_boxes(number)],
+        }
 
     def _picture(self, clip: ClipGeometry, decoded: DecodedClip, run: int, num_tokens: int) -> str | None:
         """The frames that the tokens stand for, in the size that the tower sees."""
@@ -218,18 +163,18 @@ class _Clips:
             frames = frames[run * vision.temporal_patch_size :][:1]
         return picture_of([resize(frame, rows * vision.patch_size, columns * vision.patch_size) for frame in frames])
 
-    def _view_boxes(self, number: int) -> Iterator[BoxView]:
+    def _view_boxes(self, number: int) -> Iterator[View]:
         for box in self._boxes:
             if self._images[box.image] == number:
                 x, y, *corner = (100 * share for share in relative_points(box, self._clips[number]))
                 right, bottom = corner[:2] if len(corner) >= 2 else (x, y)
-                yield BoxView(left=x, top=y, width=right - x, height=bottom - y)
+                yield {"left": x, "top": y, "width": right - x, "height": bottom - y}  # percent of the picture
 
 
 # ---------------------------------------------------------------------------------------- packs
 
 
-def _view_packs(workshop: Workshop, source: Sources) -> list[PackBar]:
+def _view_packs(workshop: Workshop, source: Sources) -> list[View]:
     loader = Loader(open_rows(workshop, source, cache=False), workers=workshop.config.data.workers)
     try:
         planner = open_planner(workshop, source, loader.measure)
@@ -242,7 +187,7 @@ def _view_packs(workshop: Workshop, source: Sources) -> list[PackBar]:
     return [_view_pack(step, pack, workshop.config.data.pack_tokens, heaviest, source) for step, pack in packs]
 
 
-def _view_pack(step: StepPlan, pack: Any, pack_tokens: int, heaviest: int, source: Sources) -> PackBar:
+def _view_pack(step: StepPlan, pack: Any, pack_tokens: int, heaviest: int, source: Sources) -> View:
     bars = []
     for sample in pack.samples:
         extent = sample.extent
@@ -250,12 +195,12 @@ def _view_pack(step: StepPlan, pack: Any, pack_tokens: int, heaviest: int, sourc
         tone = next((kind for kind in ("video", "image", "audio") if kind in kinds), "text")
         where = "{}:{}".format(*source.locate(sample.row))
         about = f"{where} · {extent.num_tokens:,} tokens · {extent.num_loss_tokens:,} with a loss · {tone}"
-        bars.append(SampleBar(share=100 * extent.num_tokens / pack_tokens, tone=tone, about=about))
+        bars.append({"share": 100 * extent.num_tokens / pack_tokens, "tone": tone, "about": about})
     cost = sum(sample.extent.cost for sample in pack.samples)
-    return PackBar(
-        name=f"{step.step + 1}.{pack.index % len(step.packs) + 1}",
-        samples=tuple(bars),
-        fill=percent(sum(bar.share for bar in bars) / 100),
-        cost=100 * cost / max(1, heaviest),
-        about=f"{len(bars)} samples · {cost / 1000:,.4g} GFLOP forward",
-    )
+    return {
+        "name": f"{step.step + 1}.{pack.index % len(step.packs) + 1}",
+        "samples": bars,
+        "fill": percent(sum(bar["share"] for bar in bars) / 100),
+        "cost": 100 * cost / max(1, heaviest),  # percent of the heaviest
+        "about": f"{len(bars)} samples · {cost / 1000:,.4g} GFLOP forward",
+    }

@@ -8,7 +8,7 @@ construction; nothing here is imported by training.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,32 +148,24 @@ def _write_weights(tiny: TinyModel, config: dict[str, Any], directory: Path, see
         for name, parameter in sorted(model.named_parameters()):
             parameter.copy_(_random_weight(name, parameter, generator) - float(name.endswith(tiny.zero_centred)))
     model.save_pretrained(directory, max_shard_size=max_shard_size)
+    shards = sorted(directory.glob("*.safetensors"))
     if tiny.carried:
-        _add_tensors(directory, {name: torch.randn(s, generator=generator) for name, s in tiny.carried.items()})
-    for shard in directory.glob("*.safetensors"):
-        if tiny.turned:
-            _turn(shard, tiny.turned)
+        carried = {name: torch.randn(s, generator=generator).bfloat16() for name, s in tiny.carried.items()}
+        _rewrite(shards[-1], lambda tensors: tensors | carried)
+        if (path := directory / "model.safetensors.index.json").is_file():
+            index = read_json(path)
+            write_json(path, index | {"weight_map": index["weight_map"] | dict.fromkeys(carried, shards[-1].name)})
+    for shard in shards:
+        if turned := tiny.turned:  # the last two dims of these are published the other way round
+            _rewrite(shard, lambda found: {n: t.mT.contiguous() if n.endswith(turned) else t for n, t in found.items()})
         shard.chmod(0o644)  # written through private temporary files; others may want to read them
 
 
-def _add_tensors(directory: Path, tensors: Mapping[str, Any]) -> None:
-    """Put tensors that transformers does not know into the last file of the weights, and its index."""
+def _rewrite(shard: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Write a file of weights anew where transformers does not write them as they were published."""
     from safetensors.torch import load_file, save_file
 
-    shard = max(directory.glob("*.safetensors"))
-    save_file(load_file(shard) | {name: value.bfloat16() for name, value in tensors.items()}, shard, {"format": "pt"})
-    if (path := directory / "model.safetensors.index.json").is_file():
-        index = read_json(path)
-        write_json(path, index | {"weight_map": index["weight_map"] | dict.fromkeys(tensors, shard.name)})
-
-
-def _turn(shard: Path, endings: tuple[str, ...]) -> None:
-    """Swap the last two dims of some tensors of a file: transformers does not write them as they were published."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(shard)
-    turned = {name: value.mT.contiguous() if name.endswith(endings) else value for name, value in tensors.items()}
-    save_file(turned, shard, metadata={"format": "pt"})
+    save_file(change(load_file(shard)), shard, metadata={"format": "pt"})
 
 
 def _random_weight(name: str, parameter: Any, generator: Any) -> Any:

@@ -187,7 +187,7 @@ def test_a_third_loss_is_agreed_trained_and_written_by_its_name(layout: Layout, 
     extent = Extent(num_tokens=1, num_loss_tokens=1, weight_sum=1.0)
     samples = tuple(PlannedSample(row=row, epoch=0, extent=extent, weight_scale=1.0) for row in range(3))
     step = StepPlan(step=0, packs=tuple(PackPlan(index=i, samples=samples) for i in range(2)), rows_planned=6)
-    packs = [LoadedPack(index=i, batch=batch, weight_sum=0.0, stats=PackStats()) for i, batch in enumerate(batches)]
+    packs = [LoadedPack(index=i, batch=batch, stats=PackStats()) for i, batch in enumerate(batches)]
     reports = [report_pack(pack) for pack in packs]
     elsewhere = dataclasses.replace(
         reports[1],

@@ -14,7 +14,6 @@ from omniloom.data.collate import (
     collate,
     num_bounds,
     sample_weight_sums,
-    weight_sum,
 )
 from omniloom.ops.attention import segment_attention_reference
 from omniloom.types import (
@@ -172,7 +171,6 @@ def test_a_sample_of_two_segments_is_one_sample():
     loaded = LoadedPack(
         index=0,
         batch=blanked,
-        weight_sum=0.0,
         stats=PackStats(),
         bad=(BadSample(file="f", line=1, field="x", reason="y"),),
     )
@@ -204,8 +202,7 @@ def test_weight_sums_are_exact_sums_of_the_weights_that_the_loss_sees():
     expected = batch.loss_weights.numpy().astype(np.float64)
     for position in range(3):
         assert sums[position] == pytest.approx(expected[50 * position : 50 * position + 50].sum(), rel=1e-14)
-    assert weight_sum(batch) == pytest.approx(expected.sum(), rel=1e-14)
-    assert weight_sum(pack([])) == 0.0
+    assert sample_weight_sums(pack([])) == {"text": ()}
 
 
 def test_a_full_pack_has_no_padding_segment():
