@@ -259,20 +259,20 @@ def load_optimizer_state(
 
     Raises: ValueError if the checkpoint has no state for a parameter that the optimizer holds.
     """
-    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    held = {id(parameter): number for number, parameter in enumerate(order)}
+    held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    number_of = {id(parameter): number for number, parameter in enumerate(held)}
+    wanted = {name: parameter for name, parameter in parameters.items() if id(parameter) in number_of}
     stored_keys: dict[str, list[str]] = {}
     for full in stored.shapes:
         if full.startswith(OPTIMIZER):
             name, key = full.removeprefix(OPTIMIZER).rsplit(".", 1)
             stored_keys.setdefault(name, []).append(key)
-    wanted = {name: parameter for name, parameter in parameters.items() if id(parameter) in held}
-    absent = [name for name in wanted if name not in stored_keys]
-    if absent:
+    if absent := [name for name in wanted if name not in stored_keys]:
         raise ValueError(
             f"{stored.directory} has no optimizer state for {listed(absent)}; was it saved with another policy, or "
             "with checkpoint.save_optimizer=false? checkpoint.load_optimizer=false starts with fresh moments"
         )
+    values: dict[str, Tensor] = {}
     state: dict[int, dict[str, Tensor]] = {}
     for name, parameter in wanted.items():
         for key in stored_keys[name]:
@@ -280,15 +280,11 @@ def load_optimizer_state(
             shape, dtype, whole = stored.shapes[full], stored.dtype(full), tuple(parameter.shape)
             if key != "step" and shape in (whole, (*whole[:-1], 1)):  # sharded as it is; of rows, as its first column
                 like = parameter if shape == whole else parameter.detach()[..., :1]
-                value = torch.zeros_like(like, dtype=dtype, requires_grad=False)
+                values[full] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
             else:
-                value = torch.zeros(shape, dtype=dtype)
-            state.setdefault(held[id(parameter)], {})[key] = value
-    names = {number: name for name, parameter in wanted.items() if (number := held[id(parameter)]) in state}
-    load_tensors(
-        stored,
-        {f"{OPTIMIZER}{names[number]}.{key}": value for number, item in state.items() for key, value in item.items()},
-    )
+                values[full] = torch.zeros(shape, dtype=dtype)
+            state.setdefault(number_of[id(parameter)], {})[key] = values[full]
+    load_tensors(stored, values)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})  # it places `step` as the optimizer needs it
 
 

@@ -47,10 +47,9 @@ def export(
 ) -> Path:
     """Write `names` of ours, taken from `gather`, and all else of `source` into `out_dir`, atomically.
 
-    Called by all ranks of `group` alike. `gather(name)` is called once per name on every rank in the same order and
-    returns the full tensor, any float dtype, on rank 0 (its result elsewhere is ignored): so it may be a collective.
-    Tensors of ours in `dropped` (layers cut from the model) are left out. `files` are JSON files, by name, that are
-    written in place of the source's; `note` goes into the export's marker. Returns the directory.
+    All ranks of `group` call it alike, and it `gather(name)` once per name in the same order: so that may be a
+    collective, which returns the full tensor, any float dtype, on rank 0. Tensors of ours in `dropped` (cut layers) are
+    left out. `files` are JSON files, by name, in place of the source's; `note` goes into the export's marker.
 
     Raises: ValueError on every rank if `out_dir` holds something that is no earlier export (unless `overwrite`), for
         tensors that do not fit the source, and when the disk is full; what was there before is then untouched.
@@ -60,8 +59,8 @@ def export(
     writer = _Writer(Path(out_dir), source, plan) if rank(group) == 0 else None
     words = f"write the export {out_dir}", "; nothing there was changed"
     try:
-        agree(attempt(lambda: writer.begin(files or {}, note or {}, overwrite), *words) if writer else None, group)
-        fault = None
+        fault = attempt(lambda: writer.begin(files or {}, note or {}, overwrite), *words) if writer else None
+        agree(fault, group)
         for name in (name for name in assemblies if name in plan.places):
             tensor = gather(name)
             if writer is not None and fault is None:  # after a fault, keep the other ranks' collectives company

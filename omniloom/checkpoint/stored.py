@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class StoredCheckpoint:
     extras: dict[str, Any]
     metadata: Metadata
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shapes by name."""
         return {name: tuple(self._entry(name).size) for name in self.metadata.state_dict_metadata}

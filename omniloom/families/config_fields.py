@@ -227,12 +227,7 @@ def read_decoder(
     """
     text = parent if flat and "text_config" not in parent.values else parent.section("text_config")
     tied = [parent, text] if flat else [parent]
-    # Qwen published rope_theta beside rope_scaling; transformers 5 writes both into rope_parameters
-    rope = text.section("rope_parameters" if text.values.get("rope_parameters") else "rope_scaling")
-    rope_theta = (text if rope.values.get("rope_theta") is None else rope).field("rope_theta")
-    rope_type = rope.values.get("rope_type", rope.values.get("type", "default"))
-    if rope_type not in ("default", "mrope"):
-        raise ValueError(f"config.json: text_config has rope_type {rope_type!r}; only default is known")
+    rope, rope_theta = _read_rope(text)
     if qwen2_5:
         text.demands[f"{text.path}use_sliding_window is false"] = not text.values.get("use_sliding_window")
         biases = (True, True, True, False)
@@ -246,13 +241,23 @@ def read_decoder(
         head_dim=head_dim,
         attention_biases=biases,
         qk_norm=not qwen2_5,
-        rope_theta=float(rope_theta),
+        rope_theta=rope_theta,
         mrope_section=rope.field("mrope_section", kind=tuple),
         mrope_order="blocks" if qwen2_5 else "interleaved",
         tie_word_embeddings=any(section.field("tie_word_embeddings", kind=bool, default=False) for section in tied),
         **(_expert_fields(text) if has_experts else {}),
         **(_hybrid_fields(text, rope, has_experts=has_experts) if hybrid else {}),
     )
+
+
+def _read_rope(text: ConfigSection) -> tuple[ConfigSection, float]:
+    """The section on rotary positions, and their base."""
+    # Qwen published rope_theta beside rope_scaling; transformers 5 writes both into rope_parameters
+    rope = text.section("rope_parameters" if text.values.get("rope_parameters") else "rope_scaling")
+    rope_type = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if rope_type not in ("default", "mrope"):
+        raise ValueError(f"config.json: text_config has rope_type {rope_type!r}; only default is known")
+    return rope, float((text if rope.values.get("rope_theta") is None else rope).field("rope_theta"))
 
 
 def _hybrid_fields(text: ConfigSection, rope: ConfigSection, *, has_experts: bool) -> dict[str, Any]:

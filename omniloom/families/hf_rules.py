@@ -1,4 +1,4 @@
-"""Key rules of the shared parts: published names, given a prefix, and ours. A family's `hf_keys.py` joins them."""
+"""Key rules of the shared parts: published names, given a prefix, and ours. A family's `spec.py` joins them."""
 
 from __future__ import annotations
 

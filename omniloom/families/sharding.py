@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from omniloom.dims import AudioTowerConfig, VisionTowerConfig
-from omniloom.families.config_fields import TalkerConfig
+from omniloom.families.config_fields import FamilyConfig
 from omniloom.families.cost import layer_flops
 from omniloom.families.decoder import DecoderConfig
 from omniloom.sharding import ShardingPlan, TensorSharding
@@ -11,14 +10,9 @@ from omniloom.sharding import ShardingPlan, TensorSharding
 TYPICAL = 2048  # tokens of a sample, by which layers and head are weighed against one another
 
 
-def standard_sharding(
-    *,
-    vision: VisionTowerConfig,
-    audio: AudioTowerConfig | None,
-    text: DecoderConfig,
-    talker: TalkerConfig | None = None,
-) -> ShardingPlan:
-    """The plan of towers and decoder; `audio` None for families that hear nothing, `talker` for runs without speech."""
+def standard_sharding(config: FamilyConfig) -> ShardingPlan:
+    """The plan of a model's towers, decoder and talker, as far as it has them."""
+    vision, audio, text, talker = config.vision, config.audio, config.text, config.talker
     towers = ("vision",) if audio is None else ("vision", "audio")
     # every list of layers, and those of them that have experts
     decoders = [*towers, *(("talker.decoder", "talker.code_predictor.decoder") if talker else ()), "text"]

@@ -25,6 +25,7 @@ from omniloom.models.decoder import Decoder
 from omniloom.models.fusion import OmniModel
 from omniloom.models.talker import Talker
 from omniloom.models.vision import VisionTower
+from omniloom.options import ProcessorOptions
 from omniloom.processors.chat import ChatProcessor
 from omniloom.processors.chat_template import open_template
 from omniloom.processors.clips import FamilyClips
@@ -33,7 +34,7 @@ from omniloom.processors.settings import load_tokenizer, read_extractors
 from omniloom.processors.speech import SpeechLayout
 from omniloom.processors.tower_inputs import TowerInputs
 from omniloom.sharding import ShardingPlan
-from omniloom.types import Kernels, ProcessorOptions
+from omniloom.types import Kernels
 
 OMNI = ("text", "image", "video", "audio")
 SEEING = ("text", "image", "video")
@@ -161,7 +162,7 @@ class ModelSpec:
         )
 
     def sharding(self, config: FamilyConfig) -> ShardingPlan:
-        return standard_sharding(vision=config.vision, audio=config.audio, text=config.text, talker=config.talker)
+        return standard_sharding(config)
 
     def component_of(self, parameter_name: str) -> str:
         """The policy component of one of our parameter names. Raises: ValueError for a name that belongs to none."""

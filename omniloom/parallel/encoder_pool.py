@@ -116,7 +116,7 @@ def route_tower(
     num_packs: int = 1,
     rows_per_chunk: int = 1,
 ) -> TowerRoute:
-    """Plan one tower's traffic. Every rank calls it with the same arguments but for its own `me`; adds to `loads`.
+    """Plan one tower's traffic, alike on every rank but for its own `me`, adding to `loads`.
 
     Token rows count on from pack to pack. `rows_per_chunk` matters to audio alone.
     """
@@ -124,26 +124,16 @@ def route_tower(
     fixed = any(size.is_fixed for size in sizes)
     here = [segment for segment in placed if segment.encoder == me]
     leaving: list[list[int]] = [[] for _ in seats]
-    for segment in placed:
-        if segment.source == me:
-            leaving[segment.encoder].append(segment.index)
+    for segment in (segment for segment in placed if segment.source == me):
+        leaving[segment.encoder].append(segment.index)
     receive = [0] * len(seats)
     for segment in here:
         receive[segment.source] += int(sizes[segment.source].unit_lengths[segment.index])
     order = [index for part in leaving for index in part]
-    segments = valid_index = None
-    if not fixed:
-        lengths = [int(sizes[segment.source].lengths[segment.index]) for segment in here]
-        segments = Segments.from_lengths([*lengths, mine.num_null])
-    if not fixed and mine.chunk_rows is not None:
-        chunks = [_chunk_rows(sizes[segment.source], segment.index) for segment in here]
-        valid_index = valid_rows(np.concatenate([*chunks, mine.chunk_rows[-1:]]), rows_per_chunk)
+    segments, valid_index = (None, None) if fixed else _encoded_here(here, sizes, mine, rows_per_chunk)
     row_order, row_send = _leaving_rows(here, sizes, seats, pack_tokens, fixed)
     row_receive, tokens = _landing_rows(placed, sizes, seats, me, pack_tokens)
-    packs, local = np.divmod(tokens, pack_tokens)
-    landing = np.argsort(packs, kind="stable")
-    local = local[landing] - seats[me].sharer_rank * (pack_tokens // seats[me].sharers)
-    counts = np.bincount(packs, minlength=num_packs)
+    landing, token_index = _by_pack(tokens, seats[me], pack_tokens, num_packs)
     return TowerRoute(
         segments=segments,
         valid_index=valid_index,
@@ -156,8 +146,29 @@ def route_tower(
         row_send=row_send,
         row_receive=row_receive,
         landing=torch.from_numpy(landing) if num_packs > 1 else None,
-        token_index=tuple(torch.from_numpy(part) for part in np.split(local, np.cumsum(counts)[:-1])),
+        token_index=token_index,
     )
+
+
+def _encoded_here(
+    here: Sequence[_Placed], sizes: Sequence[TowerSizes], mine: TowerSizes, rows_per_chunk: int
+) -> tuple[Segments, Tensor | None]:
+    """What attention in the tower counts of the segments here, and audio's valid rows; the null segment last."""
+    lengths = [int(sizes[segment.source].lengths[segment.index]) for segment in here]
+    segments = Segments.from_lengths([*lengths, mine.num_null])
+    if mine.chunk_rows is None:
+        return segments, None
+    chunks = [_chunk_rows(sizes[segment.source], segment.index) for segment in here]
+    return segments, valid_rows(np.concatenate([*chunks, mine.chunk_rows[-1:]]), rows_per_chunk)
+
+
+def _by_pack(tokens: Ints, seat: Seat, pack_tokens: int, num_packs: int) -> tuple[Ints, tuple[Tensor, ...]]:
+    """The order of received rows by pack, and for each pack the own token rows that they fill."""
+    packs, local = np.divmod(tokens, pack_tokens)
+    landing = np.argsort(packs, kind="stable")
+    local = local[landing] - seat.sharer_rank * (pack_tokens // seat.sharers)
+    counts = np.bincount(packs, minlength=num_packs)
+    return landing, tuple(torch.from_numpy(part) for part in np.split(local, np.cumsum(counts)[:-1]))
 
 
 def _chunk_rows(sizes: TowerSizes, index: int) -> Ints:

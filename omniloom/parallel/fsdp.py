@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from omniloom.config import ParallelConfig
 from omniloom.parallel.mesh import Layout
@@ -43,15 +43,11 @@ def shard_parameters(
 ) -> None:
     """Shard every parameter of `model` in place; afterwards all are DTensors. Collective over all ranks.
 
-    Parameters are gathered in `compute_dtype`, gradients reduced in float32.
-
-    Experts go to `layout.expert` and `layout.expert_fsdp`, towers to `layout.tower_fsdp`, everything else to
-    `layout.fsdp`. Roots that the model was built without are passed over, and a decoder that is only a rank's stages,
-    each of which is a root (`shard_root`). Raises: ValueError where the number of experts does not divide.
-
-    A single rank that computes in the parameters' own float32 has nothing to gather, cast or offload: there they stay
-    plain, which saves a twentieth of a step of small models.
+    Parameters are gathered in `compute_dtype`, gradients reduced in float32. Experts go to `layout.expert` and
+    `layout.expert_fsdp`, towers to `layout.tower_fsdp`, everything else to `layout.fsdp`. Roots that the model was
+    built without are passed over, and a decoder that is only a rank's stages, each of which is a root (`shard_root`).
     """
+    # nothing to gather, cast or offload: parameters stay plain, which saves a twentieth of a step of small models
     if layout.world_size == 1 and compute_dtype == torch.float32 and not parallel.cpu_offload:
         return
     modules = dict(model.named_modules())
@@ -59,7 +55,7 @@ def shard_parameters(
     if layout.expert is not None or layout.tensor is not None:
         for name in match_modules(model, plan.experts):
             if layout.expert is not None:
-                _divide_experts(modules[name], layout.expert, name)
+                _divide_experts(modules[name], layout.expert)
             wrap([modules[name]], layout.expert_fsdp)
     decoder = plan.roots[-1]
     if compute_dtype != torch.float32:
@@ -95,19 +91,21 @@ def shard_root(
     _set_prefetch(blocks, parallel.prefetch)
 
 
-def _divide_experts(experts: nn.Module, mesh: DeviceMesh, name: str) -> None:
+def _divide_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
     """Leave each expert-parallel rank `E / expert` consecutive experts of every stacked parameter."""
-    degree = mesh.size()
     for key, parameter in list(experts.named_parameters(recurse=False)):
-        if parameter.shape[0] % degree:
-            raise ValueError(
-                f"parallel.expert: {parameter.shape[0]} experts of {name} do not divide over {degree} ranks"
-            )
-        local = parameter.detach().chunk(degree, dim=0)[mesh.get_local_rank()].contiguous()
-        divided = DTensor.from_local(
-            local, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
-        )
-        experts.register_parameter(key, nn.Parameter(divided, requires_grad=parameter.requires_grad))
+        experts.register_parameter(key, divide_parameter(parameter, mesh, Shard(0)))
+
+
+def divide_parameter(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
+    """This rank's part of a parameter, over the one axis of `mesh`, as `torch.chunk` divides it."""
+    local = parameter.detach()
+    if isinstance(placement, Shard):
+        local = local.chunk(mesh.size(), dim=placement.dim)[mesh.get_local_rank()].contiguous()
+    whole = DTensor.from_local(
+        local, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
 def _wrap(

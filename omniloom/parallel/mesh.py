@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, cast
@@ -74,64 +74,68 @@ def resolve_degrees(config: ParallelConfig, world_size: int, *, packs_per_step: 
     """
     given = {"replicate": config.replicate, "context": config.ulysses * config.ring}
     given |= {"tensor": config.tensor, "pipeline": config.pipeline}
-    rest = math.prod(given.values())
-    faults = []
-    shard: int = max(world_size // rest, 1) if config.shard == "auto" else config.shard
-    if rest * shard != world_size:
-        product = " x ".join(f"{name} {size}" for name, size in {**given, "shard": config.shard}.items())
-        if world_size % rest:
-            allowed = _divisors(world_size)
-            fix = f"their product must divide {world_size}: use degrees from {allowed}, or start {rest * shard} ranks"
-        else:
-            fix = f"set parallel.shard to {world_size // rest} or auto, or start {rest * shard} ranks"
-        faults.append(f"parallel: {product} makes {rest * shard} ranks, but {world_size} were started; {fix}")
-    inner = shard * given["context"] * given["tensor"]
-    if inner % config.expert:
-        faults.append(
-            f"parallel.expert: {config.expert} does not divide shard x context x tensor = {inner}; "
-            f"choose from {_divisors(inner)}"
-        )
-    group, sharers, expert_shards = config.reshard_after_forward, inner // given["tensor"], inner // config.expert
-    groups = [d for d in _divisors(sharers) if d > 1 and (expert_shards == 1 or expert_shards % d == 0)]  # 1: whole
-    if not isinstance(group, bool) and group not in groups:
-        of_experts = f", and the {expert_shards} that share experts" if config.expert > 1 else ""
-        faults.append(
-            f"parallel.reshard_after_forward: groups of {group} ranks do not divide the {sharers} that share parameters"
-            f"{of_experts}; choose {', '.join(['true', 'false', *map(str, groups)])}"
-        )
-    data = given["replicate"] * shard
-    if data > packs_per_step:
-        faults.append(
-            f"train.packs_per_step: {packs_per_step} packs cannot feed {data} data-parallel ranks "
-            f"(replicate {given['replicate']} x shard {shard}); raise it to at least {data}, or give ranks to "
-            f"parallel.context or parallel.tensor"
-        )
     degrees = Degrees(
-        shard=shard,
+        shard=max(world_size // math.prod(given.values()), 1) if config.shard == "auto" else config.shard,
         ring=config.ring,
         expert=config.expert,
         stages_per_rank=config.stages_per_rank if config.pipeline_schedule == "interleaved" else 1,
         pipeline_layers=config.pipeline_layers or (),
         **given,
     )
-    if config.pipeline_layers and degrees.pipeline == 1:
-        faults.append("parallel.pipeline_layers divide the layers over stages, but parallel.pipeline is 1; set both")
-    if degrees.pipeline > 1 and data <= packs_per_step:
-        faults += check_packs(packs_per_step, degrees)
-    if faults:
+    said = {**given, "shard": config.shard}
+    wrong = [] if degrees.world == world_size else [_wrong_product(said, degrees, world_size)]
+    if faults := [*wrong, *_check_sharing(config, degrees), *_check_packs(packs_per_step, degrees)]:
         raise ValueError("\n".join(faults))
     return degrees
 
 
-def check_packs(packs_per_step: int, degrees: Degrees) -> list[str]:
-    """What keeps a pipeline from being filled: too few packs, or with interleaving no equal rounds of them."""
+def _wrong_product(said: Mapping[str, int | str], degrees: Degrees, world_size: int) -> str:
+    """What to say of degrees that make another number of ranks than were started."""
+    product = " x ".join(f"{name} {size}" for name, size in said.items())
+    rest = degrees.world // degrees.shard
+    fix = f"set parallel.shard to {world_size // rest} or auto, or start {degrees.world} ranks"
+    if world_size % rest:
+        allowed = _divisors(world_size)
+        fix = f"their product must divide {world_size}: use degrees from {allowed}, or start {degrees.world} ranks"
+    return f"parallel: {product} makes {degrees.world} ranks, but {world_size} were started; {fix}"
+
+
+def _check_sharing(config: ParallelConfig, degrees: Degrees) -> list[str]:
+    """Faults of what divides the ranks that share parameters."""
+    faults, inner, expert = [], degrees.shard * degrees.sharers, degrees.expert
+    if inner % expert:
+        faults.append(
+            f"parallel.expert: {expert} does not divide shard x context x tensor = {inner}; choose from "
+            f"{_divisors(inner)}"
+        )
+    group, sharers, expert_shards = config.reshard_after_forward, inner // degrees.tensor, inner // expert
+    groups = [d for d in _divisors(sharers) if d > 1 and (expert_shards == 1 or expert_shards % d == 0)]  # 1: whole
+    if not isinstance(group, bool) and group not in groups:
+        of_experts = f", and the {expert_shards} that share experts" if expert > 1 else ""
+        faults.append(
+            f"parallel.reshard_after_forward: groups of {group} ranks do not divide the {sharers} that share parameters"
+            f"{of_experts}; choose {', '.join(['true', 'false', *map(str, groups)])}"
+        )
+    if degrees.pipeline_layers and degrees.pipeline == 1:
+        faults.append("parallel.pipeline_layers divide the layers over stages, but parallel.pipeline is 1; set both")
+    return faults
+
+
+def _check_packs(packs_per_step: int, degrees: Degrees) -> list[str]:
+    """What keeps data-parallel ranks or a pipeline from being filled: too few packs, or interleaved no equal rounds."""
     num_ranks, data = degrees.pipeline, degrees.replicate * degrees.shard
+    if data > packs_per_step:
+        return [
+            f"train.packs_per_step: {packs_per_step} packs cannot feed {data} data-parallel ranks "
+            f"(replicate {degrees.replicate} x shard {degrees.shard}); raise it to at least {data}, or give ranks to "
+            f"parallel.context or parallel.tensor"
+        ]
 
     def fits(packs: int) -> bool:
         return packs >= num_ranks and (degrees.stages_per_rank == 1 or packs % (packs // num_ranks) == 0)
 
     packs = -(-packs_per_step // data)
-    if fits(packs):
+    if num_ranks == 1 or fits(packs):
         return []
     more = [count * data for count in range(packs + 1, packs + 2 * num_ranks + 2) if fits(count)]
     return [
@@ -355,15 +359,7 @@ def build_layout(degrees: Degrees, ranks: Ranks) -> Layout:
         tower_fsdp = _make_mesh(replace(degrees, pipeline=1), ranks, degrees.pipeline * inner)
         upward = grid["pipeline"].get_group()
         downward = _make_groups(ranks, degrees.pipeline * inner, inner)
-    sharers = ulysses = ring = None
-    if degrees.sharers > 1:
-        sharers = dist.new_subgroups(degrees.sharers, timeout=ranks.timeout)[0]
-    of_ulysses = degrees.ulysses * degrees.tensor  # neighbours, of which all tensor ranks meet one after another
-    if degrees.ulysses > 1:
-        ulysses = sharers if degrees.sharers == degrees.ulysses else _make_groups(ranks, of_ulysses, degrees.tensor)
-    if degrees.ring > 1:
-        ring = sharers if degrees.sharers == degrees.ring else _make_groups(ranks, degrees.sharers, of_ulysses)
-    on_host = ranks.device.type == "cpu"
+    sharers, ulysses, ring = _make_token_groups(degrees, ranks)
     return Layout(
         degrees=degrees,
         ranks=ranks,
@@ -377,17 +373,28 @@ def build_layout(degrees: Degrees, ranks: Ranks) -> Layout:
         sharers_group=sharers,
         upward=upward,
         downward=downward,
-        channels={
-            name: cast(dist.ProcessGroup, dist.group.WORLD)
-            if ranks.world_size == 1 or (name == "main" and on_host)
-            else _make_host_group(ranks)
-            for name in CHANNELS
-        },
+        channels={name: _make_channel(name, ranks) for name in CHANNELS},
     )
 
 
-def _make_host_group(ranks: Ranks) -> dist.ProcessGroup:
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=ranks.timeout))
+def _make_channel(name: Channel, ranks: Ranks) -> dist.ProcessGroup:
+    """A group of all ranks for tensors of the host; the job's own where that does."""
+    does = ranks.world_size == 1 or (name == "main" and ranks.device.type == "cpu")
+    group = dist.group.WORLD if does else dist.new_group(backend="gloo", timeout=ranks.timeout)
+    return cast(dist.ProcessGroup, group)
+
+
+def _make_token_groups(degrees: Degrees, ranks: Ranks) -> tuple[dist.ProcessGroup | None, ...]:
+    """Ranks that share a pack's tokens, and of them those that swap tokens for heads, and those that pass keys on."""
+    sharers = ulysses = ring = None
+    if degrees.sharers > 1:
+        sharers = dist.new_subgroups(degrees.sharers, timeout=ranks.timeout)[0]
+    of_ulysses = degrees.ulysses * degrees.tensor  # neighbours, of which all tensor ranks meet one after another
+    if degrees.ulysses > 1:
+        ulysses = sharers if degrees.sharers == degrees.ulysses else _make_groups(ranks, of_ulysses, degrees.tensor)
+    if degrees.ring > 1:
+        ring = sharers if degrees.sharers == degrees.ring else _make_groups(ranks, degrees.sharers, of_ulysses)
+    return sharers, ulysses, ring
 
 
 def _make_mesh(degrees: Degrees, ranks: Ranks, fsdp: int, **divided: int) -> DeviceMesh:

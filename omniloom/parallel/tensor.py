@@ -20,13 +20,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from omniloom.ops.cross_entropy import choose_chunk_tokens, linear_cross_entropy
 from omniloom.ops.linear_map import LinearMap
 from omniloom.parallel.collectives import gather_rows, sum_rows, swap_rows_for_columns
 from omniloom.parallel.context import PrepareHeads, share_of_parts
-from omniloom.parallel.fsdp import match_modules
+from omniloom.parallel.fsdp import divide_parameter, match_modules
 from omniloom.sharding import ShardingPlan, TensorSharding
 from omniloom.types import Segments
 
@@ -121,7 +121,8 @@ def _divide_parameters(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, s
         for key, parameter in own.items():
             if id(parameter) not in divided:
                 dim = dims.get(name, {}).get(key)
-                divided[id(parameter)] = _divide(parameter, mesh, Replicate() if dim is None else Shard(dim))
+                placement = Replicate() if dim is None else Shard(dim)
+                divided[id(parameter)] = divide_parameter(parameter, mesh, placement)
             module.register_parameter(key, divided[id(parameter)])
         # as fully_shard changes the class of what it shards: names of parameters and modules stay as they are
         module.__class__ = type(f"Local{type(module).__name__}", (LocalParameters, type(module)), {})
@@ -129,17 +130,6 @@ def _divide_parameters(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, s
         for name in match_modules(model, (pattern,)):
             parted: Any = model.get_submodule(name)
             parted.parted_outputs = widths
-
-
-def _divide(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
-    """This rank's part, as `torch.chunk` divides: the last rank may have less."""
-    local = parameter.detach()
-    if isinstance(placement, Shard):
-        local = local.chunk(mesh.size(), dim=placement.dim)[mesh.get_local_rank()].contiguous()
-    whole = DTensor.from_local(
-        local, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
-    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
 class LocalParameters(nn.Module):

@@ -152,24 +152,18 @@ def open_workshop(
     adapter_sizes: Mapping[str, tuple[int, float]] | None = None,
     speaks: bool | None = None,
 ) -> Workshop:
-    """Read headers and config.json, choose the family, compare names and shapes. Reads no weights.
+    """Read headers and config.json, choose the family, compare names and shapes; no weights.
 
     With `adapter_decides`, `model.adapter` itself says what is adapted and how, and no policy has to.
     `adapter_sizes`: rank and alpha by our names of weights, where a run's adapters do not follow its policy.
     `speaks`: whether the talker is read too; True leaves it out where there is none, None asks the policy.
-
     Raises: ValueError for whatever does not fit.
     """
-    path = resolve_model_path(model_of_run(config.model.path))
-    checkpoint = open_checkpoint(path)
-    whole_json = read_json(path / "config.json")
-    refuse_quantised(checkpoint, whole_json)
-    spec = find_spec(whole_json, where=str(path / "config.json"))
-    layers = config.model.num_layers
-    config_json = spec.reduce_config(whole_json, text=layers.text, vision=layers.vision, audio=layers.audio)
+    checkpoint, whole_json, spec = _open_published(config)
+    config_json = spec.reduce_config(whole_json, **vars(config.model.num_layers))
     speaks = _speaks(config, spec, checkpoint) if speaks is None else speaks and _has_talker(spec, checkpoint)
-    family, modalities = spec.read_config(config_json, speaks=speaks), _wanted_modalities(config, spec)
-    whole_family = spec.read_config(whole_json, speaks=speaks)
+    modalities = _wanted_modalities(config, spec)
+    family, whole_family = (spec.read_config(found, speaks=speaks) for found in (config_json, whole_json))
     key_map = spec.key_map(whole_family)
     whole = _check_tensors(spec, checkpoint, key_map, whole_family)
     uncut, built = (_shapes(spec, family, kept) for kept in (spec.modalities, modalities))
@@ -191,6 +185,14 @@ def open_workshop(
         if not adapter_decides and not any(rule.lora for rule in config.policy.values()):
             raise ValueError(f"model.adapter is set, but no rule of policy has lora; what it needs: {adapter.needs}")
     return workshop
+
+
+def _open_published(config: Config) -> tuple[HFCheckpoint, dict[str, Any], ModelSpec]:
+    """The checkpoint, its config.json and its family."""
+    path = resolve_model_path(model_of_run(config.model.path))
+    checkpoint, config_json = open_checkpoint(path), read_json(path / "config.json")
+    refuse_quantised(checkpoint, config_json)
+    return checkpoint, config_json, find_spec(config_json, where=str(path / "config.json"))
 
 
 def model_of_run(path: str) -> str:
@@ -315,18 +317,8 @@ def build_optimizer(
     """What steps the parameters that train, as the config and the policy say; those on meta are other ranks'."""
     config = workshop.config
     here = [(name, parameter) for name, parameter in parameters.items() if not parameter.is_meta]
-    groups = parameter_groups(here, policies, muon=config.train.optimizer == "muon")
-    # torch wants a group even where a stage has nothing that trains
-    nothing = {
-        "params": [],
-        "names": [],
-        "lr": 0.0,
-        "peak_learning_rate": 0.0,
-        "weight_decay": 0.0,
-        "orthogonal": False,
-    }
     return make_optimizer(
-        groups or [nothing],
+        parameter_groups(here, policies, muon=config.train.optimizer == "muon"),
         config.train,
         offload=config.memory.offload_optimizer,
         device=device,

@@ -21,7 +21,6 @@ from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.step import Objective
 from omniloom.parallel.watchdog import Watchdog
 from omniloom.training.metrics import StepFigures
-from omniloom.training.optimizer import set_learning_rate
 from omniloom.training.schedule import decay_progress, schedule_factor
 from omniloom.types import LossTerms, StepPlan
 
@@ -100,5 +99,6 @@ class OptimizerStep:
             progress=progress,
             floor=settings.min_learning_rate / settings.learning_rate,
         )
-        set_learning_rate(self.optimizer, factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_learning_rate"] * factor
         return self.peak_rate * factor

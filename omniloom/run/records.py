@@ -20,7 +20,6 @@ from omniloom.checkpoint.files import write_json
 from omniloom.config import Config, config_to_dict
 from omniloom.data.sources import Sources
 from omniloom.data.stream import LoadedStep
-from omniloom.parallel.apply import count_graphs
 from omniloom.parallel.mesh import Layout
 from omniloom.run.best import BestSteps, read_evaluations, write_evaluations
 from omniloom.run.directory import FINISHED, record_config
@@ -85,7 +84,6 @@ class RunRecords:
         if layout.is_first:
             stack.enter_context(count_warnings(self._count_warning))
         self._spikes = SpikeDetector()
-        self.compiles = config.memory.compile is True  # whether there are graphs to count
 
     def say(self, words: str) -> None:
         self._num_warnings += words.startswith("warning: ")
@@ -166,18 +164,33 @@ class RunRecords:
         rows: Sources,
     ) -> None:
         """One finished step: its line in the metrics, and on the screen. `rows` are those that it is made of."""
-        stats, seconds = loaded.agreement.stats, figures.step_seconds
-        self._totals["samples"] += stats.num_samples
-        self._totals["tokens"] += stats.num_tokens
-        train = self.config.train
-        epoch = loaded.plan.rows_planned / len(rows) if train.steps else loaded.progress * (train.epochs or 1.0)
-        megaflops = work.by_component(sample.extent for pack in loaded.plan.packs for sample in pack.samples)
+        self._totals["samples"] += loaded.agreement.stats.num_samples
+        self._totals["tokens"] += loaded.agreement.stats.num_tokens
+        line = self._line(figures, loaded, work, report, rows)
+        if self._log is not None:
+            self._log.write(line, figures.expert_load)
+            if self._on_step is not None:
+                self._on_step(line)
+        self._screen.step(line, progress=loaded.progress)
+        if line.loss is not None and (usual := self._spikes.check(line.loss)) is not None:
+            self.say(f"warning: loss {line.loss:.3f} at step {line.step + 1} is a spike, usual is {usual:.3f}")
+
+    def _line(
+        self,
+        figures: StepFigures,
+        loaded: LoadedStep,
+        work: TrainingWork,
+        report: EvaluationReport | None,
+        rows: Sources,
+    ) -> StepMetrics:
+        stats, seconds, train = loaded.agreement.stats, figures.step_seconds, self.config.train
+        samples = [sample for pack in loaded.plan.packs for sample in pack.samples]
         shares = {
-            name: model_flops_utilisation(of_part, seconds, self._peak_flops, self.layout.world_size)
-            for name, of_part in megaflops.items()
+            name: model_flops_utilisation(megaflops, seconds, self._peak_flops, self.layout.world_size)
+            for name, megaflops in work.by_component(sample.extent for sample in samples).items()
         }
         mfu = sum(shares.values())
-        line = StepMetrics(
+        return StepMetrics(
             step=loaded.plan.step,
             loss=figures.loss,
             grad_norm=figures.grad_norm,
@@ -187,25 +200,17 @@ class RunRecords:
             mfu=mfu,
             mfu_of_nominal=mfu * self._peak_flops / self._nominal_flops if self._nominal_flops else None,
             mfu_parts=shares,
-            compiled_graphs=count_graphs() if self.compiles else None,
             data_wait_fraction=loaded.data_wait_seconds / seconds,
             peak_memory_bytes=figures.peak_memory_bytes,
             step_seconds=seconds,
             pack_fill=stats.num_tokens / (len(loaded.plan.packs) * self.config.data.pack_tokens),
             num_bad_samples=len(loaded.bad),
-            epoch=epoch,
+            epoch=loaded.plan.rows_planned / len(rows) if train.steps else loaded.progress * (train.epochs or 1.0),
             other_losses={name: loss for name, loss in figures.losses.items() if name != TEXT},
             expert_imbalance=figures.expert_imbalance,
             evaluation=None if report is None else report.figures(),
-            samples_of=rows.count(sample.row for pack in loaded.plan.packs for sample in pack.samples),
+            samples_of=rows.count(sample.row for sample in samples),
         )
-        if self._log is not None:
-            self._log.write(line, figures.expert_load)
-            if self._on_step is not None:
-                self._on_step(line)
-        self._screen.step(line, progress=loaded.progress)
-        if line.loss is not None and (usual := self._spikes.check(line.loss)) is not None:
-            self.say(f"warning: loss {line.loss:.3f} at step {line.step + 1} is a spike, usual is {usual:.3f}")
 
     def nothing_trained(self, loaded: LoadedStep) -> None:
         """Say that a step had nothing to learn from; its loss is null in the metrics."""

@@ -18,7 +18,7 @@ from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import read_header
 from omniloom.data.planner import Measure, Planner
 from omniloom.data.row_streams import is_stream
-from omniloom.data.rows import RowReader, SourceReader
+from omniloom.data.rows import RowReader, SourceReader, clips_of
 from omniloom.data.sources import Sources, open_sources
 from omniloom.data.speech import with_codes
 from omniloom.data.spilled_rows import STREAM_ROWS, StreamFeed, StreamRows
@@ -159,11 +159,8 @@ def describe_template(workshop: Workshop, source: Sources) -> str:
     """The chat template that rows are rendered with, and what rows may hold that it does not write."""
     processor: Any = open_rows(workshop, source, cache=False)().processor
     template = processor.renderer.template
-    return (
-        f"{template.where} (writes no {', no '.join(template.leaves_out)})"
-        if template.leaves_out
-        else str(template.where)
-    )
+    lacking = f" (writes no {', no '.join(template.leaves_out)})" if template.leaves_out else ""
+    return f"{template.where}{lacking}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,14 +209,11 @@ class OpenRows:
 
     def _parse(self, row: Row, file: str, line: int, *, options: DataConfig, loss_weight: float) -> Conversation:
         conversation = parse_row(row, file=file, line=line, options=options, needs_answer=self.needs_answer)
-        for turn in conversation.turns:
-            for part in turn.parts:
-                kinds = [part.kind] if part.media is not None else []
-                kinds += ["audio"] if part.media is not None and part.media.use_audio else []
-                for kind in kinds:
-                    if kind not in self.modalities:
-                        has = ", ".join(self.modalities)
-                        raise SampleError(f"{kind}s", f"the row has {kind}, this run only {has} (model.modalities)")
+        for media, kind in clips_of(conversation):
+            for wanted in (kind, "audio") if media.use_audio else (kind,):
+                if wanted not in self.modalities:
+                    has = ", ".join(self.modalities)
+                    raise SampleError(f"{wanted}s", f"the row has {wanted}, this run only {has} (model.modalities)")
         if self.last_answer_only:
             return _without_weights(conversation)
         if self.family.talker is not None:

@@ -25,6 +25,26 @@ from omniloom.run.trained_media import TrainedMedia
 from omniloom.training.policy import ParameterPolicy
 
 
+def _own_record(workshop: Workshop, policies: Mapping[str, ParameterPolicy]) -> dict[str, Any]:
+    """What a checkpoint says of its run beside the weights, as JSON: a run that goes on from it must have the same."""
+    train = workshop.config.train
+    return {
+        "model": fingerprint(workshop.checkpoint),
+        "adapters": {  # what decides, beside their weights, what adapters do
+            f"policy.{policy.component}.lora.{key}": getattr(policy.lora, key)
+            for policy in policies.values()
+            if policy.lora is not None and policy.trainable
+            for key in ("alpha", "rslora", "dora")
+        },
+        "optimizer": {f"train.{key}": getattr(train, key) for key in ("optimizer", "optimizer_states")},
+        "adapter_sizes": {  # of those that follow the adapter they began with
+            adapter.base: [adapter.rank, adapter.alpha]
+            for adapter in workshop.adapters
+            if (lora := policies[adapter.base].lora) and (lora.rank, lora.alpha) != (adapter.rank, adapter.alpha)
+        },
+    }
+
+
 class RunState:
     """A run's parameters and their checkpoints. Made and used on every rank; all methods are collective.
 
@@ -47,24 +67,10 @@ class RunState:
         self._settings, self._run_dir = config.checkpoint, Path(config.train.run_dir)
         self.parameters = dict(parameters)
         self._here = {name: parameter for name, parameter in parameters.items() if not parameter.is_meta}
-        # from published
+        # what differs from the published weights
         self.changed = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         self.media = TrainedMedia()
-        self._own: dict[str, Any] = {
-            "model": fingerprint(workshop.checkpoint),
-            "adapters": {  # what decides, beside their weights, what adapters do
-                f"policy.{policy.component}.lora.{key}": getattr(policy.lora, key)
-                for policy in policies.values()
-                if policy.lora is not None and policy.trainable
-                for key in ("alpha", "rslora", "dora")
-            },
-            "optimizer": {f"train.{key}": getattr(config.train, key) for key in ("optimizer", "optimizer_states")},
-            "adapter_sizes": {  # of those that follow the adapter they began with
-                adapter.base: [adapter.rank, adapter.alpha]
-                for adapter in workshop.adapters
-                if (lora := policies[adapter.base].lora) and (lora.rank, lora.alpha) != (adapter.rank, adapter.alpha)
-            },
-        }
+        self._own = _own_record(workshop, policies)
         self.saver = dcp.Saver(
             self._run_dir,
             keep=self._settings.keep,

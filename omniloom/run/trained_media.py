@@ -19,7 +19,7 @@ from omniloom.types import ClipGeometry, StepPlan
 PREPROCESSOR, VIDEO, PROCESSOR = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
 WIDEST = {"min_pixels": min, "max_pixels": max, "fps": max, "min_frames": min, "max_frames": max}
 TOTAL_PIXELS_CLASS = "Qwen3VLVideoProcessor"  # whose `size` bounds the pixels of all frames together
-MIN_FRAMES, MAX_FRAMES = 4, 768  # of transformers' video processors, where a file says nothing
+MIN_FRAMES = 4  # of transformers' video processors, where a file says nothing
 FRAME_TOKENS = (128, 768)  # the same, in merged patches of a frame
 CAP_FLOOR = 1.05  # a frame's cap stays above the least pixels by this factor, as published
 

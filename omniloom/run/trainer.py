@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.optim import Optimizer
 
 from omniloom.checkpoint.hf import gather_full
 from omniloom.checkpoint.run_lock import hold_run_lock
@@ -29,6 +28,7 @@ from omniloom.parallel.device import collect_on_call, only_deterministic, total_
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import (
     Layout,
+    Ranks,
     build_layout,
     close_distributed,
     init_distributed,
@@ -39,7 +39,6 @@ from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.step import Objective, run_packs
 from omniloom.parallel.watchdog import Watchdog
 from omniloom.run.best import BestSteps, read_evaluations
-from omniloom.run.compiling import LateCompile
 from omniloom.run.description import describe_run
 from omniloom.run.directory import (
     check_all_done,
@@ -83,22 +82,13 @@ def run(
     A run that is finished already is left as it is. With `overwrite` what an earlier run wrote in the directory is
     removed before the first step, once everything else has proved sound.
 
-    Raises: ValueError for whatever is wrong with config, checkpoint or data, before the first step where it is known.
-    RunError for what stops a sound run: numbers that are not finite, a rank that is gone.
+    Raises: ValueError for what is wrong with config, checkpoint or data; RunError for what stops a sound run.
     """
     timeout_seconds, run_dir = config.train.step_timeout_seconds, Path(config.train.run_dir)
     workshop, train_rows, eval_rows = open_run(config, spill=run_dir / "stream")
     ranks = init_distributed(timeout_seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
     try:
-        sharing = ranks.local_world_size if ranks.device.type == "cpu" else 1
-        of_device = total_memory_bytes(ranks.device) // sharing
-        memory_bytes, devices = least_over_ranks((of_device, ranks.local_world_size), ranks)
-        degrees, why = choose_degrees(
-            workshop, ranks.world_size, memory_bytes=memory_bytes, machine=Machine(devices=devices)
-        )
-        layout = build_layout(degrees, ranks)
-        if layout.is_first and why:
-            print("\n".join(why))
+        layout = _lay_out(workshop, ranks)
         with hold_run_lock(run_dir, layout.channels["checkpoint"]):
             if not overwrite and (finished := find_finished(run_dir, config)) is not None:
                 if layout.is_first:
@@ -114,13 +104,25 @@ def run(
     except RuntimeError as error:
         if not says_rank_is_gone(error):
             raise
+        cause = "; ".join([*getattr(error, "__notes__", ()), str(error).splitlines()[0]])
         raise LostRankError(
             f"rank {ranks.rank} lost another rank, which ended or was silent for {timeout_seconds:g} s (see what it "
-            f"said); the same command goes on from the last checkpoint "
-            f"({'; '.join([*getattr(error, '__notes__', ()), str(error).splitlines()[0]])})"
+            f"said); the same command goes on from the last checkpoint ({cause})"
         ) from error
     finally:
         close_distributed()
+
+
+def _lay_out(workshop: Workshop, ranks: Ranks) -> Layout:
+    """The layout that the config asks for; where the choice is ours, the first rank says why. Collective."""
+    sharing = ranks.local_world_size if ranks.device.type == "cpu" else 1
+    of_device = total_memory_bytes(ranks.device) // sharing
+    memory_bytes, devices = least_over_ranks((of_device, ranks.local_world_size), ranks)
+    machine = Machine(devices=devices)
+    degrees, why = choose_degrees(workshop, ranks.world_size, memory_bytes=memory_bytes, machine=machine)
+    if ranks.rank == 0 and why:
+        print("\n".join(why))
+    return build_layout(degrees, ranks)
 
 
 class LostRankError(RunError):
@@ -159,21 +161,9 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         loader = Loader(open_rows(workshop, train_rows), workers=config.data.workers)
         stack.callback(loader.close)
-        self.planner = open_planner(
-            workshop, train_rows, partial(loader.measure, on_measured=self.records.measured), layout
-        )
-        self.model, policies = build_model(workshop, layout)
-        parameters = all_parameters(workshop, self.model, layout)
-        optimizer = build_optimizer(workshop, parameters, policies, layout.device)
-        self.state = RunState(workshop, layout, self.model, parameters, policies, optimizer, self.records.say, stack)
-        plan = workshop.spec.sharding(workshop.family)
-        self.pool = EncoderPool(layout, plan, config.parallel.encoder_pool)
-        self.pipeline: Pipeline | None = None
-        if layout.degrees.pipeline > 1:
-            self.pipeline = Pipeline(self.model, layout, plan, config.parallel, workshop.compute_dtype)
-        self.late_compile = LateCompile(config, layout, self.model, plan)
-        self.optimizer_step = self._open_step(optimizer, policies)
-        self.work = training_work(self.state.changed, workshop.adapter_names)
+        measure = partial(loader.measure, on_measured=self.records.measured)
+        self.planner = open_planner(workshop, train_rows, measure, layout)
+        policies = self._build_model(stack)
         about = describe_run(workshop, layout, self.model, train_rows)
         stored = self._find_start(overwrite)
         bad_file = self.run_dir / "bad_samples.jsonl"
@@ -184,17 +174,30 @@ class Trainer:
         self._begin(stored, about, policies, overwrite)
         self.collect_garbage = stack.enter_context(collect_on_call())
 
-    def _open_step(self, optimizer: Optimizer, policies: Mapping[str, ParameterPolicy]) -> OptimizerStep:
-        return OptimizerStep(
-            layout=self.layout,
+    def _build_model(self, stack: ExitStack) -> dict[str, ParameterPolicy]:
+        """The model in its layout, and what trains it. Returns the policy of each parameter. Collective."""
+        workshop, layout = self.workshop, self.layout
+        self.model, policies = build_model(workshop, layout)
+        parameters = all_parameters(workshop, self.model, layout)
+        optimizer = build_optimizer(workshop, parameters, policies, layout.device)
+        self.state = RunState(workshop, layout, self.model, parameters, policies, optimizer, self.records.say, stack)
+        self.work = training_work(self.state.changed, workshop.adapter_names)
+        plan = workshop.spec.sharding(workshop.family)
+        self.pool = EncoderPool(layout, plan, self.config.parallel.encoder_pool)
+        self.pipeline: Pipeline | None = None
+        if layout.degrees.pipeline > 1:
+            self.pipeline = Pipeline(self.model, layout, plan, self.config.parallel, workshop.compute_dtype)
+        self.optimizer_step = OptimizerStep(
+            layout=layout,
             settings=self.config.train,
             optimizer=optimizer,
-            parameters=self.state.parameters.values(),
+            parameters=parameters.values(),
             total_rows=self.planner.order.total_rows or 1,
             peak_rate=max((own.learning_rate for own in policies.values() if own.trainable), default=0.0),
             pipeline=self.pipeline,
             watchdog=self.watchdog,
         )
+        return policies
 
     def _begin(
         self,
@@ -228,13 +231,11 @@ class Trainer:
             check_anew(self.run_dir)
         return stored
 
-    # ------------------------------------------------------------------------------------ the loop
-
     def run(self) -> int:
         """Loop until the run is over, or until a signal or the time limit asks to stop."""
         every, eval_every = self.config.checkpoint.every, self.config.train.eval_every
-        step, saved, evaluated = self.first_step, self.first_step, -1
-        report: EvaluationReport | None = None
+        step = self.saved_step = self.first_step
+        report: EvaluationReport | None = None  # of an evaluation after the last step
         if any(self.layout.exchange(self.stop.reason)):  # while the run was opened
             return self._leave_early(step)
         self.stop.start_clock()
@@ -246,27 +247,27 @@ class Trainer:
             if step % STEPS_BETWEEN_COLLECTIONS == 0:
                 self.collect_garbage()
             self.state.media.add(loaded.plan)
-            report = None  # of an evaluation at this step
+            report = None
             if self.evaluation is not None and eval_every and step % eval_every == 0 and not stop:
-                report, evaluated = self._evaluate(step), step
+                report = self._evaluate(step)
                 stop = report is None
             self.records.step(figures, loaded, self.work, report, self.train_rows)
-            if says := self.late_compile.after_step(loaded.progress):
-                self.records.say(says)
-                self.records.compiles = True
             if stop or (every and step % every == 0) or step in self.best.kept:
                 self._save(step)
-                saved = step
             if stop:
                 return self._leave_early(step)
             if self.best.is_exhausted:
                 break
             self.watchdog.enter(step, "waiting for data")
+        return self._finish(step, report)
+
+    def _finish(self, step: int, report: EvaluationReport | None) -> int:
+        """What follows the last step: a checkpoint, an evaluation and the results, as far as they are missing."""
         self._say_why_over(step)
-        if saved != step:
+        if self.saved_step != step:
             self._save(step)
         self.state.saver.finish()
-        if self.evaluation is not None and evaluated != step:
+        if self.evaluation is not None and report is None:
             report = self._evaluate(step)
             if report is None:
                 return self._leave_early(step)
@@ -355,6 +356,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         self.watchdog.enter(step, "checkpoint")
         self.state.save(step, self.stream.state_dict())
+        self.saved_step = step
         self.planner.release(self.stream.state)
 
     def _evaluate(self, step: int) -> EvaluationReport | None:

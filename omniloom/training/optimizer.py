@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch.nn import Parameter
 
 from omniloom.training.policy import ParameterPolicy
@@ -28,20 +27,16 @@ def parameter_groups(
         mesh = getattr(parameter, "device_mesh", None)  # set on DTensors only
         orthogonal = muon and is_orthogonal(name, parameter.ndim, policy)
         key = (policy.learning_rate, decay, mesh, orthogonal)
-        group = groups.setdefault(
-            key,
-            {
-                "params": [],
-                "names": [],
-                "lr": policy.learning_rate,
-                "peak_learning_rate": policy.learning_rate,
-                "weight_decay": decay,
-                "orthogonal": orthogonal,
-            },
-        )
+        group = groups.setdefault(key, _empty_group(policy.learning_rate, decay, orthogonal=orthogonal))
         group["params"].append(parameter)
         group["names"].append(name)
-    return list(groups.values())
+    # torch wants one even where a stage has nothing that trains
+    return list(groups.values()) or [_empty_group(0.0, 0.0, orthogonal=False)]
+
+
+def _empty_group(rate: float, decay: float, *, orthogonal: bool) -> dict[str, Any]:
+    settings = {"lr": rate, "peak_learning_rate": rate, "weight_decay": decay, "orthogonal": orthogonal}
+    return {"params": [], "names": [], **settings}
 
 
 def is_orthogonal(name: str, num_dims: int, policy: ParameterPolicy) -> bool:
@@ -51,10 +46,3 @@ def is_orthogonal(name: str, num_dims: int, policy: ParameterPolicy) -> bool:
     """
     is_other = policy.component.endswith(".router") or name.endswith(".conv1d.weight")
     return ".layers." in name and num_dims > 1 and not is_other
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Scale every group from its peak; return the highest rate, for the metrics line."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_learning_rate"] * factor
-    return float(max(group["lr"] for group in optimizer.param_groups))

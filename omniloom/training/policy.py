@@ -46,15 +46,10 @@ def resolve_policy(
     known: tuple[str, ...] = (),
     tied: Mapping[str, str] | None = None,
 ) -> dict[str, ParameterPolicy]:
-    """Give every parameter its policy.
+    """Give every parameter its policy: by `rules` of components, `components` of parameters, both by name.
 
-    Args:
-        rules: component name -> rule, as in the config.
-        components: parameter name -> component name.
-        learning_rate, weight_decay: the train section's values, in force where no rule says otherwise.
-        roots: components that `recompute` can be chosen for.
-        known: components that exist in the checkpoint but were not built; naming one is not an error.
-        tied: components whose weight is another's, with that one.
+    `learning_rate` and `weight_decay` hold where no rule says otherwise. Of components, `recompute` can be chosen for
+    `roots`; those `known` are in the checkpoint and were not built; `tied` have another's weight, which is named there.
 
     Raises: ValueError for rules that match nothing, and when nothing at all would train.
     """
@@ -125,25 +120,24 @@ def check_rates(rules: Mapping[str, PolicyRule], policies: Mapping[str, Paramete
 
 def trainable_table(policies: Mapping[str, ParameterPolicy], sizes: Mapping[str, int]) -> list[TrainableRow]:
     """Sum the parameters (global sizes by name) per component, in order of first appearance."""
-    rows: dict[str, TrainableRow] = {}
+    by_component: dict[str, list[str]] = {}
     for name, policy in policies.items():
-        row = rows.get(policy.component) or TrainableRow(
-            component=policy.component,
-            num_parameters=0,
-            num_trainable=0,
-            learning_rate=0.0,
-            weight_decay=policy.weight_decay,
-            lora_rank=None,
+        by_component.setdefault(policy.component, []).append(name)
+    rows = []
+    for component, names in by_component.items():
+        trained = [name for name in names if policies[name].trainable]
+        some = policies[(trained or names)[-1]]
+        rows.append(
+            TrainableRow(
+                component=component,
+                num_parameters=sum(sizes[name] for name in names),
+                num_trainable=sum(sizes[name] for name in trained),
+                learning_rate=some.learning_rate if trained else 0.0,
+                weight_decay=some.weight_decay,
+                lora_rank=next((lora.rank for name in reversed(trained) if (lora := policies[name].lora)), None),
+            )
         )
-        trained = sizes[name] if policy.trainable else 0
-        rows[policy.component] = replace(
-            row,
-            num_parameters=row.num_parameters + sizes[name],
-            num_trainable=row.num_trainable + trained,
-            learning_rate=policy.learning_rate if policy.trainable else row.learning_rate,
-            lora_rank=policy.lora.rank if policy.lora and policy.trainable else row.lora_rank,
-        )
-    return list(rows.values())
+    return rows
 
 
 def table_lines(table: Sequence[TrainableRow]) -> list[str]:

@@ -8,66 +8,52 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from omniloom.config import ConfigError, LogConfig
 
 
-class Tracker(Protocol):
-    def log(self, figures: Mapping[str, float], step: int) -> None: ...
+@dataclass(frozen=True, kw_only=True)
+class Tracker:
+    """A run at one of them."""
 
-    def close(self) -> None: ...
-
-
-class WandbTracker:
-    def __init__(self, project: str, run_dir: Path, about: Mapping[str, Any]) -> None:
-        import wandb
-
-        self._run: Any = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=dict(about))
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    log: Callable[[Mapping[str, float], int], object]  # figures, step
+    close: Callable[[], object]
 
 
-class SwanlabTracker:
-    def __init__(self, project: str, run_dir: Path, about: Mapping[str, Any]) -> None:
-        import swanlab
+def _open_wandb(project: str, run_dir: Path, about: Mapping[str, Any]) -> Tracker:
+    import wandb
 
-        folder = str(run_dir / "swanlab")
-        self._run: Any = swanlab.init(project=project, experiment_name=run_dir.name, logdir=folder, config=dict(about))
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        import swanlab
-
-        swanlab.finish()
+    run: Any = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), config=dict(about))
+    return Tracker(log=lambda figures, step: run.log(dict(figures), step=step), close=run.finish)
 
 
-class MlflowTracker:
-    def __init__(self, project: str, run_dir: Path, about: Mapping[str, Any]) -> None:
-        import mlflow
+def _open_swanlab(project: str, run_dir: Path, about: Mapping[str, Any]) -> Tracker:
+    import swanlab
 
-        self._mlflow: Any = mlflow
-        mlflow.set_experiment(project)
-        mlflow.start_run(run_name=run_dir.name)
-        mlflow.log_dict(dict(about), "config.json")
+    folder = str(run_dir / "swanlab")
+    run: Any = swanlab.init(project=project, experiment_name=run_dir.name, logdir=folder, config=dict(about))
+    return Tracker(log=lambda figures, step: run.log(dict(figures), step=step), close=swanlab.finish)
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        self._mlflow.log_metrics({key.replace(":", "_"): value for key, value in figures.items()}, step=step)
 
-    def close(self) -> None:
-        self._mlflow.end_run()
+def _open_mlflow(project: str, run_dir: Path, about: Mapping[str, Any]) -> Tracker:
+    import mlflow
+
+    mlflow.set_experiment(project)
+    mlflow.start_run(run_name=run_dir.name)
+    mlflow.log_dict(dict(about), "config.json")
+
+    def log(figures: Mapping[str, float], step: int) -> None:
+        mlflow.log_metrics({key.replace(":", "_"): value for key, value in figures.items()}, step=step)
+
+    return Tracker(log=log, close=mlflow.end_run)
 
 
 TRACKERS: Mapping[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = MappingProxyType(
-    {"wandb": WandbTracker, "swanlab": SwanlabTracker, "mlflow": MlflowTracker}
+    {"wandb": _open_wandb, "swanlab": _open_swanlab, "mlflow": _open_mlflow}
 )  # by their packages, which are their keys in the section log
 
 

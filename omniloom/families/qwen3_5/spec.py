@@ -6,11 +6,17 @@ from dataclasses import replace
 
 from omniloom.families.config_fields import ConfigSection, FamilyConfig, read_decoder, read_vision
 from omniloom.families.hf_rules import linears
-from omniloom.families.qwen3_5.processor import Qwen3_5Clips
 from omniloom.families.qwen3_vl import spec as qwen3_vl
+from omniloom.families.qwen3_vl.processor import Qwen3VLClips
 from omniloom.keymap import KeyMap, Rule
 
 PROJECTIONS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "norm")
+
+
+class Qwen3_5Clips(Qwen3VLClips):
+    """Media as tokens of Qwen3-VL, under templates of its own."""
+
+    templates = ("qwen3_5", "qwen3_5_nothink")
 
 
 def read_parts(file: ConfigSection) -> FamilyConfig:
