@@ -68,7 +68,11 @@ class ModelConfig:
     ] = None
     num_layers: LayerCounts = field(default_factory=LayerCounts)
     attention: Kernels = field(default_factory=Kernels)
-    dtype: Annotated[Dtype, "of compute and frozen weights; weights that train are float32"] = "bf16"
+    dtype: Annotated[
+        Literal["auto", "bf16", "float32"],
+        "of compute and frozen weights; auto is bf16 where the device computes in it, which many CPUs do ten times "
+        "slower, else float32. Weights that train are float32",
+    ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

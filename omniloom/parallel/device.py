@@ -162,6 +162,16 @@ def total_memory_bytes(device: torch.device) -> int:
     return int(torch.get_device_module(device).mem_get_info(device)[1])
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the device has products of bf16; one without puts them together, ten times slower than float32's."""
+    if device.type == "cpu":
+        known = torch.cpu.get_capabilities()
+        return any(known.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    if device.type == "cuda":
+        return bool(torch.get_device_module(device).get_device_capability(device) >= (8, 0))
+    return True
+
+
 def waits_for_grouped_products(device: torch.device) -> bool:
     """Whether grouped GEMM reads the sizes of groups on the host. Source: PyTorch, _grouped_mm's fallback on CUDA."""
     if device.type != "cuda" or not torch.accelerator.is_available():

@@ -22,8 +22,9 @@ def describe_run(workshop: Workshop, layout: Layout, model: OmniModel, rows: Sou
     device = layout.device
     train = workshop.config.train
     warning = None if train.steps is None else describe_warmup(train.warmup_steps, train.steps)
+    dtype = str(workshop.compute_dtype).removeprefix("torch.")
     return [
-        f"model  {workshop.spec.name} on {layout.degrees.describe()} ({device.type}), attention "
+        f"model  {workshop.spec.name} on {layout.degrees.describe()} ({device.type}, {dtype}), attention "
         f"{describe_kernels(workshop, device)}",
         *(f"       {line}" for line in describe_slow_ways(workshop, model, device)),
         f"data   {rows.described_size}, template {describe_template(workshop, rows)}",
@@ -44,6 +45,8 @@ def describe_kernels(workshop: Workshop, device: torch.device) -> str:
 def describe_slow_ways(workshop: Workshop, model: OmniModel, device: torch.device) -> list[str]:
     """What will run otherwise than the config and the model's sizes would let one think, a line each."""
     lines, config, dtype = [], workshop.config, workshop.compute_dtype
+    if config.model.dtype == "bf16" and not workshop.computes_bf16:
+        lines.append("model.dtype: this device has no products of bf16, float32 is some ten times faster here")
     widths = {
         width
         for name, weight in model.named_parameters()

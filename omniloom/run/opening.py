@@ -47,8 +47,6 @@ from omniloom.training.optimizer import parameter_groups
 from omniloom.training.policy import ParameterPolicy, check_rates, resolve_policy
 from omniloom.types import Adapter
 
-DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Workshop:
@@ -67,9 +65,12 @@ class Workshop:
     # rank and alpha of single weights of ours, where they are not the policy's
     adapter_sizes: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
+    computes_bf16: bool = True  # of the device that is used: what `model.dtype: auto` asks
+
     @property
     def compute_dtype(self) -> torch.dtype:
-        return DTYPES[self.config.model.dtype]
+        dtype = self.config.model.dtype
+        return torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and self.computes_bf16) else torch.float32
 
     @property
     def base_name(self) -> str:

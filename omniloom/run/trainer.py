@@ -24,7 +24,7 @@ from omniloom.data.sources import Sources
 from omniloom.data.stream import BadSampleFile, LoadedStep
 from omniloom.exit_codes import LOST_RANK, STOPPED_EARLY
 from omniloom.ops.linear_map import keyed_seed
-from omniloom.parallel.device import collect_on_call, only_deterministic, total_memory_bytes
+from omniloom.parallel.device import collect_on_call, computes_bf16, only_deterministic, total_memory_bytes
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import (
     Layout,
@@ -88,6 +88,8 @@ def run(
     workshop, train_rows, eval_rows = open_run(config, spill=run_dir / "stream")
     ranks = init_distributed(timeout_seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
     try:
+        (has_bf16,) = least_over_ranks([computes_bf16(ranks.device)], ranks)
+        workshop = replace(workshop, computes_bf16=bool(has_bf16))
         layout = _lay_out(workshop, ranks)
         with hold_run_lock(run_dir, layout.channels["checkpoint"]):
             if not overwrite and (finished := find_finished(run_dir, config)) is not None:

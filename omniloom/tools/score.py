@@ -22,6 +22,7 @@ from omniloom.data.rows import RowReader
 from omniloom.data.sources import Sources, open_sources
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import materialize
+from omniloom.parallel.device import computes_bf16
 from omniloom.run.evaluation import describe_question
 from omniloom.run.opening import Workshop, load_weights, open_workshop, without_talker
 from omniloom.run.rows import PROMPT_KEYS, ROW_KEYS, open_rows
@@ -81,6 +82,7 @@ def score_rows(
         given = replace(usual, model=named, data=replace(usual.data, train=(str(data),)))
         config = override_config(given, overrides, verb="score", takes=TAKES)
         workshop = open_workshop(config, adapter_decides=True, speaks=True)
+        workshop = replace(workshop, computes_bf16=computes_bf16(torch.device("cpu")))
         source = open_sources(config.data.train, config.data)
         scores, bad = _score(workshop, source)
         if worst is None:

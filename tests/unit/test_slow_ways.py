@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from omniloom.config import load_config
+from omniloom.parallel.device import computes_bf16
 from omniloom.run.description import describe_slow_ways
 from omniloom.run.opening import open_workshop
 from omniloom.tools.tiny import make_tiny
@@ -39,6 +41,24 @@ def test_settings_that_move_nothing_on_a_cpu_are_said(tmp_path) -> None:
         "memory.offload_optimizer",
     ]
     assert not describe_slow_ways(workshop, model, CUDA)
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "asked", "taken", "said"),
+    [(True, "auto", "bfloat16", 0), (False, "auto", "float32", 0), (False, "bf16", "bfloat16", 1)],
+)
+def test_the_dtype_is_what_the_device_computes_in_unless_asked(
+    tmp_path, monkeypatch, has_bf16, asked, taken, said
+) -> None:
+    """Of processors, as they tell what they have: bf16 without its instructions is ten times slower than float32."""
+    make_tiny("qwen3_vl", tmp_path / "model")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_bf16})
+    workshop = open_workshop(load_config(None, [f"model.path={tmp_path / 'model'}", f"model.dtype={asked}"]))
+    workshop = replace(workshop, computes_bf16=computes_bf16(CPU))
+    assert workshop.compute_dtype == getattr(torch, taken)
+    with torch.device("meta"):
+        lines = describe_slow_ways(workshop, workshop.build(), CPU)
+    assert ["model.dtype" in line for line in lines] == [True] * said
 
 
 def test_what_experts_cost_before_hopper_is_said(tmp_path, monkeypatch) -> None:
