@@ -147,7 +147,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(run_job, (WORLD, port, cases, str(result)), nprocs=WORLD)
+    stepping = test_layout_does_not_change_the_first_twenty_losses.__name__
+    trained = TRAINED if any(item.originalname == stepping for item in request.session.items) else ()
+    multiprocessing.spawn(run_job, (WORLD, port, cases, str(result), trained), nprocs=WORLD)
     return torch.load(Path(result), weights_only=False)
 
 
@@ -161,7 +163,8 @@ def test_layout_does_not_change_loss_norm_or_any_gradient(results: Results, name
     assert outcome.worst[0] < GRADIENT_BOUND, outcome.worst
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.values[0] in TRAINED])
+@pytest.mark.full  # `test_training_ranks.py` draws as many losses of whole runs
+@pytest.mark.parametrize("name", TRAINED)
 def test_layout_does_not_change_the_first_twenty_losses(results: Results, name: str) -> None:
     found, expected = results[1][name]
     assert len(expected) == 20
