@@ -115,21 +115,20 @@ class ExtentCache:
             self._connection = None
 
     def _run(self, statement: str, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        if self._gave_up:
-            return []
-        try:
-            return self._execute(statement, rows)
-        except sqlite3.OperationalError as error:  # locked for long, disk full, read-only, no such folder
-            _log.warning("extent cache %s is not used: %s", self._path, error)
-            self._give_up()
-        except sqlite3.DatabaseError as error:
-            _log.warning("extent cache %s is broken (%s): it is made anew", self._path, error)
-            self._remove()
+        for may_mend in (True, False):
+            if self._gave_up:
+                break
             try:
                 return self._execute(statement, rows)
-            except sqlite3.Error as second:
-                _log.warning("extent cache %s is not used: %s", self._path, second)
-                self._give_up()
+            except sqlite3.Error as error:
+                # locked for long, disk full, read-only, no such folder: else what is there is no database
+                if may_mend and not isinstance(error, sqlite3.OperationalError):
+                    _log.warning("extent cache %s is broken (%s): it is made anew", self._path, error)
+                    self._remove()
+                    continue
+                _log.warning("extent cache %s is not used: %s", self._path, error)
+                self.close()
+                self._gave_up = True
         return []
 
     def _execute(self, statement: str, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -165,10 +164,6 @@ class ExtentCache:
         self.close()
         for suffix in ("", "-journal", "-wal", "-shm"):
             Path(f"{self._path}{suffix}").unlink(missing_ok=True)
-
-    def _give_up(self) -> None:
-        self.close()
-        self._gave_up = True
 
 
 def hash_bytes(value: object) -> str:

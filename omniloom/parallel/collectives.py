@@ -97,26 +97,18 @@ def gather_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _SwapHeadsForTokens.apply(x, group, False)
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_gather(rows, group)
+class _GatherOrSumRows(torch.autograd.Function):
+    """Backward is the other one of the two."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(gradient, ctx.group), None
-
-
-class _SumRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _reduce_scatter(rows, group)
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup, gathers: bool) -> Tensor:
+        ctx.group, ctx.gathers = group, gathers
+        return _all_gather(rows, group) if gathers else _reduce_scatter(rows, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(gradient, ctx.group), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        passed = _reduce_scatter(gradient, ctx.group) if ctx.gathers else _all_gather(gradient, ctx.group)
+        return passed, None, None
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -124,7 +116,7 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     The gradient that reaches a row is the sum of what all ranks have for it: one reduce-scatter.
     """
-    return _GatherRows.apply(rows, group)
+    return _GatherOrSumRows.apply(rows, group, True)
 
 
 def sum_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -132,7 +124,7 @@ def sum_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     The way of `gather_rows`'s gradient, and back. Collective: one reduce-scatter.
     """
-    return _SumRows.apply(rows, group)
+    return _GatherOrSumRows.apply(rows, group, False)
 
 
 def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:

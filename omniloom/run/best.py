@@ -35,17 +35,13 @@ class BestSteps:
     def __init__(self, config: Config, evaluations: Mapping[int, Mapping[str, float]]) -> None:
         settings = config.checkpoint
         self.name, self._num_kept, self._patience = settings.best, settings.keep_best, config.train.patience
-        self._sign = 1 if self.is_lower_better(config) else -1
+        is_lowest = settings.best_is == "lowest" if settings.best_is else is_lower_better(settings.best or "")
+        self._sign = 1 if is_lowest else -1
         self._values = {
             step: figures[self.name]
             for step, figures in evaluations.items()
             if self.name is not None and self.name in figures
         }
-
-    @staticmethod
-    def is_lower_better(config: Config) -> bool:
-        settings = config.checkpoint
-        return is_lower_better(settings.best or "") if settings.best_is is None else settings.best_is == "lowest"
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """Note an evaluation. Raises: ValueError where it has no such figure."""

@@ -36,7 +36,7 @@ def describe_run(workshop: Workshop, layout: Layout, model: OmniModel, rows: Sou
 def describe_kernels(workshop: Workshop, device: torch.device) -> str:
     """The attention kernel of each component. Raises: ValueError for one that this device or dtype does not have."""
     return ", ".join(
-        f"{name} {kernel if name == 'delta_rule' else resolve_kernel(kernel, device.type, workshop.compute_dtype)}"
+        f"{name} {resolve_kernel(kernel, device.type, workshop.compute_dtype)}"
         for name, kernel in asdict(workshop.config.model.attention).items()
         if name != "delta_rule"  # no attention: `ops.delta_rule` has kernels of its own
     )
