@@ -332,8 +332,10 @@ def dict_of(sample: Any) -> dict[str, Any]:
     return dict(sample)
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # its loader's, where there is no accelerator
 def test_megatron_energon_reads_what_is_written(shards: tuple[Path, Path]) -> None:
-    energon = pytest.importorskip("megatron.energon")
+    import megatron.energon as energon
+
     dataset = energon.get_train_dataset(
         str(shards[1]), worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0), batch_size=None,
         shuffle_buffer_size=None, max_samples_per_sequence=None, repeat=False,
