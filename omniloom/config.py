@@ -254,7 +254,7 @@ class MemoryConfig:
     offload_activations: Annotated[bool, "keep activations in host memory until backward"] = False
     offload_optimizer: Annotated[bool, "keep the optimizer's states in host memory between steps"] = False
     loss_chunk_tokens: Annotated[Count | Literal["auto"], "tokens whose logits are held at once"] = "auto"
-    compile: Annotated[bool, "compile the blocks"] = False
+    compile: Annotated[bool | Literal["auto"], "compile the blocks; auto: on CPU, in runs of over 20 minutes"] = False
 
 
 @dataclass(frozen=True, kw_only=True)

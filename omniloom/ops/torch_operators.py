@@ -23,3 +23,10 @@ def varlen() -> Any:
     import torch.nn.attention.varlen
 
     return torch.ops.torch_attn
+
+
+def count_graphs() -> int:
+    """Graphs that this process has compiled so far."""
+    from torch._dynamo.utils import counters  # slow to import, and there wherever something was compiled
+
+    return int(counters["stats"]["unique_graphs"])

@@ -97,9 +97,8 @@ def apply_parallelism(
     if layout.expert is not None:
         _divide_experts(model, layout.expert.get_group(), plan)
     _keep_less(model, layout, plan, memory, recompute or {})
-    if memory.compile:
-        for name in match_modules(model, plan.blocks):
-            model.get_submodule(name).compile()
+    if memory.compile is True:
+        compile_blocks(model, plan)
     shard_parameters(model, layout, plan, parallel, compute_dtype)
 
 
@@ -147,6 +146,12 @@ def _keep_less(
         if memory.offload_activations and layout.device.type != "cpu":
             copies = copies or HostCopies(layout.device)
             model.set_submodule(name, OffloadingCall(model.get_submodule(name), copies))
+
+
+def compile_blocks(model: nn.Module, plan: ShardingPlan) -> None:
+    """Have each block compiled when it is next called."""
+    for name in match_modules(model, plan.blocks):
+        model.get_submodule(name).compile()
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:

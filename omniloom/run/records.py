@@ -20,6 +20,7 @@ from omniloom.checkpoint.files import write_json
 from omniloom.config import Config, config_to_dict
 from omniloom.data.sources import Sources
 from omniloom.data.stream import LoadedStep
+from omniloom.ops.torch_operators import count_graphs
 from omniloom.parallel.mesh import Layout
 from omniloom.run.best import BestSteps, read_evaluations, write_evaluations
 from omniloom.run.directory import FINISHED, record_config
@@ -81,6 +82,7 @@ class RunRecords:
         self._start, self._shown = time.monotonic(), time.monotonic()
         self._totals = {"samples": 0, "tokens": 0}  # of this start
         self._num_warnings = 0
+        self.compiles = config.memory.compile is True  # whether there are graphs to count
         if layout.is_first:
             stack.enter_context(count_warnings(self._count_warning))
         self._spikes = SpikeDetector()
@@ -200,6 +202,7 @@ class RunRecords:
             mfu=mfu,
             mfu_of_nominal=mfu * self._peak_flops / self._nominal_flops if self._nominal_flops else None,
             mfu_parts=shares,
+            compiled_graphs=count_graphs() if self.compiles else None,
             data_wait_fraction=loaded.data_wait_seconds / seconds,
             peak_memory_bytes=figures.peak_memory_bytes,
             step_seconds=seconds,

@@ -39,6 +39,7 @@ from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.step import Objective, run_packs
 from omniloom.parallel.watchdog import Watchdog
 from omniloom.run.best import BestSteps, read_evaluations
+from omniloom.run.compiling import LateCompile
 from omniloom.run.description import describe_run
 from omniloom.run.directory import (
     check_all_done,
@@ -189,6 +190,7 @@ class Trainer:
         self.pipeline: Pipeline | None = None
         if layout.degrees.pipeline > 1:
             self.pipeline = Pipeline(self.model, layout, plan, self.config.parallel, workshop.compute_dtype)
+        self.late_compile = LateCompile(self.config, layout, self.model, plan)
         self.optimizer_step = OptimizerStep(
             layout=layout,
             settings=self.config.train,
@@ -254,6 +256,9 @@ class Trainer:
                 report = self._evaluate(step)
                 stop = report is None
             self.records.step(figures, loaded, self.work, report, self.train_rows)
+            if says := self.late_compile.after_step(loaded.progress):
+                self.records.say(says)
+                self.records.compiles = True
             if stop or (every and step % every == 0) or step in self.best.kept:
                 self._save(step)
             if stop:

@@ -75,6 +75,7 @@ class StepMetrics(PackStats):
     evaluation: Mapping[str, float] | None = None  # each of its figures is a key of the line
     mfu_of_nominal: float | None = None  # None where the device's nominal peak is not known
     mfu_parts: Mapping[str, float] | None = None  # of `mfu`, by component: keys `mfu_decoder`, `mfu_towers`
+    compiled_graphs: int | None = None  # of this process up to now; those of late steps were compiled anew
     samples_of: Mapping[str, int] | None = None  # planned of each data set, where there are several: num_samples.NAME
 
 

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 from omniloom.models.fusion import OmniModel
 from omniloom.ops.linear_map import keyed_seed
+from omniloom.ops.torch_operators import count_graphs
 from omniloom.parallel.fsdp import match_modules
 from omniloom.parallel.recompute import Recompute, recompute_layers
 from omniloom.run.opening import Workshop
@@ -117,6 +118,7 @@ def test_unlike_packs_share_two_graphs_without_a_break(setting: Setting, tmp_pat
             gradients(model, pack)
     assert not counters["graph_break"]
     graphs = {root: backend.frame_count for root, backend in backends.items()}
+    assert count_graphs() == sum(graphs.values())  # what the metrics say
     kinds = dict.fromkeys(plan.roots, 1)
     if plan.recurrences:
         kinds["text"] = 2

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from omniloom.ops import torch_operators
+from omniloom.ops.torch_operators import count_graphs
 from omniloom.parallel.collectives import group_of
 
 SCHEMAS = {
@@ -43,10 +44,11 @@ def test_lists_of_tensors_are_normed_in_the_dtype_asked_for_and_scaled_in_place(
     assert [tensor[0].item() for tensor in tensors] == [1.5, 0.5]
 
 
-def test_a_group_is_found_by_its_name() -> None:
+def test_a_group_is_found_by_its_name_and_graphs_are_counted() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         assert dist.group.WORLD is not None
         assert group_of(dist.group.WORLD.group_name) is dist.group.WORLD
     finally:
         dist.destroy_process_group()
+    assert isinstance(count_graphs(), int)
