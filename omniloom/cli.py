@@ -40,6 +40,9 @@ Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token, m
 TopP = Annotated[float, typer.Option(help="draw from this share of the likeliest tokens")]
 TopK = Annotated[int, typer.Option(help="draw from so many of the likeliest tokens; 0 is all")]
 Seed = Annotated[int, typer.Option(help="of drawn tokens")]
+SpeakerName = Annotated[str, typer.Option(help="whose voice; without it the row's, or the usual one")]
+SpeechTemperature = Annotated[float, typer.Option(help="of the codes of speech; 0 takes the likeliest")]
+SpeechSeconds = Annotated[float, typer.Option(help="of a spoken answer at most")]
 
 
 @app.command()
@@ -153,6 +156,15 @@ def generate(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = 0,
+    speech: Annotated[
+        Path | None, typer.Option(help="speak the answer into this wav file, those of --data into this folder")
+    ] = None,
+    speaker: SpeakerName = "",
+    speech_temperature: SpeechTemperature = 0.9,
+    speech_seconds: SpeechSeconds = 120.0,
+    listen: Annotated[
+        str | None, typer.Option(help="of --speech: a command that prints the words of the wav file behind it")
+    ] = None,
 ) -> None:
     """Answer a prompt about media, or every row of a file, with transformers' generate fed by our processor."""
     from omniloom.tools.generate import Sampling, answers, print_answers, split_words
@@ -161,6 +173,15 @@ def generate(
     prompt, overrides = split_words(words or [], has_data=data is not None)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "overrides": overrides, "adapter": adapter}
+    if speech is not None:
+        from omniloom.tools.speak import Voice, spoken_answers
+
+        how: Any = {"speaker": speaker, "temperature": speech_temperature, "seconds": speech_seconds, "listen": listen}
+        lines = spoken_answers(model, prompt, media, Voice(target=speech, **how), data=data, **options)
+        print_answers(lines, as_json=data is not None)
+        return
+    if speaker or listen is not None:
+        raise ValueError("--speaker and --listen are of spoken answers; name a wav file with --speech, too")
     print_answers(answers(model, prompt, media, data=data, **options), as_json=data is not None)
 
 
@@ -177,11 +198,19 @@ def chat(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = 0,
+    speech: Annotated[Path | None, typer.Option(help="speak the answers, too, into wav files of this folder")] = None,
+    speaker: SpeakerName = "",
+    speech_temperature: SpeechTemperature = 0.9,
+    speech_seconds: SpeechSeconds = 120.0,
 ) -> None:
     """Talk with a model; /image PATH, /audio PATH, /video PATH go with the next line, /reset forgets, /quit leaves."""
     from omniloom.tools.chat import chat as talk
     from omniloom.tools.generate import Sampling
+    from omniloom.tools.speak import Voice
 
+    if speaker and speech is None:
+        raise ValueError("--speaker is of spoken answers; name a folder for their wav files with --speech, too")
+    how: Any = {"speaker": speaker, "temperature": speech_temperature, "seconds": speech_seconds}
     media = {"image": image or [], "audio": audio or [], "video": video or []}
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     talk(
@@ -191,6 +220,7 @@ def chat(
         sampling=sampling,
         overrides=overrides or [],
         adapter=adapter,
+        voice=None if speech is None else Voice(target=speech, **how),
     )
 
 

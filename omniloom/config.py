@@ -67,6 +67,9 @@ class ModelConfig:
         tuple[Literal["text", "image", "video", "audio"], ...] | None, "what to build; null is all the model has"
     ] = None
     num_layers: LayerCounts = field(default_factory=LayerCounts)
+    new_speakers: Annotated[dict[str, str], "voices to train beside the checkpoint's: name: the one it starts from"] = (
+        field(default_factory=dict)
+    )
     attention: Kernels = field(default_factory=Kernels)
     dtype: Annotated[
         Literal["auto", "bf16", "float32"],

@@ -155,6 +155,7 @@ class Speech:
 
     source: MediaSource | None = None
     codes: tuple[tuple[int, ...], ...] = ()  # of each code group, a code a frame
+    recording: str = ""  # from which the codes were made, as a path from the rows' folder; "" where it is not known
     speaker: str = ""  # a voice of the checkpoint; empty: its usual one
 
 
@@ -541,7 +542,8 @@ class LossTerms:
     """What the part of a model that is here made of a pack, or of several."""
 
     # float32 scalars by the loss's name, over the rows and layers that are here. TEXT: sum of weight x cross entropy;
-    # ROUTER: mean over MoE layers of the load-balancing loss, without gradient, which rides on the hidden rows
+    # ROUTER: mean over MoE layers of the load-balancing loss, without gradient, which rides on the hidden rows. Outside
+    # of training other sums may stand beside them; the loss whose weights they are made of is named before a dot
     sums: Mapping[str, Tensor]
     expert_counts: Tensor  # int64 [num MoE layers, E]: valid tokens sent to each expert; [0, 0] if dense
     hidden: Tensor | None = None  # [T, C]: rows for the next part of the model, where the loss head is not here

@@ -232,7 +232,9 @@ def _peft_config(
         "use_dora": any(adapter.magnitude is not None for adapter in adapters),
         "target_modules": sorted(set(names.values()) - parameters),
         # the talker has a list of modules called lm_head
-        "exclude_modules": r"talker\..*" if any(len(targets[a.base].keys) > 1 for a in adapters) else None,
+        "exclude_modules": r"talker\.code_predictor\.lm_head"
+        if any(len(targets[a.base].keys) > 1 for a in adapters)
+        else None,
         "target_parameters": sorted(parameters) or None,
         "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != rank_default},
         "alpha_pattern": {re.escape(name): alpha for name, alpha in alphas.items() if alpha != alpha_default},

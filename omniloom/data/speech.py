@@ -21,15 +21,19 @@ CODE_FILE_LIMIT = 2**28  # bytes; 16 codes a frame of eight bytes each make days
 
 
 def read_speech(message: Mapping[str, Any], where: str, media: RowMedia) -> Speech:
-    """What an answer says of its sound: `speech` and `speaker`. Raises: SampleError."""
+    """What an answer says of its sound: `speech`, `speaker` and `recording`. Raises: SampleError."""
     given, speaker = message.get("speech"), message.get("speaker")
     if given is None:
         raise SampleError(f"{where}.speech", f"a speaker ({str(speaker)[:60]!r}) and no speech; give codes or a file")
     if not isinstance(speaker, str | None):
         raise SampleError(f"{where}.speaker", f"expected the name of a voice, got {str(speaker)[:60]!r}")
+    recording = message.get("recording", "")
+    if not isinstance(recording, str):
+        raise SampleError(f"{where}.recording", f"expected the name of a file, got {str(recording)[:60]!r}")
+    speech = Speech(speaker=speaker or "", recording=recording)
     if isinstance(given, list | tuple | np.ndarray):
-        return Speech(codes=_as_codes(given, f"{where}.speech"), speaker=speaker or "")
-    return Speech(source=media.clip("audio", given, f"{where}.speech").media, speaker=speaker or "")
+        return replace(speech, codes=_as_codes(given, f"{where}.speech"))
+    return replace(speech, source=media.clip("audio", given, f"{where}.speech").media)
 
 
 def with_codes(conversation: Conversation) -> Conversation:

@@ -68,6 +68,8 @@ class ModelSpec:
     make_decoder: Callable[..., Decoder] = make_decoder  # of (config.text, kernel=, rule=, loss_chunk_tokens=)
     read_talker: Callable[[ConfigSection], TalkerConfig] | None = None  # the whole file -> dims; None: it cannot train
     make_talker: Callable[..., Talker] | None = None  # of (config.talker, kernel=, loss_chunk_tokens=)
+    # of (config.json, new voices by name with the ones they start from)
+    add_speakers: Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]] | None = None
 
     def read_config(self, config_json: Mapping[str, Any], *, speaks: bool = False) -> FamilyConfig:
         """Dims from config.json, of the talker only if the model `speaks`.

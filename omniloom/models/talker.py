@@ -119,10 +119,13 @@ class Talker(nn.Module):
         self.code_predictor = code_predictor
 
     def forward(self, batch: PackedBatch, inputs: SpeechInputs) -> tuple[dict[str, Tensor], Tensor]:
-        """Sums of the losses CODE0, CODES and ROUTER, float32 scalars, and expert counts int64 [layers, E]."""
+        """Sums of the losses CODE0, CODES and ROUTER, float32 scalars, and expert counts int64 [layers, E].
+
+        When nothing is trained also `right`.
+        """
         hidden, states, sums, counts = self.run(batch, inputs)
         sums |= self.losses(hidden, states, batch.targets, layer_key(batch.draw_key))
-        return sums, counts
+        return sums if self.training else sums | self.right(hidden, states, batch.targets), counts
 
     def run(self, batch: PackedBatch, inputs: SpeechInputs) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
         """States [T, C] and, of the code predictor, [F, G, C]; the routers' losses and counts, see `Decoder`."""
@@ -148,6 +151,19 @@ class Talker(nn.Module):
             CODE0: self.cross_entropy(hidden[code0.token_index], head, code0.values, code0.weights),
             CODES: self.code_predictor.loss(states, codes.values, codes.weights, draw_key),
         }
+
+    def right(self, hidden: Tensor, states: Tensor, targets: Mapping[str, Targets]) -> dict[str, Tensor]:
+        """Of each code of a frame the sum of the weights where it, or the end, is the likeliest: float32 scalars.
+
+        Each is named by the loss whose weights these are, a dot, and the code's number: `code0.0`, `codes.1`, ...
+        """
+        code0, codes = targets[CODE0], targets[CODES]
+        best = self.head(hidden[code0.token_index]).argmax(dim=-1)
+        found = {f"{CODE0}.0": ((best == code0.values) * code0.weights).sum()}
+        for group, head in enumerate(self.code_predictor.heads, start=1):
+            best = head(states[:, group]).argmax(dim=-1)
+            found[f"{CODES}.{group}"] = ((best == codes.values[:, group]) * codes.weights).sum()
+        return found
 
     def _embed_rows(self, batch: PackedBatch, inputs: SpeechInputs, frames: Tensor) -> Tensor:
         """Rows [T, C]: projected text or media, and on top tokens of the codec and `frames` [F, C]."""

@@ -38,9 +38,15 @@ class SpeechTokens:
     media: tuple[int, ...]  # of text: what takes a hidden state in place of an embedding
     speakers: Mapping[str, int]  # voices by name, in lower case
     num_code_groups: int
-    first_codes: int  # ids of the talker, voices and marks among them
-    other_codes: int  # codes of the other groups
+    num_codes: int  # of each codebook
     positions_per_second: float
+
+    def voice(self, name: str, where: str) -> int:
+        """The id of a voice, of the usual one where `name` is empty. Raises: SampleError about `where`."""
+        if (found := self.speakers.get((name or USUAL_SPEAKER).lower())) is None:
+            said = f"unknown speaker {name!r}" if name else "no speaker is given"
+            raise SampleError(where, f"{said}; the checkpoint knows {', '.join(self.speakers) or 'none'}")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +106,7 @@ class SpeechLayout:
                 raise SampleError(where, "the answer has no words, and what is spoken follows words; give its text")
             if weight := float(chat.weights[end]) * conversation.weight:
                 codes = self._codes(turn.speech, where)
-                speaker = self._speaker(turn.speech, where)
+                speaker = self.tokens.voice(turn.speech.speaker, f"{where}, speaker")
                 found.append(SpokenTurn(start=start, end=end, codes=codes, speaker=speaker, weight=weight))
         return found
 
@@ -182,7 +188,7 @@ class SpeechLayout:
         return sample_positions([*reversed(kept), num_own])
 
     def _codes(self, speech: Speech, where: str) -> np.ndarray:
-        groups, tokens = self.tokens.num_code_groups, self.tokens
+        groups = self.tokens.num_code_groups
         lengths = {len(group) for group in speech.codes}
         if len(speech.codes) != groups or len(lengths) != 1:
             got = f"{len(speech.codes)} groups of {', '.join(map(str, sorted(lengths))) or 'no'} frames"
@@ -190,20 +196,12 @@ class SpeechLayout:
         codes = np.array(speech.codes, np.int64)
         if codes.shape[1] == 0:
             raise SampleError(where, "expected codes of at least one frame, got none")
-        limits = [("group 0", codes[0], tokens.first_codes), ("the other groups", codes[1:], tokens.other_codes)]
-        for name, of_groups, limit in limits:
-            low, high = int(of_groups.min()), int(of_groups.max())
-            if low < 0 or high >= limit or (name == "group 0" and tokens.codec_eos in codes[0]):
-                but = f" and not the end, {tokens.codec_eos}," if name == "group 0" else ","
-                raise SampleError(where, f"codes of {name} must be from 0 to {limit - 1}{but} got {low} to {high}")
+        low, high, limit = int(codes.min()), int(codes.max()), self.tokens.num_codes
+        if low < 0 or high >= limit:
+            raise SampleError(
+                where, f"codes must be from 0 to {limit - 1}, those of the codebooks, got {low} to {high}"
+            )
         return codes
-
-    def _speaker(self, speech: Speech, where: str) -> int:
-        name, known = speech.speaker or USUAL_SPEAKER, self.tokens.speakers
-        if name.lower() not in known:
-            said = f"unknown speaker {name!r}" if speech.speaker else "no speaker is given"
-            raise SampleError(f"{where}, speaker", f"{said}; the checkpoint knows {', '.join(known) or 'none'}")
-        return known[name.lower()]
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -47,7 +47,7 @@ def compare_answers(rows: Sequence[Row], own: Iterable[tuple[str, Metric]] = ())
     if not rows:
         return {}
     found = {"eval_exact_match": _mean(row["expected"].strip() == row["answer"].strip() for row in rows)}
-    found |= _error_rates([row for row in rows if is_transcription(row)])
+    found |= error_rates([row for row in rows if is_transcription(row)])
     pairs = [(row, choice) for row in rows if (choice := _expected_choice(row)) is not None]
     if pairs:
         found["eval_choice"] = _mean(_choice_of(row["answer"]) == choice for row, choice in pairs)
@@ -94,7 +94,7 @@ def _is_in_word(text: str, place: int) -> bool:
     return text[place] == "'" and text[place - 1 : place].isalpha() and text[place + 1 : place + 2].isalpha()
 
 
-def _error_rates(rows: Sequence[Row]) -> dict[str, float]:
+def error_rates(rows: Sequence[Row]) -> dict[str, float]:
     """Edits over the length of what was expected, all rows together; CER counts no spaces. Source: jiwer."""
     spoken = [(expected, normalise(row["answer"])) for row in rows if (expected := normalise(row["expected"]))]
     if not spoken:

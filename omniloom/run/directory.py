@@ -25,8 +25,8 @@ FINISHED = "finished.json"  # {"step": N}: all steps are done and all results wr
 # which a new run begins anew before its first step.
 OWN_FILES = (
     *("checkpoints", FINISHED, "stopped.json", "config.yaml", "config_until_step_*.yaml", "metrics.jsonl"),
-    *("expert_load.jsonl", "trainable.json", "starts.jsonl", "worst_rows.jsonl", "evaluations.jsonl", "answers"),
-    *("tensorboard", "wandb", "swanlab"),
+    *("expert_load.jsonl", "trainable.json", "starts.jsonl", "worst_rows.jsonl", "spoken_rows.jsonl"),
+    *("evaluations.jsonl", "answers", "tensorboard", "wandb", "swanlab"),
     *("nonfinite_step_*.json", "trace_rank*.json", "hf", "adapter", "report.html"),
 )
 # keys that change neither what is trained nor what is left of it

@@ -45,6 +45,7 @@ class EvaluationReport:
     losses: Mapping[str, float]  # by name, weighted means over all held-out rows
     loss_by_modality: Mapping[str, float]  # text's, of the modalities that were measured
     loss_by_set: Mapping[str, float]  # text's, of the data sets where there are several
+    code_accuracy: Mapping[str, float]  # of speech, by the code's number in its frame: share that is the likeliest
     num_rows: int
     num_bad: int  # rows that could not be read
     answers: Mapping[str, float] = field(default_factory=dict)  # figures by name, of the rows answered
@@ -55,6 +56,7 @@ class EvaluationReport:
         found = {"eval_loss" if name == TEXT else f"eval_{name}_loss": loss for name, loss in self.losses.items()}
         found |= {f"eval_loss.{modality}": loss for modality, loss in self.loss_by_modality.items()}
         found |= {f"eval_set_loss.{name}": loss for name, loss in self.loss_by_set.items()}
+        found |= {f"eval_code_accuracy.{name}": share for name, share in self.code_accuracy.items()}
         return {**found, **self.answers}
 
     def write(self, run_dir: Path, step: int) -> None:
@@ -147,8 +149,10 @@ class Evaluation:
         """Everything about the model as it is; `on_pack` is called before each pack. Collective over all ranks."""
         parts = {key: self._measure(packs, model, pool, on_pack, pipeline) for key, packs in self.packs.items()}
         rows = self._answers(model, pool, on_pack, pipeline)
+        means = _means(parts.values())
         return EvaluationReport(
-            losses=_means(parts.values()),
+            losses={name: mean for name, mean in means.items() if "." not in name},
+            code_accuracy={name.partition(".")[2]: mean for name, mean in means.items() if "." in name},
             loss_by_modality=_text_means(parts, 0, {modality for modality, _ in parts}),
             loss_by_set=_text_means(parts, 1, self.sets),
             num_rows=self.num_rows,
@@ -169,7 +173,7 @@ class Evaluation:
         for _, pack, agreement in self._load(packs, on_pack, self.loader):
             for name, value in evaluate(model, pack.batch, self.layout, pool, pipeline).sums.items():
                 sums[name] = sums.get(name, 0.0) + value.to(widest_float(self.layout.device))
-                weights[name] += agreement.weight_sums[name]
+                weights[name] += agreement.weight_sums[name.partition(".")[0]]
             num_bad += len(agreement.bad)
         return _Measured({name: float(self.layout.sum_over_ranks(sums[name])) for name in sums}, weights, num_bad)
 

@@ -29,6 +29,7 @@ from omniloom.checkpoint.hf import (
     check_names,
     load_model,
     open_checkpoint,
+    read_tensor,
     refuse_quantised,
 )
 from omniloom.checkpoint.hub import resolve_model_path
@@ -46,6 +47,8 @@ from omniloom.training.lora import adapter_policies, choose_adapted, initial_lor
 from omniloom.training.optimizer import parameter_groups
 from omniloom.training.policy import ParameterPolicy, check_rates, resolve_policy
 from omniloom.types import Adapter
+
+VOICES = "talker.codec_embed.weight"  # whose rows are voices, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,12 @@ class Workshop:
     def base_name(self) -> str:
         """The published model as others find it: the hub's id where `model.path` is one, else the directory."""
         return re.sub(r"^(modelscope|hf):", "", model_of_run(self.config.model.path))
+
+    @property
+    def new_voices(self) -> dict[int, int]:
+        """Ids of voices that the checkpoint does not have, with those of the voices that they start from."""
+        known = {} if self.family.talker is None else self.family.talker.tokens.speakers
+        return {known[name.lower()]: known[origin.lower()] for name, origin in self.config.model.new_speakers.items()}
 
     @cached_property
     def assemblies(self) -> dict[str, Assembly]:
@@ -161,8 +170,9 @@ def open_workshop(
     Raises: ValueError for whatever does not fit.
     """
     checkpoint, whole_json, spec = _open_published(config)
-    config_json = spec.reduce_config(whole_json, **vars(config.model.num_layers))
     speaks = _speaks(config, spec, checkpoint) if speaks is None else speaks and _has_talker(spec, checkpoint)
+    whole_json = _add_speakers(whole_json, config.model.new_speakers, spec, speaks=speaks)
+    config_json = spec.reduce_config(whole_json, **vars(config.model.num_layers))
     modalities = _wanted_modalities(config, spec)
     family, whole_family = (spec.read_config(found, speaks=speaks) for found in (config_json, whole_json))
     key_map = spec.key_map(whole_family)
@@ -181,11 +191,29 @@ def open_workshop(
         adapter=None if config.model.adapter is None else open_adapter(config.model.adapter),
         adapter_sizes=adapter_sizes or {},
     )
-    if (adapter := workshop.adapter) is not None:
-        check_base(adapter, checkpoint, workshop.base_name)
-        if not adapter_decides and not any(rule.lora for rule in config.policy.values()):
-            raise ValueError(f"model.adapter is set, but no rule of policy has lora; what it needs: {adapter.needs}")
+    if workshop.new_voices and not workshop.policies(list(built))[VOICES].trainable:
+        raise ValueError("model.new_speakers: voices are rows of talker.codec_embed; set its freeze: false in policy")
+    _check_adapter(workshop, adapter_decides=adapter_decides)
     return workshop
+
+
+def _check_adapter(workshop: Workshop, *, adapter_decides: bool) -> None:
+    """Raises: ValueError where it is of another model, or nothing asks for adapters."""
+    if (adapter := workshop.adapter) is not None:
+        check_base(adapter, workshop.checkpoint, workshop.base_name)
+        if not adapter_decides and not any(rule.lora for rule in workshop.config.policy.values()):
+            raise ValueError(f"model.adapter is set, but no rule of policy has lora; what it needs: {adapter.needs}")
+
+
+def _add_speakers(
+    config_json: dict[str, Any], new: Mapping[str, str], spec: ModelSpec, *, speaks: bool
+) -> dict[str, Any]:
+    """The published config.json with the voices that the run adds. Raises: ValueError where they cannot be learnt."""
+    if not new:
+        return config_json
+    if not speaks or spec.add_speakers is None:
+        raise ValueError("model.new_speakers: no talker trains that could learn them; set policy.talker.freeze=false")
+    return spec.add_speakers(config_json, new)
 
 
 def _open_published(config: Config) -> tuple[HFCheckpoint, dict[str, Any], ModelSpec]:
@@ -217,7 +245,9 @@ def _speaks(config: Config, spec: ModelSpec, checkpoint: HFCheckpoint) -> bool:
     rules = {name: rule for name, rule in config.policy.items() if name.split(".")[0] == "talker"}
     wanting = [name for name, rule in rules.items() if rule.freeze is False or rule.lora is not None]
     if wanting and not _has_talker(spec, checkpoint):
-        why = "the checkpoint holds none" if spec.make_talker else f"that of {spec.name} cannot be trained"
+        why = "the checkpoint holds none"
+        if any(name.startswith("talker.") for name in checkpoint.shapes):
+            why = f"that of {spec.name} stays as it is, since what makes codes of sound for it was never published"
         raise ValueError(f"policy.{wanting[0]}: there is no talker to train, {why}; remove the rule")
     return bool(wanting)
 
@@ -338,6 +368,12 @@ def load_weights(workshop: Workshop, model: OmniModel, parameters: Mapping[str, 
     unbuilt = [*workshop.unbuilt, *parameters]  # what is not here is another stage's
     load_model(model, workshop.checkpoint, workshop.key_map, fresh=workshop.adapter_names, unbuilt=unbuilt)
     with torch.no_grad():
+        if workshop.new_voices:
+            table = torch.empty(workshop.assemblies[VOICES].shape)
+            read_tensor(workshop.assemblies[VOICES], workshop.checkpoint, table)
+            for new, origin in workshop.new_voices.items():
+                table[new] = table[origin]
+            fill(parameters[VOICES], table)
         for adapter in adapters:
             lora_a = parameters[adapter.lora_a]
             fill(lora_a, initial_lora_a(adapter, tuple(lora_a.shape), seed))

@@ -41,7 +41,7 @@ def export_model(
     files, limits = processor_files(workshop.checkpoint.directory, media, workshop.config.data)
     for words in limits:
         say(f"{directory.name}/ is for {words}, as trained")
-    if workshop.cut:
+    if workshop.cut or workshop.new_voices:
         files["config.json"] = dict(workshop.config_json)
     bases = [adapter.base for adapter in workshop.adapters]
     return export(

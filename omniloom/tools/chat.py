@@ -17,6 +17,7 @@ from omniloom.processors.rendering import split_reasoning
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import PROMPT_KEYS
 from omniloom.tools.generate import (
+    Prompt,
     Sampling,
     answer,
     ask,
@@ -26,6 +27,8 @@ from omniloom.tools.generate import (
     read_prompt,
     tokenizer_of,
 )
+from omniloom.tools.speak import Speaker, Voice
+from omniloom.tools.thumbnails import wav_file
 from omniloom.tools.trained_model import by_hand, trained_model
 from omniloom.types import Part, SampleError, Turn
 
@@ -42,14 +45,17 @@ def chat(
     sampling: Sampling,
     overrides: Sequence[str] = (),
     adapter: str | Path | None = None,
+    voice: Voice | None = None,
 ) -> None:
     """Answer lines (None: those of the terminal) until they end, in pieces given to `write` (None: the terminal).
 
-    `media`, by kind, go with the first line; the other arguments as of `answers`. Raises: ValueError.
+    `media`, by kind, go with the first line; with a `voice` answers are spoken into wav files of its folder, too; the
+    other arguments as of `answers`. Raises: ValueError.
     """
     with trained_model(model) as (path, usual):
         config = override_config(usual, overrides, verb="chat", takes=PROMPT_KEYS).data
-        talk = Talk(open_model(path, by_hand(config), adapter), media, write or _show, max_new_tokens, sampling)
+        workshop = open_model(path, by_hand(config), adapter, speaks=voice is not None)
+        talk = Talk(workshop, media, write or _show, max_new_tokens, sampling, voice)
         for line in _typed() if lines is None else lines:
             if not talk.hear(line.strip()):
                 return
@@ -65,9 +71,14 @@ class Talk:
         write: Callable[[str], object],
         max_new_tokens: int,
         sampling: Sampling,
+        voice: Voice | None = None,
     ) -> None:
-        self._reader = open_asking(workshop)
-        self._model, self._write = load(workshop), write
+        self._reader, self._write, self._voice, self._num_spoken = open_asking(workshop), write, voice, 0
+        if voice is not None:
+            voice.target.mkdir(parents=True, exist_ok=True)
+            self._speaker = Speaker(workshop, voice, tokenizer_of(self._reader))
+        else:
+            self._model = load(workshop)
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
         self._turns: tuple[Turn, ...] = ()
         self._media: dict[str, list[str | Path]] = {kind: list(media.get(kind, ())) for kind in KINDS}
@@ -109,9 +120,21 @@ class Talk:
             return
         tokenizer = tokenizer_of(self._reader)
         streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        (text,) = answer(self._model, tokenizer, [asked], streamer=streamer, **self._options)
+        if self._voice is not None:
+            text = self._speak(asked, streamer, self._voice.target)
+        else:
+            (text,) = answer(self._model, tokenizer, [asked], streamer=streamer, **self._options)
         said = Turn(role="assistant", parts=(Part(kind="text", text=split_reasoning(text)[1]),))
         self._turns, self._media = (*conversation.turns, said), {kind: [] for kind in KINDS}
+
+    def _speak(self, asked: Prompt, streamer: Any, folder: Path) -> str:
+        """The answer's words; its sound goes to the folder's next file, whose name is told."""
+        spoken = self._speaker.say(asked, streamer=streamer, **self._options)
+        self._num_spoken += 1
+        path = folder / f"answer_{self._num_spoken:03d}.wav"
+        path.write_bytes(wav_file(spoken.waveform, spoken.rate))
+        self._write(f"[{path}, {len(spoken.waveform) / spoken.rate:.1f} s]\n")
+        return spoken.text
 
 
 def _typed() -> Iterator[str]:

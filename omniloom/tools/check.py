@@ -36,12 +36,14 @@ from omniloom.run.opening import Workshop
 from omniloom.run.rows import OpenRows, describe_files, describe_template, open_planner, open_rows, open_run
 from omniloom.run.step_time import Machine
 from omniloom.tools.charts import duration, fmt, percent
+from omniloom.tools.check_speech import describe_speech
 from omniloom.tools.report import reason_kind
 from omniloom.training.policy import trainable_table
 from omniloom.training.schedule import describe_warmup
 from omniloom.types import BadSample, ClipGeometry, Conversation, Extent, StepPlan
 
 CHUNK_ROWS = 256  # between two strokes of the progress bar
+COMPARED_ROWS = 8  # whose codes are made sound again
 EXAMPLES = 3  # of each kind of fault
 MUCH_DROPPED = 0.1  # share of a set's rows
 ODD = {  # what rows may hold, and seldom should
@@ -59,6 +61,8 @@ class CheckedRow:
     extent: Extent | BadSample
     modality: str = "bad"
     clips: tuple[int, int, float] = (0, 0, 0.0)  # images, video frames, seconds of sound
+    is_spoken: bool = False  # in a run that trains a talker
+    has_recording: bool = False  # to compare its codes with
     content: str | None = None  # hash of what it says and of its media's sizes and times
     odd: tuple[str, ...] = ()  # keys of ODD
 
@@ -80,6 +84,7 @@ class CheckingReader:
     def _look(self, row: int, extent: Extent) -> CheckedRow:
         conversation, clips = self._rows.conversation(row), extent.clips
         kinds = {clip.kind for clip in clips} | {"audio" for clip in clips if clip.num_mel_frames}
+        spoken = [turn.speech for turn in conversation.turns if turn.speech is not None]
         odd = {
             "answer": _answers_with_media(conversation),
             "sound": self._leaves_sound(row, conversation, extent),
@@ -93,6 +98,8 @@ class CheckingReader:
                 sum(len(clip.frame_indices) for clip in clips),
                 sum(clip.sound_seconds for clip in clips),
             ),
+            is_spoken=bool(spoken),
+            has_recording=any(speech.recording for speech in spoken),
             content=extent_key(conversation, ""),
             odd=tuple(key for key, found in odd.items() if found),
         )
@@ -207,6 +214,17 @@ def _look_at(workshop: Workshop, source: Sources, name: str) -> list[CheckedRow]
     _print_sizes(workshop.config, good)
     _print_faults(rows)
     _print_odd(source, rows)
+    if spoken := [number for number, row in enumerate(rows) if row.is_spoken]:
+        recorded = [number for number in spoken if rows[number].has_recording][:COMPARED_ROWS]
+        reader = open_rows(workshop, source, cache=False)()
+        turns = [
+            (Path(source.locate(number)[0]).parent / turn.speech.recording, turn.speech)
+            for number in recorded
+            for turn in reader.conversation(number).turns
+            if turn.speech is not None and turn.speech.recording
+        ]
+        for line in describe_speech(workshop, turns, len(spoken)):
+            print(line)
     return rows
 
 

@@ -58,6 +58,7 @@ def convert_speech(
                 left_out.append(f"{file}:{line}: {bad[0]}: {faults.get(bad[0], 'does not exist')}")
                 continue
             for turn in turns:
+                turn["recording"] = turn["speech"]  # `check` compares the codes with it
                 turn["speech"] = f"{folder.name}/{wanted[turn['speech']].name}"
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             num_written += 1

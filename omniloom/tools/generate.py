@@ -26,7 +26,7 @@ from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.rows import PROMPT_KEYS, ROW_KEYS, open_rows
 from omniloom.tools.trained_model import by_hand, trained_model
 from omniloom.training.lora import merging
-from omniloom.types import Conversation, Part, SampleError, Turn
+from omniloom.types import Conversation, Part, SampleError, Speech, Turn
 
 # transformers' class that answers in text, where it is not the one that config.json names
 TEXT_CLASSES = {
@@ -46,6 +46,7 @@ class Prompt:
     inputs: Mapping[str, Any]  # a batch of one, tensors by transformers' names
     question: str  # the words of the turn that is answered
     expected: str  # the words of the answer that the row gives, "" if it gives none
+    speech: Speech | None = None  # how that sounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +91,18 @@ def open_reader(model: str | Path, data: DataConfig, source: Sources) -> RowRead
 
     Raises: ValueError for no known checkpoint.
     """
-    return _reader(open_model(model, data), source)
+    return open_rows_to_ask(open_model(model, data), source)
 
 
-def open_model(model: str | Path, data: DataConfig, adapter: str | Path | None = None) -> Workshop:
+def open_model(
+    model: str | Path, data: DataConfig, adapter: str | Path | None = None, *, speaks: bool = False
+) -> Workshop:
+    """What is needed to ask a model; with `speaks` its talker, too, where it has one. Raises: ValueError."""
     named = ModelConfig(path=str(model), adapter=None if adapter is None else str(adapter))
-    return open_workshop(Config(model=named, data=data), adapter_decides=True)
+    return open_workshop(Config(model=named, data=data), adapter_decides=True, speaks=speaks)
 
 
-def _reader(workshop: Workshop, source: Sources) -> RowReader:
+def open_rows_to_ask(workshop: Workshop, source: Sources) -> RowReader:
     return replace(open_rows(workshop, source, cache=False), needs_answer=False)()
 
 
@@ -147,17 +151,21 @@ def read_prompt(reader: SourceReader, conversation: Conversation, file: str) -> 
     decoded = [reader.decode(source, clip) for (source, _), clip in zip(media, clips, strict=True)]
     inputs = processor.prompt(asked, headers, decoded)
     question = "".join(part.text for turn in asked.turns[-1:] for part in turn.parts)
-    return Prompt(id=conversation.id, file=file, inputs=inputs, question=question, expected=expected)
+    speech = conversation.turns[-1].speech
+    return Prompt(id=conversation.id, file=file, inputs=inputs, question=question, expected=expected, speech=speech)
 
 
-def load_model(model_dir: Path) -> Any:
-    """transformers' text-answering model in evaluation mode, on the accelerator if there is one, else in float32."""
+def load_model(model_dir: Path, *, speaks: bool = False) -> Any:
+    """transformers' model in evaluation mode, on the accelerator if there is one, else in float32.
+
+    It answers in text, or with `speaks` is the whole of what config.json names.
+    """
     import transformers
 
     from omniloom.checkpoint.files import read_json
 
     architectures = read_json(Path(model_dir) / "config.json").get("architectures") or [""]
-    name = TEXT_CLASSES.get(architectures[0], architectures[0])
+    name = architectures[0] if speaks else TEXT_CLASSES.get(architectures[0], architectures[0])
     model_class = getattr(transformers, name, None)
     if model_class is None:
         raise ValueError(f"{model_dir}/config.json: transformers knows no architecture {name!r}; upgrade transformers")
@@ -209,7 +217,7 @@ def answer(
     pad_id = model.generation_config.pad_token_id or 0
     for indexes in _batches(prompts):
         inputs = join_inputs([prompts[index].inputs for index in indexes], pad_id=pad_id)
-        inputs = {key: _on_device(value, model) for key, value in inputs.items()}
+        inputs = {key: on_device(value, model) for key, value in inputs.items()}
         with torch.inference_mode():
             tokens = model.generate(**inputs, **drawn, max_new_tokens=max_new_tokens, streamer=streamer)
         for index, row in zip(indexes, tokens[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
@@ -249,11 +257,14 @@ def split_words(words: Sequence[str], *, has_data: bool) -> tuple[str | None, Se
     return words[0], words[1:]
 
 
-def print_answers(lines: Iterable[Mapping[str, str]], *, as_json: bool) -> None:
+def print_answers(lines: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
     """The answer to one prompt, or a JSON line per row. Raises: as `answers`, and ValueError where all rows are bad."""
     num_rows, errors = 0, []
     for line in lines:
         print(json.dumps(line, ensure_ascii=False) if as_json else line["answer"], flush=True)
+        if "speech" in line and not as_json:
+            heard = f", heard as {line['heard']!r}" if "heard" in line else ""
+            print(f"wrote {line['speech']}, {line['num_code_frames']} frames{heard}", file=sys.stderr)
         num_rows += 1
         errors += [line["error"]] if "error" in line else []
     if errors and len(errors) == num_rows:
@@ -281,15 +292,13 @@ def answers(
     Raises: ValueError unless exactly one of `prompt` and `data` is given, for a prompt that cannot be asked, and for
     overrides that are of no use here.
     """
-    if (prompt is None) == (data is None):
-        raise ValueError("expected either a prompt or --data FILE; give one of the two")
-    takes = PROMPT_KEYS if data is None else (*PROMPT_KEYS, *ROW_KEYS)
+    takes = keys_taken(prompt, data)
     with trained_model(model) as (path, usual):
         config = override_config(usual, overrides, verb="generate", takes=takes).data
         if data is not None:
             source = open_sources((str(data),), config)
             workshop = open_model(path, config, adapter)
-            yield from _answer_rows(workshop, _reader(workshop, source), max_new_tokens, sampling)
+            yield from _answer_rows(workshop, open_rows_to_ask(workshop, source), max_new_tokens, sampling)
         elif prompt is not None:
             workshop = open_model(path, by_hand(config), adapter)
             reader = open_asking(workshop)
@@ -299,9 +308,16 @@ def answers(
             yield {"id": asked.id, "answer": text}
 
 
+def keys_taken(prompt: str | None, data: str | Path | None) -> tuple[str, ...]:
+    """The keys that say how a prompt or rows are read. Raises: ValueError unless exactly one of the two is given."""
+    if (prompt is None) == (data is None):
+        raise ValueError("expected either a prompt or --data FILE; give one of the two")
+    return PROMPT_KEYS if data is None else (*PROMPT_KEYS, *ROW_KEYS)
+
+
 def open_asking(workshop: Workshop) -> SourceReader:
     """What reads single prompts."""
-    (reader,) = _reader(workshop, Sources((), ())).readers
+    (reader,) = open_rows_to_ask(workshop, Sources((), ())).readers
     return reader
 
 
@@ -310,9 +326,9 @@ def tokenizer_of(reader: SourceReader) -> Any:
     return processor.tokenizer
 
 
-def load(workshop: Workshop) -> Any:
+def load(workshop: Workshop, *, speaks: bool = False) -> Any:
     """transformers' model, the adapter on it. Raises: ValueError for an adapter that does not fit."""
-    model = load_model(workshop.checkpoint.directory)
+    model = load_model(workshop.checkpoint.directory, speaks=speaks)
     if workshop.adapter is not None:
         add_adapter(model, workshop)
     return model
@@ -387,7 +403,7 @@ def _pad(values: Sequence[Any], *, left: bool, value: int) -> Any:
     return torch.cat([pad(x, (n, 0) if left else (0, n), value=value) for x, n in zip(values, missing, strict=True)])
 
 
-def _on_device(value: Any, model: Any) -> Any:
+def on_device(value: Any, model: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return value.to(model.device, model.dtype if value.is_floating_point() and value.dim() > 1 else value.dtype)

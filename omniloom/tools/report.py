@@ -26,7 +26,7 @@ from omniloom.run.trainer import run as run_training
 from omniloom.tools.charts import TONES, Chart, Figure, Series, duration, fmt, heat_map, line_chart, percent
 from omniloom.tools.demo_accuracy import CONTROL_NAMES, MODALITY_NAMES, accuracy_chart, accuracy_figure
 from omniloom.tools.run_files import Line, RunFiles, is_number, points_of, read_run
-from omniloom.tools.thumbnails import Thumbnail, make_thumbnail
+from omniloom.tools.thumbnails import MAX_PLAYABLE_BYTES, Thumbnail, make_thumbnail
 from omniloom.training.metrics import StepMetrics
 
 REDRAW_SECONDS, REDRAW_SHARE = 60.0, 0.02  # least time between drawings of a going run, most of a run's time
@@ -36,6 +36,7 @@ CHARTED = (
     *("peak_memory_bytes", "mfu", "router_loss", "expert_imbalance", "num_images", "video_frames", "audio_seconds"),
 )
 MAX_SAMPLES = 16
+MAX_SPEECH_BYTES = 1_000_000  # of a spoken answer that can be played: 20 seconds
 MAX_REASONS = 12
 IDLE_SECONDS = 600  # a run that is not over and has been silent for longer is said to have stopped
 
@@ -99,6 +100,7 @@ def render(files: RunFiles, *, now: float) -> str:
         trainable=_trainable_table(files.trainable),
         samples=_sample_cards(files),
         worst_rows=[_worst_card(files.directory, line) for line in files.worst_rows],
+        spoken_rows=[_spoken_card(files.directory, line) for line in files.spoken_rows[:MAX_SAMPLES]],
         samples_step=max((line["step"] for line in files.samples if is_number(line.get("step"))), default=None),
         num_samples=len(files.samples),
         config_text=files.config_text,
@@ -277,7 +279,12 @@ def title_of(name: str) -> str:
     """A figure's name in words."""
     words = name.removesuffix(".").removeprefix("eval_").replace("_", " ")
     words = {"cer": "character error rate", "wer": "word error rate", "iou": "box IoU"}.get(words, words)
-    of = {"eval_loss.": " by modality", "eval_set_loss.": " by data set", "num_samples.": " by data set"}.get(name, "")
+    of = {
+        "eval_loss.": " by modality",
+        "eval_set_loss.": " by data set",
+        "num_samples.": " by data set",
+        "eval_code_accuracy.": " by code",
+    }.get(name, "")
     return f"Evaluation: {words}{of}" if name.startswith("eval_") else f"{words.capitalize()}{of}"
 
 
@@ -407,12 +414,23 @@ def _worst_card(directory: Path, line: Line) -> SampleCard:
     return dataclasses.replace(card, expected=words, right=None)
 
 
-def _card(directory: Path, line: Line) -> SampleCard:
+def _spoken_card(directory: Path, line: Line) -> SampleCard:
+    """A row that was answered aloud: its sound, its words, and how the codes match those of the row."""
+    words = [f"{line.get('num_code_frames')} frames"]
+    if is_number(match := line.get("code_match")):
+        words.append(f"{line.get('expected_frames')} expected, {percent(match)} of the codes match")
+    if "heard" in line:
+        words.append(f"heard as {line['heard']!r}" + (f", CER {percent(line['cer'])}" if "cer" in line else ""))
+    card = _card(directory, {**line, "media": [line.get("speech")], "modality": "audio"}, MAX_SPEECH_BYTES)
+    return dataclasses.replace(card, expected=", ".join(words), right=None)
+
+
+def _card(directory: Path, line: Line, max_bytes: int = MAX_PLAYABLE_BYTES) -> SampleCard:
     media: list[Thumbnail | str] = []
     for name in line.get("media") or []:
         path = Path(str(name))
         found = next((place for place in (directory / path, path) if place.is_file()), None)
-        thumbnail = make_thumbnail(found) if found else None
+        thumbnail = make_thumbnail(found, max_bytes) if found else None
         if thumbnail is not None and line.get("modality") == "video":  # asked about the picture alone
             thumbnail = dataclasses.replace(thumbnail, sound=None)
         media.append(thumbnail or path.name)

@@ -16,6 +16,7 @@ from omniloom.training.metrics import EXPERT_LOAD, lines_of, parse_line, read_li
 
 Line = Mapping[str, Any]
 WORST_ROWS = "worst_rows.jsonl"  # that `omniloom score RUN DATA --worst N` leaves
+SPOKEN_ROWS = "spoken_rows.jsonl"  # that `omniloom generate RUN --data FILE --speech FOLDER` leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class RunFiles:
     trainable: Sequence[Line]
     samples: Sequence[Line]
     worst_rows: Sequence[Line]  # those of the highest loss, the highest first
+    spoken_rows: Sequence[Line]
     summary: dict[str, Any]
     checkpoints: list[str]
     is_exported: bool
@@ -68,6 +70,7 @@ def read_run(run: Path) -> RunFiles:
             {"step": int(file.stem.removeprefix("step_")), **line} for file in answers for line in read_lines(file)
         ],
         worst_rows=read_lines(run / WORST_ROWS),
+        spoken_rows=read_lines(run / SPOKEN_ROWS),
         summary=_read_json(run / "summary.json", {}),
         checkpoints=sorted(path.name for path in (run / "checkpoints").glob("step_*") if path.is_dir()),
         is_exported=(run / "hf" / "config.json").is_file(),

@@ -43,8 +43,8 @@ class Thumbnail:
     player: str | None = None
 
 
-def make_thumbnail(path: Path) -> Thumbnail | None:
-    """The thumbnail of one media file; None where it is missing or cannot be read."""
+def make_thumbnail(path: Path, max_bytes: int = MAX_PLAYABLE_BYTES) -> Thumbnail | None:
+    """The thumbnail of one media file, with a player up to `max_bytes`; None where it cannot be read."""
     import av
     from PIL import Image
 
@@ -64,14 +64,14 @@ def make_thumbnail(path: Path) -> Thumbnail | None:
         kind="video" if frames else "audio",
         picture=_encode(_strip(frames)) if frames else None,
         sound=None if sound is None else spectrogram_of(sound),
-        player=file_player(path),
+        player=file_player(path, max_bytes),
     )
 
 
-def file_player(path: Path) -> str | None:
+def file_player(path: Path, max_bytes: int = MAX_PLAYABLE_BYTES) -> str | None:
     """The file itself, where a browser plays it and it is small."""
     kind = MIME_TYPES.get(path.suffix.lower())
-    if kind is None or not path.is_file() or path.stat().st_size > MAX_PLAYABLE_BYTES:
+    if kind is None or not path.is_file() or path.stat().st_size > max_bytes:
         return None
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
@@ -90,11 +90,17 @@ def picture_of(frames: Sequence[NDArray[np.uint8]]) -> str:
 
 def sound_player(samples: NDArray[np.float32], rate: int) -> str:
     """Mono sound float32 [n] in [-1, 1] as a WAV file, its first MAX_WAV_SECONDS."""
+    file = wav_file(samples[: int(MAX_WAV_SECONDS * rate)], rate)
+    return f"data:audio/wav;base64,{base64.b64encode(file).decode('ascii')}"
+
+
+def wav_file(samples: NDArray[np.float32], rate: int) -> bytes:
+    """Mono sound float32 [n] in [-1, 1] as a WAV file of 16 bits."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setparams((1, 2, rate, 0, "NONE", ""))
-        file.writeframes((samples[: int(MAX_WAV_SECONDS * rate)].clip(-1, 1) * 32767).astype("<i2").tobytes())
-    return f"data:audio/wav;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+        file.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
+    return buffer.getvalue()
 
 
 def spectrogram_of(samples: NDArray[np.float32]) -> str | None:

@@ -168,7 +168,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[generate.Prompt]]:
         return [text.removesuffix("\nassistant\n").split()[-1] for text in texts]
 
     monkeypatch.setattr(generate, "answer", reply)
-    monkeypatch.setattr(generate, "load_model", lambda model_dir: None)
+    monkeypatch.setattr(generate, "load_model", lambda model_dir, **_: None)
     return calls
 
 

@@ -83,8 +83,8 @@ def test_speech_that_the_checkpoint_cannot_have_is_a_bad_row(model: Path, tmp_pa
     pack, bad, _ = load(model, tmp_path, *wrong)
     reasons = [
         "expected codes of 4 groups, all of as many frames, got 3 groups of 3 frames",
-        "codes of the other groups must be from 0 to 63, got 1 to 64",
-        "codes of group 0 must be from 0 to 127 and not the end, 102, got 102 to 102",
+        "codes must be from 0 to 63, those of the codebooks, got 1 to 64",
+        "codes must be from 0 to 63, those of the codebooks, got 1 to 102",
         "unknown speaker 'nobody'; the checkpoint knows chelsie, ethan, aiden",
     ]
     assert [one.reason for one in bad] == reasons
@@ -112,6 +112,16 @@ def test_a_run_without_a_talker_reads_over_speech(model: Path, tmp_path: Path) -
     pack, bad, plan = load(model, tmp_path, row("gone.npy"), speaks=False)
     assert (pack.batch.speech, dict(pack.batch.targets), bad) == (None, {}, [])
     assert plan.samples[0].extent.num_code_frames == 0
+
+
+def test_weights_of_rows_and_turns_are_those_of_their_frames(model: Path, tmp_path: Path) -> None:
+    heavy, plain, unheard = {**row(loss_scale=0.5), "weight": 3.0}, row(), row(loss=False)
+    heard = row()["messages"]
+    silent_beside = {"messages": [*unheard["messages"], *heard]}
+    pack, bad, _ = load(model, tmp_path, heavy, plain, silent_beside)
+    assert bad == []
+    assert sorted(pack.batch.targets[CODE0].weights.tolist()) == [1.0] * 8 + [1.5] * 4
+    assert sorted(pack.batch.targets[CODES].weights.tolist()) == [1.0] * 6 + [1.5] * 3
 
 
 @pytest.mark.parametrize(
@@ -158,9 +168,16 @@ def test_a_layout_that_does_not_divide_a_talker_is_refused(degrees: dict[str, in
     check_plan(plan, Degrees(shard=4, expert=4))
 
 
-def test_a_talker_that_cannot_train_is_refused_by_its_rule(model: Path, tmp_path: Path) -> None:
-    other = make_tiny("qwen2_5_omni", tmp_path / "model")
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("qwen2_5_omni", "that of qwen2_5_omni stays as it is, since what makes codes of sound for it was never"),
+        ("qwen3_vl", "the checkpoint holds none"),
+    ],
+)
+def test_a_talker_that_cannot_train_is_refused_by_its_rule(tmp_path: Path, family: str, why: str) -> None:
+    other = make_tiny(family, tmp_path / "model")
     for rule in (PolicyRule(freeze=False), PolicyRule(lora=LoraConfig())):
         config = Config(model=ModelConfig(path=str(other)), policy={"talker": rule})
-        with pytest.raises(ValueError, match=r"policy.talker: there is no talker to train, that of qwen2_5_omni"):
+        with pytest.raises(ValueError, match=f"policy.talker: there is no talker to train, {why}"):
             open_workshop(config)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from omniloom.families.config_fields import ConfigSection, TalkerConfig, read_decoder
 from omniloom.families.decoder import DecoderConfig, make_layers
@@ -82,10 +85,33 @@ def _read_tokens(config: ConfigSection, talker: ConfigSection, num_codes: int) -
         media=tuple(talker.field(f"{name}_token_id") for name in ("audio", "image", "video")),
         speakers={str(name).lower(): number for name, number in names.items()},
         num_code_groups=talker.field("num_code_groups"),
-        first_codes=talker.section("text_config").field("vocab_size"),
-        other_codes=num_codes,
+        num_codes=num_codes,
         positions_per_second=float(talker.field("position_id_per_seconds")),
     )
+
+
+def add_speakers(config_json: Mapping[str, Any], new: Mapping[str, str]) -> dict[str, Any]:
+    """The whole config.json with voices of new names, each with an id that nothing has.
+
+    `new` says which voice each starts from. Raises: ValueError.
+    """
+    changed = copy.deepcopy(dict(config_json))
+    talker = changed["talker_config"]
+    known = talker.get("speaker_id") or {}
+    taken = {value for value in (*talker.values(), *known.values()) if isinstance(value, int)}
+    free = (number for number in range(max(known.values(), default=0) + 1, talker["text_config"]["vocab_size"]))
+    for name, origin in new.items():
+        if origin.lower() not in known:
+            raise ValueError(
+                f"model.new_speakers.{name}: {origin!r} is no voice; the checkpoint has {', '.join(known)}"
+            )
+        if name.lower() in known:
+            raise ValueError(f"model.new_speakers.{name}: the checkpoint has this voice; remove it, it trains anyway")
+        number = next((number for number in free if number not in taken), None)
+        if number is None:
+            raise ValueError(f"model.new_speakers.{name}: the talker has no id left for another voice")
+        talker["speaker_id"] = talker["speaker_id"] | {name.lower(): number}  # transformers looks for lower case
+    return changed
 
 
 def talker_rules() -> list[Rule]:
