@@ -140,7 +140,7 @@ def _fill(plans: Sequence[StepPlan]) -> float:
 def settings(options: argparse.Namespace) -> list[Setting]:
     """Ours, then transformers' with every batch size, order and experts implementation."""
     shared = {"num_threads": options.threads, "num_warmup_steps": options.warmup_steps, "lora": options.lora}
-    has_experts = options.family in ("qwen3_omni", "qwen3_vl_moe")
+    has_experts = options.family in ("qwen3_omni", "qwen3_vl_moe", "qwen3_5_moe")
     implementations = (("grouped_mm",) if options.quick else ("grouped_mm", "eager")) if has_experts else ("",)
     chosen = []
     for precision in options.precisions:
@@ -284,7 +284,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--family",
         default="qwen3_omni",
-        choices=["qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl"],
+        choices=["qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe"],
     )
     parser.add_argument("--lora", action="store_true", help="train adapters only; transformers with peft")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -37,7 +37,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if npu.takes(rows):
         out = npu.grouped_linear(rows, weight, offsets)
     else:
-        out = F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
+        out = _multiply_groups(rows, weight.transpose(-2, -1), offsets)
     return out[:, :num_out] if missing_out else out
 
 
@@ -51,7 +51,24 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
         left, right = F.pad(left, (0, -num_out % step)), F.pad(right, (0, -num_in % step))
     if npu.takes(left):
         return npu.grouped_outer(left, right, offsets)[:, :num_out, :num_in]
-    return F.grouped_mm(left.T, right, offs=offsets)[:, :num_out, :num_in]
+    return _multiply_groups(left.T, right, offsets)[:, :num_out, :num_in]
+
+
+def _multiply_groups(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """PyTorch's grouped product, which it can trace for a compiler in bfloat16 alone."""
+    if torch.compiler.is_compiling() and left.dtype != torch.bfloat16:
+        return _opaque_grouped_mm(left, right, offsets)
+    return F.grouped_mm(left, right, offs=offsets)
+
+
+@torch.library.custom_op("omniloom::grouped_mm", mutates_args=())
+def _opaque_grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    return F.grouped_mm(left, right, offs=offsets).contiguous()
+
+
+@_opaque_grouped_mm.register_fake
+def _(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    return left.new_empty(*(offsets.shape if right.ndim == 2 else ()), left.shape[0], right.shape[-1])
 
 
 def fits_grouped_gemm(width: int, dtype: torch.dtype) -> bool:

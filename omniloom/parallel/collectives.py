@@ -197,5 +197,5 @@ def exchange_sizes(counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, li
 
 
 def sum_over_group(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Add up integers over `group`; no gradient passes. Collective: one all-reduce."""
+    """Add up over `group`; no gradient passes. Collective: one all-reduce."""
     return torch.ops.omniloom.sum_over_group(counts, group.group_name)

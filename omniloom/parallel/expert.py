@@ -66,11 +66,11 @@ def _local(linear: LinearMap) -> LinearMap:
 
 
 class SumOverGroup(nn.Module):
-    """Adds up integer counts over a group; no gradient passes."""
+    """Adds up what has no gradient over a group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.group = group
 
-    def forward(self, counts: Tensor) -> Tensor:
-        return sum_over_group(counts.detach(), self.group)
+    def forward(self, shares: Tensor) -> Tensor:
+        return sum_over_group(shares.detach(), self.group)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,17 +30,13 @@ from omniloom.types import Kernel, Segments
 
 class Chunk(NamedTuple):
     """Rows `[start, end)` of a pack. Its first `head` rows are of a segment that began before it, its last `tail` rows
-    of one that goes on behind it, up to `reach`."""
+    of one that goes on behind it, up to `reach`: the heads of chunks up to there see the tail."""
 
     start: int
     end: int
     head: int
     tail: int
     reach: int
-
-    def needs(self, other: Chunk) -> bool:
-        """Whether rows of this chunk see keys of an earlier one: then its head sees the other's tail."""
-        return other.tail > 0 and other.start < self.start < other.reach
 
 
 def cut_chunks(bounds: Sequence[int], num_chunks: int) -> list[Chunk]:
@@ -55,18 +52,34 @@ def cut_chunks(bounds: Sequence[int], num_chunks: int) -> list[Chunk]:
     return chunks
 
 
-class _Rounds:
-    """Who sends which rows to whom, seen from one rank. Local rows are those of its first chunk, then of its second."""
+class Rounds:
+    """Who sends which rows to whom, seen from one rank. Local rows are those of its first chunk, then of its second.
 
-    def __init__(self, bounds: Sequence[int], group: dist.ProcessGroup) -> None:
-        self.group, self.size, self.me = group, group.size(), group.rank()
-        chunks = cut_chunks(bounds, 2 * self.size)
-        self.chunks = [(chunks[rank], chunks[-1 - rank]) for rank in range(self.size)]
+    `sent[source, target]` has the chunks of `source` whose tails `target` needs, each with its local rows there; pairs
+    that have nothing to do with each other are left out.
+    """
+
+    def __init__(self, bounds: Sequence[int], size: int, rank: int) -> None:
+        self.size, self.me = size, rank
+        chunks = cut_chunks(bounds, 2 * size)
         self.rows = chunks[0].end
+        self.own = chunks[rank], chunks[-1 - rank]
+        self.sent: dict[tuple[int, int], dict[Chunk, slice]] = {}
+        for number, chunk in enumerate(chunks):
+            source, place = self._holder(number)
+            part = slice((place + 1) * self.rows - chunk.tail, (place + 1) * self.rows)
+            reached = range(number + 1, -(-chunk.reach // self.rows))
+            for target in {self._holder(later)[0] for later in reached}:
+                self.sent.setdefault((source, target), {})[chunk] = part
+        self.moves = {(target - source) % size for source, target in self.sent}  # how many ranks on anything goes
+
+    def _holder(self, number: int) -> tuple[int, int]:
+        """The rank that has a chunk, and whether it is the first or the second there."""
+        return (number, 0) if number < self.size else (2 * self.size - 1 - number, 1)
 
     def local_bounds(self, cu_seqlens: Tensor) -> Tensor:
         """int32, on the device, of the segments within each of this rank's chunks: some cut, others empty."""
-        low, high = self.chunks[self.me]
+        low, high = self.own
         return torch.cat(
             (
                 cu_seqlens.clamp(low.start, low.end) - low.start,
@@ -74,69 +87,70 @@ class _Rounds:
             )
         )
 
-    def sent(self, source: int, target: int) -> list[tuple[Chunk, slice]]:
-        """The chunks of `source` whose tails `target` needs, and their local rows there."""
-        return [
-            (chunk, slice((place + 1) * self.rows - chunk.tail, (place + 1) * self.rows))
-            for place, chunk in enumerate(self.chunks[source])
-            if any(own.needs(chunk) for own in self.chunks[target])
-        ]
-
     def count(self, source: int, target: int) -> int:
-        return sum(chunk.tail for chunk, _ in self.sent(source, target))
+        return sum(chunk.tail for chunk in self.sent.get((source, target), ()))
 
     def blocks(self, source: int) -> Iterator[tuple[slice, slice]]:
         """Rectangles of local queries and of the rows that came from `source`."""
         first = 0
-        for chunk, _ in self.sent(source, self.me):
+        for chunk in self.sent.get((source, self.me), ()):
             keys = slice(first, first + chunk.tail)
             first = keys.stop
-            for place, own in enumerate(self.chunks[self.me]):
-                if own.needs(chunk):
+            for place, own in enumerate(self.own):
+                if chunk.start < own.start < chunk.reach:  # its head sees the other's tail
                     yield slice(place * self.rows, place * self.rows + own.head), keys
 
-    def keys(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def keys(self, rows: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[int, Tensor]]:
         """Each rank in turn, this one first, and the rows that came from it: while they are worked on the next are on
         their way. Collective over the group: an all-to-all a round, but where no rank needs anything in it."""
         coming: tuple[Tensor, dist.Work | None] = self._leaving(rows, self.me), None
         for shift in range(self.size):
             received, work = coming
             if shift + 1 < self.size:
-                coming = self._start(shift + 1, self._leaving(rows, (self.me + shift + 1) % self.size), 1)
+                leaving = self._leaving(rows, (self.me + shift + 1) % self.size)
+                coming = self._start(shift + 1, leaving, 1, group)
             if work is not None:
                 work.wait()
             yield (self.me - shift) % self.size, received
 
-    def return_gradients(self, source: int, gradients: Tensor, total: Tensor) -> None:
+    def return_gradients(self, source: int, gradients: Tensor, total: Tensor, group: dist.ProcessGroup) -> None:
         """Send the gradients of rows that came from `source` home, and add those that come home to `total`.
 
         Collective likewise.
         """
         shift = (self.me - source) % self.size
-        target = (self.me + shift) % self.size
         if shift:
-            gradients, work = self._start(shift, gradients, -1)
+            gradients, work = self._start(shift, gradients, -1, group)
             if work is not None:
                 work.wait()
-        for chunk, rows in self.sent(self.me, target):
+        for chunk, rows in self.sent.get((self.me, (self.me + shift) % self.size), {}).items():
             total[rows] += gradients[: chunk.tail]
             gradients = gradients[chunk.tail :]
 
     def _leaving(self, rows: Tensor, target: int) -> Tensor:
-        return torch.cat([rows[:0], *(rows[part] for _, part in self.sent(self.me, target))])
+        return torch.cat([rows[:0], *(rows[part] for part in self.sent.get((self.me, target), {}).values())])
 
-    def _start(self, shift: int, rows: Tensor, direction: int) -> tuple[Tensor, dist.Work | None]:
+    def _start(
+        self, shift: int, rows: Tensor, direction: int, group: dist.ProcessGroup
+    ) -> tuple[Tensor, dist.Work | None]:
         """Rows to the rank `shift` places on (`direction` 1) or before, and those that come from the other side."""
         before, after = (self.me - shift) % self.size, (self.me + shift) % self.size
         source, target = (before, after) if direction > 0 else (after, before)
         count = self.count(before, self.me) if direction > 0 else self.count(self.me, after)
         received = rows.new_empty((count, *rows.shape[1:]))
-        if not any(self.count(rank, (rank + shift) % self.size) for rank in range(self.size)):
+        if shift not in self.moves:
             return received, None
         send, receive = [0] * self.size, [0] * self.size
         send[target], receive[source] = len(rows), count
-        work = dist.all_to_all_single(received, rows, receive, send, group=self.group, async_op=True)
+        work = dist.all_to_all_single(received, rows, receive, send, group=group, async_op=True)
         return received, work
+
+
+@lru_cache(
+    maxsize=64
+)  # all layers of a pack, in both directions, ask for the same; stages have several packs at a time
+def plan_rounds(bounds: tuple[int, ...], size: int, rank: int) -> Rounds:
+    return Rounds(bounds, size, rank)
 
 
 def ring_attention(
@@ -146,10 +160,11 @@ def ring_attention(
 
     Returns the output [t, H, D] and the log of each softmax's denominator, float32 [t, H]. Collective over the group.
     """
-    chosen, rounds = cast(Kernel, kernel), _Rounds(bounds, group_of(group_name))
+    chosen, group = cast(Kernel, kernel), group_of(group_name)
+    rounds = plan_rounds(tuple(bounds), group.size(), group.rank())
     part, log_sums = attend(chosen, q, k, v, rounds.local_bounds(cu_seqlens), rounds.rows)
     out, log_sums = part.float(), log_sums.contiguous()
-    for source, keys in rounds.keys(torch.cat((k, v), dim=-1)):
+    for source, keys in rounds.keys(torch.cat((k, v), dim=-1), group):
         for rows, columns in rounds.blocks(source):
             k_part, v_part = keys[columns].chunk(2, dim=-1)
             join(out[rows], log_sums[rows], *attend(chosen, q[rows], k_part, v_part))
@@ -169,18 +184,19 @@ def ring_attention_backward(
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, shaped and typed like them. Collective over the group."""
-    chosen, rounds = cast(Kernel, kernel), _Rounds(bounds, group_of(group_name))
+    chosen, group = cast(Kernel, kernel), group_of(group_name)
+    rounds = plan_rounds(tuple(bounds), group.size(), group.rank())
     inputs = (grad, q, k, v, out, log_sums)
     own = attend_backward(chosen, *inputs, rounds.local_bounds(cu_seqlens), rounds.rows)
     q_grad, pair = own[0].float(), torch.cat(own[1:], dim=-1).float()
-    for source, keys in rounds.keys(torch.cat((k, v), dim=-1)):
+    for source, keys in rounds.keys(torch.cat((k, v), dim=-1), group):
         away = torch.zeros_like(keys, dtype=torch.float32)
         for rows, columns in rounds.blocks(source):
             k_part, v_part = keys[columns].chunk(2, dim=-1)
             of_q, *of_keys = attend_backward(chosen, grad[rows], q[rows], k_part, v_part, out[rows], log_sums[rows])
             q_grad[rows] += of_q
             away[columns] += torch.cat(of_keys, dim=-1)
-        rounds.return_gradients(source, away.to(k.dtype), pair)
+        rounds.return_gradients(source, away.to(k.dtype), pair, group)
     k_grad, v_grad = pair.to(k.dtype).chunk(2, dim=-1)
     return q_grad.to(q.dtype), k_grad.contiguous(), v_grad.contiguous()
 

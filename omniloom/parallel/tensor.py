@@ -26,6 +26,7 @@ from omniloom.ops.cross_entropy import choose_chunk_tokens, linear_cross_entropy
 from omniloom.ops.linear_map import LinearMap
 from omniloom.parallel.collectives import gather_rows, sum_rows, swap_rows_for_columns
 from omniloom.parallel.context import PrepareHeads, share_of_parts
+from omniloom.parallel.expert import SumOverGroup
 from omniloom.parallel.fsdp import divide_parameter, match_modules
 from omniloom.sharding import ShardingPlan, TensorSharding
 from omniloom.types import Segments
@@ -56,8 +57,7 @@ def check_tensor(plan: ShardingPlan, degree: int) -> list[str]:
 def divide_tensors(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan) -> None:
     """Install tensor parallelism into the decoder, in place; its parameters become DTensors on `mesh`, one axis.
 
-    Before parameters are sharded and after attention cores are wrapped. Raises: ValueError for adapters that cannot be
-    divided.
+    Before parameters are sharded and after attention cores are wrapped.
     """
     sharding, group = plan.tensor, mesh.get_group()
     assert sharding is not None, "check_tensor was not asked"
@@ -115,9 +115,7 @@ def _divide_parameters(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, s
         if not own or name in experts:
             continue
         if "magnitude" in own and dims.get(name) is BY_INPUT:
-            raise ValueError(
-                f"parallel.tensor: DoRA's row norms of {name} would lie on several ranks; set lora.dora: false"
-            )
+            module.whole_rows = SumOverGroup(mesh.get_group())  # of squares, for the norms of DoRA
         for key, parameter in own.items():
             if id(parameter) not in divided:
                 dim = dims.get(name, {}).get(key)

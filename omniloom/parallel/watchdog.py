@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 
 from omniloom.exit_codes import HUNG
-from omniloom.parallel.mesh import Ranks
+from omniloom.parallel.mesh import Ranks, says_rank_is_gone
 
 ANSWER_SECONDS = 5.0  # that the store is given to answer before the report is written without it
 
@@ -91,6 +91,7 @@ class Watchdog:
         end: Callable[[str], None] | None = None,
     ) -> None:
         self.rank, self.world_size, self.timeout_seconds = ranks.rank, ranks.world_size, timeout_seconds
+        self._spans_machines = ranks.local_world_size < ranks.world_size  # else the launcher tells who ended
         # a socket of its own: a waiting main thread holds its
         self._store = dist.PrefixStore("watchdog", ranks.store.clone())  # type: ignore[attr-defined]
         self._beat = Heartbeat(step=0, phase="starting", since=time.time())
@@ -117,6 +118,30 @@ class Watchdog:
         self._stopped.set()
         for thread in self._threads:
             thread.join(ANSWER_SECONDS)
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        """Close; before, an error that a lost rank has caused is told which one, if other machines may have had it."""
+        if isinstance(error, RuntimeError) and says_rank_is_gone(error) and self._spans_machines:
+            error.add_note(self._name_lost())
+        self.close()
+
+    def _name_lost(self) -> str:
+        """Ranks whose hearts beat no more, as the first to miss one found; who then misses that one reads its words."""
+        try:
+            if not self._store.check(["lost"]):
+                self._read_all()
+                before = list(self._known)
+                time.sleep(3 * self._interval_seconds)
+                self._read_all()
+                pairs = enumerate(zip(before, self._known, strict=True))
+                lost = [str(rank) for rank, (old, new) in pairs if old == new and rank != self.rank]
+                self._store.compare_set("lost", "", f"gone: rank {', '.join(lost)}" if lost else "all ranks answer")
+            return self._store.get("lost").decode()
+        except dist.DistError:
+            return "gone: rank 0, or the launcher on its machine, which keeps the job's store"
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval_seconds):

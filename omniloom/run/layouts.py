@@ -84,9 +84,8 @@ def layouts_of(sizes: ModelSizes, gpus: int, machine: Machine) -> Iterator[Degre
     """Every layout of so many devices that model and packs can be divided by, small degrees first."""
     plan, config = sizes.plan, sizes.config
     powers = [2**n for n in range(gpus.bit_length())] + [gpus]
-    has_dora = any(rule.lora is not None and rule.lora.dora for rule in config.policy.values())
     axes = {
-        "tensor": [n for n in powers if n <= (1 if has_dora else machine.devices)],
+        "tensor": [n for n in powers if n <= machine.devices],
         "context": [n for n in powers if n <= MOST["context"]],
         "pipeline": [n for n in powers if n <= min(MOST["pipeline"], len(plan.layer_costs))],
         "expert": [n for n in powers if n <= max(plan.num_experts, 1)],

@@ -157,8 +157,8 @@ class Trainer:
         self.run_dir, self.train_rows = Path(config.train.run_dir), train_rows
         if config.train.deterministic:
             stack.enter_context(only_deterministic(layout.device))
-        self.watchdog = Watchdog(layout.ranks, timeout_seconds=config.train.step_timeout_seconds)
-        stack.callback(self.watchdog.close)
+        timeout_seconds = config.train.step_timeout_seconds
+        self.watchdog = stack.enter_context(Watchdog(layout.ranks, timeout_seconds=timeout_seconds))
         self.records = RunRecords(config, layout, workshop.compute_dtype, stack, on_step)
         self.stop = stack.enter_context(StopRequest(config.train.time_limit_minutes, self.records.say))
         torch.manual_seed(config.train.seed)

@@ -63,6 +63,8 @@ class LoraLinear(nn.Module):
         self.magnitude = (
             None if adapter.magnitude is None else nn.Parameter(base.weight.new_empty(out_features, dtype=dtype))
         )
+        if self.magnitude is not None:
+            self.whole_rows = nn.Identity()  # a sum stands here where ranks divide the columns
         self.addition = _Addition.of(adapter)
 
     def forward(self, x: Tensor, draw_key: Tensor | None = None) -> Tensor:
@@ -75,7 +77,8 @@ class LoraLinear(nn.Module):
         if self.magnitude is not None:
             with torch.no_grad():
                 factors = self.lora_a.to(dtype), self.lora_b.to(dtype)
-                norms = row_norms(self.weight, self.addition.scaling, *factors).to(self.magnitude.dtype)
+                squares = self.whole_rows(row_squares(self.weight, self.addition.scaling, *factors))
+                norms = squares.sqrt().to(self.magnitude.dtype)
             linear = linear._replace(scale=(self.magnitude / norms).to(dtype))
         return self.addition.to(linear, self.lora_a, self.lora_b, draw_key, training=self.training)
 
@@ -187,10 +190,9 @@ def initial_lora_a(adapter: Adapter, shape: tuple[int, ...], seed: int) -> Tenso
     return lora_a
 
 
-def row_norms(weight: Tensor, scaling: float, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-    """Euclidean norm of each row of weight + scaling x lora_b lora_a, float32 [out]."""
-    norms: Tensor = torch.linalg.vector_norm(weight.float() + scaling * (lora_b.float() @ lora_a.float()), dim=-1)
-    return norms
+def row_squares(weight: Tensor, scaling: float, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """Sum of squares of each row of weight + scaling x lora_b lora_a, float32 [out]."""
+    return (weight.float() + scaling * (lora_b.float() @ lora_a.float())).square().sum(dim=-1)
 
 
 def merging(gather: Callable[[str], Tensor], adapters: Collection[Adapter]) -> Callable[[str], Tensor]:

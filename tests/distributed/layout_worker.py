@@ -14,16 +14,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from tiny_omni import Dims, make_config, make_model, make_pack, random_weights
+from tiny_omni import Dims, family_config, make_config, make_model, make_pack, random_weights
 from torch.distributed.tensor import DTensor
 
 from omniloom.config import LoraConfig, MemoryConfig, ParallelConfig
 from omniloom.families.config_fields import FamilyConfig
-from omniloom.families.qwen3_omni.spec import SPEC
+from omniloom.families.registry import spec_named
+from omniloom.families.spec import ModelSpec
 from omniloom.models.fusion import OmniModel
 from omniloom.ops.linear_map import keyed_seed
 from omniloom.parallel.apply import apply_parallelism, materialize
+from omniloom.parallel.device import HostCopies
 from omniloom.parallel.encoder_pool import EncoderPool
+from omniloom.parallel.fsdp import match_modules
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import (
     Degrees,
@@ -35,6 +38,7 @@ from omniloom.parallel.mesh import (
     resolve_degrees,
 )
 from omniloom.parallel.pipeline import Pipeline
+from omniloom.parallel.recompute import OffloadingCall
 from omniloom.parallel.shares import local_shape
 from omniloom.parallel.step import Objective, run_packs
 from omniloom.sharding import ShardingPlan
@@ -50,6 +54,7 @@ class Case:
     """One model, its packs, and what is frozen."""
 
     dims: Dims = field(default_factory=Dims)
+    family: str = ""  # its tiny checkpoint's dims, in place of `dims`
     frozen: tuple[str, ...] = ()
     seed: int = 0
     shares_decoding: bool = False  # each rank of a group loads its own clips only
@@ -58,9 +63,38 @@ class Case:
     num_samples: int = 3  # of a pack
     num_packs: int = 4
     adapted: bool = False  # adapters on the decoder's layers
+    dora: bool = False
     dropout: float = 0.3  # of the adapters; draws by row, so that layouts that divide a pack's rows need 0
 
-    def packs(self, config: FamilyConfig, share: tuple[int, int] = (0, 1)) -> list[PackedBatch]:
+    @property
+    def spec(self) -> ModelSpec:
+        return spec_named(self.family or "qwen3_omni")
+
+    @property
+    def config(self) -> FamilyConfig:
+        return family_config(self.family) if self.family else make_config(self.dims)
+
+    def build(self) -> OmniModel:
+        """On the current default device, values undefined; adapted, frozen in part."""
+        model = make_model(self.config, self.spec)
+        if self.adapted:
+            for adapter in install_lora(model, self.settings_of_adapters(model)):
+                model.get_parameter(adapter.base).requires_grad_(False)
+        freeze(model, self.frozen)
+        return model
+
+    def settings_of_adapters(self, model: OmniModel) -> dict[str, LoraConfig]:
+        """On attention and experts of the decoder; DoRA knows no experts."""
+        settings = LoraConfig(rank=2, alpha=4.0, dropout=self.dropout, dora=self.dora)
+        names = [name for name, _ in model.named_parameters() if name.startswith("text.layers")]
+        return dict.fromkeys((n for n in names if "_proj" in n or ("experts" in n and not self.dora)), settings)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        with torch.device("meta"):
+            model = self.build()
+        return random_weights(model, self.seed)
+
+    def packs(self, share: tuple[int, int] = (0, 1)) -> list[PackedBatch]:
         """Full, without images, without any media, and empty: each data rank has to cope with what it gets."""
         kinds: list[dict] = [
             {"images": ((1, 4, 4), (2, 4, 6), (1, 2, 2)), "audio_frames": (20, 47, 3)},
@@ -71,7 +105,7 @@ class Case:
         return [
             replace(
                 make_pack(
-                    config,
+                    self.config,
                     seed=100 * self.seed + i,
                     pack_tokens=self.pack_tokens,
                     num_samples=self.num_samples,
@@ -108,18 +142,6 @@ class Reference:
     objective: Objective
 
 
-def adapt(model: OmniModel, weights: dict[str, torch.Tensor], dropout: float) -> None:
-    """Adapters on attention and experts of the decoder, their values added to `weights`."""
-    names = [name for name, _ in model.named_parameters() if name.startswith("text.layers")]
-    adapted = [name for name in names if "_proj" in name or "experts" in name]
-    generator = torch.Generator("cpu").manual_seed(1)
-    for adapter in install_lora(model, dict.fromkeys(adapted, LoraConfig(rank=2, alpha=4.0, dropout=dropout))):
-        for name in adapter.names:
-            shape = model.get_parameter(name).shape
-            weights[name] = 0.3 * torch.randn(shape, generator=generator, device="cpu")
-        model.get_parameter(adapter.base).requires_grad_(False)
-
-
 def freeze(model: torch.nn.Module, prefixes: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith(prefixes):
@@ -128,20 +150,15 @@ def freeze(model: torch.nn.Module, prefixes: tuple[str, ...]) -> None:
 
 def make_reference(case: Case) -> OmniModel:
     """A plain model, nothing sharded."""
-    config = make_config(case.dims)
-    model = make_model(config)
-    weights = random_weights(config, case.seed)
-    if case.adapted:
-        adapt(model, weights, case.dropout)
+    model, weights = case.build(), case.weights()
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name])
-    freeze(model, case.frozen)
     return model
 
 
 def run_reference(case: Case) -> Reference:
     model = make_reference(case)
-    packs = case.packs(make_config(case.dims))
+    packs = case.packs()
     weight_sum = sum(float(pack.loss_weights.double().sum()) for pack in packs)
     objective = Objective(
         coefficients={"text": 1.0, "router": ROUTER_COEFFICIENT},
@@ -152,7 +169,7 @@ def run_reference(case: Case) -> Reference:
         terms = model(replace(pack, loss_scales=objective.scales))
         objective.of_pack(terms).backward()
         loss += terms.sums["text"].item() / weight_sum
-        router_loss += terms.sums["router"].item()
+        router_loss += float(terms.sums.get("router", 0.0))
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm().item()
     return Reference(loss=loss, router_loss=router_loss, norm=norm, gradients=gradients, objective=objective)
@@ -212,21 +229,25 @@ class Layouts:
 
 
 def set_up(case: Case, parallel: ParallelConfig, memory: MemoryConfig, layouts: Layouts) -> Setup:
-    config = make_config(case.dims)
-    plan, weights = SPEC.sharding(config), random_weights(config, case.seed)
+    plan, weights = case.spec.sharding(case.config), case.weights()
     layout, pool = layouts.get(parallel, plan)
     if case.holds_values:
         model = make_reference(case)
     else:
         with torch.device("meta"):
-            model = make_model(config)
-            if case.adapted:
-                adapt(model, weights, case.dropout)
-        freeze(model, case.frozen)
-    apply_parallelism(model, layout, plan, parallel=parallel, memory=memory, compute_dtype=torch.float32)
-    model.is_tied = case.dims.tie
+            model = case.build()
+    settings = {"parallel": parallel, "memory": replace(memory, compile=False), "compute_dtype": torch.float32}
+    apply_parallelism(model, layout, plan, **settings)
+    if memory.compile:  # graphs as for a compiler, which would take minutes to build them; of the decoder alone
+        for name in match_modules(model, plan.blocks[-1:]):
+            model.get_submodule(name).compile(backend="aot_eager")
+    if memory.offload_activations:  # what a run on the CPU leaves out
+        for name in match_modules(model, plan.layer_calls):
+            call = OffloadingCall(model.get_submodule(name), HostCopies(layout.device), least_bytes=0)
+            model.set_submodule(name, call)
+    model.is_tied = case.config.text.tie_word_embeddings
     for name, parameter in model.named_parameters():
-        name = "text.embed.weight" if case.dims.tie and name == "text.loss_head.head.weight" else name
+        name = "text.embed.weight" if model.is_tied and name == "text.loss_head.head.weight" else name
         local, whole = getattr(parameter, "to_local", lambda own=parameter: own)(), tuple(parameter.shape)
         assert tuple(local.shape) == local_shape(name, whole, plan, layout.degrees, layout.rank), name
     if not case.holds_values:
@@ -241,7 +262,7 @@ def set_up(case: Case, parallel: ParallelConfig, memory: MemoryConfig, layouts: 
         layout=layout,
         pool=pool,
         pipeline=pipeline,
-        packs=pool.plan(case.packs(config, share)[layout.data_rank :: layout.data_world]),
+        packs=pool.plan(case.packs(share)[layout.data_rank :: layout.data_world]),
     )
 
 
@@ -272,7 +293,7 @@ def run_layout(
     assert set().union(*(own for own, _ in known)) | set(missing) == set(reference.gradients)
     return Outcome(
         loss_error=abs(loss - reference.loss) / abs(reference.loss),
-        router_error=abs(router_loss - reference.router_loss) / abs(reference.router_loss),
+        router_error=abs(router_loss - reference.router_loss) / (abs(reference.router_loss) or 1.0),
         norm_error=abs(norm - reference.norm) / reference.norm,
         gradient_errors=errors,
         missing=tuple(missing),
@@ -292,9 +313,7 @@ def train(setup: Setup, objective: Objective, num_steps: int) -> list[float]:
 
 
 def train_reference(case: Case, objective: Objective, num_steps: int) -> list[float]:
-    config = make_config(case.dims)
-    model = make_reference(case)
-    packs = case.packs(config)
+    model, packs = make_reference(case), case.packs()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
     losses = []
     for _ in range(num_steps):

@@ -16,6 +16,7 @@ from layout_worker import TRAINED, Case, Outcome, run_job
 from tiny_omni import Dims, random_dims
 
 from omniloom.config import ContextConfig, MemoryConfig, ParallelConfig
+from omniloom.families.registry import SPECS
 
 WORLD = 4
 LOSS_BOUND = 1e-5  # DESIGN: rounding of float32 sums taken in another order
@@ -68,10 +69,53 @@ LAYOUTS = {
     "ring2_tensor2_expert4": {"context": ContextConfig(ring=2), "tensor": 2, "expert": 4},
 }
 
+DIVIDED = {  # of every family; those with experts divide them too
+    "fsdp4": ({}, 1),
+    "hsdp_context2": ({"replicate": 2, "context": 2}, 2),
+    "tensor4": ({"tensor": 4}, 4),
+    "context2_tensor2": ({"context": 2, "tensor": 2}, 4),
+    "ring2_tensor2": ({"context": ContextConfig(ring=2), "tensor": 2}, 4),
+    "pipeline2_context2": ({"pipeline": 2, "context": 2}, 2),
+    "pipeline2_tensor2": ({"pipeline": 2, "tensor": 2}, 2),
+}
+LEAN = {  # ways to hold less, in layouts that each hinder them in a way of their own
+    "compile": MemoryConfig(compile=True),
+    "compile_recompute": MemoryConfig(compile=True, recompute="full"),
+    "offload": MemoryConfig(offload_activations=True),
+    "offload_recompute": MemoryConfig(offload_activations=True, recompute="full"),
+}
+
+
+def family_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
+    cases = {}
+    for spec in SPECS:
+        case = Case(family=spec.name, shares_decoding=True)
+        for name, (axes, experts) in DIVIDED.items():
+            if spec.name.startswith("qwen3_5") and "ring" in name:  # states of a delta rule go around no ring
+                continue
+            expert = experts if case.config.text.num_experts else 1
+            cases[f"{spec.name}-{name}"] = (case, ParallelConfig(**axes, expert=expert), MemoryConfig())
+    return cases
+
+
+def lean_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
+    cases = {}
+    for way, memory in LEAN.items():
+        for name in ("context2_expert2", "fsdp2_tensor2", "ring4"):
+            cases[f"{way}_{name}"] = (Case(), ParallelConfig(**LAYOUTS[name]), memory)
+        cases[f"{way}_pipeline2_tensor2"] = (Case(), ParallelConfig(pipeline=2, tensor=2), memory)
+        cases[f"{way}_hybrid_context2_tensor2"] = (
+            Case(dims=HYBRID, seed=7),
+            ParallelConfig(**LAYOUTS["context2_tensor2"]),
+            memory,
+        )
+    return cases
+
 
 def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
     plain = MemoryConfig()
     cases = {name: (Case(), ParallelConfig(**axes), plain) for name, axes in LAYOUTS.items()}
+    cases |= family_cases() | lean_cases()
     for name in ("fsdp4", "context4", "context2_expert2", "hsdp_context2", "tensor4", "fsdp2_tensor2"):
         cases[f"odd_{name}"] = (Case(dims=ODD, seed=1), ParallelConfig(**LAYOUTS[name]), plain)
     for name in ("hsdp2x2", "expert4", "fsdp2_tensor2"):
@@ -113,6 +157,15 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
             ParallelConfig(**LAYOUTS[name]),
             plain,
         )
+    for name in ("fsdp2_tensor2", "tensor4"):  # norms of rows whose columns are divided
+        dora = Case(adapted=True, dora=True, dropout=0.0)
+        cases[f"dora_{name}"] = (dora, ParallelConfig(**LAYOUTS[name]), plain)
+        cases[f"hybrid_dora_{name}"] = (replace(dora, dims=HYBRID, seed=7), ParallelConfig(**LAYOUTS[name]), plain)
+        cases[f"tied_adapted_{name}"] = (
+            Case(dims=TIED, seed=2, adapted=True, dropout=0.0),
+            ParallelConfig(**LAYOUTS[name]),
+            plain,
+        )
     return cases
 
 
@@ -132,6 +185,8 @@ SAMPLED = {
         "cpu_offload",
     ),
     *("hybrid_context2_tensor2_expert4", "hybrid_adapted_context2_tensor2", "hybrid_recompute"),
+    *("qwen2_5_vl-pipeline2_context2", "qwen3_5_moe-pipeline2_tensor2", "hybrid_dora_fsdp2_tensor2"),
+    *("offload_fsdp2_tensor2",),
 }
 NAMES = [pytest.param(name, marks=() if name in SAMPLED else pytest.mark.full) for name in make_cases()]
 
@@ -154,8 +209,10 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_layout_does_not_change_loss_norm_or_any_gradient(results: Results, name: str) -> None:
+def test_layout_does_not_change_loss_norm_or_any_gradient(results: Results, name: str, record_property) -> None:
     outcome = results[0][name]
+    record_property("loss error", outcome.loss_error)
+    record_property("gradient error", outcome.worst[0])
     assert not outcome.missing, f"no gradient at all for {outcome.missing[:3]}"
     assert outcome.loss_error < LOSS_BOUND
     assert outcome.router_error < LOSS_BOUND

@@ -28,6 +28,7 @@ CASES = {
     "recompute_tensor2_expert2": Case(lora=LORA, recompute=True, parallel=ParallelConfig(tensor=2, expert=2)),
     "dora_fsdp2": Case(lora=DORA, experts=False, parallel=ParallelConfig()),
     "dora_context2": Case(lora=DORA, experts=False, parallel=ParallelConfig(context=2)),
+    "dora_tensor2": Case(lora=DORA, experts=False, parallel=ParallelConfig(tensor=2)),
 }
 
 FULL = ("head_context2", "replicate2", "recompute_expert2", "tensor2", "context2", "dora_context2")  # of others' kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
     frozen = Case(dims=DEEP, num_packs=8, frozen=below)
     towers_alone = Case(dims=DEEP, num_packs=8, frozen=("text.",), shares_decoding=True)
     tied = Case(dims=Dims(tie=True, num_layers=3), num_packs=8, seed=2)
+    hybrid = Case(dims=Dims(hybrid=True, num_layers=5), num_packs=8, seed=7, shares_decoding=True)
     cases = {
         # a level of deepstack rows belongs to each of two stages
         "pipeline4": (deep, ParallelConfig(pipeline=4, pipeline_layers=(1, 2, 1, 1)), plain),
@@ -47,6 +49,19 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
         "dropping_out_interleaved": (adapted, ParallelConfig(pipeline=2, **INTERLEAVED), FULL),
         "a_frozen_stage": (frozen, ParallelConfig(pipeline=2, pipeline_layers=(2, 3)), plain),
         "towers_alone": (towers_alone, ParallelConfig(pipeline=4), plain),
+        "hybrid_pipeline2_fsdp2": (hybrid, ParallelConfig(pipeline=2), plain),
+        "hybrid_interleaved2_context2": (hybrid, ParallelConfig(pipeline=2, context=2, **INTERLEAVED), plain),
+        "hybrid_pipeline2_expert2": (hybrid, ParallelConfig(pipeline=2, expert=2), plain),
+        "hybrid_adapted_pipeline2_tensor2": (
+            replace(hybrid, adapted=True, dropout=0.0),
+            ParallelConfig(pipeline=2, tensor=2),
+            plain,
+        ),
+        "offload_interleaved2_tensor2": (
+            deep,
+            ParallelConfig(pipeline=2, tensor=2, **INTERLEAVED),
+            MemoryConfig(offload_activations=True),
+        ),
     }
     axes = {"pipeline2": {"pipeline": 2}, "context": {"pipeline": 2, "context": 2}}
     axes |= {"expert": {"pipeline": 2, "expert": 2}, "hsdp": {"pipeline": 2, "replicate": 2}}
@@ -61,7 +76,7 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
 
 SAMPLED = {
     *("pipeline4", "interleaved2_fsdp2", "pipeline2_context2_expert2", "tied_hsdp", "a_frozen_stage"),
-    *("pipeline2_tensor2", "dropping_out_and_recomputing", "towers_alone"),
+    *("pipeline2_tensor2", "dropping_out_and_recomputing", "towers_alone", "hybrid_interleaved2_context2"),
 }
 NAMES = [pytest.param(name, marks=() if name in SAMPLED else pytest.mark.full) for name in make_cases()]
 
@@ -82,8 +97,10 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stages_do_not_change_loss_norm_or_any_gradient(results: Results, name: str) -> None:
+def test_stages_do_not_change_loss_norm_or_any_gradient(results: Results, name: str, record_property) -> None:
     outcome = results[0][name]
+    record_property("loss error", outcome.loss_error)
+    record_property("gradient error", outcome.worst[0])
     assert not outcome.missing, f"no gradient at all for {outcome.missing[:3]}"
     assert outcome.loss_error < LOSS_BOUND
     assert outcome.router_error < LOSS_BOUND

@@ -91,26 +91,36 @@ def test_a_checkpoint_goes_on_in_another_layout(folder: Path, first: str, second
 
 
 BODY = """
-import os, sys, torch
+import os, sys, time, torch
 from omniloom.parallel.mesh import Degrees, build_layout, init_distributed, says_rank_is_gone
 from omniloom.parallel.pipeline import Message, _Mail
+from omniloom.parallel.watchdog import Watchdog
 
-layout = build_layout(Degrees(pipeline=2), init_distributed(timeout_seconds=30))
-if layout.rank == 1:
-    os._exit(9)
+ranks = init_distributed(timeout_seconds=30)
+layout = build_layout(Degrees(pipeline=3), ranks)
 mail = _Mail(layout, torch.zeros(4, 2), {1: [Message(0, 0, True)]})
 try:
-    mail.receive(Message(0, 0, True), 1)
+    with Watchdog(ranks, timeout_seconds=5.0):
+        if layout.rank == 1:
+            layout.barrier()
+            time.sleep(1.0)  # until the others have left the barrier
+            os._exit(9)
+        layout.barrier()
+        if layout.rank == 0:
+            mail.receive(Message(0, 0, True), 1)
+        layout.barrier()  # as where no stage waits for a certain one
 except RuntimeError as error:
-    print(says_rank_is_gone(error), *error.__notes__)
+    print(says_rank_is_gone(error), *error.__notes__, sep="; ")
+if layout.rank == 0:
+    time.sleep(3.0)  # it keeps the store
 """
 
 
-def test_a_rank_that_dies_in_a_pipeline_is_named_by_the_one_that_waits_for_it() -> None:
+def test_a_rank_that_dies_in_a_pipeline_is_named_by_all_others() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared["PYTHONPATH"] = str(Path(__file__).parents[2])
     ranks = [
         subprocess.Popen(
@@ -119,7 +129,8 @@ def test_a_rank_that_dies_in_a_pipeline_is_named_by_the_one_that_waits_for_it() 
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(3)
     ]
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert said[0].strip() == "True stage 0 waited for the gradient of its rows of pack 0 from rank 1", said
+    said = [rank.communicate(timeout=120)[0].strip() for rank in ranks]
+    awaited = "stage 0 waited for the gradient of its rows of pack 0 from rank 1"
+    assert said == [f"True; {awaited}; gone: rank 1", "", "True; gone: rank 1"]

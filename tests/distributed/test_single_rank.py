@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from layout_worker import Case, freeze, load, make_reference, run_reference
-from tiny_omni import Dims, make_config, make_model, random_weights
+from tiny_omni import Dims, make_config, make_model
 from torch.distributed.tensor import DTensor
 
 from omniloom.config import MemoryConfig, ParallelConfig, load_config
@@ -56,7 +56,7 @@ def test_decays_of_a_delta_rule_are_computed_in_float32_beside_weights_in_bfloat
     settings = {"parallel": ParallelConfig(), "memory": MemoryConfig(), "compute_dtype": torch.bfloat16}
     apply_parallelism(model, layout, plan, **settings)
     materialize(model, layout.device)
-    load(model, random_weights(config, case.seed))
+    load(model, case.weights())
     seen: dict[str, set[torch.dtype]] = {"decay": set(), "norm": set()}
     attention = model.get_submodule("text.layers.0.attention")
     for name, found in seen.items():
@@ -64,7 +64,7 @@ def test_decays_of_a_delta_rule_are_computed_in_float32_beside_weights_in_bfloat
             lambda module, *_, found=found: found.update(p.dtype for p in module.parameters())
         )
     objective = Objective(coefficients={"text": 1.0, "router": 0.1}, weight_sums={"text": 1.0, "router": 1.0})
-    run_packs(model, case.packs(config)[:1], layout, objective, EncoderPool(layout, plan, "group"))
+    run_packs(model, case.packs()[:1], layout, objective, EncoderPool(layout, plan, "group"))
     assert seen == {"decay": {torch.float32}, "norm": {torch.bfloat16}}
     assert model.get_parameter("text.layers.0.attention.decay.A_log").grad.dtype == torch.float32
 
@@ -81,9 +81,9 @@ def test_one_rank_gives_what_a_plain_model_gives(layout: Layout) -> None:
     apply_parallelism(model, layout, plan, parallel=ParallelConfig(), memory=memory, compute_dtype=torch.float32)
     materialize(model, layout.device)
     assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    load(model, random_weights(config, case.seed))
+    load(model, case.weights())
     pool = EncoderPool(layout, plan, "group")
-    packs = case.packs(config)
+    packs = case.packs()
     before = [evaluate(model, pack, layout, pool).sums["text"].item() for pack in packs]
     terms = [run_packs(model, [pack], layout, reference.objective, pool) for pack in packs]
     loss = sum(term.sums["text"].item() for term in terms) / reference.objective.weight_sums["text"]
@@ -138,6 +138,9 @@ def test_a_model_that_cannot_be_divided_is_refused_at_once(layout: Layout) -> No
     assert "6 experts do not divide over 4 ranks; choose from [1, 2, 3, 6]" in str(caught.value)
     with pytest.raises(ValueError, match="this model has no experts; set it to 1"):
         check_plan(dataclasses.replace(plan, num_experts=0), wide.degrees)
+    hybrid = SPEC.sharding(make_config(Dims(hybrid=True)))
+    with pytest.raises(ValueError, match="layers with a recurrence hand a state from token to token"):
+        check_plan(hybrid, Degrees(context=4, ring=2))
 
 
 def test_bfloat16_compute_keeps_masters_and_gradients_in_float32(layout: Layout) -> None:
@@ -150,8 +153,8 @@ def test_bfloat16_compute_keeps_masters_and_gradients_in_float32(layout: Layout)
     parallel, memory = ParallelConfig(), MemoryConfig()
     apply_parallelism(model, layout, plan, parallel=parallel, memory=memory, compute_dtype=torch.bfloat16)
     materialize(model, layout.device)
-    load(model, random_weights(config, case.seed))
-    terms = run_packs(model, case.packs(config), layout, reference.objective)
+    load(model, case.weights())
+    terms = run_packs(model, case.packs(), layout, reference.objective)
     loss = terms.sums["text"].item() / reference.objective.weight_sums["text"]
     assert loss == pytest.approx(reference.loss, rel=0.02)  # 8 bits of mantissa
     for parameter in model.parameters():
@@ -183,7 +186,7 @@ def test_a_third_loss_is_agreed_trained_and_written_by_its_name(layout: Layout, 
     case = Case(num_packs=2)
     plain = make_reference(case)
     model = WithCodes(vision=plain.vision, audio=plain.audio, text=plain.text)
-    batches = [with_codes(pack, i, case.dims.hidden_size) for i, pack in enumerate(case.packs(make_config(case.dims)))]
+    batches = [with_codes(pack, i, case.dims.hidden_size) for i, pack in enumerate(case.packs())]
     extent = Extent(num_tokens=1, num_loss_tokens=1, weight_sum=1.0)
     samples = tuple(PlannedSample(row=row, epoch=0, extent=extent, weight_scale=1.0) for row in range(3))
     step = StepPlan(step=0, packs=tuple(PackPlan(index=i, samples=samples) for i in range(2)), rows_planned=6)

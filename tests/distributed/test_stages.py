@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from layout_worker import Case, make_reference
-from tiny_omni import Dims, make_config
+from tiny_omni import Dims
 from torch import Tensor
 
 from omniloom.config import LoraConfig
@@ -93,7 +93,7 @@ def test_two_stages_recomputing_and_dropping_out_give_the_gradients_of_one(threa
     objective = Objective(coefficients={"text": 1.0, "router": 0.3}, weight_sums={"text": 50.0, "router": 3.0})
     packs = [
         replace(pack, loss_scales=objective.scales, draw_key=keyed_seed(0, number))
-        for number, pack in enumerate(CASE.packs(make_config(CASE.dims)))
+        for number, pack in enumerate(CASE.packs())
     ]
     with torch.no_grad():
         rows = [model.encode(pack) for pack in packs]
@@ -131,4 +131,4 @@ def test_two_stages_recomputing_and_dropping_out_give_the_gradients_of_one(threa
 def test_dropout_without_a_key_is_a_fault_of_ours_that_is_told() -> None:
     model = make_model()
     with pytest.raises(AssertionError, match="draw_key"):
-        model(replace(CASE.packs(make_config(CASE.dims))[0], draw_key=None))
+        model(replace(CASE.packs()[0], draw_key=None))

@@ -65,8 +65,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
 
 
 @pytest.mark.parametrize("name", make_cases())
-def test_products_of_axes_do_not_change_loss_norm_or_any_gradient(outcomes: dict[str, Outcome], name: str) -> None:
+def test_products_of_axes_do_not_change_loss_norm_or_any_gradient(
+    outcomes: dict[str, Outcome], name: str, record_property
+) -> None:
     outcome = outcomes[name]
+    record_property("loss error", outcome.loss_error)
+    record_property("gradient error", outcome.worst[0])
     assert not outcome.missing, f"no gradient at all for {outcome.missing[:3]}"
     assert outcome.loss_error < LOSS_BOUND
     assert outcome.router_error < LOSS_BOUND

@@ -12,8 +12,11 @@ from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.families.config_fields import FamilyConfig
 from omniloom.families.decoder import DecoderConfig, DeltaRuleConfig
 from omniloom.families.qwen3_omni.spec import SPEC
+from omniloom.families.registry import spec_named
+from omniloom.families.spec import ModelSpec
 from omniloom.models.fusion import OmniModel
 from omniloom.processors.tower_batches import audio_batch, vision_batch
+from omniloom.tools.tiny import tiny_config
 from omniloom.types import IGNORE_LABEL, AudioClip, PackedBatch, Segments, VisionClip
 
 
@@ -127,21 +130,25 @@ def make_config(dims: Dims) -> FamilyConfig:
     )
 
 
-def make_model(config: FamilyConfig) -> OmniModel:
+def family_config(family: str) -> FamilyConfig:
+    """That of a family's tiny checkpoint."""
+    return spec_named(family).read_config(tiny_config(family))
+
+
+def make_model(config: FamilyConfig, spec: ModelSpec = SPEC) -> OmniModel:
     """On the current default device, values undefined."""
-    return SPEC.build(config)
+    return spec.build(config)
 
 
-def random_weights(config: FamilyConfig, seed: int) -> dict[str, torch.Tensor]:
+def random_weights(model: OmniModel, seed: int) -> dict[str, torch.Tensor]:
     """Values by parameter name, spread wide enough that a router's choices are far from ties."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        model = make_model(config)
     weights = {}
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
-            weights[name] = 1.0 + 0.1 * noise if name.endswith("norm.weight") else 0.3 * noise
+            middle = 3.0 if name.endswith("magnitude") else 1.0  # about the norms of the rows with their additions
+            weights[name] = middle + 0.1 * noise if name.endswith(("norm.weight", "magnitude")) else 0.3 * noise
         else:
             scale = 4.0 if name.endswith("router.weight") else 1.0
             weights[name] = scale * noise * parameter[0].numel() ** -0.5 if parameter.ndim == 2 else noise * 0.3
@@ -164,10 +171,10 @@ def make_pack(
     `empty`: nothing but padding. `share` (r, n): only every n-th clip, from the r-th on, as a rank loads it that
     decodes a share of the clips.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, audio_frames = torch.Generator().manual_seed(seed), audio_frames if config.audio is not None else ()
     num_tokens = 0 if empty else pack_tokens - int(torch.randint(3, 9, (), generator=generator))
     rows_of_image = [t * h * w // 4 for t, h, w in images]
-    rows_of_audio = [_audio_rows(config, frames) for frames in audio_frames]
+    rows_of_audio = [config.audio.num_tokens(frames) for frames in audio_frames]
     places = torch.randperm(num_tokens, generator=generator)[: sum(rows_of_image) + sum(rows_of_audio)]
     assert len(places) == sum(rows_of_image) + sum(rows_of_audio), "media do not fit into the pack"
     split = places.split([*rows_of_image, *rows_of_audio])
@@ -205,10 +212,5 @@ def make_pack(
         is_padding=~valid,
         segments=Segments.from_lengths(lengths, num_bounds=len(bounds) + 2),
         vision=vision_batch(vision[share[0] :: share[1]], config.vision),
-        audio=audio_batch(audio[share[0] :: share[1]], config.audio),
+        audio=None if config.audio is None else audio_batch(audio[share[0] :: share[1]], config.audio),
     )
-
-
-def _audio_rows(config: FamilyConfig, frames: int) -> int:
-    whole, rest = divmod(frames, config.audio.chunk_frames)
-    return whole * config.audio.chunk_rows + -(-rest // 8)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -14,20 +13,16 @@ from hypothesis import strategies as st
 
 from omniloom.ops.attention import segment_attention_reference
 from omniloom.ops.block_attention import attend, attend_backward, join
+from omniloom.parallel import ring as ring_module
 from omniloom.parallel.context import move_chunks, slice_batch, token_order
-from omniloom.parallel.ring import _Rounds
+from omniloom.parallel.ring import plan_rounds, ring_attention, ring_attention_backward
 from omniloom.types import Kernel, Segments
 from tests.unit.test_parallel_context import make_batch
 
 
-def rounds(bounds: tuple[int, ...], ring: int, rank: int) -> Any:
-    group: Any = SimpleNamespace(size=lambda: ring, rank=lambda: rank)
-    return _Rounds(bounds, group)
-
-
 def pairs_of(bounds: tuple[int, ...], ring: int, rank: int) -> Counter[tuple[int, int]]:
     """(query, key) in token rows of the pack, as often as a rank computes them."""
-    own, met = rounds(bounds, ring, rank), Counter[tuple[int, int]]()
+    own, met = plan_rounds(bounds, ring, rank), Counter[tuple[int, int]]()
     order = token_order(bounds[-1], ring).tolist()
     local = order[2 * rank * own.rows : 2 * (rank + 1) * own.rows]
     squares = own.local_bounds(torch.tensor(bounds, dtype=torch.int32)).tolist()
@@ -35,7 +30,7 @@ def pairs_of(bounds: tuple[int, ...], ring: int, rank: int) -> Counter[tuple[int
         met.update((local[q], local[k]) for q in range(start, stop) for k in range(start, q + 1))
     for source in range(ring):
         theirs = order[2 * source * own.rows : 2 * (source + 1) * own.rows]
-        keys = [row for _, part in own.sent(source, rank) for row in theirs[part]]
+        keys = [row for part in own.sent.get((source, rank), {}).values() for row in theirs[part]]
         for queries, columns in own.blocks(source):
             met.update((query, key) for query in local[queries] for key in keys[columns])
     return met
@@ -59,7 +54,8 @@ def test_a_sample_as_long_as_the_pack_is_the_same_work_for_every_rank() -> None:
 
 def test_samples_that_end_with_the_chunks_move_nothing() -> None:
     bounds = tuple(range(0, 49, 3))  # chunks of 6
-    assert not any(rounds(bounds, 4, 0).count(source, target) for source in range(4) for target in range(4))
+    assert not plan_rounds(bounds, 4, 0).sent
+    assert not plan_rounds(bounds, 4, 0).moves
 
 
 def test_slices_of_a_ring_hold_every_row_once_and_say_where_it_was() -> None:
@@ -77,6 +73,26 @@ def test_slices_of_a_ring_hold_every_row_once_and_say_where_it_was() -> None:
 def test_a_pack_without_two_chunks_for_each_rank_is_refused() -> None:
     with pytest.raises(ValueError, match="12 tokens does not divide into two chunks for each of 4 ring ranks"):
         slice_batch(make_batch(12, 0), 0, 4, ring=4)
+
+
+def test_all_layers_of_a_pack_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    monkeypatch.setattr(ring_module, "group_of", lambda _: alone)
+    generator = torch.Generator().manual_seed(0)
+    plan_rounds.cache_clear()
+    segments = Segments.from_lengths([9, 3])
+    for _ in range(3):
+        q, k, v = (torch.randn(12, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2))
+        expected = segment_attention_reference(q, k, v, segments, causal=True)
+        expected.backward(torch.ones_like(expected))
+        settings = (segments.cu_seqlens, segments.bounds, "sdpa", "")
+        with torch.no_grad():
+            out, log_sums = ring_attention(q, k, v, *settings)
+            found = ring_attention_backward(torch.ones_like(out), q, k, v, out, log_sums, *settings)
+        torch.testing.assert_close(out, expected)
+        for total, leaf in zip(found, (q, k, v), strict=True):
+            torch.testing.assert_close(total, leaf.grad)
+    assert plan_rounds.cache_info().misses == 1
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
