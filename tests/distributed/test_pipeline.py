@@ -76,7 +76,7 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
 
 SAMPLED = {
     *("pipeline4", "interleaved2_fsdp2", "pipeline2_context2_expert2", "tied_hsdp", "a_frozen_stage"),
-    *("pipeline2_tensor2", "dropping_out_and_recomputing", "towers_alone", "hybrid_interleaved2_context2"),
+    *("pipeline2_tensor2", "dropping_out_and_recomputing", "towers_alone", "hybrid_pipeline2_expert2"),
 }
 NAMES = [pytest.param(name, marks=() if name in SAMPLED else pytest.mark.full) for name in make_cases()]
 

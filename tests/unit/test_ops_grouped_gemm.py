@@ -13,6 +13,7 @@ from omniloom.ops.grouped_gemm import (
     gather_copies,
     grouped_linear,
     grouped_linear_reference,
+    grouped_outer,
     permute_rows,
     sort_by_group,
 )
@@ -38,6 +39,22 @@ def test_products_and_gradients_equal_a_loop_over_groups(counts, seed, widths):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_products_in_float32_are_traced_for_a_compiler():
+    """PyTorch's own are in bfloat16 alone, which a compiled layer of divided experts would stumble over."""
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(7, 8, generator=generator), torch.randn(2, 4, 8, generator=generator)
+    offsets = torch.tensor([3, 7], dtype=torch.int32)
+
+    def both(rows, weight, offsets):
+        out = grouped_linear(rows, weight, offsets)
+        return out, grouped_outer(out, rows, offsets)
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    for got, wanted in zip(compiled(rows, weight, offsets), both(rows, weight, offsets), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def test_rows_past_the_last_bound_leave_the_others_alone():
