@@ -53,7 +53,7 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
         "hybrid_interleaved2_context2": (hybrid, ParallelConfig(pipeline=2, context=2, **INTERLEAVED), plain),
         "hybrid_pipeline2_expert2": (hybrid, ParallelConfig(pipeline=2, expert=2), plain),
         "hybrid_adapted_pipeline2_tensor2": (
-            replace(hybrid, adapted=True, dropout=0.0),
+            replace(hybrid, dims=replace(hybrid.dims, num_layers=3), adapted=True, dropout=0.0),
             ParallelConfig(pipeline=2, tensor=2),
             plain,
         ),

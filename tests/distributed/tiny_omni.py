@@ -147,11 +147,13 @@ def random_weights(model: OmniModel, seed: int) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
-            middle = 3.0 if name.endswith("magnitude") else 1.0  # about the norms of the rows with their additions
+            middle = 1.6 if name.endswith("magnitude") else 1.0  # about the norms of the rows with their additions
             weights[name] = middle + 0.1 * noise if name.endswith(("norm.weight", "magnitude")) else 0.3 * noise
+        elif "lora_" in name or parameter.ndim != 2:
+            weights[name] = 0.3 * noise
         else:
             scale = 4.0 if name.endswith("router.weight") else 1.0
-            weights[name] = scale * noise * parameter[0].numel() ** -0.5 if parameter.ndim == 2 else noise * 0.3
+            weights[name] = scale * noise * parameter[0].numel() ** -0.5
     return weights
 
 
