@@ -65,6 +65,8 @@ def train(
     config = config_from_words(words or [])  # a wrong word ends here, before torch is imported and ranks are started
 
     def run_here() -> int:
+        if os.environ.get("RANK", "0") == "0":  # the first seconds go by with imports
+            print(f"starting the run in {config.train.run_dir}", flush=True)
         from omniloom.tools.report import train_with_report
 
         done = "wrote {}/report.html".format

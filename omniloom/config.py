@@ -70,6 +70,9 @@ class ModelConfig:
     new_speakers: Annotated[dict[str, str], "voices to train beside the checkpoint's: name: the one it starts from"] = (
         field(default_factory=dict)
     )
+    quantize: Annotated[
+        Literal["nf4"] | None, "hold frozen matrices beside LoRA as 4-bit codes (QLoRA); heads and embeddings stay"
+    ] = None
     attention: Kernels = field(default_factory=Kernels)
     dtype: Annotated[
         Literal["auto", "bf16", "float32"],
@@ -549,7 +552,7 @@ def _contradictions(config: Config) -> list[str]:
     ):
         if of[0] is not None and of[1] is not None and of[0] > of[1]:
             faults.append(f"{low} ({of[0]:g}) is above {high} ({of[1]:g})")
-    faults += _rule_contradictions(config.policy)
+    faults += _rule_contradictions(config.policy, config.model.quantize)
     if config.parallel.layout == "auto":
         chosen = ("replicate", "shard", "tensor", "context", "expert", "pipeline", "pipeline_layers")
         given = [name for name in chosen if getattr(config.parallel, name) != getattr(ParallelConfig(), name)]
@@ -588,8 +591,17 @@ def _source_contradictions(data: DataConfig) -> list[str]:
     return faults
 
 
-def _rule_contradictions(rules: Mapping[str, PolicyRule]) -> list[str]:
+def _rule_contradictions(rules: Mapping[str, PolicyRule], quantize: str | None) -> list[str]:
     faults = []
+    if quantize and not any(rule.lora for rule in rules.values()):
+        faults.append(
+            f"model.quantize: {quantize} is for frozen weights beside LoRA; add policy.text.lora, or remove it"
+        )
+    faults += [
+        f"policy.{name}.lora.dora: the norms of rows are not taken of weights under model.quantize; set it to false"
+        for name, rule in rules.items()
+        if quantize and rule.lora is not None and rule.lora.dora
+    ]
     for name, rule in rules.items():
         if rule.lora is not None and rule.freeze is False:
             faults.append(f"policy.{name}: lora trains in place of the weights, freeze: false trains them; keep one")

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from omniloom.checkpoint.tensor_files import DTYPES, HFCheckpoint, open_checkpoint
 from omniloom.keymap import Assembly, Box, KeyMap, Read, Tied, listed, whole
+from omniloom.ops import nf4
 
 __all__ = ["HFCheckpoint", "check_names", "load_model", "local_region", "open_checkpoint", "read_tensor"]
 
@@ -53,7 +54,7 @@ def load_model(
     """
     assemblies = key_map.assemblies(checkpoint.shapes)
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in fresh}
-    check_names({name: tuple(tensor.shape) for name, tensor in tensors.items()}, assemblies, key_map, unbuilt=unbuilt)
+    check_names({name: nf4.shape_of(tensor) for name, tensor in tensors.items()}, assemblies, key_map, unbuilt=unbuilt)
     for name, tensor in tensors.items():
         _load_tensor(tensor, assemblies[name], checkpoint)
 
@@ -176,9 +177,20 @@ def _load_tensor(tensor: Tensor, assembly: Assembly, checkpoint: HFCheckpoint) -
     if region is None:
         return
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    for chunk in _row_chunks(region, local.element_size()):
+    read, width = (_read_packed, 8) if nf4.is_packed(tensor) else (read_tensor, local.element_size())
+    for chunk in _row_chunks(region, width):
         start, stop = (chunk[0][0] - region[0][0], chunk[0][1] - region[0][0]) if chunk else (0, 0)
-        read_tensor(assembly, checkpoint, local[start:stop] if chunk else local, chunk)
+        read(assembly, checkpoint, local[start:stop] if chunk else local, chunk)
+
+
+def _read_packed(assembly: Assembly, checkpoint: HFCheckpoint, out: Tensor, region: Box) -> None:
+    """Fill `out` with `region` of the bytes of one of our tensors, packed: whole blocks are read and cut."""
+    *rows, (start, stop) = region
+    first, last = start // nf4.BLOCK_BYTES, -(-stop // nf4.BLOCK_BYTES)
+    numbers = torch.empty(*(high - low for low, high in rows), (last - first) * nf4.BLOCK)
+    read_tensor(assembly, checkpoint, numbers, (*rows, (first * nf4.BLOCK, last * nf4.BLOCK)))
+    before = start - first * nf4.BLOCK_BYTES
+    out.copy_(nf4.pack(numbers)[..., before : before + stop - start])
 
 
 def _row_chunks(region: Box, itemsize: int) -> Iterator[Box]:

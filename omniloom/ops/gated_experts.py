@@ -85,7 +85,7 @@ class _GatedExperts(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         gate_up, _ = maps_of(parts, dropouts)
         rows = tokens if slot is None or weights is None else tokens.index_select(0, slot // weights.shape[1])
-        terms, narrow = gate_up.of_groups(rows, offsets)
+        terms, narrow = gate_up.dense(rows.dtype).of_groups(rows, offsets)
         wide = _sum(terms)  # [N, 2 I]
         ctx.save_for_backward(tokens, offsets, slot, row, weights, wide, narrow, *parts)
         ctx.dropouts = dropouts
@@ -105,9 +105,9 @@ class _GatedExperts(torch.autograd.Function):
             token = slot // weights.shape[1]
             weight = weights.new_zeros(slot.shape[0], 1).scatter_(0, row[:, None], weights.view(-1, 1))  # 0 for filling
         rows, rows_out_grad = (each if token is None else each.index_select(0, token) for each in (tokens, grad))
-        terms, down_narrow_grad = maps[1].row_gradient_of_groups(rows_out_grad, offsets)
+        terms, down_narrow_grad = maps[1].dense(rows.dtype).row_gradient_of_groups(rows_out_grad, offsets)
         wide_grad, inner, weight_grad = _through_activation(_sum(terms), wide, weight)
-        terms, narrow_grad = maps[0].row_gradient_of_groups(wide_grad, offsets)
+        terms, narrow_grad = maps[0].dense(rows.dtype).row_gradient_of_groups(wide_grad, offsets)
         of_down = (rows_out_grad, down_narrow_grad, inner)
         grads = maps[0].weight_gradients(wide_grad, narrow_grad, rows, wanted[0], offsets, narrow=narrow)
         grads += maps[1].weight_gradients(*of_down, wanted[1], offsets, row_weight=weight)
@@ -131,7 +131,7 @@ class _Result(torch.autograd.Function):
         weights: Tensor | None,
     ) -> Tensor:
         gate, up = wide.chunk(2, dim=-1)
-        terms, _ = down.of_groups(F.silu(gate).mul_(up), offsets)
+        terms, _ = down.dense(wide.dtype).of_groups(F.silu(gate).mul_(up), offsets)
         return _sum(terms) if row is None or weights is None else _sum_copies(terms, row.view_as(weights), weights)
 
     @staticmethod
@@ -227,7 +227,7 @@ def _cpu_routed_experts(
     rows = tokens.new_empty(slot.shape[0], tokens.shape[1])
     token = slot // weights.shape[1]
     for group, block in _groups(offsets):
-        gate_up, down = (each.of_group(group) for each in maps)
+        gate_up, down = (each.of_group(group).dense(tokens.dtype) for each in maps)
         gate_up(tokens.index_select(0, token[block]), start=block.start, out=wide[block])
         gate, up = wide[block].chunk(2, dim=-1)
         down(F.silu(gate).mul_(up), start=block.start, out=rows[block])
@@ -258,7 +258,7 @@ def _cpu_routed_experts_backward(
     of_maps = (wanted[:NUM_PARTS], wanted[NUM_PARTS:])
     for group, block in _groups(offsets):
         rows, out_grad = tokens.index_select(0, token[block]), grad.index_select(0, token[block])  # [n, C]
-        start, (gate_up, down) = block.start, (each.of_group(group) for each in maps)
+        start, (gate_up, down) = block.start, (each.of_group(group).dense(tokens.dtype) for each in maps)
         inner_grad, down_narrow_grad = down.row_gradient(out_grad, start=start)
         wide_grad, inner, weights_grad[block] = _through_activation(inner_grad, wide[block], weight[block])
         _, narrow_grad = gate_up.row_gradient(wide_grad, start=start, out=copies_grad[block])

@@ -45,7 +45,7 @@ class _GatedMLP(torch.autograd.Function):
     def forward(
         ctx: Any, eps: float, dropouts: Dropouts, x: Tensor, norm: Tensor | None, *parts: Tensor | None
     ) -> Tensor:
-        gate, up, down = maps_of(parts, dropouts)
+        gate, up, down = (each.dense(x.dtype) for each in maps_of(parts, dropouts))
         out = x.new_empty(x.shape[0], down.weight.shape[0])
         kept: list[Tensor] = []  # block by block: what one large tensor would take, the allocator cannot reuse
         for block in _blocks(x, gate.weight):
@@ -63,7 +63,8 @@ class _GatedMLP(torch.autograd.Function):
         eps, dropouts = ctx.settings
         saved = ctx.saved_tensors  # asked for once: a recomputing backward has each for one use
         x, norm, out, *parts = saved[: 3 + 3 * NUM_PARTS]
-        kept, (gate, up, down) = saved[3 + len(parts) :], maps_of(parts, dropouts)
+        kept = saved[3 + len(parts) :]
+        gate, up, down = (each.dense(x.dtype) for each in maps_of(parts, dropouts))
         of_gate, of_up, of_down = (ctx.needs_input_grad[4 + n * NUM_PARTS :][:NUM_PARTS] for n in range(3))
         x_grad = torch.empty_like(x)
         # blocks add up in at least float32, since in bfloat16 the sum over many would lose the small ones

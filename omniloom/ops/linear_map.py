@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from omniloom.ops.grouped_gemm import grouped_linear, grouped_outer
+from omniloom.ops.nf4 import is_packed, unpack
 
 NUM_PARTS = 5  # of a `LinearMap` may train
 NARROW_PRODUCTS = ("cpu", "npu", "mps")  # devices on which the product of 16-bit matrices is one too
@@ -36,7 +37,7 @@ class LinearMap(NamedTuple):
     Stacked maps have [E, ...] in front and neither scale nor bias; rows of group e end at offsets[e].
     """
 
-    weight: Tensor  # [O, C]
+    weight: Tensor  # [O, C], or a frozen one packed (`ops.nf4`), which `dense` takes apart
     bias: Tensor | None = None  # [O]
     low: Tensor | None = None  # [R, C]
     up: Tensor | None = None  # [O, R]
@@ -53,6 +54,13 @@ class LinearMap(NamedTuple):
         """The map of such `parts`, tensors or None."""
         weight, bias, low, up, scale = parts
         return LinearMap(weight, bias, low, up, scale, dropout)
+
+    def dense(self, dtype: torch.dtype) -> LinearMap:
+        """The same map, a packed weight as numbers: what is computed with, and not kept."""
+        if not is_packed(self.weight):
+            return self
+        low, up = (None if part is None else part.to(dtype) for part in (self.low, self.up))
+        return self._replace(weight=unpack(self.weight, dtype), low=low, up=up)
 
     def of_group(self, group: int) -> LinearMap:
         return LinearMap.of_parts([None if part is None else part[group] for part in self.parts], self.dropout)
@@ -178,7 +186,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dropouts: tuple[Dropout | None, ...], x: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
         maps = maps_of(parts, dropouts)
-        results = tuple(linear(x) for linear in maps)
+        results = tuple(linear.dense(x.dtype)(x) for linear in maps)
         scaled = (None if linear.scale is None else out for linear, out in zip(maps, results, strict=True))
         ctx.save_for_backward(x, *scaled, *parts)
         ctx.dropouts = dropouts
@@ -192,7 +200,7 @@ class _Linears(torch.autograd.Function):
         x_grad, parts_grads = None, []
         for place, (linear, grad, result) in enumerate(zip(maps, grads, saved, strict=False)):
             wanted = ctx.needs_input_grad[2 + place * NUM_PARTS :][:NUM_PARTS]
-            x_grad, of_parts = linear.backward(grad, x, result, wanted, out=x_grad, adds=place > 0)
+            x_grad, of_parts = linear.dense(x.dtype).backward(grad, x, result, wanted, out=x_grad, adds=place > 0)
             parts_grads += of_parts
         return None, x_grad, *parts_grads
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from omniloom.ops.cross_entropy import choose_chunk_tokens, linear_cross_entropy
 from omniloom.ops.linear_map import LinearMap
+from omniloom.ops.nf4 import BLOCK_BYTES, is_packed
 from omniloom.parallel.collectives import gather_rows, sum_rows, swap_rows_for_columns
 from omniloom.parallel.context import PrepareHeads, share_of_parts
 from omniloom.parallel.expert import SumOverGroup
@@ -119,6 +120,11 @@ def _divide_parameters(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, s
         for key, parameter in own.items():
             if id(parameter) not in divided:
                 dim = dims.get(name, {}).get(key)
+                if dim == 1 and is_packed(parameter) and parameter.shape[1] // BLOCK_BYTES % mesh.size():
+                    raise ValueError(
+                        f"parallel.tensor: {name} has {parameter.shape[1] // BLOCK_BYTES} blocks in a row under "
+                        f"model.quantize, which {mesh.size()} ranks do not divide; choose another degree"
+                    )
                 placement = Replicate() if dim is None else Shard(dim)
                 divided[id(parameter)] = divide_parameter(parameter, mesh, placement)
             module.register_parameter(key, divided[id(parameter)])

@@ -10,6 +10,7 @@ from omniloom.data.sources import Sources
 from omniloom.models.fusion import OmniModel
 from omniloom.ops.attention import resolve_kernel
 from omniloom.ops.grouped_gemm import ROW_BYTES, fits_grouped_gemm
+from omniloom.ops.nf4 import shape_of
 from omniloom.parallel.device import waits_for_grouped_products
 from omniloom.parallel.mesh import Layout
 from omniloom.run.opening import Workshop
@@ -51,7 +52,7 @@ def describe_slow_ways(workshop: Workshop, model: OmniModel, device: torch.devic
         width
         for name, weight in model.named_parameters()
         if workshop.spec.component_of(name) == "text.experts" and name not in workshop.adapter_names
-        for width in weight.shape[1:]
+        for width in shape_of(weight)[1:]
         if not fits_grouped_gemm(width, dtype)
     }
     if widths:

@@ -37,6 +37,8 @@ from omniloom.run.opening import Workshop
 from omniloom.run.rows import clips_of_rank, open_rows
 from omniloom.types import TEXT, BadSample, Conversation, Extent, LoadedPack, PackPlan, PlannedSample, StepPlan
 
+OnRows = Callable[[int, int], None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationReport:
@@ -144,9 +146,21 @@ class Evaluation:
         return packs
 
     def run(
-        self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None], pipeline: Pipeline | None = None
+        self, model: OmniModel, pool: EncoderPool, on_rows: OnRows, pipeline: Pipeline | None = None
     ) -> EvaluationReport:
-        """Everything about the model as it is; `on_pack` is called before each pack. Collective over all ranks."""
+        """Everything about the model as it is. Collective over all ranks.
+
+        Before each pack `on_rows` is called with the rows that are done, on all ranks together, and how many there are;
+        rows that are answered count twice.
+        """
+        planned, done = [*self.packs.values(), self.to_answer], 0
+        num_rows = sum(len(pack.samples) for packs in planned for pack in packs)
+
+        def on_pack(num_next: int) -> None:
+            nonlocal done
+            on_rows(done, num_rows)
+            done += num_next
+
         parts = {key: self._measure(packs, model, pool, on_pack, pipeline) for key, packs in self.packs.items()}
         rows = self._answers(model, pool, on_pack, pipeline)
         means = _means(parts.values())
@@ -166,7 +180,7 @@ class Evaluation:
         packs: list[PackPlan],
         model: OmniModel,
         pool: EncoderPool,
-        on_pack: Callable[[], None],
+        on_pack: Callable[[int], None],
         pipeline: Pipeline | None,
     ) -> _Measured:
         sums, weights, num_bad = dict[str, torch.Tensor](), defaultdict[str, float](float), 0
@@ -178,7 +192,7 @@ class Evaluation:
         return _Measured({name: float(self.layout.sum_over_ranks(sums[name])) for name in sums}, weights, num_bad)
 
     def _answers(
-        self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[], None], pipeline: Pipeline | None
+        self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[int], None], pipeline: Pipeline | None
     ) -> list[dict[str, Any]]:
         found = []
         for plan, pack, _ in self._load(self.to_answer, on_pack, self.answer_loader):
@@ -202,14 +216,14 @@ class Evaluation:
         return split_reasoning(processor.tokenizer.decode(list(tokens), skip_special_tokens=True))[1]
 
     def _load(
-        self, packs: list[PackPlan], on_pack: Callable[[], None], loader: Loader
+        self, packs: list[PackPlan], on_pack: Callable[[int], None], loader: Loader
     ) -> Iterator[tuple[PackPlan, LoadedPack, StepAgreement]]:
         """This rank's packs, agreed with those who load the others. Collective over all ranks."""
         layout = self.layout
         mine = packs[layout.data_rank :: layout.data_world]
         for number, pack in enumerate(loader.load_in_order(mine, clips_of=lambda pack: clips_of_rank(pack, layout))):
-            on_pack()
             together = tuple(packs[number * layout.data_world :][: layout.data_world])
+            on_pack(sum(len(one.samples) for one in together))
             # ranks that share a pack decode different clips: what one could not read must count on none
             step = StepPlan(step=number, packs=together, rows_planned=0)
             agreement, (pack,) = settle(step, (pack,), gather(layout.exchange, [report_pack(pack)]))

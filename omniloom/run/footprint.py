@@ -23,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from omniloom.config import Config, MemoryConfig
 from omniloom.ops.cross_entropy import choose_chunk_tokens
+from omniloom.ops.nf4 import BLOCK, BLOCK_BYTES
 from omniloom.parallel.fsdp import is_named
 from omniloom.parallel.mesh import Degrees
 from omniloom.parallel.optimizer import state_bytes
@@ -52,6 +53,10 @@ class Weight:
     trains: bool
     orthogonal: bool  # stepped by Muon
     layers: tuple[int, ...]  # which have one each; empty for what is in none
+
+    def numbers(self, elements: float) -> float:
+        """How many numbers so many of its elements hold, of which packed weights have more."""
+        return elements * BLOCK / BLOCK_BYTES if self.dtype == torch.uint8 else elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +128,7 @@ class ModelSizes:
     def num_parameters(self, *, trains: bool = False) -> int:
         """Of the whole model, or what of it trains."""
         chosen = (weight for weight in self.weights if weight.trains or not trains)
-        return sum(max(len(weight.layers), 1) * math.prod(weight.shape) for weight in chosen)
+        return sum(max(len(weight.layers), 1) * round(weight.numbers(math.prod(weight.shape))) for weight in chosen)
 
     @cached_property
     def kept(self) -> list[Kept]:
@@ -302,7 +307,7 @@ class ModelSizes:
             shards = inner // (degrees.expert if routed else degrees.tensor)
             if root != self.plan.roots[-1]:
                 shards = inner * degrees.pipeline
-            size = min(math.prod(shape) * shards, math.prod(weight.shape))
+            size = weight.numbers(min(math.prod(shape) * shards, math.prod(weight.shape)))
             block = ".".join(weight.name.split(".")[: 3 if weight.layers else 2])
             blocks[block] = blocks.get(block, 0.0) + size * element
             trained[block] = trained.get(block, 0.0) + weight.trains * size * (element + REDUCED_BYTES)

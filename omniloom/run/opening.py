@@ -45,6 +45,7 @@ from omniloom.parallel.optimizer import make_optimizer
 from omniloom.run.directory import finished_step
 from omniloom.training.lora import adapter_policies, choose_adapted, initial_lora_a, install_lora
 from omniloom.training.optimizer import parameter_groups
+from omniloom.training.packed import choose_packed, install_packed
 from omniloom.training.policy import ParameterPolicy, check_rates, resolve_policy
 from omniloom.types import Adapter
 
@@ -90,9 +91,18 @@ class Workshop:
     def assemblies(self) -> dict[str, Assembly]:
         return self.key_map.assemblies(self.checkpoint.shapes)
 
-    @cached_property
+    @property
     def adapters(self) -> tuple[Adapter, ...]:
         """What the policy adapts by LoRA. Raises: ValueError for rules that match nothing."""
+        return self._installed[0]
+
+    @property
+    def packed(self) -> tuple[str, ...]:
+        """The frozen weights that are held as 4-bit codes, and computed with as these say."""
+        return self._installed[1]
+
+    @cached_property
+    def _installed(self) -> tuple[tuple[Adapter, ...], tuple[str, ...]]:
         with torch.device("meta"):
             return self._install(self._build(self.family, self.modalities))
 
@@ -133,17 +143,23 @@ class Workshop:
             },
         )
 
-    def _install(self, model: OmniModel) -> tuple[Adapter, ...]:
+    def _install(self, model: OmniModel) -> tuple[tuple[Adapter, ...], tuple[str, ...]]:
+        """Put in the adapters, and packed weights beside them, both of which it returns."""
         rules = self.config.policy
         if all(rule.lora is None for rule in rules.values()):
-            return () if self.adapter is None else install_lora(model, adapted_weights(self.adapter, self.assemblies))
+            adapter = self.adapter
+            return (() if adapter is None else install_lora(model, adapted_weights(adapter, self.assemblies))), ()
         policies = self._base_policies([name for name, _ in model.named_parameters()])
         adaptable = {name: target.name for name, target in adapter_targets(self.assemblies).items() if name in policies}
         sizes = dict(self.adapter_sizes)
         if (stored := self.adapter) is not None:
             followed = ((name, lora) for name in adaptable if (lora := policies[name].lora) is not None)
             sizes |= {name: stored.size(adaptable[name]) for name, lora in followed if stored.follows(lora)}
-        return install_lora(model, choose_adapted(model, policies, adaptable, rules, sizes))
+        chosen = choose_adapted(model, policies, adaptable, rules, sizes)
+        packed = choose_packed(model, policies, adaptable, chosen) if self.config.model.quantize else ()
+        adapters = install_lora(model, chosen)
+        install_packed(model, packed)
+        return adapters, packed
 
     def _build(self, family: Any, modalities: tuple[str, ...]) -> OmniModel:
         chunk = self.config.memory.loss_chunk_tokens
@@ -316,7 +332,7 @@ def apply_policy(workshop: Workshop, model: OmniModel) -> dict[str, ParameterPol
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(policies[name].trainable)
         # no optimizer will need more precision than compute does; vectors are small, and some computed with in float32
-        if not parameter.requires_grad and parameter.ndim > 1:
+        if not parameter.requires_grad and parameter.ndim > 1 and parameter.is_floating_point():
             parameter.data = parameter.data.to(workshop.compute_dtype)
     return policies
 

@@ -20,6 +20,7 @@ from omniloom.checkpoint.files import write_json
 from omniloom.config import Config, config_to_dict
 from omniloom.data.sources import Sources
 from omniloom.data.stream import LoadedStep
+from omniloom.ops.nf4 import shape_of
 from omniloom.ops.torch_operators import count_graphs
 from omniloom.parallel.mesh import Layout
 from omniloom.run.best import BestSteps, read_evaluations, write_evaluations
@@ -32,8 +33,6 @@ from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepFig
 from omniloom.training.policy import ParameterPolicy, table_lines, trainable_table
 from omniloom.training.trackers import open_trackers
 from omniloom.types import TEXT
-
-PHASE_SECONDS = 2.0  # between lines on rows that are measured
 
 
 class _Counter(logging.Handler):
@@ -79,7 +78,7 @@ class RunRecords:
         self._screen = Screen(enabled=layout.is_first, total_steps=config.train.steps, every=config.log.every)
         stack.callback(self._screen.close)
         self._log: MetricsLog | None = None
-        self._start, self._shown = time.monotonic(), time.monotonic()
+        self._start = time.monotonic()
         self._totals = {"samples": 0, "tokens": 0}  # of this start
         self._num_warnings = 0
         self.compiles = config.memory.compile is True  # whether there are graphs to count
@@ -97,9 +96,12 @@ class RunRecords:
 
     def measured(self, done: int, total: int) -> None:
         """Rows that have been measured, until the first step is done."""
-        if self._log is None and time.monotonic() - self._shown > PHASE_SECONDS:
-            self._shown = time.monotonic()
-            self.phase(f"measured {done:,} of {total:,} rows")
+        if self._log is None:
+            self._screen.progress("measured", done, total, "rows")
+
+    def evaluated(self, step: int, done: int, total: int) -> None:
+        """Rows that an evaluation after so many steps is through with."""
+        self._screen.progress(f"evaluation after step {step}:", done, total, "rows")
 
     def _count_warning(self) -> None:
         self._num_warnings += 1
@@ -143,7 +145,7 @@ class RunRecords:
                 f"changed from step {first_step + 1} on: {'; '.join(map(str, changes))}; what held before is in "
                 f"config_until_step_{first_step:08d}.yaml"
             )
-        table = trainable_table(policies, {name: parameter.numel() for name, parameter in parameters.items()})
+        table = trainable_table(policies, {name: math.prod(shape_of(weight)) for name, weight in parameters.items()})
         write_json(self.run_dir / "trainable.json", [asdict(row) for row in table])
         for words in (*about, *table_lines(table)):
             self.say(words)

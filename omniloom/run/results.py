@@ -6,15 +6,18 @@ Both `run/trainer.py`, from weights in memory, and `tools/export.py`, from a che
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from omniloom.checkpoint.adapters import write_adapter
 from omniloom.checkpoint.agreement import Group
 from omniloom.checkpoint.export import export
 from omniloom.config import Config, DataConfig, config_to_dict
+from omniloom.ops.nf4 import unpack
 from omniloom.run.opening import Workshop
 from omniloom.run.trained_media import TrainedMedia, processor_files
 from omniloom.training.lora import merging
@@ -35,27 +38,33 @@ def export_model(
 ) -> Path:
     """Write the model as transformers and vLLM load it; all of `group` alike, `gather` as in `export`.
 
-    `changed` are the parameters that differ from the published ones; those that adapters belong to are added. What the
-    run did to media goes into the processor files.
+    `changed` are the parameters that differ from the published ones; those that adapters belong to, and those that
+    `gather` gives packed, are added. What the run did to media goes into the processor files.
     """
     files, limits = processor_files(workshop.checkpoint.directory, media, workshop.config.data)
     for words in limits:
         say(f"{directory.name}/ is for {words}, as trained")
     if workshop.cut or workshop.new_voices:
         files["config.json"] = dict(workshop.config_json)
-    bases = [adapter.base for adapter in workshop.adapters]
+    # what was packed trained as its codes say, so that is the model that was evaluated, too
+    bases = [*(adapter.base for adapter in workshop.adapters), *workshop.packed]
+    numbers = partial(_numbers, gather)
     return export(
         directory,
         workshop.checkpoint,
         workshop.key_map,
         list(dict.fromkeys([*(name for name in changed if name not in workshop.adapter_names), *bases])),
-        merging(gather, workshop.adapters) if workshop.adapters else gather,
+        merging(numbers, workshop.adapters) if workshop.adapters else numbers,
         files=files,
         dropped=workshop.cut,
         note={"data": media_settings(workshop.config.data)},
         overwrite=overwrite,
         group=group,
     )
+
+
+def _numbers(gather: Callable[[str], Tensor], name: str) -> Tensor:
+    return unpack(gather(name), torch.float32)
 
 
 def media_settings(data: DataConfig) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def _own_record(workshop: Workshop, policies: Mapping[str, ParameterPolicy]) -> 
             for policy in policies.values()
             if policy.lora is not None and policy.trainable
             for key in ("alpha", "rslora", "dora")
-        },
+        }
+        | {"model.quantize": workshop.config.model.quantize},
         "optimizer": {f"train.{key}": getattr(train, key) for key in ("optimizer", "optimizer_states")},
         "adapter_sizes": {  # of those that follow the adapter they began with
             adapter.base: [adapter.rank, adapter.alpha]

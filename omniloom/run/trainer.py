@@ -370,8 +370,9 @@ class Trainer:
         """None where a rank was asked to stop meanwhile: what is measured by then is of no use."""
         assert self.evaluation is not None
 
-        def before_pack() -> None:
+        def before_pack(done: int, total: int) -> None:
             self.watchdog.enter(step, "evaluation")
+            self.records.evaluated(step, done, total)
             if any(self.layout.exchange(self.stop.reason)):
                 raise StopWanted
 

@@ -12,6 +12,7 @@ from omniloom.checkpoint.dcp import MODEL, stored_names
 from omniloom.checkpoint.hf import read_tensor
 from omniloom.checkpoint.stored import StoredCheckpoint, open_stored, read_stored_tensor, step_name
 from omniloom.config import load_config
+from omniloom.ops.nf4 import pack
 from omniloom.run.best import BestSteps, read_evaluations
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.results import export_adapter, export_model
@@ -43,7 +44,7 @@ def export_checkpoint(
     with torch.device("meta"):
         known = [name for name, _ in workshop.build().named_parameters()]
     changed = stored_names(stored, known)
-    held = frozenset(changed)
+    held, packed = frozenset(changed), frozenset(workshop.packed)
 
     def read(name: str) -> torch.Tensor:
         if name in held:
@@ -51,7 +52,7 @@ def export_checkpoint(
         assembly = workshop.assemblies[name]
         published = torch.empty(assembly.shape)
         read_tensor(assembly, workshop.checkpoint, published)
-        return published
+        return pack(published) if name in packed else published
 
     if adapter:
         export_adapter(workshop, directory, changed, read, overwrite=overwrite)

@@ -8,7 +8,8 @@ construction; nothing here is imported by training.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ def _write_weights(tiny: TinyModel, config: dict[str, Any], directory: Path, see
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             parameter.copy_(_random_weight(name, parameter, generator) - float(name.endswith(tiny.zero_centred)))
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    with _without_progress():
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
     shards = sorted(directory.glob("*.safetensors"))
     if tiny.carried:
         carried = {name: torch.randn(s, generator=generator).bfloat16() for name, s in tiny.carried.items()}
@@ -159,6 +161,20 @@ def _write_weights(tiny: TinyModel, config: dict[str, Any], directory: Path, see
         if turned := tiny.turned:  # the last two dims of these are published the other way round
             _rewrite(shard, lambda found: {n: t.mT.contiguous() if n.endswith(turned) else t for n, t in found.items()})
         shard.chmod(0o644)  # written through private temporary files; others may want to read them
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Without transformers' bars, which are longer on the screen than these files take to write."""
+    from transformers.utils import logging
+
+    shows = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows:
+            logging.enable_progress_bar()
 
 
 def _rewrite(shard: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from omniloom.config import LoraConfig, PolicyRule
 from omniloom.ops.gated_experts import Copies
 from omniloom.ops.linear_map import Dropout, LinearMap, keyed_seed, linears
+from omniloom.ops.nf4 import is_packed
 from omniloom.training.policy import ParameterPolicy, covers
 from omniloom.types import Adapter
 
@@ -39,7 +40,9 @@ class _Addition(NamedTuple):
         self, linear: LinearMap, lora_a: Tensor, lora_b: Tensor, draw_key: Tensor | None, *, training: bool
     ) -> LinearMap:
         """The map with its addition, in the dtype of its weight; dropout in training only."""
-        dropout, scaling, dtype = None, self.scaling, linear.weight.dtype
+        # a packed weight's dtype is not that of compute, which `LinearMap.dense` knows
+        dtype = lora_a.dtype if is_packed(linear.weight) else linear.weight.dtype
+        dropout, scaling = None, self.scaling
         if self.dropout and training:
             assert draw_key is not None, "the batch has no draw_key, which the dropout of adapters follows"
             dropout, scaling = Dropout(self.dropout, self.salt, draw_key), scaling / (1 - self.dropout)
@@ -134,7 +137,7 @@ def choose_adapted(
 
     Raises: ValueError for rules that match nothing, and for what PEFT could not express.
     """
-    linears = {name: end for name, end in adaptable.items() if name in policies and _is_linear(model, name)}
+    linears = {name: end for name, end in adaptable.items() if name in policies and is_linear(model, name)}
     chosen = {
         name: settings
         for name, end in linears.items()
@@ -265,7 +268,8 @@ def _check_choice(
         raise ValueError("\n".join(faults))
 
 
-def _is_linear(model: nn.Module, name: str) -> bool:
+def is_linear(model: nn.Module, name: str) -> bool:
+    """Whether a weight of the bare model is a linear's, or that of stacked experts."""
     stacked = model.get_parameter(name).ndim == 3
     return stacked or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
 

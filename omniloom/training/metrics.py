@@ -19,6 +19,7 @@ from omniloom.training.trackers import Tracker
 from omniloom.types import CODE0, TEXT, PackStats, RunError
 
 EXPERT_LOAD = "expert_load.jsonl"  # of a run directory
+PROGRESS_SECONDS, PROGRESS_SHARE = 2.0, 0.25  # between lines on one phase: at least, and of the time it has taken
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')  # how each of our lines begins
 
 
@@ -202,6 +203,7 @@ class Screen:
         self._total = total_steps
         self._every = every
         self._start: tuple[float, float] | None = None  # time and share of the run at the end of the first step shown
+        self._phase, self._phase_start, self._next = "", 0.0, 0.0  # of `progress`: what, since when, its next line
         self._bar: Any = None
         if enabled and sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn
@@ -237,6 +239,18 @@ class Screen:
             self._bar.update(self._task, completed=progress, text=text)
         elif metrics.step % self._every == 0:
             print(text, flush=True)
+
+    def progress(self, what: str, done: int, total: int, of: str) -> None:
+        """How far something is that takes long: in place on a terminal, elsewhere on lines that become ever fewer."""
+        now = time.monotonic()
+        if what != self._phase or done == 0:
+            self._phase, self._phase_start, self._next = what, now, now + PROGRESS_SECONDS
+        text = f"{what} {done:,} of {total:,} {of}"
+        if self._bar is not None:
+            self._bar.update(self._task, text=text)
+        elif now >= self._next:
+            self._next = now + max(PROGRESS_SECONDS, PROGRESS_SHARE * (now - self._phase_start))
+            self.say(f"{text}, {clock(now - self._phase_start)}")
 
     def close(self) -> None:
         if self._bar is not None:

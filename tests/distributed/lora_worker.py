@@ -20,6 +20,7 @@ from omniloom.checkpoint.hf import gather_full
 from omniloom.config import Config, LoraConfig, MemoryConfig, ModelConfig, ParallelConfig, PolicyRule
 from omniloom.models.fusion import OmniModel
 from omniloom.ops.linear_map import keyed_seed
+from omniloom.ops.nf4 import unpack
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import Ranks, build_layout, close_distributed, init_distributed, resolve_degrees
 from omniloom.parallel.step import Objective, run_packs
@@ -37,6 +38,7 @@ class Case:
     head: bool = False
     recompute: bool = False
     dtype: Literal["bf16", "float32"] = "float32"
+    quantize: Literal["nf4"] | None = None
     parallel: ParallelConfig
 
     def config(self, model: Path) -> Config:
@@ -50,7 +52,7 @@ class Case:
         if not self.experts:
             policy["text.experts"] = PolicyRule(freeze=True)
         return Config(
-            model=ModelConfig(path=str(model), dtype=self.dtype),
+            model=ModelConfig(path=str(model), dtype=self.dtype, quantize=self.quantize),
             policy=policy,
             parallel=self.parallel,
             memory=MemoryConfig(recompute="full" if self.recompute else "none"),
@@ -92,7 +94,8 @@ def load(workshop: Workshop, model: OmniModel) -> None:
 
 
 def merged_weights(workshop: Workshop, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    gather = merging(gather_full(parameters), workshop.adapters)
+    held = gather_full(parameters)
+    gather = merging(lambda name: unpack(held(name), torch.float32), workshop.adapters)
     return {adapter.base: gather(adapter.base) for adapter in workshop.adapters}
 
 

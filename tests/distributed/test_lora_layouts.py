@@ -27,6 +27,9 @@ CASES = {
     "head_tensor2": Case(lora=LORA, head=True, parallel=ParallelConfig(tensor=2)),
     "recompute_tensor2_expert2": Case(lora=LORA, recompute=True, parallel=ParallelConfig(tensor=2, expert=2)),
     "dora_fsdp2": Case(lora=DORA, experts=False, parallel=ParallelConfig()),
+    "nf4_fsdp2": Case(lora=LORA, quantize="nf4", parallel=ParallelConfig()),
+    "nf4_recompute_expert2": Case(lora=LORA, quantize="nf4", recompute=True, parallel=ParallelConfig(expert=2)),
+    "nf4_tensor2": Case(lora=LORA, quantize="nf4", parallel=ParallelConfig(tensor=2)),
     "dora_context2": Case(lora=DORA, experts=False, parallel=ParallelConfig(context=2)),
     "dora_tensor2": Case(lora=DORA, experts=False, parallel=ParallelConfig(tensor=2)),
 }
@@ -39,8 +42,11 @@ DROPPING = {
     "head_tensor2": CASES["head_tensor2"],
     "bf16_fsdp2": Case(lora=LORA, dtype="bf16", parallel=ParallelConfig()),  # frozen weights in bf16, adapters float32
     "bf16_head_fsdp2": Case(lora=LORA, head=True, dtype="bf16", parallel=ParallelConfig()),
+    "bf16_nf4_fsdp2": Case(lora=LORA, quantize="nf4", dtype="bf16", parallel=ParallelConfig()),
     "bf16_expert2": Case(lora=LoraConfig(rank=4, dtype="bf16"), dtype="bf16", parallel=ParallelConfig(expert=2)),
 }
+# so that rows of experts are whole blocks of `model.quantize`, and two tensor ranks can divide those of the output
+WIDER = {"moe_intermediate_size": 64, "num_attention_heads": 8}
 
 Results = tuple[dict[str, Outcome], dict[str, list[float]]]
 
@@ -50,7 +56,11 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     wanted = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}
     cases = {name: case for name, case in CASES.items() if name in wanted}
     folder = tmp_path_factory.mktemp("lora_layouts")
-    make_tiny("qwen3_omni", folder / "model")
+    make_tiny(
+        "qwen3_omni",
+        folder / "model",
+        overrides={f"thinker_config.text_config.{name}": size for name, size in WIDER.items()},
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -56,8 +56,12 @@ def _no_half(value: Value) -> None:
         raise ValueError("bf16, which is the same size: fp16 is not offered, since it overflows")
 
 
-def _no_quantisation(value: Value) -> None:
-    raise NotOffered("the base stays in bf16") if value else NotNeeded("off")
+def _quantisation(value: Value) -> str:
+    if not value:
+        raise NotNeeded("off")
+    if str(value) != "4":
+        raise NotOffered("frozen weights are held in bf16, or in 4 bits by model.quantize: nf4")
+    return "nf4"
 
 
 def _granularity(value: Value) -> str:
@@ -123,7 +127,7 @@ READERS: dict[str, Callable[[Value], Value]] = {
     "choice": switch,  # null leaves it open
     "if_on": _if_on,
     "no_half": _no_half,
-    "no_quantisation": _no_quantisation,
+    "quantisation": _quantisation,
     "degree": _degree,
     "stages": _stages,
     "checkpointing": lambda value: "full" if switch(value) else "none",

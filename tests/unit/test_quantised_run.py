@@ -1,0 +1,106 @@
+"""QLoRA as a user has it: what is packed, what adapters learn, what is exported, resumed and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from omniloom.config import ConfigError, load_config
+from omniloom.ops.nf4 import is_packed, pack, shape_of
+from omniloom.parallel.mesh import Degrees
+from omniloom.run.best import read_evaluations
+from omniloom.run.footprint import ModelSizes
+from omniloom.run.opening import apply_policy, load_weights, open_workshop
+from omniloom.run.trainer import run
+from omniloom.tools.export import export_checkpoint
+from omniloom.tools.score import score_rows
+from omniloom.tools.tiny import make_tiny
+
+LORA = {"text": {"lora": {"rank": 4}}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("quantised")
+    # experts whose rows are whole blocks
+    make_tiny("qwen3_omni", found / "model", overrides={"thinker_config.text_config.moe_intermediate_size": 64})
+    rows = [{"id": str(n), "query": f"what is {n}?", "response": f"it is {n} and {n + 1}"} for n in range(6)]
+    (found / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return found
+
+
+def settings(folder: Path, run_dir: str, quantize: str | None = "nf4", dtype: str = "float32") -> dict:
+    return {
+        "model": {"path": str(folder / "model"), "dtype": dtype, "quantize": quantize},
+        "data": {**{key: [str(folder / "rows.jsonl")] for key in ("train", "eval")}, "workers": 0, "pack_tokens": 128},
+        "train": {"run_dir": str(folder / run_dir), "steps": 2, "packs_per_step": 1, "learning_rate": 1e-2},
+        "checkpoint": {"every": 2},
+        "policy": LORA,
+        "log": {"tensorboard": False},
+    }
+
+
+def tensors_of(directory: Path) -> Mapping[str, Tensor]:
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: value for file in files for name, value in safetensors.torch.load_file(file).items()}
+
+
+def test_linears_and_experts_of_the_decoder_are_packed_and_nothing_else(folder: Path) -> None:
+    workshop = open_workshop(load_config(settings(folder, "none")))
+    ends = {name.split(".", 3)[-1] for name in workshop.packed}
+    assert {"attention.q_proj.weight", "attention.o_proj.weight", "moe.experts.gate_up", "moe.experts.down"} <= ends
+    assert all(name.startswith("text.layers.") for name in workshop.packed)
+    model = workshop.build()
+    load_weights(workshop, model)
+    apply_policy(workshop, model)
+    plain = open_workshop(load_config(settings(folder, "none", None)))
+    published = plain.build()
+    load_weights(plain, published)
+    for name, parameter in model.named_parameters():
+        other = published.get_parameter(name)
+        assert is_packed(parameter) == (name in workshop.packed)
+        assert shape_of(parameter) == tuple(other.shape)
+        assert torch.equal(parameter, pack(other) if is_packed(parameter) else other.to(parameter.dtype)), name
+    sizes, all_wide = ModelSizes(workshop), ModelSizes(plain)
+    assert sizes.num_parameters() == all_wide.num_parameters()
+    in_codes = sum(published.get_parameter(name).numel() for name in workshop.packed)
+    spared = all_wide.footprint(Degrees()).parameters - sizes.footprint(Degrees()).parameters
+    assert spared == in_codes * (4 - 36 / 64)
+
+
+def test_a_run_trains_resumes_and_exports_the_model_that_it_trained(folder: Path) -> None:
+    tree = settings(folder, "run")
+    assert run(load_config(tree)) == 0
+    tree["train"]["steps"] = 4
+    other = load_config(tree, ["model.quantize=null"])
+    with pytest.raises(ValueError, match=r"model\.quantize is nf4 there and None here"):
+        run(other)
+    config = load_config(tree)
+    assert run(config) == 0
+    workshop, published = open_workshop(config), tensors_of(folder / "model")
+    exported = tensors_of(folder / "run" / "hf")
+    changed = {name for name, value in exported.items() if not torch.equal(value, published[name])}
+    assert changed == {piece.published for name in workshop.packed for piece in workshop.assemblies[name].pieces}
+    export_checkpoint(folder / "run", folder / "again")
+    again = tensors_of(folder / "again")
+    assert all(torch.equal(value, again[name]) for name, value in exported.items())
+    # merged, it has the loss of the model that the run evaluated: codes and adapters
+    words = ["data.workers=0", "data.pack_tokens=128", "model.dtype=float32"]
+    scores, _ = score_rows(folder / "run" / "hf", folder / "rows.jsonl", words)
+    num_tokens = sum(score["num_loss_tokens"] for score in scores)
+    mean = sum(score["loss"] * score["num_loss_tokens"] for score in scores) / num_tokens
+    # the export is in bfloat16, as published
+    assert read_evaluations(folder / "run")[4]["eval_loss"] == pytest.approx(mean, rel=3e-3)
+
+
+def test_it_is_refused_where_it_means_nothing(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.quantize: nf4 is for frozen weights beside LoRA"):
+        load_config({"model": {"quantize": "nf4"}})
+    with pytest.raises(ConfigError, match=r"policy\.text\.lora\.dora: .* model\.quantize"):
+        load_config({"model": {"quantize": "nf4"}, "policy": {"text": {"lora": {"dora": True}}}})
