@@ -131,11 +131,12 @@ class MediaSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """A point of an image, or the two corners of a box, as the row gives it."""
+    """A point of an image or of a video's frames, or the two corners of a box, as the row gives it."""
 
     points: tuple[float, ...]  # x, y of each, from the left and top
     unit: BoxUnit
-    image: int  # which of the row's images, from 0
+    kind: Literal["image", "video"] | None = None  # None: of an image, or of a video where the row has no image
+    clip: int = 0  # which of the row's clips of that kind
 
 
 @dataclass(frozen=True, kw_only=True)

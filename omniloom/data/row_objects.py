@@ -1,15 +1,15 @@
 """Boxes and points of a row's `objects`, and the words for them, put where its text has placeholders.
 
 Owns the spellings of `objects` and the count of placeholders against them. Coordinates stay as the row gives them: what
-a family writes for them depends on the size to which the image is resized, see `processors/grounding.py`.
+a family writes for them depends on the size to which image or video is resized, see `processors/grounding.py`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from omniloom.types import Box, BoxUnit, SampleError, suggest
 
@@ -17,6 +17,10 @@ _PLACEHOLDER = re.compile(r"<(bbox|point|ref-object)>")
 _UNITS: dict[str, BoxUnit] = {"real": "pixels", "norm1": "one", "norm1000": "thousand"}
 _UNITS |= {unit: unit for unit in get_args(BoxUnit)}
 _LABELS, _PLACES = ("ref", "label", "caption"), ("bbox", "bbox_2d", "box", "point", "point_2d")
+_CLIPS: dict[Literal["image", "video"], tuple[str, str]] = {
+    "image": ("image_id", "image"),
+    "video": ("video_id", "video"),
+}
 
 
 class RowObjects:
@@ -33,10 +37,10 @@ class RowObjects:
         self._boxes: list[Box] = []
         if isinstance(value, Mapping):
             self._labels = [str(label) for label in _as_list(value, _LABELS)]
-            images, unit = _as_list(value, ("image_id", "image")), _unit(value)
+            clips, unit = {key: _as_list(value, (key,)) for keys in _CLIPS.values() for key in keys}, _unit(value)
             for number, points in enumerate(_as_list(value, _PLACES)):
-                image = images[number] if number < len(images) else 0
-                self._boxes.append(_box(points, unit, image, f"objects.bbox[{number}]"))
+                of = {key: ids[number] for key, ids in clips.items() if number < len(ids)}
+                self._boxes.append(_box(points, unit, of, f"objects.bbox[{number}]"))
         elif isinstance(value, list | tuple):
             for number, item in enumerate(value):
                 self._add_record(item, f"objects[{number}]")
@@ -51,7 +55,7 @@ class RowObjects:
         if label is not None:
             self._labels.append(str(label))
         if points is not None:
-            self._boxes.append(_box(points, _unit(item), item.get("image", 0), field))
+            self._boxes.append(_box(points, _unit(item), item, field))
 
     def fill(self, text: str, *, in_json: bool = False) -> tuple[str, tuple[Box, ...]]:
         """The text with words for `<ref-object>`, and the boxes that its `<bbox>`s (for points, too) stand for."""
@@ -69,8 +73,11 @@ class RowObjects:
 
         return _PLACEHOLDER.sub(put, text), tuple(boxes)
 
-    def check_placed(self, num_images: int) -> None:
-        """Raises: SampleError unless the text, if it asks for any object, asks for just these of images there are."""
+    def check_placed(self, kinds: Sequence[str]) -> None:
+        """`kinds` are those of the row's clips.
+
+        Raises: SampleError unless the text, if it asks for any object, asks for just these, of clips there are.
+        """
         if not self._num_boxes and not self._num_labels:
             return  # the row's coordinates stand in its text
         if self._num_boxes != len(self._boxes) or self._num_labels > len(self._labels):
@@ -80,8 +87,9 @@ class RowObjects:
                 f"boxes and {len(self._labels)} names in the row; write one placeholder where each belongs",
             )
         for box in self._boxes:
-            if box.image >= num_images:
-                raise SampleError("objects", f"a box is of image {box.image} (from 0), the row has {num_images} images")
+            of = box.kind or ("image" if "image" in kinds or "video" not in kinds else "video")
+            if box.clip >= (count := kinds.count(of)):
+                raise SampleError("objects", f"a box is of {of} {box.clip} (from 0), the row has {count} {of}s")
 
 
 def _as_list(value: Mapping[str, Any], keys: tuple[str, ...]) -> list[Any]:
@@ -97,12 +105,17 @@ def _unit(value: Mapping[str, Any]) -> BoxUnit:
     return _UNITS[name]
 
 
-def _box(points: Any, unit: BoxUnit, image: Any, field: str) -> Box:
+def _box(points: Any, unit: BoxUnit, of: Mapping[str, Any], field: str) -> Box:
+    """`of` says which clip it is of, by one of the keys of `_CLIPS`, if any."""
     numbers = isinstance(points, list | tuple) and all(
         isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < 1e9 for number in points
     )
     if not numbers or len(points) < 2 or len(points) % 2:
         raise SampleError(field, f"expected [x, y] or [x1, y1, x2, y2], got {points!r:.60}")
-    if not isinstance(image, int) or image < 0:
-        raise SampleError(field, f"expected the number of an image, from 0, got {image!r:.60}")
-    return Box(points=tuple(map(float, points)), unit=unit, image=image)
+    named = [(kind, of[key]) for kind, keys in _CLIPS.items() for key in keys if of.get(key) is not None]
+    if len(named) > 1:
+        raise SampleError(field, f"a box is of one image or one video, got {' and '.join(kind for kind, _ in named)}")
+    kind, clip = named[0] if named else (None, 0)
+    if not isinstance(clip, int) or isinstance(clip, bool) or clip < 0:
+        raise SampleError(field, f"which {kind} it is of: expected a number, from 0, got {clip!r:.60}")
+    return Box(points=tuple(map(float, points)), unit=unit, kind=kind, clip=clip)

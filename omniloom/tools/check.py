@@ -49,7 +49,7 @@ MUCH_DROPPED = 0.1  # share of a set's rows
 ODD = {  # what rows may hold, and seldom should
     "sound": "have videos whose sound is not used; set data.video.use_audio=true, or use_audio_in_video in the rows",
     "answer": "have a placeholder of media in an answer, which the model would learn to write; move it to the question",
-    "boxes": "have boxes outside their image, or corners in the wrong order; is objects.bbox_type right?",
+    "boxes": "have boxes outside their image or frame, or corners in the wrong order; is objects.bbox_type right?",
     "again": "say the same as an earlier row, media included; remove one, or write it into data.exclude",
 }
 
@@ -88,7 +88,7 @@ class CheckingReader:
         odd = {
             "answer": _answers_with_media(conversation),
             "sound": self._leaves_sound(row, conversation, extent),
-            "boxes": _has_odd_boxes(conversation, [clip for clip in clips if clip.kind == "image"]),
+            "boxes": _has_odd_boxes(conversation, clips),
         }
         return CheckedRow(
             extent=replace(extent, clips=()),
@@ -120,9 +120,9 @@ def _answers_with_media(conversation: Conversation) -> bool:
     return any(part.media is not None or PLACEHOLDER.search(part.text) for part in answers)
 
 
-def _has_odd_boxes(conversation: Conversation, images: Sequence[ClipGeometry]) -> bool:
+def _has_odd_boxes(conversation: Conversation, clips: Sequence[ClipGeometry]) -> bool:
     boxes = (box for turn in conversation.turns for part in turn.parts for box in part.boxes)
-    shares = [relative_points(box, images[box.image]) for box in boxes]
+    shares = [relative_points(box, clips) for box in boxes]
     outside = any(not 0 <= share <= 1 for each in shares for share in each)
     return outside or any(low > high for each in shares for low, high in zip(each, each[2:], strict=False))
 

@@ -85,7 +85,10 @@ def convert_row(row: dict[str, Any], file: str, line: int, options: DataConfig, 
     found: dict[str, Any] = {"id": usual.id}
     found["messages"] = [message for turn in usual.turns for message in writer.messages(turn)]
     if boxes := [box for turn in usual.turns for part in turn.parts for box in part.boxes]:
-        found["objects"] = [{"bbox": list(box.points), "bbox_type": box.unit, "image": box.image} for box in boxes]
+        found["objects"] = [
+            {"bbox": list(box.points), "bbox_type": box.unit} | ({box.kind: box.clip} if box.kind else {})
+            for box in boxes
+        ]
     if usual.tools:
         found["tools"] = list(usual.tools)
     return found if usual.weight == 1.0 else {**found, "weight": usual.weight}

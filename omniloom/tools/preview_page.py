@@ -20,7 +20,7 @@ from omniloom.data.rows import RowReader, clips_of
 from omniloom.data.sources import Sources
 from omniloom.processors.chat import ChatProcessor
 from omniloom.processors.features import resize
-from omniloom.processors.grounding import relative_points
+from omniloom.processors.grounding import clip_of, relative_points
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import open_planner, open_rows, open_run
 from omniloom.tools.charts import percent
@@ -120,7 +120,6 @@ class _Clips:
         self._processor, self._media, self._clips, self._decoded = processor, media, clips, decoded
         self._example = example
         self._boxes = [box for turn in conversation.turns for part in turn.parts for box in part.boxes]
-        self._images = [number for number, clip in enumerate(clips) if clip.kind == "image"]
         self._runs_shown: Counter[int] = Counter()
         self.owner = np.full(len(example.input_ids), -1)  # the clip that each token stands for, -1 for text
         seen = [number for number, clip in enumerate(clips) if clip.grid_thw]
@@ -149,7 +148,7 @@ class _Clips:
             "sound": None if waveform is None else spectrogram_of(waveform),
             "audio": None if waveform is None else sound_player(waveform, rate),
             "video": file_player(Path(path)) if clip.kind == "video" and path is not None and run == 0 else None,
-            "boxes": [*self._view_boxes(number)],
+            "boxes": [*self._view_boxes(number)] if self._is_one_frame(clip, len(places)) else [],
         }
 
     def _picture(self, clip: ClipGeometry, decoded: DecodedClip, run: int, num_tokens: int) -> str | None:
@@ -159,14 +158,18 @@ class _Clips:
         frames = decoded.pixels[None] if decoded.pixels.ndim == 3 else decoded.pixels
         _, rows, columns = clip.grid_thw
         vision = self._processor.towers.vision
-        if num_tokens * vision.spatial_merge_size**2 == rows * columns:  # of one time step
+        if self._is_one_frame(clip, num_tokens):
             frames = frames[run * vision.temporal_patch_size :][:1]
         return picture_of([resize(frame, rows * vision.patch_size, columns * vision.patch_size) for frame in frames])
 
+    def _is_one_frame(self, clip: ClipGeometry, num_tokens: int) -> bool:
+        """Whether so many tokens stand for an image, or one time step of a video."""
+        return clip.grid_thw is not None and self._processor.towers.num_merged((1, *clip.grid_thw[1:])) == num_tokens
+
     def _view_boxes(self, number: int) -> Iterator[View]:
         for box in self._boxes:
-            if self._images[box.image] == number:
-                x, y, *corner = (100 * share for share in relative_points(box, self._clips[number]))
+            if clip_of(box, self._clips) == number:
+                x, y, *corner = (100 * share for share in relative_points(box, self._clips))
                 right, bottom = corner[:2] if len(corner) >= 2 else (x, y)
                 yield {"left": x, "top": y, "width": right - x, "height": bottom - y}  # percent of the picture
 

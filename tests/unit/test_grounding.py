@@ -16,6 +16,7 @@ from omniloom.processors.grounding import write_boxes
 from omniloom.tools.convert import convert_file
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import Box, ClipGeometry, DecodedClip, MediaHeader, SampleError
+from tests.unit.media_files import write_video
 
 BOXES = [[100, 50, 300, 150], [200, 100]]
 ANSWER = '[{"bbox_2d": <bbox>, "label": "<ref-object>"}, {"point_2d": <bbox>, "label": "<ref-object>"}]'
@@ -45,7 +46,7 @@ def test_every_spelling_of_objects_says_the_same(objects) -> None:
     assert question.parts[-1].text == "Find the cat."
     (part,) = answer.parts
     assert part.text == '[{"bbox_2d": <bbox>, "label": "cat"}, {"point_2d": <bbox>, "label": "its nose"}]'
-    assert part.boxes == tuple(Box(points=tuple(box), unit="pixels", image=0) for box in BOXES)
+    assert part.boxes == tuple(Box(points=tuple(box), unit="pixels") for box in BOXES)
 
 
 def test_objects_stand_in_tool_calls_as_json() -> None:
@@ -76,7 +77,9 @@ def test_placeholders_without_objects_and_objects_without_placeholders_are_left_
         ({**LISTS, "bbox": [[1, 2, 3], [1, 2]]}, r"objects\.bbox\[0\]: expected \[x, y\] or .*got \[1, 2, 3\]"),
         ({**LISTS, "bbox_type": "norm"}, r"bbox_type: unknown kind 'norm'; did you mean norm1"),
         ({**LISTS, "image_id": [0, 1]}, r"a box is of image 1 \(from 0\), the row has 1 images"),
-        ({**LISTS, "image_id": ["a"]}, r"expected the number of an image, from 0, got 'a'"),
+        ({**LISTS, "image_id": ["a"]}, r"which image it is of: expected a number, from 0, got 'a'"),
+        ({**LISTS, "video_id": [0]}, r"a box is of video 0 \(from 0\), the row has 0 videos"),
+        ({**LISTS, "image_id": [0], "video_id": [0]}, r"a box is of one image or one video, got image and video"),
         ([*RECORDS[:1], 3], r"objects\[1\]: expected a record with ref"),
         ("[", "objects: not JSON"),
         (7, "objects: expected lists under ref and bbox"),
@@ -124,14 +127,44 @@ def test_coordinates_are_the_familys_own_after_resizing(family, kind, size) -> N
 
 def test_a_box_is_of_the_image_that_it_names() -> None:
     row = row_of({"ref": ["a", "b", "c"], "bbox": BOXES, "image_id": [1, 0]}, images=("a.png", "b.png"))
-    assert [box.image for box in parse(row).turns[1].parts[0].boxes] == [1, 0]
+    assert [box.clip for box in parse(row).turns[1].parts[0].boxes] == [1, 0]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_boxes_of_a_video_are_of_its_frames_after_resizing(family, beside) -> None:
+    """Named by `video_id` beside images; without a word where the video is all that there is to see."""
+    name, processor = family
+    turns = [
+        {"role": "user", "content": "<image>" * beside + "<video>Where?"},
+        {"role": "assistant", "content": ANSWER},
+    ]
+    objects = {"ref": ["cat", "its nose"], "bbox": BOXES} | ({"video_id": [0, 0]} if beside else {})
+    row = {"messages": turns, "images": ["a.png"] * beside, "videos": ["a.mp4"], "objects": objects}
+    headers = [MediaHeader(kind="image", width=700, height=700)] * beside
+    headers += [MediaHeader(kind="video", width=400, height=200, num_frames=8, fps=4.0, duration_seconds=2.0)]
+    conversation = parse(row)
+    clips = processor.geometry(conversation, headers)
+    _, rows, columns = clips[-1].grid_thw
+    right, bottom = 1000, 1000
+    if name.startswith("qwen2_5"):
+        right, bottom = (side * processor.towers.vision.patch_size for side in (columns, rows))
+    example = processor.encode(conversation, clips, (None,) * len(clips))
+    box = [round(right / 4), round(bottom / 4), round(right * 3 / 4), round(bottom * 3 / 4)]
+    assert f'{{"bbox_2d": {box}, "label": "cat"}}' in processor.tokenizer.decode(example.input_ids.tolist())
 
 
 def test_converted_rows_keep_their_boxes(tmp_path) -> None:
     Image.new("RGB", (400, 200)).save(tmp_path / "a.png")
-    (tmp_path / "rows.json").write_text(json.dumps([row_of(RECORDS)]))
-    convert_file("messages", tmp_path / "rows.json", tmp_path / "out.json")
-    (row,) = map(json.loads, (tmp_path / "out.json").read_text().splitlines())
+    write_video(tmp_path / "a.mp4", "mpeg4", 4)
+    of_video = row_of([{"bbox": BOXES[0], "video": 0}, {"bbox": BOXES[0]}], answer="<bbox><bbox>")
+    of_video["messages"][0]["content"] += "<video>"
+    of_video["videos"] = ["a.mp4"]
+    rows = [row_of(RECORDS), of_video]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert convert_file("messages", tmp_path / "rows.json", tmp_path / "out.json")[1] == []
     options = DataConfig(media_dir=str(tmp_path))
-    before = parse_row(row_of(RECORDS), file="rows.json", line=1, options=options)
-    assert parse_row(row, file="rows.json", line=1, options=options).turns == before.turns
+    written = map(json.loads, (tmp_path / "out.json").read_text().splitlines())
+    for before, after in zip(rows, written, strict=True):
+        before, after = (parse_row(row, file="rows.json", line=1, options=options) for row in (before, after))
+        assert [turn.parts[-1].boxes for turn in after.turns] == [turn.parts[-1].boxes for turn in before.turns]
+        assert before is not rows[0] or after.turns == before.turns
