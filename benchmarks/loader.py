@@ -1,28 +1,36 @@
 """Process time from media file to features and tokens, against transformers' own processors, on one core.
 
-    OMP_NUM_THREADS=1 python benchmarks/loader.py
+    OMP_NUM_THREADS=1 python benchmarks/loader.py [RESULT.md]
 
-Ours: header, sizes, decoding, features, and the row's tokens twice (measured, then encoded). Theirs: decoding, then the
-image processor or the feature extractor alone, without any tokens. A first version: photographs and short recordings,
-made here; no videos, no packs, no other loader.
+A row is a question about one clip and a short answer. Two things are timed, ours and theirs in turns, so that a busy
+machine slows both: *features* are header, planned size, decoding and what the tower reads (theirs: decoding, then the
+image processor or the feature extractor); a *row* adds its tokens (theirs: chat template, placeholders, tokenizer; ours
+twice, since a row is measured for the plan before it is encoded, and with labels, weights and positions). transformers'
+video processors need torchvision, which is not asked for here, so that videos have no figure of theirs. With
+megatron-energon installed, its loader's time to read and decode these clips from shards, without features and tokens.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import sys
 import tempfile
 import time
 import wave
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import av
 import numpy as np
 import soxr
 import torch
 from PIL import Image
-from transformers import WhisperFeatureExtractor
+from transformers import Qwen2Tokenizer, WhisperFeatureExtractor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from omniloom.data.media_decode import decode_clip
@@ -30,88 +38,211 @@ from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import read_header
 from omniloom.families.registry import find_spec
 from omniloom.options import ProcessorOptions
+from omniloom.processors.chat import ChatProcessor
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import Conversation, MediaKind, MediaSource, Part, Turn
+from tests.unit.media_files import tone, write_audio, write_video
 
-REPEATS = 15
+ROUNDS = 25
 LIMITS = MediaLimits()
+QUESTION, ANSWER = "What is this?", "An answer of a few words."
 
 
-def best_ms(work: Callable[[], object]) -> float:
-    """The least process time of several runs, in milliseconds."""
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kind: MediaKind
+    path: Path
+    amount: float  # megapixels decoded, or seconds of sound
+    num_frames: int = 0
+
+
+class Ours:
+    """omniloom on one row."""
+
+    def __init__(self, processor: ChatProcessor) -> None:
+        self.processor = processor
+
+    def row_of(self, case: Case) -> Conversation:
+        clip = Part(kind=case.kind, media=MediaSource(path=str(case.path)))
+        asked, answer = (Part(kind="text", text=text) for text in (QUESTION, ANSWER))
+        turns = (Turn(role="user", parts=(clip, asked)), Turn(role="assistant", parts=(answer,)))
+        return Conversation(id="i", source="s", turns=turns)
+
+    def features(self, case: Case) -> Any:
+        row = self.row_of(case)
+        source = MediaSource(path=str(case.path))
+        (clip,) = self.processor.geometry(row, (read_header(source, case.kind, LIMITS),))
+        return self.processor.towers.features(clip, decode_clip(source, clip, LIMITS))
+
+    def row(self, case: Case) -> Any:
+        row, source = self.row_of(case), MediaSource(path=str(case.path))
+        extent = self.processor.measure(row, (read_header(source, case.kind, LIMITS),))
+        return self.processor.encode(row, extent.clips, (decode_clip(source, extent.clips[0], LIMITS),))
+
+
+class Theirs:
+    """transformers on one row, of a picture or a sound."""
+
+    def __init__(self, model: Path, ours: ChatProcessor) -> None:
+        vision, (low, high) = ours.towers.vision, ours.towers.settings.image_pixels
+        self.merge = vision.spatial_merge_size
+        self.pictures = Qwen2VLImageProcessorPil(
+            patch_size=vision.patch_size, merge_size=self.merge, size={"shortest_edge": low, "longest_edge": high}
+        )
+        self.sounds = WhisperFeatureExtractor(feature_size=ours.towers.audio.num_mel_bins)
+        self.tokenizer = Qwen2Tokenizer.from_pretrained(model)
+        self.pads, self.audio_tokens = ours.media.pads, ours.towers.num_audio_tokens
+
+    def features(self, case: Case) -> Any:
+        if case.kind == "image":
+            return self.pictures(Image.open(case.path).convert("RGB"), return_tensors="pt")
+        mono = load_sound(case.path)
+        return self.sounds(mono, sampling_rate=16000, return_tensors="pt", padding="longest", truncation=False)
+
+    def row(self, case: Case) -> Any:
+        found = self.features(case)
+        said = [{"type": case.kind, case.kind: "clip"}, {"type": "text", "text": QUESTION}]
+        messages = [{"role": "user", "content": said}, {"role": "assistant", "content": ANSWER}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        if case.kind == "image":
+            count = int(found["image_grid_thw"].prod()) // self.merge**2
+        else:
+            count = self.audio_tokens(found["input_features"].shape[-1])
+        pad = self.pads[case.kind]
+        return found, self.tokenizer(text.replace(pad, pad * count))
+
+
+def load_sound(path: Path) -> np.ndarray:
+    """float32 [n] mono at 16 kHz: wav by Python's own reader at once, the rest by av frame by frame; soxr resamples."""
+    if path.suffix == ".wav":
+        with wave.open(str(path)) as file:
+            rate, channels = file.getframerate(), file.getnchannels()
+            samples = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, channels)
+        mono = samples.astype(np.float32).mean(axis=1) / 32768
+        return mono if rate == 16000 else soxr.resample(mono, rate, 16000, quality="HQ")
+    with av.open(str(path)) as container:
+        parts = []
+        for frame in container.decode(audio=0):
+            raw = frame.to_ndarray()
+            raw = raw if frame.format.is_planar else raw.reshape(-1, frame.layout.nb_channels).T
+            scale = 1.0 if raw.dtype.kind == "f" else 2.0 ** (8 * raw.dtype.itemsize - 1)
+            parts.append(raw.astype(np.float32).mean(axis=0) / scale)
+            rate = frame.sample_rate
+    mono = np.concatenate(parts)
+    return mono if rate == 16000 else soxr.resample(mono, rate, 16000, quality="HQ")
+
+
+def write_cases(folder: Path) -> list[Case]:
+    rng, cases = np.random.default_rng(0), []
+    for width, height in ((300, 170), (640, 480), (1280, 720)):
+        path = folder / f"{width}.jpg"
+        coarse = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((width, height)).save(path, quality=90)
+        cases.append(Case(f"JPEG {width}x{height}", "image", path, width * height / 1e6))
+    for name, codec, rate, channels in (
+        ("a.wav", "pcm_s16le", 16000, 1),
+        ("b.wav", "pcm_s16le", 48000, 2),
+        ("a.flac", "flac", 16000, 1),
+        ("a.mp3", "libmp3lame", 44100, 2),
+    ):
+        sound = tone(5 * rate, rate, channels) + rng.normal(0, 0.05, (channels, 5 * rate)).astype(np.float32)
+        write_audio(folder / name, codec, rate, sound)
+        cases.append(Case(f"{name[2:]} 5 s, {rate} Hz, {channels} ch", "audio", folder / name, 5.0))
+    video = write_video(folder / "a.mp4", num_frames=200, fps=25, size=(640, 360))
+    cases.append(Case("h264 640x360 8 s", "video", video, 16 * 0.2304, 16))
+    return cases
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    start = time.process_time()
     work()
-    times = []
-    for _ in range(REPEATS):
-        start = time.process_time()
-        work()
-        times.append(time.process_time() - start)
-    return 1000 * min(times)
+    return time.process_time() - start
 
 
-def row_of(kind: MediaKind, path: Path) -> Conversation:
-    asked = (Part(kind=kind, media=MediaSource(path=str(path))), Part(kind="text", text="What is this?"))
-    answer = (Part(kind="text", text="An answer of a few words."),)
-    turns = (Turn(role="user", parts=asked), Turn(role="assistant", parts=answer))
-    return Conversation(id="i", source="s", turns=turns)
+def measure(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Milliseconds of process time, the median over rounds in which each has its turn."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 2):
+        for name, work in works.items():
+            spent = seconds_of(work)
+            if number >= 2:
+                times[name].append(1000 * spent)
+    return {name: median(spent) for name, spent in times.items()}
 
 
-def words_alone(processor: Any) -> object:
-    """What any row costs: its text, rendered and tokenised to be measured and again to be encoded."""
-    row = row_of("image", Path())
-    row = replace(row, turns=(replace(row.turns[0], parts=row.turns[0].parts[1:]), row.turns[1]))
-    processor.measure(row, ())
-    return processor.encode(row, (), ())
+def of_energon(folder: Path, cases: list[Case]) -> float | None:
+    """Milliseconds a sample that its loader takes for pictures and sounds, decoded."""
+    try:
+        from megatron import energon
+    except ImportError:
+        return None
+    from omniloom.tools.convert import convert_file
 
+    rows = [{"query": f"<{case.kind}>{QUESTION}", "response": ANSWER, f"{case.kind}s": [case.path.name]}
+            for case in cases if case.kind != "video"] * 40  # fmt: skip
+    (folder / "rows.json").write_text(json.dumps(rows))
+    convert_file("webdataset", folder / "rows.json", folder / "shards")
 
-def ours(processor: Any, kind: MediaKind, path: Path) -> object:
-    row = row_of(kind, path)
-    source = MediaSource(path=str(path))
-    extent = processor.measure(row, (read_header(source, kind, LIMITS),))
-    return processor.encode(row, extent.clips, (decode_clip(source, extent.clips[0], LIMITS),))
+    def cook(sample: dict[str, Any]) -> dict[str, Any]:
+        return dict(sample)
 
-
-def their_sound(extractor: WhisperFeatureExtractor, path: Path) -> object:
-    with wave.open(str(path)) as file:
-        rate, channels = file.getframerate(), file.getnchannels()
-        samples = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, channels)
-    mono = soxr.resample(samples.astype(np.float32).mean(axis=1) / 32768, rate, 16000, quality="HQ")
-    return extractor(mono, sampling_rate=16000, return_tensors="pt", padding="longest", truncation=False)
+    encoder = type("Plain", (energon.DefaultTaskEncoder,), {
+        "decoder": energon.SampleDecoder(image_decode="torchrgb8", av_decode="torch"),
+        "cookers": [energon.Cooker(energon.stateless(cook))],
+    })()  # fmt: skip
+    dataset = energon.get_train_dataset(
+        str(folder / "shards"), worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0),
+        batch_size=None, shuffle_buffer_size=None, max_samples_per_sequence=None, repeat=False, task_encoder=encoder,
+    )  # fmt: skip
+    return 1000 * seconds_of(lambda: list(energon.get_loader(dataset))) / len(rows)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_tiny("qwen3_omni", folder / "model")
         config_json = json.loads((model / "config.json").read_text())
         spec = find_spec(config_json)
         processor = spec.make_processor(model, spec.read_config(config_json), ProcessorOptions())
-        vision, rules = processor.towers.vision, processor.towers.settings
-        low, high = rules.image_pixels
-        pictures = Qwen2VLImageProcessorPil(
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-            size={"shortest_edge": low, "longest_edge": high},
-        )
-        print(f"{'media':<24}{'ours ms':>9}{'theirs ms':>11}")
-        print(f"{'words alone':<24}{best_ms(lambda: words_alone(processor)):>9.1f}{'not done':>11}")
-        for width, height in ((300, 170), (640, 480), (1280, 720)):
-            path = folder / f"{width}.jpg"
-            coarse = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-            Image.fromarray(coarse).resize((width, height)).save(path, quality=90)
-            mine = best_ms(lambda path=path: ours(processor, "image", path))
-            other = best_ms(lambda path=path: pictures(Image.open(path).convert("RGB"), return_tensors="pt"))
-            print(f"{f'jpeg {width}x{height}':<24}{mine:>9.1f}{other:>11.1f}")
-        extractor = WhisperFeatureExtractor(feature_size=processor.towers.audio.num_mel_bins)
-        for rate, channels in ((16000, 1), (48000, 2)):
-            path = folder / f"{rate}.wav"
-            with wave.open(str(path), "wb") as file:
-                file.setparams((channels, 2, rate, 0, "NONE", ""))
-                file.writeframes(rng.integers(-3000, 3000, (rate * 5, channels), dtype=np.int16).tobytes())
-            mine = best_ms(lambda path=path: ours(processor, "audio", path))
-            other = best_ms(lambda path=path: their_sound(extractor, path))
-            print(f"{f'wav 5 s, {rate} Hz, {channels} ch':<24}{mine:>9.1f}{other:>11.1f}")
+        ours, theirs, cases = Ours(processor), Theirs(model, processor), write_cases(folder)
+        for case in cases:
+            works = {"ours": lambda case=case: ours.features(case), "our row": lambda case=case: ours.row(case)}
+            if case.kind != "video":
+                works |= {
+                    "theirs": lambda case=case: theirs.features(case),
+                    "their row": lambda case=case: theirs.row(case),
+                }
+            tokens = len(ours.row(case).input_ids)
+            found.append({"case": case.name, "tokens": tokens, "amount": case.amount, **measure(works, ROUNDS)})
+        energon = of_energon(folder, cases)
+    print(report(found, energon))
+    if sys.argv[1:]:
+        Path(sys.argv[1]).with_suffix(".json").write_text(json.dumps({"rows": found, "energon": energon}, indent=1))
+
+
+def report(found: list[dict[str, Any]], energon: float | None) -> str:
+    out = io.StringIO()
+    line = "| {} | {} | {} | {} | {} | {} | {} | {} | {} |\n".format
+    out.write(
+        line("media", "features, ms", "theirs", "ratio", "row, ms", "theirs", "ratio", "tokens/s", "MP or s of sound/s")
+    )
+    out.write(line(*["---"] * 9))
+    both = [row for row in found if "theirs" in row]
+    names = ("ours", "theirs", "our row", "their row", "tokens", "amount")
+    mean = {key: sum(row[key] for row in both) / len(both) for key in names} | {"case": "those above, mixed"}
+    for row in [*both, mean, *(row for row in found if "theirs" not in row)]:
+        cells = []
+        for mine, other in (("ours", "theirs"), ("our row", "their row")):
+            ratio = row.get(other, math.nan) / row[mine]
+            cells += [f"{row[mine]:.2f}", f"{row.get(other, math.nan):.2f}", f"{ratio:.2f}"]
+        amount = f"{1000 * row['amount'] / row['our row']:.1f}" if row is not mean else ""
+        out.write(line(row["case"], *cells, f"{1000 * row['tokens'] / row['our row']:,.0f}", amount).replace("nan", ""))
+    if energon is not None:
+        out.write(f"\nmegatron-energon reads and decodes a sample of the mix in {energon:.2f} ms\n")
+    return out.getvalue()
 
 
 if __name__ == "__main__":

@@ -14,20 +14,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from omniloom.data.media_files import MediaLimits, clip_file, find_stream, name_of, open_container, open_image
+from omniloom.data.media_files import (
+    MediaLimits,
+    clip_file,
+    find_stream,
+    name_of,
+    open_container,
+    open_image,
+    read_bytes,
+)
 from omniloom.data.packets import decode_packets
+from omniloom.data.plain_sound import PlainSound, find_plain_sound
 from omniloom.data.seeking import CannotSeek, sought_frames, worth_seeking
 from omniloom.types import ClipGeometry, ClipOptions, DecodedClip, MediaKind, MediaSource, SampleError
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
-    from av.container import InputContainer
     from av.video.frame import VideoFrame
     from PIL.Image import Image
 
 TOLERANCE_SECONDS = 0.1  # by which a clip may miss its planned length
 FRAME_PLANES = 8  # of a frame's own, further ones lie elsewhere
 CHUNK_SAMPLES = 1 << 16  # decoded together before they are mixed and resampled
+PLAIN_SAMPLES = 1 << 20  # the same of what needs no decoder
 
 
 def decode_clip(source: MediaSource, clip: ClipGeometry, limits: MediaLimits) -> DecodedClip:
@@ -186,8 +195,12 @@ def decode_audio(source: MediaSource, limits: MediaLimits, *, num_samples: int |
     most 100 ms. Raises: SampleError, also for samples that are not finite.
     """
     file, kind, options = sound_of(source, "video" if source.use_audio else "audio")
-    with open_container(file, kind) as container:
-        waveform = _resample(_used_chunks(container, kind, file, options, limits), limits.sampling_rate)
+    try:
+        waveform = _resample(_used_chunks(kind, file, options, limits), limits.sampling_rate)
+    except SampleError:
+        raise
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # soxr's are of the last two kinds
+        raise SampleError(kind, f"cannot decode {name_of(file)}: {error}") from None
     if not len(waveform):
         raise SampleError(kind, f"{name_of(file)} has no sound that can be decoded")
     if num_samples is None or len(waveform) == num_samples:
@@ -201,11 +214,13 @@ def decode_audio(source: MediaSource, limits: MediaLimits, *, num_samples: int |
 
 
 def _used_chunks(
-    container: InputContainer, kind: MediaKind, file: str | bytes, options: ClipOptions, limits: MediaLimits
+    kind: MediaKind, file: str | bytes, options: ClipOptions, limits: MediaLimits
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Of `_mono_chunks`, what lies in the span that is used. Raises: SampleError where that is over the limit."""
     position = used = 0
-    for rate, chunk in _mono_chunks(container, kind, file):
+    data = read_bytes(file, kind)
+    plain = find_plain_sound(data, kind)
+    for rate, chunk in _mono_chunks(data, kind) if plain is None else _plain_chunks(plain, data, kind):
         begin, length = sound_span(options, rate)
         samples = chunk[max(0, begin - position) : max(0, begin + length - position)]
         position += len(chunk)
@@ -219,26 +234,40 @@ def _used_chunks(
             return
 
 
-def _mono_chunks(container: InputContainer, kind: MediaKind, file: str | bytes) -> Iterator[tuple[int, np.ndarray]]:
+def _plain_chunks(plain: PlainSound, data: str | bytes, kind: MediaKind) -> Iterator[tuple[int, np.ndarray]]:
+    """As `_mono_chunks`, without a decoder."""
+    for first in range(0, plain.num_samples, PLAIN_SAMPLES):
+        samples = plain.read(data, first, min(PLAIN_SAMPLES, plain.num_samples - first))
+        yield plain.rate, _mix(samples.T, kind, data)
+
+
+def _mono_chunks(file: str | bytes, kind: MediaKind) -> Iterator[tuple[int, np.ndarray]]:
     """Rate and mono float32 samples, about CHUNK_SAMPLES at a time: numpy is not called for each small frame."""
     import av
 
-    stream = find_stream(container, "audio", kind, file)
-    rate, shape, fifo = 0, ("", ""), av.AudioFifo()
-    for frame in decode_packets(container.demux(stream), stream, kind, file):
-        if frame.sample_rate <= 0 or frame.sample_rate != (rate or frame.sample_rate):
-            raise SampleError(kind, f"{name_of(file)} changes its rate from {rate} to {frame.sample_rate} Hz midway")
-        rate = frame.sample_rate
-        if frame.format.is_planar and frame.layout.nb_channels >= FRAME_PLANES:
-            frame = _interleave(frame)
-        if shape != (frame.format.name, frame.layout.name) or fifo.samples >= CHUNK_SAMPLES:
-            if held := fifo.read():
-                yield rate, _mix(held, kind, file)
-            shape, fifo = (frame.format.name, frame.layout.name), av.AudioFifo()
-        frame.pts = None  # a gap in the times is no gap in the samples
-        fifo.write(frame)
-    if held := fifo.read():
-        yield rate, _mix(held, kind, file)
+    with open_container(file, kind) as container:
+        stream = find_stream(container, "audio", kind, file)
+        rate, shape, fifo = 0, ("", ""), av.AudioFifo()
+        for frame in decode_packets(container.demux(stream), stream, kind, file):
+            if frame.sample_rate <= 0 or frame.sample_rate != (rate or frame.sample_rate):
+                reason = f"{name_of(file)} changes its rate from {rate} to {frame.sample_rate} Hz midway"
+                raise SampleError(kind, reason)
+            rate = frame.sample_rate
+            if frame.format.is_planar and frame.layout.nb_channels >= FRAME_PLANES:
+                frame = _interleave(frame)
+            if shape != (frame.format.name, frame.layout.name) or fifo.samples >= CHUNK_SAMPLES:
+                if held := fifo.read():
+                    yield rate, _mix(_channels_of(held), kind, file)
+                shape, fifo = (frame.format.name, frame.layout.name), av.AudioFifo()
+            frame.pts = None  # a gap in the times is no gap in the samples
+            fifo.write(frame)
+        if held := fifo.read():
+            yield rate, _mix(_channels_of(held), kind, file)
+
+
+def _channels_of(frame: AudioFrame) -> np.ndarray:
+    raw = frame.to_ndarray()
+    return raw if frame.format.is_planar else raw.reshape(-1, frame.layout.nb_channels).T
 
 
 def _interleave(frame: AudioFrame) -> AudioFrame:
@@ -251,22 +280,21 @@ def _interleave(frame: AudioFrame) -> AudioFrame:
     return packed
 
 
-def _mix(frame: AudioFrame, kind: MediaKind, file: str | bytes) -> np.ndarray:
-    """Mono float32 in [-1, 1], by the scale that soundfile uses."""
-    raw, num_channels = frame.to_ndarray(), frame.layout.nb_channels
-    channels = raw if frame.format.is_planar else raw.reshape(-1, num_channels).T
+def _mix(channels: np.ndarray, kind: MediaKind, file: str | bytes) -> np.ndarray:
+    """Channels [C, n] as mono float32 [n] in [-1, 1], by the scale that soundfile uses."""
+    num_channels, dtype = len(channels), channels.dtype
     total: NDArray[np.float32] = channels[0].astype(np.float32)
     for channel in channels[1:]:
-        total += channel.astype(np.float32)
-    if raw.dtype.kind == "f":
+        np.add(total, channel, out=total, dtype=np.float32, casting="same_kind")
+    if dtype.kind == "f":
         total /= num_channels
         if not np.isfinite(total).all():
             raise SampleError(kind, f"{name_of(file)} has samples that are not finite (NaN or infinite)")
-    elif raw.dtype == np.uint8:
+    elif dtype == np.uint8:
         total -= 128 * num_channels
         total /= 128 * num_channels
     else:
-        total /= np.float32(num_channels * 2.0 ** (8 * raw.dtype.itemsize - 1))
+        total /= np.float32(num_channels * 2.0 ** (8 * dtype.itemsize - 1))
     return total
 
 

@@ -35,6 +35,7 @@ CONTAINER_FORMATS = (
 URL_TIMEOUT_SECONDS = 30.0
 URL_LIMIT_BYTES = 1 << 30
 HEAD_BYTES = 4096
+LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in place of a large file
 ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 UNFILLED_BYTES = 0x7FFFF000  # sizes from here on were to be filled in at the end and never were
@@ -97,17 +98,23 @@ def size_of(data: bytes | str, kind: MediaKind) -> int:
             raise SampleError(kind, f"cannot read {name_of(data)}: {error.strerror or error}") from None
     if not size:
         raise SampleError(kind, f"{name_of(data)} is empty")
+    if size < 1024 and head_of(data, kind).startswith(LFS_POINTER):
+        raise SampleError(kind, f"{name_of(data)} is a pointer of Git LFS, not the file itself; run git lfs pull")
     return size
 
 
-def _head_of(data: bytes | str) -> bytes:
+def head_of(data: bytes | str, kind: MediaKind) -> bytes:
+    """How a file begins. Raises: SampleError."""
     if isinstance(data, bytes):
         return data[:HEAD_BYTES]
-    with open(data, "rb") as handle:
-        return handle.read(HEAD_BYTES)
+    try:
+        with open(data, "rb") as handle:
+            return handle.read(HEAD_BYTES)
+    except OSError as error:
+        raise SampleError(kind, f"cannot read {name_of(data)}: {error.strerror or error}") from None
 
 
-def _claimed_bytes(head: bytes) -> int:
+def claimed_bytes(head: bytes) -> int:
     """Size of a RIFF or ASF file by its header; 0 for others, and where a live writer could not fill it in."""
     if head[:4] == b"RIFF":
         return 8 + int.from_bytes(head[4:8], "little")
@@ -126,8 +133,8 @@ def open_container(file: str | bytes, kind: MediaKind) -> Iterator[InputContaine
     size_bytes = size_of(data, kind)
     target: Any = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        head, options = _head_of(data), {"format_whitelist": CONTAINER_FORMATS}
-        claimed = _claimed_bytes(head)
+        head, options = head_of(data, kind), {"format_whitelist": CONTAINER_FORMATS}
+        claimed = claimed_bytes(head)
         if size_bytes + SLACK_BYTES < claimed < UNFILLED_BYTES:  # av would take what is there for the whole
             reason = f"{claimed - size_bytes} of its {claimed} bytes are missing"
             raise SampleError(kind, f"{name_of(file)} is truncated: {reason}")

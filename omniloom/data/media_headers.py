@@ -26,6 +26,7 @@ from omniloom.data.media_files import (
     size_of,
 )
 from omniloom.data.packets import SampleCounter, decode_packets, full_table, packets_to_end, pcm_frame_bytes
+from omniloom.data.plain_sound import find_plain_sound
 from omniloom.types import ClipOptions, MediaHeader, MediaKind, MediaSource, SampleError
 
 if TYPE_CHECKING:
@@ -197,12 +198,10 @@ def _sound_length(source: MediaSource, kind: MediaKind, limits: MediaLimits) -> 
     """Samples of the sound that is used of a clip, at the limits' rate; 0 for an empty stream."""
     file, kind, options = sound_of(source, kind)
     data = read_bytes(file, kind)
-    with open_container(data, kind) as container:
-        stream, size_bytes = find_stream(container, "audio", kind, file), size_of(data, kind)
-        rate = stream.codec_context.sample_rate
-        num_samples = _header_length(container, stream, size_bytes)
-        if num_samples is None:
-            num_samples, rate = _count_samples(container, stream, file, kind, limits)
+    if (plain := find_plain_sound(data, kind)) is not None:
+        num_samples, rate = plain.num_samples, plain.rate
+    else:
+        num_samples, rate = _measure_sound(data, kind, file, limits)
     if rate <= 0:
         raise SampleError(kind, f"{name_of(file)} states a sampling rate of {rate} Hz")
     if not num_samples:
@@ -214,6 +213,16 @@ def _sound_length(source: MediaSource, kind: MediaKind, limits: MediaLimits) -> 
     num_samples = min(length, num_samples - begin)
     _check_seconds("audio", name_of(file), num_samples / rate, limits.data.audio.limit_seconds)
     return resampled_length(num_samples, rate, limits.sampling_rate)
+
+
+def _measure_sound(data: str | bytes, kind: MediaKind, file: str | bytes, limits: MediaLimits) -> tuple[int, int]:
+    """Samples per channel, and their rate."""
+    with open_container(data, kind) as container:
+        stream = find_stream(container, "audio", kind, file)
+        num_samples = _header_length(container, stream, size_of(data, kind))
+        if num_samples is None:
+            return _count_samples(container, stream, file, kind, limits)
+        return num_samples, stream.codec_context.sample_rate
 
 
 def _count_samples(

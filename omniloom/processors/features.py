@@ -134,14 +134,14 @@ def pixel_patches(frames: NDArray[np.uint8], *, patch: int, temporal_patch: int,
     assert height % (patch * merge) == width % (patch * merge) == 0, (height, width, patch, merge)
     shown = min(len(frames), temporal_patch)  # frames of a row of patches that differ
     rows, columns = height // (patch * merge), width // (patch * merge)
-    planes = np.ascontiguousarray(frames.transpose(0, 3, 1, 2))  # so that what moves below are rows of a patch
-    blocks = planes.reshape(-1, shown, channels, rows, merge, patch, columns, merge, patch)
-    # t, block row, block column, row, column, C, frame, y, x
-    cut = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    pixels = np.empty((*cut.shape[:6], temporal_patch, patch, patch), np.uint8)
-    pixels[..., :shown, :, :] = cut
-    pixels[..., shown:, :, :] = pixels[..., shown - 1 : shown, :, :]
-    return torch.from_numpy(pixels.reshape(-1, channels * temporal_patch * patch * patch))
+    run = np.dtype(np.complex128 if patch == 16 else (np.void, patch))  # a row of a patch: its bytes move as one
+    planes = np.ascontiguousarray(frames.transpose(0, 3, 1, 2)).view(run)
+    blocks = planes.reshape(-1, shown, channels, rows, merge, patch, columns, merge)
+    cut = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5)  # t, block row, block column, row, column, C, frame, y
+    pixels = np.empty((*cut.shape[:6], temporal_patch, patch), run)
+    pixels[..., :shown, :] = cut
+    pixels[..., shown:, :] = pixels[..., shown - 1 : shown, :]
+    return torch.from_numpy(pixels.view(np.uint8).reshape(-1, channels * temporal_patch * patch * patch))
 
 
 def normalise_pixels(patches: Tensor, rules: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Decoded pixels and sound are what the file shows and plays, in the planned size."""
 
+import contextlib
+import struct
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from omniloom.data import seeking
+from omniloom.data import media_decode, media_headers, seeking
 from omniloom.data.media_decode import (
     _frames_in_turn,
     decode_audio,
@@ -17,9 +19,10 @@ from omniloom.data.media_decode import (
 )
 from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import read_header
+from omniloom.data.plain_sound import find_plain_sound
 from omniloom.processors.features import sample_frame_indices
 from omniloom.types import ClipGeometry, ClipOptions, MediaSource, SampleError
-from tests.unit.media_files import picture, tone, truth_of_video, write_audio, write_video
+from tests.unit.media_files import limits_of, picture, tone, truth_of_video, write_audio, write_video
 
 LIMITS = MediaLimits()
 
@@ -319,3 +322,54 @@ def test_broken_packets_at_the_ends_are_left_out_with_a_word(tmp_path, caplog):
     assert "a.m4a: its last 1 packets are broken and left out" in caplog.text
     with pytest.raises(SampleError, match="4 packets in a row are broken"):
         decode_audio(source_of(break_packets(path, range(-5, 0))), LIMITS)
+
+
+@pytest.mark.parametrize("codec", ["pcm_s16le", "pcm_f32le"])
+@pytest.mark.parametrize(("rate", "channels"), [(16000, 1), (44100, 2), (48000, 6)])
+def test_plain_sound_is_what_av_decodes(tmp_path, monkeypatch, codec, rate, channels):
+    path = write_audio(tmp_path / "a.wav", codec, rate, tone(rate // 2 + 7, rate, channels))
+    files = [str(path), path.read_bytes()]
+    assert all((find_plain_sound(file, "audio") is None) == (channels == 6) for file in files)  # that is extensible
+    monkeypatch.setattr(media_decode, "PLAIN_SAMPLES", 5000)
+    found = [
+        decode_audio(MediaSource(path=str(path)), limits_of()),
+        decode_audio(MediaSource(data=files[1]), limits_of()),
+    ]
+    header = read_header(MediaSource(path=str(path)), "audio", limits_of())
+    for module in (media_decode, media_headers):
+        monkeypatch.setattr(module, "find_plain_sound", lambda *_: None)
+    usual = decode_audio(MediaSource(path=str(path)), limits_of())
+    assert all(np.array_equal(one, usual) for one in found)
+    assert header == read_header(MediaSource(path=str(path)), "audio", limits_of())
+
+
+def wav_of(body: bytes, *, length: int | None = None, tag=1, channels=1, rate=16000, bits=16, before=b"") -> bytes:
+    frame = channels * bits // 8
+    form = b"fmt " + struct.pack("<IHHIIHH", 16, tag, channels, rate, rate * frame, frame, bits)
+    rest = b"WAVE" + before + form + b"data" + struct.pack("<I", len(body) if length is None else length) + body
+    return b"RIFF" + struct.pack("<I", len(rest)) + rest
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_plain"),
+    [
+        ({"before": b"LIST\x03\0\0\0abc\0"}, True),  # padded to whole words
+        ({"length": 3000}, False),  # claims more than there is
+        ({"length": 0}, False),  # of a live writer
+        ({"length": 0xFFFFFFFF}, False),
+        ({"bits": 8}, False),
+        ({"bits": 12}, False),
+        ({"tag": 2, "bits": 4}, False),
+        ({"rate": 0}, False),
+        ({"channels": 0}, False),
+        ({"before": b"LIST\xff\xff\xff\xff"}, False),
+        ({"before": b"JUNK" + struct.pack("<I", 5000) + bytes(5000)}, False),  # beyond the head that is read
+        ({"rate": 1}, True),
+        ({"rate": 2**31 - 1}, True),
+    ],
+)
+def test_what_is_not_plain_sound_is_left_to_av_and_no_rate_escapes(changes, is_plain):
+    data = wav_of(np.arange(1000, dtype="<i2").tobytes(), **changes)
+    assert (find_plain_sound(data, "audio") is not None) == is_plain
+    with contextlib.suppress(SampleError):  # and nothing else
+        assert len(decode_audio(MediaSource(data=data), limits_of(audio=100)))

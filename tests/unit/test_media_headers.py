@@ -448,6 +448,9 @@ def test_missing_empty_and_garbage_files_are_bad_samples_that_name_the_file(tmp_
     path.write_bytes(random.Random(0).randbytes(5000))
     with pytest.raises(SampleError, match=name):
         header_of(path, kind)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    with pytest.raises(SampleError, match=f"{name} is a pointer of Git LFS, not the file itself; run git lfs pull"):
+        header_of(path, kind)
     with pytest.raises(SampleError, match="is a directory"):
         header_of(tmp_path, kind)
     with pytest.raises(SampleError, match="7 embedded bytes"):
