@@ -10,6 +10,7 @@ import datetime
 import decimal
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from omniloom.data.shared_index import IndexTable, SharedIndex, open_index
+from omniloom.data.shared_index import IndexTable, SharedIndex, hold_place, open_index
 from omniloom.types import Row, SampleError
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 
 _OPEN_FILES = 128  # in each process
+_LARGEST_GROUP = 4096  # rows: to read one of a group is to read all of it
+_BATCH_ROWS = 256
 
 
 class ColumnRows:
@@ -33,8 +36,7 @@ class ColumnRows:
     Rows of the index are [end, file, group]: the number of rows up to the end of each group of each file.
     """
 
-    def __init__(self, kind: str, index: SharedIndex) -> None:
-        self._kind = kind
+    def __init__(self, index: SharedIndex) -> None:
         self._index = index
         self._readers: dict[int, Any] = {}  # by file
         self._group: tuple[int, Any] | None = None
@@ -79,27 +81,34 @@ class ColumnRows:
         if file not in self._readers:
             if len(self._readers) == _OPEN_FILES:
                 self._readers.clear()
-            self._readers[file] = _OPENERS[self._kind](self._index.facts["files"][file])
+            path, kind = self._index.facts["places"][file]
+            self._readers[file] = _OPENERS[kind](path)
         reader = self._readers[file]
-        if self._kind == "parquet":
-            return reader.read_row_group(group, use_threads=False)  # threads do not survive a fork
-        return reader[group]
+        if isinstance(reader, list):
+            return reader[group]
+        return reader.read_row_group(group, use_threads=False)  # threads do not survive a fork
 
 
 def open_columns(files: Sequence[str], kind: str, max_samples: int | None, scratch: str | None) -> ColumnRows:
     """`kind`: parquet or arrow. Raises: ValueError for a file that is none, and where there are no rows; OSError."""
-    make = partial(_index_groups, files, kind, max_samples)
-    return ColumnRows(kind, open_index(files, [kind, max_samples, *files], make, columns=3, scratch=scratch))
+    make = partial(_index_groups, files, kind, max_samples, scratch)
+    return ColumnRows(open_index(files, [kind, max_samples, *files], make, columns=3, scratch=scratch))
 
 
-def _index_groups(files: Sequence[str], kind: str, max_samples: int | None, table: IndexTable) -> dict[str, Any]:
+def _index_groups(
+    files: Sequence[str], kind: str, max_samples: int | None, scratch: str | None, table: IndexTable
+) -> dict[str, Any]:
     import pyarrow
 
-    digest, num_rows = hashlib.sha256(), 0
+    digest, num_rows, places = hashlib.sha256(), 0, []
     for number, path in enumerate(files):
         try:
-            reader = _OPENERS[kind](path)
-            for group, size in enumerate(_group_sizes(reader, kind)):
+            places.append((path, kind))
+            sizes = _group_sizes(_OPENERS[kind](path))
+            if kind == "parquet" and max(sizes, default=0) > _LARGEST_GROUP:
+                places[-1] = _regroup(path, scratch), "arrow"
+                sizes = _group_sizes(_open_batches(places[-1][0]))
+            for group, size in enumerate(sizes):
                 num_rows += size
                 table.append(num_rows, number, group)
         except (pyarrow.ArrowException, OSError) as error:
@@ -113,7 +122,32 @@ def _index_groups(files: Sequence[str], kind: str, max_samples: int | None, tabl
             break
     if not num_rows:
         raise ValueError(f"{files[0]} has no rows, expected at least one")
-    return {"digest": f"{digest.hexdigest()} {num_rows}", "num_rows": num_rows, "files": list(files)}
+    facts = {"num_rows": num_rows, "files": list(files), "places": places}
+    return facts | {"digest": f"{digest.hexdigest()} {num_rows}"}
+
+
+def _regroup(path: str, scratch: str | None) -> str:
+    """A Parquet file as Arrow in the scratch folder, a few rows to a batch. Raises: ValueError."""
+    import pyarrow
+
+    with hold_place([path], ["arrow"], scratch) as (place, is_there):
+        if not is_there:
+            unfinished, reader = place.with_suffix(".new"), _open_parquet(path)
+            try:
+                with pyarrow.OSFile(str(unfinished), "wb") as file:
+                    writer = pyarrow.ipc.new_stream(file, reader.schema_arrow)
+                    for batch in reader.iter_batches(_BATCH_ROWS, use_threads=False):
+                        writer.write_batch(batch)
+                    writer.close()
+                os.replace(unfinished, place)
+            except OSError as error:
+                raise ValueError(
+                    f"cannot write the rows of {path}, whose row groups have over {_LARGEST_GROUP} rows, to {place}: "
+                    f"{error}; set data.scratch to a place with room, or write the file in smaller row groups"
+                ) from None
+            finally:
+                unfinished.unlink(missing_ok=True)
+    return str(place)
 
 
 def _open_parquet(path: str) -> Any:
@@ -137,10 +171,10 @@ def _open_batches(path: str) -> list[Any]:
 _OPENERS: dict[str, Callable[[str], Any]] = {"parquet": _open_parquet, "arrow": _open_batches}
 
 
-def _group_sizes(reader: Any, kind: str) -> list[int]:
-    if kind == "parquet":
-        return [reader.metadata.row_group(group).num_rows for group in range(reader.num_row_groups)]
-    return [batch.num_rows for batch in reader]
+def _group_sizes(reader: Any) -> list[int]:
+    if isinstance(reader, list):
+        return [batch.num_rows for batch in reader]
+    return [reader.metadata.row_group(group).num_rows for group in range(reader.num_row_groups)]
 
 
 def as_json(value: Any, kind: pyarrow.DataType) -> Any:

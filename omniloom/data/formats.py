@@ -6,7 +6,9 @@ row says is kept whole: text beside tool calls, the order of parallel calls, rea
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any, Literal, get_args
 
@@ -56,7 +58,7 @@ _LARGEST_WEIGHT = 1e30  # sums of them stay within float32
 def detect_format(row: Mapping[str, Any], names: FieldNames | None = None) -> str:
     """The name of the format that a row is written in, by its keys. Raises: SampleError for none."""
     names = names or FieldNames()
-    turns = _find(row, names.messages, *_DIALOGUE_KEYS)
+    turns = _of_json(_find(row, names.messages, *_DIALOGUE_KEYS))
     if turns is not None:
         return _detect_dialogue(row, turns, names)
     pairs = {name: [row.get(key) for key in _pair_keys(row, name, names)] for name in ("alpaca", "query_response")}
@@ -133,7 +135,7 @@ def parse_row(
         objects=objects,
         file=file,
         rules=options,
-        use_audio=row.get("use_audio_in_video"),
+        use_audio=_of_json(row.get("use_audio_in_video")),
         parts=_parts_of(row),
         typed=any(_blocks(_find(message, names.content_tag, "content", "value")) for message in messages),
     )
@@ -146,7 +148,7 @@ def parse_row(
         raise SampleError("system", "the row has both a system field and a system turn; keep one")
     turns = media.place_rest(turns)
     if objects is not None:
-        objects.check_placed(sum(part.kind == "image" for turn in turns for part in turn.parts))
+        objects.check_placed([part.kind for turn in turns for part in turn.parts])
     if needs_answer and not any(turn.role == "assistant" and turn.parts for turn in turns):
         raise SampleError("messages", "no assistant answer in the row: there is nothing to train on")
     source = f"{file}:{line}"
@@ -167,7 +169,7 @@ def _parts_of(row: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _messages(row: Mapping[str, Any], name: str, names: FieldNames) -> list[Mapping[str, Any]]:
-    turns = _find(row, names.messages, *_DIALOGUE_KEYS)
+    turns = _of_json(_find(row, names.messages, *_DIALOGUE_KEYS))
     key = names.messages or ("conversations" if name in ("sharegpt", "llava") else "messages")
     if turns is None:
         raise SampleError(key, f"the {name} format needs it, the row has only {', '.join(map(str, row)) or 'nothing'}")
@@ -423,11 +425,21 @@ def _turn_weight(message: Mapping[str, Any], where: str) -> float | None:
 
 
 def _weight_number(value: Any, where: str) -> float:
-    if not isinstance(value, int | float) or not (0 <= value <= _LARGEST_WEIGHT):
+    number = _of_json(value) if isinstance(value, str) else value  # tables hold text alone
+    if not isinstance(number, int | float) or not (0 <= number <= _LARGEST_WEIGHT):
         raise SampleError(
             where, f"expected true, false or a number from 0 to {_LARGEST_WEIGHT:g}, got {str(value)[:60]}"
         )
-    return float(value)
+    return float(number)
+
+
+def _of_json(value: Any) -> Any:
+    """What text says where it is JSON of more than text, as tables and some columns hold lists; else the value."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(value)
+            return value if isinstance(found, str) else found
+    return value
 
 
 def _find(mapping: Mapping[str, Any], *keys: str | None) -> Any:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
@@ -279,9 +281,14 @@ def as_clips(kind: MediaKind, value: Any) -> list[Any]:
     """What a row has under the key of a kind, as a list. Raises: SampleError."""
     if value is None:
         return []
+    if isinstance(value, str) and value.startswith("["):  # as tables and some columns hold lists
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
     if isinstance(value, str):
         return [value] if value else []
-    if isinstance(value, bytes | Mapping):
+    if isinstance(value, Mapping):  # a column of clips has the keys of one even where a row has none
+        return [value] if any(item is not None for item in value.values()) else []
+    if isinstance(value, bytes):
         return [value]
     if not isinstance(value, list | tuple):
         raise SampleError(f"{kind}s", f"expected a list of {kind}s, got {type(value).__name__}: {str(value)[:60]!r}")

@@ -74,7 +74,7 @@ class RowStream:
     def _lines(self, reader: int, stopped: Callable[[], bool]) -> Iterator[bytes]:
         pieces = list(expand_braces(self.path)) if "://" in self.path else [self.path]
         for piece in pieces[reader :: self.num_readers]:
-            with _unpacked(_open(piece, stopped)) as file:
+            with _open(piece, stopped) as packed, _unpacked(packed) as file:
                 lines = (line for line in file if line.strip())
                 first = next(lines, b"")
                 if first.lstrip().startswith(b"[") and not first.rstrip().endswith(b"]"):

@@ -23,7 +23,7 @@ import numpy as np
 from numpy import int64
 from numpy.typing import NDArray
 
-_VERSION = 2  # of the files
+_VERSION = 3  # of the files
 _BUFFERED = 1 << 16  # whole numbers
 _SETTLED_SECONDS = 2.0  # a file changed later than this before may change again without another time stamp
 

@@ -20,6 +20,10 @@ from omniloom.types import suggest
 
 _SUFFIXES = (".tar", ".parquet", ".arrow", ".jsonl", ".csv", ".tsv")  # of what a folder is read for
 _PACKED = (".gz", ".zst")
+_PARTS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
+          "test": ("test", "testing", "eval", "evaluation")}  # fmt: skip
+_PART_OF = {word: part for part, words in _PARTS.items() for word in words}
+_PART_WORD = re.compile(rf"(?<![a-z])({'|'.join(_PART_OF)})(?![a-z])")  # Source: datasets, data_files.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +72,26 @@ def _of_folder(folder: Path, part: str | None) -> SourceFiles:
         if not names:
             raise ValueError(f"{folder}/state.json names no files; save the data set anew with save_to_disk")
         return SourceFiles(files=tuple(str(folder / name) for name in names))
-    files = [str(file) for file in sorted(folder.rglob("*")) if _suffix(file) in _SUFFIXES and file.is_file()]
+    files = [file for file in sorted(folder.rglob("*")) if _suffix(file) in _SUFFIXES and file.is_file()]
     if not files:
         near = ", ".join(sorted(file.name for file in folder.glob("*.json"))[:5])
         hint = f"; it holds {near}" if near else ""
         raise ValueError(f"{folder} is a directory without {', '.join(_SUFFIXES)} files{hint}; name a data file")
-    return SourceFiles(files=tuple(files))
+    return SourceFiles(files=tuple(map(str, _of_part(files, part, folder))))
+
+
+def _of_part(files: Sequence[Path], part: str | None, folder: Path) -> Sequence[Path]:
+    """Of files whose names say that they are parts, as `train-00000.parquet` and `test/a.jsonl`, those of one part."""
+    parts: dict[str, list[Path]] = {}
+    for file in files:
+        word = _PART_WORD.search(str(file.relative_to(folder)).lower())
+        parts.setdefault(_PART_OF[word[1]] if word else "", []).append(file)
+    named = [name for name in parts if name]
+    if len(named) < 2:
+        return files
+    if "" in parts:
+        raise ValueError(f"{folder} has the parts {', '.join(named)} and {parts[''][0].name}; name files by a pattern")
+    return parts[_choose(named, _PART_OF.get(part or "", part), folder)]
 
 
 def _suffix(file: Path) -> str:

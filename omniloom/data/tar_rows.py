@@ -153,7 +153,8 @@ def _is_compressed(path: str) -> bool:
 def _split_name(member: tarfile.TarInfo) -> tuple[str, str] | None:
     """Key and part name of a member that belongs to a sample."""
     found = _NAME.fullmatch(member.name)
-    if not member.isreg() or member.issparse() or found is None or _META.match(member.name):
+    is_file = (member.isreg() and not member.issparse()) or member.islnk() or member.issym()
+    if not is_file or found is None or _META.match(member.name):
         return None
     return found[1], found[2]
 
@@ -188,6 +189,11 @@ def _read_parts(data: bytes) -> tuple[str, dict[str, bytes]]:
             if key not in (None, name[0]):
                 raise SampleError("row", f"holds {key} and {name[0]}; the index of the shard is not of this file")
             key, part = name
+            if not member.isreg():
+                reason = f"is a link to {member.linkname}; pack the files themselves (tar -h --hard-dereference)"
+                raise SampleError(part, reason)
+            if part in parts:
+                raise SampleError(part, f"is there twice in the sample {key}; pack the shard anew")
             parts[part] = data[member.offset_data : member.offset_data + member.size]
             if len(parts[part]) < member.size:
                 raise SampleError(part, f"{member.size - len(parts[part])} of its {member.size} bytes are missing")
@@ -201,7 +207,8 @@ def _read_parts(data: bytes) -> tuple[str, dict[str, bytes]]:
 
 
 def _json_row(parts: Mapping[str, bytes]) -> Row:
-    name = next((name for name in parts if name == "json"), next((n for n in parts if n.endswith(".json")), None))
+    found = [name for name in parts if name.rpartition(".")[2].lower() == "json"]
+    name = next((name for name in found if "." not in name), next(iter(found), None))
     return {} if name is None else parse_json_row(parts[name])
 
 

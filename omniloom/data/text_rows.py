@@ -17,10 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from omniloom.data.media_files import LFS_POINTER
 from omniloom.data.shared_index import IndexedRows, IndexTable, SharedIndex, hold_place, open_index
 from omniloom.types import Row, SampleError
 
 _BOM = b"\xef\xbb\xbf"
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}  # by suffix; the one that the row of names has most of
 _STRETCH_BYTES = 1 << 22
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by how files begin
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -107,14 +110,18 @@ def open_text(path: str, max_samples: int | None, scratch: str | None) -> TextRo
     start = head.removeprefix(_BOM).lstrip()
     if not start:
         raise ValueError(f"{path} is empty, expected rows, got none")
-    delimiter = {".csv": ",", ".tsv": "\t"}.get(Path(name).suffix.lower())
-    if b"\x00" in head or (delimiter is None and start[:1] not in b"[{"):
+    if head.startswith(_UTF_16):
+        raise ValueError(f"{path} is UTF-16 text, expected UTF-8; save it as UTF-8 (of a table: CSV UTF-8)")
+    if head.startswith(LFS_POINTER):
+        raise ValueError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull where it came from")
+    delimiters = _DELIMITERS.get(Path(name).suffix.lower())
+    if b"\x00" in head or (delimiters is None and start[:1] not in b"[{"):
         raise ValueError(
             f"{path} is neither JSON, JSONL, Parquet, Arrow nor tar (it begins with {head[:8]!r}) and is not named "
             ".csv or .tsv; expected a JSON array of rows, or one JSON object per line, in UTF-8"
         )
-    if delimiter is not None:
-        make, kind = partial(_index_cells, text, delimiter, max_samples), "cells"
+    if delimiters is not None:
+        make, kind = partial(_index_cells, text, delimiters, max_samples), "cells"
     elif start[:1] == b"[" and not _is_row_of_lists(text):
         make, kind = partial(_index_array, path, text, max_samples), "array"
     else:
@@ -202,16 +209,23 @@ def _refuse_spread_object(path: str, text: str) -> None:
         )
 
 
-def _index_cells(path: str, delimiter: str, max_samples: int | None, table: IndexTable) -> Mapping[str, Any]:
-    """Rows of cells; the first names the columns. A quoted cell may hold line breaks."""
+def _index_cells(path: str, delimiters: str, max_samples: int | None, table: IndexTable) -> Mapping[str, Any]:
+    """Rows of cells; the first names the columns, and tells the delimiter. A quoted cell may hold line breaks."""
     digest = hashlib.sha256()
     header: list[str] = []
+    delimiter = delimiters[0]
     position = 0
     with open(path, "rb") as handle:
         lines = enumerate(handle, start=1)
         for number, record in lines:
-            while record.count(b'"') % 2 and (more := next(lines, None)) is not None:
-                record += more[1]
+            if not header:
+                delimiter = max(delimiters, key=lambda one: record.count(one.encode()))
+            quoted = _ends_quoted(record.removeprefix(_BOM), delimiter, within=False)
+            pieces = [record]
+            while quoted and (more := next(lines, None)) is not None:
+                pieces.append(more[1])
+                quoted = _ends_quoted(more[1], delimiter, within=True)
+            record = b"".join(pieces)
             if record.removeprefix(_BOM).strip():
                 if len(table) == max_samples:
                     break
@@ -224,11 +238,25 @@ def _index_cells(path: str, delimiter: str, max_samples: int | None, table: Inde
     return {"digest": digest.hexdigest(), "header": header, "delimiter": delimiter}
 
 
+def _ends_quoted(line: bytes, delimiter: str, *, within: bool) -> bool:
+    """Whether a quoted cell goes on past the line. A quote opens a cell only where one begins."""
+    before, *pieces = line.split(b'"')
+    begins = True  # at the line's start; and after a quote that ended a cell, of which a second one goes on
+    for piece in pieces:
+        is_open = not within and (before.endswith(delimiter.encode()) or (begins and not before))
+        begins = within
+        within, before = is_open, piece
+    return within
+
+
 def _column_names(record: bytes, delimiter: str, path: str) -> list[str]:
     try:
-        return _cells(record.removeprefix(_BOM), delimiter)
+        names = _cells(record.removeprefix(_BOM), delimiter)
     except SampleError as error:
         raise ValueError(f"{path}: its first row names the columns and cannot be read: {error.reason}") from None
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise ValueError(f"{path}: two columns are named {twice}; rename one")
+    return names
 
 
 def _named_cells(text: bytes, header: list[str], delimiter: str) -> Row:
@@ -246,7 +274,8 @@ def _cells(text: bytes, delimiter: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise SampleError("row", f"not UTF-8 at byte {error.start} of the row: {error.reason}") from None
     found, position = [], 0
-    cell = re.compile(rf'"((?:[^"]|"")*)"(?={delimiter}|\Z)|([^{delimiter}]*)', re.DOTALL)
+    end = re.escape(delimiter)
+    cell = re.compile(rf'"((?:[^"]|"")*)"(?={end}|\Z)|([^{end}]*)', re.DOTALL)
     while position <= len(line):
         match = cell.match(line, position)
         assert match is not None

@@ -637,6 +637,11 @@ def test_paths_stay_under_the_media_folder_unless_allowed(tmp_path):
     assert "videos[0][1]" in failure(row, **rules)
 
 
+def test_what_columns_have_of_rows_without_clips_is_none():
+    for empty in (None, [], "", {}, {"bytes": None, "path": None}):
+        assert media_of(user_row("hi", images=empty)) == []
+
+
 def test_urls_are_refused_unless_allowed():
     for url in ("http://example.com/a.png", "HTTPS://example.com/a.png", "s3://bucket/a.png"):
         assert "data.allow_urls" in failure(user_row("<image>", images=[url]))

@@ -1,5 +1,7 @@
 """Every row of every kind of file comes back as written, by row number, in any process."""
 
+import csv
+import io
 import json
 import os
 import pickle
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniloom.config import DataConfig, DataSource
-from omniloom.data import text_rows
+from omniloom.data import columnar, text_rows
 from omniloom.data.formats import describe_format, parse_row
 from omniloom.data.sources import open_sources
 from omniloom.options import FieldNames
@@ -205,7 +207,8 @@ def test_json_lines_of_bare_message_lists_are_rows(tmp_path):
         (b"id,text\n1,a\n", "neither JSON"),
         (b'{\n "data": [\n  {"a": 1}\n ]\n}', "spread over lines"),
         ('[{"a": "ü"}]'.encode("latin-1"), "not UTF-8"),
-        ('[{"a": 1}]'.encode("utf-16"), "neither JSON"),
+        ('[{"a": 1}]'.encode("utf-16"), "is UTF-16 text, expected UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "pointer of Git LFS.*run git lfs pull"),
         (b"PAR1 but not really", "Parquet"),
         (b"ARROW1 but not really", "Arrow"),
     ],
@@ -258,6 +261,63 @@ def test_a_table_of_recordings_and_their_words_is_a_data_set(tmp_path):
     assert "read from path, words" in describe_format(row, options)
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_tables_are_read_as_csv_reads_them_whatever_divides_their_cells(tmp_path, delimiter):
+    cells = [
+        ["query", "response"],
+        ['5" tall', 'say "hi"'],
+        ['x "y" z', "l1\nl2, l3; l4"],
+        ['a""b', "c"],
+        ['""', '","'],
+    ]
+    quoted = io.StringIO()
+    csv.writer(quoted, delimiter=delimiter).writerows(cells)
+    plain = "".join(delimiter.join(row) + "\n" for row in [cells[0], cells[1], cells[3]])  # quotes inside of cells
+    for name, text in (("quoted.csv", quoted.getvalue()), ("plain.csv", plain)):
+        (tmp_path / name).write_bytes(text.encode())
+        source = open_sources((str(tmp_path / name),))
+        found = [list(source.read_row(row)[0].values()) for row in range(len(source))]
+        assert found == list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))[1:]
+
+
+def test_a_quote_that_nothing_closes_and_a_column_named_twice_are_told(tmp_path):
+    (tmp_path / "open.csv").write_text('query,response\na,b\n"c,d\ne,f\n')
+    source = open_sources((str(tmp_path / "open.csv"),))
+    assert source.read_row(0)[0] == {"query": "a", "response": "b"}
+    with pytest.raises(SampleError, match="has"):
+        source.read_row(1)
+    (tmp_path / "twice.csv").write_text("query,query,response\na,b,c\n")
+    with pytest.raises(ValueError, match=r"twice\.csv: two columns are named query; rename one"):
+        open_sources((str(tmp_path / "twice.csv"),))
+
+
+def test_a_table_says_lists_and_numbers_in_its_text(tmp_path):
+    cells = ["messages,images,weight,use_audio_in_video"]
+    turns = [{"role": "user", "content": "<image><image>?"}, {"role": "assistant", "content": "b"}]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([cells[0].split(","), [json.dumps(turns), '["a.png", "b.png"]', "0.5", "true"]])
+    row, file, line = open_sources((str(tmp_path / "rows.csv"),)).read_row(0)
+    conversation = parse_row(row, file=file, line=line, options=DataConfig())
+    assert conversation.weight == 0.5
+    assert [part.media.path[-5:] for part in conversation.turns[0].parts if part.media] == ["a.png", "b.png"]
+    with pytest.raises(SampleError, match=r"weight: expected true, false or a number .* got half"):
+        parse_row({**row, "weight": "half"}, file=file, line=line, options=DataConfig())
+
+
+def test_of_a_plain_folder_with_parts_one_is_read(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001", "deep/dev"):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / f"{name}.jsonl").write_text(f'{{"n": "{name}"}}\n')
+    for part, count in ((None, 2), ("test", 1), ("validation", 1), ("val", 1)):
+        assert len(open_sources((DataSource(path=str(tmp_path / "d"), part=part),))) == count, part
+    with pytest.raises(ValueError, match="has the parts validation, test, train, expected one"):
+        open_sources((str(tmp_path / "d"),), part=None)
+    (tmp_path / "d" / "more.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"has the parts .* and more\.jsonl; name files by a pattern"):
+        open_sources((str(tmp_path / "d"),))
+    assert len(open_sources((str(tmp_path / "d" / "deep"),))) == 1  # a word alone names no parts
+
+
 def test_folders_and_patterns_are_one_data_set(tmp_path):
     import datasets
     import pyarrow
@@ -283,8 +343,9 @@ def test_folders_and_patterns_are_one_data_set(tmp_path):
         open_sources((str(tmp_path / "both"),), part=None)
     with pytest.raises(ValueError, match="no data file matches"):
         open_sources((str(tmp_path / "*.arrow"),))
+    (tmp_path / "p" / "more.jsonl").write_text("{}")
     with pytest.raises(ValueError, match="files of several kinds"):
-        open_sources((str(tmp_path),))
+        open_sources((str(tmp_path / "p"),))
 
 
 def test_a_missing_file_names_the_nearest(tmp_path):
@@ -312,6 +373,30 @@ def test_the_fingerprint_follows_the_content_not_the_path(tmp_path):
         assert prints[0] != prints[2], file.name
     both = [str(tmp_path / "a" / name) for name in ("compact.json", "rows.jsonl")]
     assert open_sources(tuple(both)).fingerprint != open_sources(tuple(both[::-1])).fingerprint
+
+
+def test_rows_of_large_row_groups_are_read_in_small_batches(tmp_path, monkeypatch):
+    """By its default pandas writes a million rows to a group, of which one row would cost the reading of all."""
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr(columnar, "_LARGEST_GROUP", 50)
+    monkeypatch.setattr(columnar, "_BATCH_ROWS", 8)
+    words = pyarrow.array([f"text {n % 7}" for n in range(120)]).dictionary_encode()
+    table = pyarrow.table({"n": list(range(120)), "words": words, "one": [{"a": n} for n in range(120)]})
+    pyarrow.parquet.write_table(table, tmp_path / "large.parquet", row_group_size=60)
+    pyarrow.parquet.write_table(table.slice(0, 40), tmp_path / "small.parquet")
+    options = DataConfig(scratch=str(tmp_path / "scratch"))
+    source = pickle.loads(pickle.dumps(open_sources((str(tmp_path / "*.parquet"),), options)))
+    assert len(source) == 160
+    for row in (0, 119, 61, 7, 8, 120, 159):
+        found, file, line = source.read_row(row)
+        number = row % 120
+        assert found == {"n": number, "words": f"text {number % 7}", "one": {"a": number}}
+        assert (file, line) == (str(tmp_path / ("large.parquet" if row < 120 else "small.parquet")), number + 1)
+    assert source.parts[0]._group[1].num_rows == 40
+    source.read_row(3)
+    assert source.parts[0]._group[1].num_rows == 8
 
 
 def test_a_parquet_row_keeps_bytes_and_drops_absent_columns(tmp_path):

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import sqlite3
 import tarfile
 from collections.abc import Sequence
@@ -112,7 +113,7 @@ def test_plain_parts_captions_and_names_that_a_row_calls_its_files(tmp_path: Pat
 def test_what_a_row_names_is_not_taken_twice(tmp_path: Path) -> None:
     asked = {"role": "user", "content": [{"type": "image", "image": "a.jpg"}]}
     row = {"messages": [asked, ASKED[1]]}
-    path = write_tar(tmp_path / "a.tar", [("0.a.jpg", b"A"), ("0.json", json.dumps(row).encode())])
+    path = write_tar(tmp_path / "a.tar", [("0.a.jpg", b"A"), ("0.JSON", json.dumps(row).encode())])
     assert media_of(conversations(path)[0]) == [("image", b"A")]
 
 
@@ -122,6 +123,44 @@ def test_a_broken_sample_costs_only_itself(tmp_path: Path, members: list[tuple[s
     with pytest.raises(SampleError):
         rows.read_row(0)
     assert rows.read_row(1)[0]["a"] == 1
+
+
+def test_links_and_files_that_are_there_twice_are_told(tmp_path: Path) -> None:
+    """Left out in silence, a link's picture would be missed as if the row had none."""
+    row = json.dumps({"messages": ASKED}).encode()
+    write_tar(tmp_path / "a.tar", [("0.jpg", JPEG), ("0.json", row), ("1.jpg", JPEG), ("1.jpg", b"other")])
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        for name, kind in (("2.jpg", tarfile.LNKTYPE), ("3.jpg", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "0.jpg"
+            tar.addfile(link)
+            member = tarfile.TarInfo(name.replace("jpg", "json"))
+            member.size = len(row)
+            tar.addfile(member, io.BytesIO(row))
+    rows = open_sources((str(tmp_path / "a.tar"),))
+    assert rows.read_row(0)[0]["images"] == [JPEG]
+    faults = ["", "jpg: is there twice in the sample 1", "jpg: is a link to 0.jpg; pack the files themselves"]
+    for number, fault in ((1, faults[1]), (2, faults[2]), (3, faults[2])):
+        with pytest.raises(SampleError, match=re.escape(fault)):
+            rows.read_row(number)
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_members_of_any_name_belong_to_their_samples(tmp_path: Path, form: int) -> None:
+    keys = ["d/" * 60 + "k" * 120, "ключ", "/data/a", "./b", "../c"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        folder = tarfile.TarInfo("./")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, data in [
+            (f"{key}.{part}", data) for key in keys for part, data in (("jpg", JPEG), ("txt", b"a cat"))
+        ]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    found = conversations(tmp_path / "a.tar")
+    assert [one.id for one in found] == keys
+    assert all(media_of(one) == [("image", JPEG)] for one in found)
 
 
 # ---------------------------------------------------------------------------------------- Energon's folders
