@@ -30,9 +30,10 @@ class PlainSound:
         """Samples [count, num_channels] from number `first` on, of the file in which they were found."""
         kind = np.dtype(self.dtype)
         start = self.start + first * self.num_channels * kind.itemsize
-        read = np.frombuffer if isinstance(file, bytes) else np.fromfile
-        samples: np.ndarray = read(file, dtype=kind, count=count * self.num_channels, offset=start)
-        return samples.reshape(-1, self.num_channels)
+        count *= self.num_channels
+        if isinstance(file, bytes):
+            return np.frombuffer(file, dtype=kind, count=count, offset=start).reshape(-1, self.num_channels)
+        return np.fromfile(file, dtype=kind, count=count, offset=start).reshape(-1, self.num_channels)
 
 
 def find_plain_sound(file: str | bytes, kind: MediaKind) -> PlainSound | None:
