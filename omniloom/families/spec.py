@@ -59,7 +59,6 @@ class ModelSpec:
 
     name: str
     model_type: str  # of config.json
-    architectures: tuple[str, ...]
     modalities: tuple[str, ...]  # all that the family has, text first
     parent: str | None = None  # the section of config.json that holds those of the parts; None: the file itself
     read_parts: Callable[[ConfigSection], FamilyConfig]  # that section -> dims

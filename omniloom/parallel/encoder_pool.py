@@ -114,12 +114,9 @@ def route_tower(
     *,
     pack_tokens: int,
     num_packs: int = 1,
-    rows_per_chunk: int = 1,
+    rows_per_chunk: int = 1,  # of audio
 ) -> TowerRoute:
-    """Plan one tower's traffic, alike on every rank but for its own `me`, adding to `loads`.
-
-    Token rows count on from pack to pack. `rows_per_chunk` matters to audio alone.
-    """
+    """Plan one tower's traffic, alike on every rank but for `me`, adding to `loads`; token rows count on over packs."""
     placed, mine = _place(sizes, seats, loads), sizes[me]
     fixed = any(size.is_fixed for size in sizes)
     here = [segment for segment in placed if segment.encoder == me]

@@ -80,18 +80,14 @@ def run(
     """Train as the config says, on every rank of the job. Returns 0, or STOPPED_EARLY after a signal or time limit.
 
     On the first rank `on_step` is called after each step, and `on_end`, with the run directory, once all is written.
-    A run that is finished already is left as it is. With `overwrite` what an earlier run wrote in the directory is
-    removed before the first step, once everything else has proved sound.
-
+    A finished run is left as it is. `overwrite` removes what an earlier one wrote there, once all else proved sound.
     Raises: ValueError for what is wrong with config, checkpoint or data; RunError for what stops a sound run.
     """
     timeout_seconds, run_dir = config.train.step_timeout_seconds, Path(config.train.run_dir)
     workshop, train_rows, eval_rows = open_run(config, spill=run_dir / "stream")
     ranks = init_distributed(timeout_seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
     try:
-        (has_bf16,) = least_over_ranks([computes_bf16(ranks.device)], ranks)
-        workshop = replace(workshop, computes_bf16=bool(has_bf16))
-        layout = _lay_out(workshop, ranks)
+        workshop, layout = _lay_out(workshop, ranks)
         with hold_run_lock(run_dir, layout.channels["checkpoint"]):
             if not overwrite and (finished := find_finished(run_dir, config)) is not None:
                 if layout.is_first:
@@ -116,16 +112,17 @@ def run(
         close_distributed()
 
 
-def _lay_out(workshop: Workshop, ranks: Ranks) -> Layout:
-    """The layout that the config asks for; where the choice is ours, the first rank says why. Collective."""
+def _lay_out(workshop: Workshop, ranks: Ranks) -> tuple[Workshop, Layout]:
+    """What all ranks can compute in, and the layout; where that is ours to choose, the first says why. Collective."""
     sharing = ranks.local_world_size if ranks.device.type == "cpu" else 1
     of_device = total_memory_bytes(ranks.device) // sharing
-    memory_bytes, devices = least_over_ranks((of_device, ranks.local_world_size), ranks)
-    machine = Machine(devices=devices)
+    found = least_over_ranks((of_device, ranks.local_world_size, computes_bf16(ranks.device)), ranks)
+    memory_bytes, devices, has_bf16 = found
+    workshop, machine = replace(workshop, computes_bf16=bool(has_bf16)), Machine(devices=devices)
     degrees, why = choose_degrees(workshop, ranks.world_size, memory_bytes=memory_bytes, machine=machine)
     if ranks.rank == 0 and why:
         print("\n".join(why))
-    return build_layout(degrees, ranks)
+    return workshop, build_layout(degrees, ranks)
 
 
 class LostRankError(RunError):

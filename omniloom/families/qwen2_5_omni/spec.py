@@ -52,7 +52,6 @@ def key_map(config: FamilyConfig) -> KeyMap:
 SPEC = ModelSpec(
     name="qwen2_5_omni",
     model_type="qwen2_5_omni",
-    architectures=("Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniModel"),  # the latter as first published
     modalities=OMNI,
     parent="thinker_config",
     read_parts=read_parts,

@@ -26,7 +26,6 @@ def key_map(config: FamilyConfig) -> KeyMap:
 SPEC = ModelSpec(
     name="qwen2_5_vl",
     model_type="qwen2_5_vl",
-    architectures=("Qwen2_5_VLForConditionalGeneration",),
     modalities=SEEING,
     read_parts=read_parts,
     key_map=key_map,

@@ -38,7 +38,6 @@ SPEC = replace(
     qwen3_vl.SPEC,
     name="qwen3_5",
     model_type="qwen3_5",
-    architectures=("Qwen3_5ForConditionalGeneration",),
     read_parts=read_parts,
     key_map=key_map,
     clips=Qwen3_5Clips,

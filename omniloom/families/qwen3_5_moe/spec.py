@@ -26,7 +26,6 @@ SPEC = replace(
     qwen3_5.SPEC,
     name="qwen3_5_moe",
     model_type="qwen3_5_moe",
-    architectures=("Qwen3_5MoeForConditionalGeneration",),
     read_parts=read_parts,
     key_map=key_map,
 )

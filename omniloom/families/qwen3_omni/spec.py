@@ -61,7 +61,6 @@ def key_map(config: FamilyConfig) -> KeyMap:
 SPEC = ModelSpec(
     name="qwen3_omni",
     model_type="qwen3_omni_moe",
-    architectures=("Qwen3OmniMoeForConditionalGeneration",),
     modalities=OMNI,
     parent="thinker_config",
     read_parts=read_parts,

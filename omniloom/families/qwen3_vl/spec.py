@@ -24,7 +24,6 @@ def key_map(config: FamilyConfig) -> KeyMap:
 SPEC = ModelSpec(
     name="qwen3_vl",
     model_type="qwen3_vl",
-    architectures=("Qwen3VLForConditionalGeneration",),
     modalities=SEEING,
     read_parts=read_parts,
     key_map=key_map,

@@ -43,7 +43,6 @@ SPEC = replace(
     qwen3_vl.SPEC,
     name="qwen3_vl_moe",
     model_type="qwen3_vl_moe",
-    architectures=("Qwen3VLMoeForConditionalGeneration",),
     read_parts=read_parts,
     key_map=key_map,
 )
