@@ -304,9 +304,6 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-# ---------------------------------------------------------------------------------------- reading
-
-
 def load_config(source: str | Path | Mapping[str, Any] | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, or sections as a dict, or nothing; apply `a.b=value` overrides, check everything.
 

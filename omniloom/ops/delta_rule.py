@@ -286,14 +286,21 @@ def _group_backward(
     seen_grad = (out_grad @ written.mT).mul_(group.between)
     k_grad += system_grad @ group.k + system_grad.mT @ group.k + seen_grad.mT @ group.q
     q_grad += seen_grad @ group.k
-    # the decay: each total is in the exponent of what its row reads, and against it in that of what it wrote
     pairs = system_grad.mul_(solved.similar).add_(seen_grad.mul_(seen))
+    keeps_grad = (states * after).sum(dim=(-2, -1))[..., None, None]
+    decay_grad = _decay_gradient(group, pairs, reads_grad, writing_grad, keeps_grad)
+    return q_grad, k_grad, v_grad, decay_grad, beta_grad, state_grad
+
+
+def _decay_gradient(
+    group: _Group, pairs: Tensor, reads_grad: Tensor, writing_grad: Tensor, keeps_grad: Tensor
+) -> Tensor:
+    """Of the decay: each total is in the exponent of what its row reads, and against it in that of what it wrote."""
     total_grad = (pairs.sum(dim=-1) - pairs.sum(dim=-2))[..., None] + reads_grad * group.reads
     of_writes = (group.k * writing_grad).sum(dim=-1, keepdim=True) * group.writes
     total_grad -= of_writes
-    kept_grad = (states * after).sum(dim=(-2, -1))[..., None, None] * group.keeps
-    total_grad[:, :, -1:] += of_writes.sum(dim=-2, keepdim=True) + kept_grad
-    return q_grad, k_grad, v_grad, group.within.mT @ total_grad, beta_grad, state_grad
+    total_grad[:, :, -1:] += of_writes.sum(dim=-2, keepdim=True) + keeps_grad * group.keeps
+    return group.within.mT @ total_grad
 
 
 class _DeltaRule(torch.autograd.Function):

@@ -283,6 +283,10 @@ def open_rows(workshop: Workshop, source: Sources, *, cache: bool = True, decode
 
 def open_planner(workshop: Workshop, rows: Sources, measure: Measure, layout: Layout | None = None) -> Planner:
     """The planner of a run's training rows: of all ranks of a layout together, or of this process alone."""
+    ranks = PlanningRanks()
+    if layout is not None:
+        exchange = partial(layout.exchange, channel="planning")
+        ranks = PlanningRanks(exchange=exchange, rank=layout.rank, world_size=layout.world_size)
     return Planner(
         rows_per_source=rows.sizes,
         config=workshop.config,
@@ -290,20 +294,14 @@ def open_planner(workshop: Workshop, rows: Sources, measure: Measure, layout: La
         locate=rows.locate,
         feed=StreamFeed(
             rows.parts,
-            rank=0 if layout is None else layout.rank,
-            world_size=1 if layout is None else layout.world_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
             kept_checkpoints=workshop.config.checkpoint.keep,
         ),
         data_fingerprint=rows.fingerprint,
         row_options=planned_options(workshop),
         entries=rows.entries,
-        ranks=None
-        if layout is None
-        else PlanningRanks(
-            exchange=lambda value: layout.exchange(value, "planning"),
-            rank=layout.rank,
-            world_size=layout.world_size,
-        ),
+        ranks=ranks,
     )
 
 
