@@ -164,9 +164,7 @@ def generate(
     speaker: SpeakerName = "",
     speech_temperature: SpeechTemperature = 0.9,
     speech_seconds: SpeechSeconds = 120.0,
-    listen: Annotated[
-        str | None, typer.Option(help="of --speech: a command that prints the words of the wav file behind it")
-    ] = None,
+    listen: Annotated[str | None, typer.Option(help="of --speech: a command that prints a wav file's words")] = None,
 ) -> None:
     """Answer a prompt about media, or every row of a file, with transformers' generate fed by our processor."""
     from omniloom.tools.generate import Sampling, answers, print_answers, split_words

@@ -172,9 +172,7 @@ class TrainConfig:
     eval_every: Annotated[CountOrZero, "steps between evaluations; 0 is only at the end"] = 0
     eval_answers: Annotated[CountOrZero, "held-out rows to answer, greedily, at each evaluation"] = 0
     eval_answer_tokens: Annotated[Count, "tokens of an answer at most"] = 64
-    eval_metrics: Annotated[
-        tuple[str, ...], "functions of yours that compare answers: module:function or file.py:function"
-    ] = ()
+    eval_metrics: Annotated[tuple[str, ...], "your functions of answers: module:function or file.py:function"] = ()
     patience: Annotated[
         Count | None, "evaluations in a row without a better checkpoint.best after which the run ends; null never"
     ] = None
@@ -232,9 +230,7 @@ class ParallelConfig:
     expert: Annotated[Count, "ranks that divide the experts"] = 1
     pipeline: Annotated[Count, "ranks that divide the layers"] = 1
     pipeline_layers: Annotated[tuple[CountOrZero, ...] | None, "layers of each stage; null is balanced by cost"] = None
-    pipeline_schedule: Annotated[Literal["1f1b", "interleaved"], "order in which packs pass through the stages"] = (
-        "1f1b"
-    )
+    pipeline_schedule: Annotated[Literal["1f1b", "interleaved"], "order of packs through the stages"] = "1f1b"
     stages_per_rank: Annotated[Count, "stages of each pipeline rank under pipeline_schedule=interleaved"] = 2
     encoder_pool: Annotated[Literal["group", "data"], "ranks that share tower work: a model-parallel group or all"] = (
         "group"

@@ -31,6 +31,7 @@ from omniloom.run.stopping import STOPPED
 from omniloom.training.flops import TrainingWork, measure_matmul_peak, model_flops_utilisation, nominal_peak
 from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepFigures, StepMetrics, clock
 from omniloom.training.policy import ParameterPolicy, table_lines, trainable_table
+from omniloom.training.schedule import describe_warmup
 from omniloom.training.trackers import open_trackers
 from omniloom.types import TEXT
 
@@ -105,6 +106,16 @@ class RunRecords:
 
     def _count_warning(self) -> None:
         self._num_warnings += 1
+
+    def say_why_over(self, step: int, best: BestSteps) -> None:
+        """Why no step follows, where it is not that all are done; and what that means for the warm-up."""
+        train = self.config.train
+        if best.is_exhausted:
+            self.say(f"ended after step {step}: {best.name} was no better than after {best.kept[0]}")
+        elif train.steps is not None and step < train.steps:
+            self.say(f"the streams of data.train ended at step {step}, before train.steps={train.steps}")
+        if train.steps is None and (warning := describe_warmup(train.warmup_steps, step)):
+            self.say(warning)
 
     def end(self, step: int, best: BestSteps) -> None:
         """What was trained, how good it is, where it is, and what to type next."""

@@ -63,7 +63,6 @@ from omniloom.training.flops import training_work
 from omniloom.training.metrics import StepFigures, StepMetrics
 from omniloom.training.policy import ParameterPolicy
 from omniloom.training.profile import Profile
-from omniloom.training.schedule import describe_warmup
 from omniloom.types import TEXT, PackedBatch, RunError
 
 STEPS_BETWEEN_COLLECTIONS = 50  # of Python's garbage
@@ -267,7 +266,7 @@ class Trainer:
 
     def _finish(self, step: int, report: EvaluationReport | None) -> int:
         """What follows the last step: a checkpoint, an evaluation and the results, as far as they are missing."""
-        self._say_why_over(step)
+        self.records.say_why_over(step, self.best)
         if self.saved_step != step:
             self._save(step)
         self.state.saver.finish()
@@ -277,15 +276,6 @@ class Trainer:
                 return self._leave_early(step)
         self._leave_results(step, report)
         return 0
-
-    def _say_why_over(self, step: int) -> None:
-        if self.best.is_exhausted:
-            self.records.say(f"ended after step {step}: {self.best.name} was no better than after {self.best.kept[0]}")
-        elif (steps := self.config.train.steps) is not None and step < steps:
-            self.records.say(f"the streams of data.train ended at step {step}, before train.steps={steps}")
-        warmup_steps = self.config.train.warmup_steps
-        if self.config.train.steps is None and (warning := describe_warmup(warmup_steps, step)):
-            self.records.say(warning)
 
     def _leave_results(self, step: int, report: EvaluationReport | None) -> None:
         """Model and adapters, and that the run is finished. Raises: ValueError where `report` measured nothing."""
