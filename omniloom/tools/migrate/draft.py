@@ -7,7 +7,7 @@ needs no key here, or the list of what has no counterpart. Two settings that ask
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import yaml
@@ -40,6 +40,15 @@ class Rule:
     reads: str = ""  # of `readers.READERS`
     note: str = ""
     value: Value = None  # what a switch that is on sets, where that is not true
+    values: Mapping[str, str] = field(default_factory=dict)  # why a value that a pattern fits comes to no key
+
+    def reason(self, value: Value) -> str | None:
+        """Why this value comes to no key, with a `!` in front where nothing does its work."""
+        if self.lost and str(value).lower() == "false":
+            return "off"
+        found = (why for pattern, why in self.values.items() if fnmatchcase(str(value).lower(), pattern))
+        unread = not self.key and is_open(str(value))  # it may stand for more words
+        return next(found, ("!" if self.lost or unread else "") + self.why if not self.key else None)
 
 
 def read_rules(system: str) -> Rules:
@@ -51,6 +60,8 @@ def read_rules(system: str) -> Rules:
         rules |= {
             name: Rule(why=why, lost=kind == "lost") for why, names in tree[kind].items() for name in names.split()
         }
+    for names, values in tree.get("values", {}).items():
+        rules |= {name: replace(rules.get(name, Rule()), values=values) for name in names.split()}
     return dict(sorted(rules.items(), key=lambda item: "*" in item[0]))
 
 
@@ -147,10 +158,11 @@ class Draft:
             )
             if rule is None:
                 rest.append(setting)
-            elif rule.lost:
-                self.lost.append((str(setting), rule.why))
-            elif not rule.key:
-                self.needless.append((setting, rule.why))
+            elif (why := rule.reason(setting.value)) is not None:
+                if why.startswith("!"):
+                    self.lost.append((str(setting), why[1:]))
+                else:
+                    self.needless.append((setting, why))
             elif setting.value is None and rule.reads not in FLAGS:
                 self.needless.append((setting, "not set there either"))
             else:

@@ -7,9 +7,10 @@ setting alone decides is in `other_trainers.yaml`; here is what several decide t
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from omniloom.tools.migrate.draft import Draft, Setting, read_rules
-from omniloom.tools.migrate.readers import files, switch, whole
+from omniloom.tools.migrate.readers import Value, files, switch, whole
 
 MEGATRON_DEFAULTS = {  # where they differ from ours
     "train.betas": [0.9, 0.999],
@@ -29,11 +30,14 @@ FROZEN = {  # component: sets of module names of which one must be in the list w
 }
 
 
-def migrate_megatron(draft: Draft) -> None:
-    """Deal with every setting of these two systems that `draft` holds."""
+def migrate_megatron(
+    draft: Draft, whose: str = "Megatron's own default", defaults: Mapping[str, Value] = MEGATRON_DEFAULTS
+) -> None:
+    """Deal with every setting of these systems that `draft` holds. `defaults` hold where they say nothing."""
     uses_megatron = any(one.name in ("train_iters", "micro_batch_size") for one in draft.settings)
     _batch(draft)
     draft.put_betas((0.9, 0.999))
+    _context(draft)
     _recompute(draft)
     _loss_chunks(draft)
     _freezing(draft)
@@ -45,7 +49,7 @@ def migrate_megatron(draft: Draft) -> None:
         frozen = Setting(name="freeze", value=None, origin=", ".join(draft.entries.pop("policy.text.freeze").origins))
         draft.needless.append((frozen, "adapters train in place of the weights"))
     if uses_megatron:
-        draft.put_defaults(MEGATRON_DEFAULTS, "Megatron's own default")
+        draft.put_defaults(defaults, whose)
 
 
 def _batch(draft: Draft) -> None:
@@ -62,6 +66,17 @@ def _batch(draft: Draft) -> None:
         sharing = ("ulysses_parallel_size", "context_parallel_size", "tensor_parallel_size", "ring_attention_size")
         ranks = max(draft.num_ranks // draft.product(*sharing), 1)
     draft.put("train.packs_per_step", ranks * draft.product(*(one.name for one in parts)), parts, note)
+
+
+def _context(draft: Draft) -> None:
+    """A ring, and what swaps heads beside it; without one, rules know the rest."""
+    ring = draft.first("ring_attention_size")
+    if ring is not None and whole(ring.value) == 1:
+        draft.set_aside([ring], "1 is the default")
+    elif ring is not None:
+        draft.put("parallel.context.ring", whole(ring.value), [ring])
+        if (ulysses := draft.first("ulysses_parallel_size", "context_parallel_size")) is not None:
+            draft.put("parallel.context.ulysses", whole(ulysses.value), [ulysses])
 
 
 def _recompute(draft: Draft) -> None:

@@ -6,11 +6,16 @@ where it differs from what we do, so that the run stays the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omniloom.tools.migrate.draft import Draft, Setting, read_rules
+import yaml
+
+from omniloom.tools.migrate.draft import Draft, Setting, flatten, read_rules
+from omniloom.tools.migrate.megatron import migrate_megatron
 from omniloom.tools.migrate.readers import files, switch, whole
 
 FROM_TRANSFORMERS = {"train.betas": [0.9, 0.999], "train.seed": 42, "memory.recompute": "full"}
@@ -36,26 +41,40 @@ def migrate_llama_factory(draft: Draft, data_sets: Mapping[str, Any] | None, fol
 
 
 def migrate_swift(draft: Draft) -> None:
-    """An ms-swift command line, and the variables that stand before it."""
-    _batch(draft, default_batch=1, default_accumulation=None)
-    lora = _policy(draft, ("train_type", "sft_type", "tuner_type"), "freeze_llm", "freeze_vit", "freeze_aligner")
+    """An ms-swift command line, and the variables that stand before it; `megatron sft`, too."""
+    on_megatron = any(
+        one.name in ("micro_batch_size", "global_batch_size", "train_iters", "lr") for one in draft.settings
+    )
+    if not on_megatron:
+        _batch(draft, default_batch=1, default_accumulation=None)
+    elif not any(one.name == "global_batch_size" for one in draft.settings):
+        draft.settings.append(Setting(name="global_batch_size", value=16, origin="ms-swift's own default"))
+    lora = _policy(draft, ("train_type", "sft_type", "tuner_type"), "freeze_llm", "freeze_vit", "freeze_aligner",
+                   usual="full" if on_megatron else "lora")  # fmt: skip
     if (data := draft.first("dataset")) is not None:
         _swift_data(draft, data)
     _apply(draft, beta2=0.95)
     adapters = {"rank": 8, "alpha": 32.0, "dropout": 0.05} if lora else {}
-    _put_defaults(draft, "ms-swift's own default", adapters, {
-        "train.betas": [0.9, 0.95], "train.weight_decay": 0.1, "train.learning_rate": 1e-4 if lora else 1e-5,
-    })  # fmt: skip
+    own = {"train.betas": [0.9, 0.95], "train.weight_decay": 0.1, "train.learning_rate": 1e-4 if lora else 1e-5}
+    if on_megatron:
+        own |= {"train.seed": 42, "memory.recompute": "selective"}
+        own |= {f"policy.text.lora.{name}": value for name, value in adapters.items()}
+        migrate_megatron(draft, "ms-swift's own default", own)
+    else:
+        _put_defaults(draft, "ms-swift's own default", adapters, own)
 
 
 def _apply(draft: Draft, *, beta2: float) -> None:
     """What both read alike. `beta2` is that of AdamW where only the other one is given."""
     draft.put_betas((0.9, beta2))
-    extra = draft.first("lr_scheduler_kwargs")
-    if extra is not None and isinstance(extra.value, dict) and "min_lr" in extra.value:
-        draft.put("train.min_learning_rate", float(extra.value["min_lr"]), [extra])
-    elif extra is not None:
-        draft.lost.append((str(extra), "train.schedule and train.min_learning_rate say all there is"))
+    if (extra := draft.first("lr_scheduler_kwargs")) is not None:  # of a command line, as JSON; of a file it is flat
+        given = yaml.safe_load(str(extra.value))
+        draft.settings += flatten(given, extra.origin, "lr_scheduler_kwargs.") if isinstance(given, dict) else [extra]
+    draft.settings = [
+        replace(one, name="warmup_ratio")
+        if one.name == "warmup_steps" and re.fullmatch(r"0?\.\d+", str(one.value)) else one
+        for one in draft.settings
+    ]  # fmt: skip
     draft.apply(read_rules("transformers"))
     draft.put_warmup_share("warmup_ratio")
 
@@ -81,13 +100,13 @@ def _batch(draft: Draft, *, default_batch: int, default_accumulation: int | None
     draft.put("train.packs_per_step", size * steps * ranks, origins or ["the defaults there"], note)
 
 
-def _policy(draft: Draft, kinds: Sequence[str], language: str, tower: str, merger: str) -> bool:
+def _policy(draft: Draft, kinds: Sequence[str], language: str, tower: str, merger: str, usual: str = "lora") -> bool:
     """Adapters or all weights, by the setting of one of the names `kinds`, and what is frozen, by those of the others.
 
     Returns: whether adapters train.
     """
     how = draft.first(*kinds)
-    lora = how is None or how.value == "lora"
+    lora = (usual if how is None else how.value) == "lora"
     if how is not None and how.value not in ("lora", "full"):
         draft.faults.append(f"{how.origin}: {how.value!r} is not offered; full and lora are")
     elif how is not None:
@@ -111,15 +130,14 @@ def _policy(draft: Draft, kinds: Sequence[str], language: str, tower: str, merge
 
 def _dataset_info(draft: Draft, data_sets: Mapping[str, Any] | None, folder: Path) -> None:
     """The files behind the names of `dataset`, and how their rows are written."""
-    names, valid = draft.first("dataset"), draft.first("eval_dataset")
+    named = {"data.train": draft.first("dataset"), "data.eval": draft.first("eval_dataset")}
+    settings = {key: setting for key, setting in named.items() if setting is not None}
     where = draft.first("dataset_dir")
     directory = Path(str(where.value)) if where is not None and isinstance(where.value, str) else folder
     if where is not None:
         draft.put("data.media_dir", str(where.value), [where], "where relative media paths start")
-    for setting, key in ((names, "data.train"), (valid, "data.eval")):
-        if setting is None:
-            continue
-        found = []
+    found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for key, setting in settings.items():
         for name in files(str(setting.value).replace(" ", "")):
             entry = None if data_sets is None else data_sets.get(name)
             if entry is None:
@@ -130,44 +148,52 @@ def _dataset_info(draft: Draft, data_sets: Mapping[str, Any] | None, folder: Pat
             elif "file_name" not in entry:
                 draft.faults.append(f"dataset_info.json: {name} is on a hub; download it and name the file")
             else:
-                found.append(str(directory / entry["file_name"]))
-                _row_fields(draft, name, entry)
-        if found:
-            draft.put(key, found, [setting])
+                found.setdefault(key, []).append(
+                    (str(directory / entry["file_name"]), _row_options(draft, name, entry))
+                )
+    _put_sources(draft, found, {key: setting.origin for key, setting in settings.items()})
 
 
-COLUMNS = {"messages": "messages", "images": "images", "videos": "videos", "audios": "audios", "tools": "tools",
-           "system": "system"}  # fmt: skip
+def _put_sources(
+    draft: Draft, found: Mapping[str, list[tuple[str, dict[str, Any]]]], origins: Mapping[str, str]
+) -> None:
+    """Files with the options of each: of the data section where all have the same, else of records."""
+    each = [options for sources in found.values() for _, options in sources]
+    alike = all(options == each[0] for options in each)
+    for key, sources in found.items():
+        records = [{"path": path, **options} if options and not alike else path for path, options in sources]
+        draft.put(key, records, [origins[key]])
+    for name, value in (each[0] if each and alike else {}).items():
+        for part, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            draft.put(f"data.{name}.{part}".rstrip("."), inner, [f"{next(iter(origins.values()))}, of each"])
 
 
-def _row_fields(draft: Draft, name: str, entry: Mapping[str, Any]) -> None:
-    where = f"dataset_info.json: {name}"
-    for column, value in (entry.get("columns") or {}).items():
-        if column in COLUMNS and value != COLUMNS[column] and value is not None:
-            draft.put(f"data.attr.{COLUMNS[column]}", value, [f"{where}.columns.{column}"])
-        elif column not in COLUMNS and value != column:
+COLUMNS = ("messages", "images", "videos", "audios", "tools", "system", "prompt", "query", "response", "history")
+
+
+def _row_options(draft: Draft, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    where, options = f"dataset_info.json: {name}", dict[str, Any]()
+    attr = {column: value for column, value in (entry.get("columns") or {}).items() if value is not None}
+    for column in [column for column in attr if column not in COLUMNS]:
+        if (value := attr.pop(column)) != column:
             draft.lost.append((f"{where}.columns.{column} {value}", f"rename the field to {column}"))
-    for tag, value in (entry.get("tags") or {}).items():
-        draft.put(f"data.attr.{tag}", value, [f"{where}.tags.{tag}"])
+    attr = {column: value for column, value in attr.items() if value != column} | (entry.get("tags") or {})
+    if attr:
+        options["attr"] = attr
     if entry.get("num_samples"):
-        draft.put("data.max_samples", whole(entry["num_samples"]), [f"{where}.num_samples"])
+        options["max_samples"] = whole(entry["num_samples"])
     for key in ("ranking", "split", "subset", "folder"):
         if entry.get(key) not in (None, False, "train"):
             draft.lost.append((f"{where}.{key} {entry[key]}", "name the file that holds these rows"))
+    return options
 
 
 def _swift_data(draft: Draft, data: Setting) -> None:
     """`a.jsonl b.jsonl#500`: files, with the number of rows to take of each behind `#`."""
-    found, counts = [], set()
+    found = []
     for word in str(data.value).split():
         path, _, count = word.partition("#")
-        counts.add(count)
-        if Path(path).suffix or Path(path).exists():
-            found.append(path)
-        else:
+        found.append((path, {"max_samples": whole(count)} if count else {}))
+        if not (Path(path).suffix or Path(path).exists()):
             draft.faults.append(f"{data.origin}: {path} is no file but a name on a hub; download it and name the file")
-    draft.put("data.train", found, [data])
-    if len(counts) == 1 and (count := counts.pop()):
-        draft.put("data.max_samples", whole(count), [data])
-    elif len(counts) > 1:
-        draft.lost.append((str(data), "unlike numbers of rows per file (#N); data.max_samples holds for each file"))
+    _put_sources(draft, {"data.train": found}, {"data.train": data.origin})

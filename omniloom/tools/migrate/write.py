@@ -32,6 +32,11 @@ MEGATRON_KEYS = {
     *("dataset_param", "text_decoder", "image_encoder", "init_from_hf_path"),
     *("sharding_size", "reshard_after_forward", "num_to_forward_prefetch"),
 }
+UNKNOWN_WORDS = "only a running shell could tell which words it stands for; write them into the script"
+PROGRAMS = {  # what the words of a command look like that start another trainer
+    "LLaMA-Factory": r"(.*/)?llamafactory-cli|llamafactory\.\w+|.*llamafactory/\w+\.py|--finetuning_type.*",
+    "ms-swift": r"(.*/)?swift|(.*/)?megatron|swift\.cli\.\w+|.*swift/cli/\w+\.py",
+}
 SECTIONS = ("model", "data", "train", "policy", "parallel", "memory", "checkpoint", "log")
 RATE_VARIABLES = {"max_pixels", "min_pixels", "video_max_pixels", "video_min_pixels", "fps", "fps_max_frames",
                   "use_audio_in_video", "enable_audio_output"}  # fmt: skip
@@ -64,6 +69,11 @@ def migrate(words: Sequence[str]) -> str:
     text = "\n".join([*_header(paths, given, draft), *_yaml_lines(draft), *_left_out(draft), ""])
     load_config(yaml.safe_load(text) or {})  # what is written here must be a config
     return text
+
+
+def _system_of(script: Script) -> str | None:
+    words = [word for command in script.commands for word in command]
+    return next((name for name, looks in PROGRAMS.items() if any(re.fullmatch(looks, word) for word in words)), None)
 
 
 def _is_variable(word: str) -> bool:
@@ -145,30 +155,43 @@ class Reading:
             )
 
     def _read_script(self, path: Path, text: str) -> None:
-        script = read_script(text, self.given)
+        script = read_script(text, self.given, path.parent)
         if not script.commands:
             raise MigrateError(f"{path}: expected {KINDS}; it starts no training (torchrun, python, swift, ...)")
         self._count_ranks(script)
-        swift = any(command[0].rsplit("/", 1)[-1] in ("swift", "megatron") for command in script.commands)
         for argument in script.arguments():
+            key, overrides, text = argument.partition("=")
             if argument.endswith((".yaml", ".yml")):
                 self._read_beside(path, argument, f"{path.name} starts with {argument}")
+            elif overrides:
+                self.draft.take(key)
+                self.draft.settings.append(Setting(name=key, value=yaml.safe_load(text), origin=f"{path.name}: {key}="))
         flags = [(name.replace("-", "_"), value, f"{path.name}: --{name}") for name, value in script.flags()]
+        swift = (system := _system_of(script)) == "ms-swift"
         if swift:
             flags += [(name.lower(), value, f"{path.name}: {name}") for name, value in script.exported.items()
                       if name.lower() in RATE_VARIABLES]  # fmt: skip
-        elif not self.kinds:
-            self.kinds = {MEGATRON}
-        self.kinds |= {"ms-swift"} if swift else set()
+        if system or not self.kinds:
+            self.kinds.add(system or MEGATRON)
         for name, value, origin in dict.fromkeys(flags):
-            if name in REFERENCES and value:
+            if is_open(name):
+                self.draft.lost.append((f"{path.name}: {name}", UNKNOWN_WORDS))
+            elif name in REFERENCES and value:
                 self._read_beside(path, value, origin)
             elif name not in (*REFERENCES, "mm_tool"):
                 self.draft.settings.append(Setting(name=name, value=value, origin=origin))
+        machine = [name for name in script.exported if name.lower() not in RATE_VARIABLES or not swift]
+        for name in script.missing:
+            if name[0] in "/~$":
+                machine.append(f"source {name}")
+            else:
+                self.draft.lost.append(
+                    (f"{path.name}: source {name}", "it does not lie here: what it sets is not known")
+                )
         self.draft.set_aside(
-            [Setting(name=name, value=None, origin=f"{path.name}: {name}") for name in script.exported
-             if name.lower() not in RATE_VARIABLES or not swift], "environment of the machine; see docs/migrating",
-        )  # fmt: skip
+            [Setting(name=name, value=None, origin=f"{path.name}: {name}") for name in machine],
+            "environment of the machine; see docs/migrating",
+        )
 
     def _count_ranks(self, script: Script) -> None:
         flags = dict(script.flags())
