@@ -1,11 +1,12 @@
 """What a run takes of each device's memory, known before any device is at hand.
 
 Weights, gradients and optimizer states are counted exactly, from the shapes of a model on meta and the rules of its
-layout. What layers keep for backward is counted by running one layer of each kind, and the vision tower, on meta under
+layout. What layers keep for backward is counted by running one layer of each kind, and the towers, on meta under
 autograd's hooks: whatever a layer is made of, the count is of the real thing. The rest is estimated: what is gathered,
 reduced and computed with at the fullest moment.
 
-A pack is taken to hold four samples of one length, half of it pictures, half with a loss (`Pack`).
+A pack is taken to hold four samples of one length, half of it media, of the kind that takes the most (pictures or
+sound), half with a loss.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ from omniloom.parallel.optimizer import state_bytes
 from omniloom.parallel.pipeline import layer_owners
 from omniloom.parallel.shares import local_shape, stages_of
 from omniloom.parallel.staging import list_tensors, map_tensors
-from omniloom.processors.tower_batches import vision_batch
+from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.run.opening import Workshop, apply_policy
 from omniloom.sharding import ShardingPlan
 from omniloom.training.optimizer import is_orthogonal
-from omniloom.types import Segments, VisionClip
+from omniloom.types import AudioClip, Segments, VisionClip
 
 COUNTED_TOKENS = 2048  # of a layer on meta: what is kept grows in proportion
 COUNTED_DTYPE = torch.bfloat16  # the only one whose grouped products run on meta
 COUNTED_SIDE = 64  # patches of a picture's side
+COUNTED_FRAMES = 1600  # of mel features: sixteen seconds
 NUM_SAMPLES = 4  # of a pack
 REDUCED_BYTES = 4  # of an element of a gradient on its way: float32
 
@@ -158,27 +160,37 @@ class ModelSizes:
         return [first.setdefault(kind, layer) for layer, kind in each]
 
     @cached_property
-    def tower_kept(self) -> float:
-        """Bytes that autograd keeps of the vision tower for a token, if it trains."""
-        tower, side = self.model.vision, COUNTED_SIDE
-        if tower is None:
-            return 0.0
-        rows = side**2 // self.plan.patches_per_row
-        patches = torch.empty(side**2, self.workshop.family.vision.patch_dim)
-        clip = VisionClip(patches=patches, grid_thw=(1, side, side), token_index=torch.arange(rows))
-        batch = map_tensors(vision_batch([clip], self.workshop.family.vision), lambda tensor: tensor.to("meta"))
-        tower.to(COUNTED_DTYPE)
-        found = count_kept(tower, (), lambda: tower(batch), apart=list_tensors(batch))
-        return self.wider * sum(found.values()) / rows
+    def tower_kept(self) -> dict[str, float]:
+        """Bytes that autograd keeps of each tower for a token of its media, if it trains."""
+        family, side, found = self.workshop.family, COUNTED_SIDE, dict[str, float]()
+        for name, tower in (("vision", self.model.vision), ("audio", self.model.audio)):
+            if tower is None:
+                continue
+            batch: Any
+            if name == "vision":
+                rows = side**2 // self.plan.patches_per_row
+                patches = torch.empty(side**2, family.vision.patch_dim)
+                picture = VisionClip(patches=patches, grid_thw=(1, side, side), token_index=torch.arange(rows))
+                batch = vision_batch([picture], family.vision)
+            else:
+                rows = family.audio.num_tokens(COUNTED_FRAMES)
+                features = torch.empty(family.audio.num_mel_bins, COUNTED_FRAMES)
+                batch = audio_batch([AudioClip(features=features, token_index=torch.arange(rows))], family.audio)
+            tower.to(COUNTED_DTYPE)
+            on_meta = map_tensors(batch, lambda tensor: tensor.to("meta"))
+            kept = count_kept(tower, (), partial(tower, on_meta), apart=list_tensors(on_meta))
+            found[name] = self.wider * sum(kept.values()) / rows
+        return found
 
     @property
     def wider(self) -> float:
         """How much wider than what was counted the dtype of compute is."""
         return self.workshop.compute_dtype.itemsize / COUNTED_DTYPE.itemsize
 
-    @property
-    def tower_trains(self) -> bool:
-        return any(weight.trains and weight.name.startswith("vision.") for weight in self.weights)
+    @cached_property
+    def trained_towers(self) -> tuple[str, ...]:
+        trained = {weight.name.split(".")[0] for weight in self.weights if weight.trains}
+        return tuple(name for name in ("vision", "audio") if name in trained)
 
     def _count_layer(self, layer: nn.Module, width: int) -> Kept:
         tokens, text = COUNTED_TOKENS, self.model.text
@@ -258,21 +270,36 @@ class ModelSizes:
             of_layer = max(of_layer, whole)
         packs = packs_of_rank(self.config, degrees)
         kept *= min(packs, packs_in_flight(degrees, stage))
-        visual = self.config.data.pack_tokens / 2 / (degrees.sharers * degrees.pipeline)
-        if self.tower_trains and degrees.pipeline == 1:
-            depth = self.workshop.family.vision.depth
-            share = 1.0 if self.recompute("vision", memory) == "none" else 1.0 / depth
-            kept += self.tower_kept * visual * share
-        return kept, of_layer
+        media, family = self.config.data.pack_tokens / 2 / (degrees.sharers * degrees.pipeline), self.workshop.family
+        of_towers = [0.0]
+        for name in self.trained_towers if degrees.pipeline == 1 else ():
+            depth = family.vision.depth if name == "vision" else family.audio.encoder_layers
+            of_towers.append(self.tower_kept[name] / (1 if self.recompute(name, memory) == "none" else depth))
+        return kept + media * max(of_towers), of_layer
 
     def layer_bytes(self, layer: int, tokens: float, degrees: Degrees) -> float:
         """What autograd keeps of a layer that is not recomputed."""
         kept = self.kept[layer].bytes_of(tokens, degrees.tensor)
+        if degrees.context > 1:
+            kept += tokens / degrees.tensor * self._exchanged(layer, degrees)
         if degrees.expert > 1 and self.plan.routed_layers[layer]:
             # rows as they arrive, and results as they come home, in place of the tokens that copies are taken from
             copies = 2 * self.workshop.family.text.num_experts_per_tok - 1
             kept += tokens / degrees.tensor * copies * self.kept[layer].row
         return kept
+
+    def _exchanged(self, layer: int, degrees: Degrees) -> float:
+        """Bytes of a token that attention keeps besides where its tokens are divided: what came of it before its heads
+        went home, queries before their norm, keys and values that are repeated for heads that do not divide."""
+        text = self.workshop.family.text
+        if layer in text.delta_layers:
+            return 0.0
+        keys = max(text.num_key_value_heads // degrees.tensor, 1)
+        repeats = math.lcm(keys, degrees.ulysses) // keys - 1
+        heads = (
+            text.num_attention_heads * ((degrees.ulysses > 1) + text.qk_norm) + 2 * repeats * text.num_key_value_heads
+        )
+        return float(heads * text.head_dim * self.workshop.compute_dtype.itemsize)
 
     def _waiting(self, layer: int, tokens: float, degrees: Degrees, memory: MemoryConfig, whole: float | None) -> float:
         """What waits of a layer on the device for its backward: `whole`, or what is not recomputed."""

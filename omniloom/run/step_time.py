@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 from omniloom.config import MemoryConfig
-from omniloom.families.cost import layer_flops, vision_flops
+from omniloom.families.cost import audio_flops, layer_flops, vision_flops
 from omniloom.parallel.fsdp import is_named
 from omniloom.parallel.mesh import Degrees
-from omniloom.run.footprint import NUM_SAMPLES, ModelSizes, packs_of_rank
+from omniloom.run.footprint import COUNTED_FRAMES, NUM_SAMPLES, ModelSizes, packs_of_rank
 
 PICTURE = (1, 64, 64)  # patches of a picture of the pack that is assumed
 
@@ -87,7 +87,7 @@ class Clock:
         adapters = self.sizes.workshop.adapter_names
         names = [weight.name for weight in self.sizes.weights if weight.trains]
         own = [name for name in names if name.startswith("text.") and name not in adapters]
-        return bool(own), self.sizes.tower_trains
+        return bool(own), bool(self.sizes.trained_towers)
 
     def step(self, degrees: Degrees, memory: MemoryConfig) -> StepTime:
         """Under these degrees and this recomputation."""
@@ -98,9 +98,8 @@ class Clock:
         seconds = rounds * self._pack(degrees, memory, slowest, sent)
         sent = {axis: packs * num_bytes for axis, num_bytes in sent.items() if num_bytes}
         seconds += self._once(degrees, memory, slowest, sent)
-        own, towers = self.trains
         decoder = sum(map(sum, self.layers)) + self._loss(degrees)[1]
-        flops = decoder * (3 if own else 2) + self._tower(degrees)[1] * (3 if towers else 1)
+        flops = decoder * (3 if self.trains[0] else 2) + self._towers(degrees)[1]
         return StepTime(
             seconds=seconds,
             tokens=config.data.pack_tokens * config.train.packs_per_step,
@@ -120,7 +119,7 @@ class Clock:
                 sent[axis] = sent.get(axis, 0.0) + count * num_bytes * (2 + again)
                 exposed += count * seconds * (2 + again)
         gather, reduce, sent["fsdp"] = self._fsdp(degrees, stage)
-        seconds = max(forward, gather) + max(backward, gather + reduce) + exposed + self._tower(degrees)[0]
+        seconds = max(forward, gather) + max(backward, gather + reduce) + exposed + self._towers(degrees)[0]
         head = self._loss(degrees)[0]
         if degrees.pipeline == 1:
             return seconds + head
@@ -158,17 +157,23 @@ class Clock:
         seconds = (3 if trains else 2) * flops / machine.peak / machine.product
         return (seconds + machine.loss_bytes * logits / machine.bandwidth) / degrees.sharers, flops
 
-    def _tower(self, degrees: Degrees) -> tuple[float, float]:
-        """Of the vision tower: seconds on a rank, whose group shares it, and FLOPs of one direction of the whole."""
-        family, machine = self.sizes.workshop.family, self.machine
-        if self.sizes.model.vision is None:
-            return 0.0, 0.0
-        rows = math.prod(PICTURE) / self.sizes.plan.patches_per_row
-        flops = vision_flops(family.vision, PICTURE) * self.config.data.pack_tokens / 2 / rows
-        seconds = flops / machine.peak / machine.tower
-        if self.trains[1]:
-            seconds += 2 * flops / machine.peak / machine.tower_backward
-        return seconds / (degrees.sharers * degrees.pipeline), flops
+    def _towers(self, degrees: Degrees) -> tuple[float, float]:
+        """Of the tower that takes longest for half a pack of its media: seconds on a rank, whose group shares it, and
+        FLOPs of the whole, both directions where it trains."""
+        family, machine, found = self.sizes.workshop.family, self.machine, [(0.0, 0.0)]
+        of_media: dict[str, tuple[float, float]] = {}  # FLOPs and tokens of one picture or sound
+        if self.sizes.model.vision is not None:
+            of_media["vision"] = (
+                vision_flops(family.vision, PICTURE),
+                math.prod(PICTURE) / self.sizes.plan.patches_per_row,
+            )
+        if self.sizes.model.audio is not None:
+            of_media["audio"] = audio_flops(family.audio, COUNTED_FRAMES), family.audio.num_tokens(COUNTED_FRAMES)
+        for name, (of_one, rows) in of_media.items():
+            flops, trains = of_one * self.config.data.pack_tokens / 2 / rows, name in self.sizes.trained_towers
+            seconds = flops / machine.peak * (1 / machine.tower + trains * 2 / machine.tower_backward)
+            found.append((seconds / (degrees.sharers * degrees.pipeline), flops * (3 if trains else 1)))
+        return max(found)
 
     # ------------------------------------------------------------------------------------ sending
 

@@ -20,8 +20,8 @@ SHOWN = 8  # layouts
 MOST_DEVICES = 4096  # that are tried where nothing fits
 COLUMNS = ("weights", "grads", "states", "kept", "working", "sum")
 ASSUMED = (
-    "a pack of four samples of one length, half of it pictures, half with a loss; H200s, {devices} a machine; "
-    "times are estimates by a roofline that no accelerator has confirmed"
+    "a pack of four samples of one length, half of it media of the costliest kind, half with a loss; H200s, {devices} "
+    "a machine; times are estimates by a roofline that no accelerator has confirmed"
 )
 
 

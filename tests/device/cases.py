@@ -28,6 +28,9 @@ FAST: Mapping[str, Case] = MappingProxyType(
         "context_experts_full_recompute": Case(
             model=OMNI, world_size=16, rank=5, parallel={"context": 2, "expert": 8}, memory=FULL
         ),
+        "context_tensor_experts": Case(
+            model=OMNI, world_size=16, rank=5, parallel={"context": 4, "tensor": 2, "expert": 4}
+        ),
         "lora_full_recompute": Case(model=OMNI, world_size=8, memory=FULL, policy=LORA),
         "pipeline4_tensor2_experts": Case(
             model=OMNI,
@@ -56,6 +59,9 @@ SLOW: Mapping[str, Case] = MappingProxyType(
             for world in (128, 512)
         },
         "tensor8": Case(model=OMNI, world_size=8, rank=3, parallel={"tensor": 8}, memory=FULL, evaluates=True),
+        "tensor": Case(model="Qwen3-VL-4B", world_size=8, rank=3, parallel={"tensor": 4}),
+        "context": Case(model=OMNI, world_size=8, rank=3, parallel={"context": 8}),
+        "experts_over_tensor": Case(model=OMNI, world_size=8, rank=3, parallel={"tensor": 8, "expert": 8}),
         "ring": Case(model="Qwen3-VL-4B", world_size=8, rank=5, parallel={"context": {"ulysses": 2, "ring": 4}}),
         "shared_pool": Case(
             model=OMNI,

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from omniloom.config import load_config
 from omniloom.data.collate import collate
@@ -29,7 +30,7 @@ from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import Degrees, build_layout, resolve_degrees
 from omniloom.parallel.pipeline import Pipeline
-from omniloom.parallel.staging import stage
+from omniloom.parallel.staging import list_tensors, stage
 from omniloom.parallel.step import Objective, evaluate, run_packs
 from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.run.opening import Workshop, build_model, build_optimizer, open_workshop
@@ -64,6 +65,7 @@ class Outcome:
     states: frozenset[torch.dtype]
     devices: frozenset[str]
     num_trained: int
+    kept: float  # bytes that autograd keeps of a pack in the layers of the decoder, where nothing is recomputed
 
 
 # ---------------------------------------------------------------------------------------- opening
@@ -200,6 +202,9 @@ def run_case(
                 weight_sums={"text": 1.0, "router": float(case.num_packs)},
             )
             _follow(model, record)
+            kept = KeptOfLayers(model.text.call)
+            if not case.memory:
+                model.text.call = kept
             on_pack = partial(setattr, record, "pack")
             pipeline = None
             if degrees.pipeline > 1:
@@ -212,7 +217,7 @@ def run_case(
             run_packs(model, staged, layout, objective, pool, pipeline, on_pack=on_pack)
             record.phase = "optimizer"
             repeated = () if pipeline is None else pipeline.counted_elsewhere
-            clip_gradients(model.parameters(), config.train.clip_norm, device, repeated)
+            clip_gradients(optimizer, config.train.clip_norm, device, repeated)
             gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
             optimizer.step()
             if case.evaluates:
@@ -225,7 +230,36 @@ def run_case(
         states=frozenset(state.dtype for state in states),
         devices=frozenset(tensor.device.type for tensor in (*gradients, *states) if tensor is not None and tensor.ndim),
         num_trained=len(gradients),
+        kept=kept.num_bytes / case.num_packs,
     )
+
+
+class KeptOfLayers(nn.Module):
+    """In place of a call of layers: adds up what autograd keeps of them, weights and what all are given left out."""
+
+    def __init__(self, call: nn.Module) -> None:
+        super().__init__()
+        self.call, self.num_bytes = call, 0
+        self._alive: list[Tensor] = []  # so that no storage's place is given to another
+
+    def forward(self, index: int, layer: nn.Module, *inputs: object) -> Any:
+        shared = {tensor.untyped_storage()._cdata for tensor in list_tensors(inputs[1:])}
+        found: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            self._alive.append(tensor)
+            storage = tensor.untyped_storage()
+            weights = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in layer.parameters())
+            if storage._cdata not in shared and all(
+                weight.untyped_storage()._cdata != storage._cdata for weight in weights
+            ):
+                found[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = self.call(index, layer, *inputs)
+        self.num_bytes += sum(found.values())
+        return out
 
 
 def _check_same(staged: Any, wanted: Any) -> None:

@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from omniloom.parallel.mesh import resolve_degrees
+from omniloom.run.footprint import ModelSizes
 from tests.device.cases import CASES, FAST, LORA, OFFLOADED, SLOW
+from tests.device.steps import open_case
 
 HERE = Path(__file__).parent
 
@@ -105,3 +108,17 @@ def test_what_is_offloaded_goes_to_pinned_memory_and_comes_back(step, name):
 @each_step
 def test_no_expert_is_gathered_only_after_the_host_has_waited_for_its_layer(step):
     assert step["late_gathers"] == 0
+
+
+@each_step
+def test_what_layers_keep_under_a_layout_is_what_is_planned(step, name, tmp_path):
+    case = CASES[name]
+    if case.memory or case.policy or case.parallel.get("pipeline"):
+        pytest.skip("counted where all layers are here and nothing is recomputed")
+    workshop = open_case(case, tmp_path)
+    degrees = resolve_degrees(
+        workshop.config.parallel, case.world_size, packs_per_step=case.world_size * case.num_packs
+    )
+    sizes, tokens = ModelSizes(workshop), case.pack_tokens / degrees.context
+    planned = sum(sizes.layer_bytes(layer, tokens, degrees) for layer in range(len(sizes.kept)))
+    assert planned == pytest.approx(step["kept"], rel=0.1)

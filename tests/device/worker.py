@@ -28,6 +28,7 @@ def main(kind: str, out: str, *names: str) -> None:
             "states": sorted(map(str, outcome.states)),
             "devices": sorted(outcome.devices),
             "num_trained": outcome.num_trained,
+            "kept": outcome.kept,
             **{kind: record.count(kind) for kind in ("wait", "copy", "offload")},
             "pinned": Counter(event.where for event in record.events if event.kind == "copy" and event.pinned),
             "late_gathers": late_gathers(record),

@@ -106,7 +106,7 @@ def test_activations_are_within_a_tenth_of_what_autograd_keeps(family, tmp_path)
     layers = sum(sizes.layer_bytes(layer, 1024, Degrees()) for layer in range(len(sizes.kept)))
     assert layers == pytest.approx(sum(kept.values()), rel=0.1)
     visual = batch.vision.token_index.shape[0]
-    assert sizes.tower_kept * visual == pytest.approx(of_towers, rel=0.1)
+    assert sizes.tower_kept["vision"] * visual == pytest.approx(of_towers, rel=0.1)
 
 
 def test_each_axis_takes_its_part_off_what_a_device_holds(tiny) -> None:
