@@ -134,7 +134,7 @@ def train_omniloom(prepared: Path, setting: Setting) -> Result:
         with meter if timed else nullcontext():
             optimizer.zero_grad()
             terms = run_packs(model, [pack.batch for pack in packs], layout, objective, pool)
-            clip_gradients(parameters.values(), CLIP_NORM, layout.device)
+            clip_gradients(optimizer, CLIP_NORM, layout.device)
             optimizer.step()
         if timed:
             totals["useful"] += sum(pack.stats.num_tokens for pack in packs)

@@ -150,7 +150,7 @@ def train_omniloom(row: Row, directory: Path, pack_tokens: int, content: Content
     def step() -> torch.Tensor:
         optimizer.zero_grad()
         terms = run_packs(model, [staged], layout, objective, pool)
-        clip_gradients(model.parameters(), 1.0, layout.device)
+        clip_gradients(optimizer, 1.0, layout.device)
         optimizer.step()
         return terms.sums["text"] / num_labels
 

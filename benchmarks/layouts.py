@@ -296,7 +296,7 @@ def measure_layout(rank: int, port: int, size: Size, parallel: dict, num_steps: 
     packs, pipeline = pool.plan(packs), None
     if num_packs > 1:
         pipeline = Pipeline(model, layout, SPEC.sharding(config), ParallelConfig(**parallel), torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     objective = Objective(
         coefficients={"text": 1.0},
         weight_sums={"text": float(WORLD * size.tokens_per_rank), "router": float(layout.data_world * num_packs)},
@@ -305,7 +305,7 @@ def measure_layout(rank: int, port: int, size: Size, parallel: dict, num_steps: 
     def step() -> None:
         optimizer.zero_grad()
         run_packs(model, packs, layout, objective, pool, pipeline)
-        clip_gradients(model.parameters(), 1.0, layout.device)
+        clip_gradients(optimizer, 1.0, layout.device)
         optimizer.step()
 
     with SentBytes(axes_of(layout)) as counter:

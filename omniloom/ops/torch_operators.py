@@ -14,7 +14,6 @@ rms_norm_backward = torch.ops.aten._fused_rms_norm_backward
 cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 foreach_norm = torch._foreach_norm
-foreach_mul_ = torch._foreach_mul_
 
 
 def varlen() -> Any:

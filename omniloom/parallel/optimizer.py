@@ -86,6 +86,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0})
         self._betas, self._epsilon, self._states = betas, epsilon, states
         self._copies, self._compute_dtype = copies, compute_dtype
+        self.grad_scale: Tensor | None = None  # what gradients are divided by
         self._cuts = {p: _find_cut(p) for group in self.param_groups if group["orthogonal"] for p in group["params"]}
 
     @torch.no_grad()
@@ -111,7 +112,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _step_adamw(self, batch: Batch, states: list[dict[str, Tensor]]) -> None:
         group, ((name, parameter),) = batch
         first, second = self._read(states[0], "exp_avg"), self._read(states[0], "exp_avg_sq")
-        weight, gradient = _local(parameter), _local(parameter.grad).to(first.dtype)
+        weight, gradient = _local(parameter), self._gradient(parameter, first.dtype)
         beta1, beta2 = self._betas
         number = self._count(parameter)
         first.lerp_(gradient, 1 - beta1)
@@ -127,7 +128,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         updates = []
         for (name, parameter), state in zip(members, states, strict=True):
             momentum = self._read(state, "momentum_buffer")
-            gradient = _local(parameter.grad).to(momentum.dtype)
+            gradient = self._gradient(parameter, momentum.dtype)
             momentum.lerp_(gradient, 1 - self._betas[0])
             updates.append(gradient.lerp(momentum, self._betas[0]).to(self._compute_dtype))
             self._count(parameter)
@@ -178,6 +179,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             copies = self._copies
             states.append(local if copies is None else {key: copies.fetch(value) for key, value in local.items()})
         return states
+
+    def _gradient(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        gradient = _local(parameter.grad).to(dtype)
+        return gradient if self.grad_scale is None else gradient / self.grad_scale
 
     def _arrived(self, value: Any) -> Tensor:
         return value if self._copies is None else self._copies.wait(value)

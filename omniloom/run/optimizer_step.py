@@ -5,12 +5,10 @@ Knows no pack, no checkpoint and no evaluation. Its one wait for the device is t
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from omniloom.config import TrainConfig
@@ -32,7 +30,6 @@ class OptimizerStep:
     layout: Layout
     settings: TrainConfig
     optimizer: Optimizer
-    parameters: Collection[Parameter]
     total_rows: int  # of all epochs, over which the learning rate decays where steps are not given
     peak_rate: float  # the highest of the policies, which is the one shown
     pipeline: Pipeline | None
@@ -47,7 +44,7 @@ class OptimizerStep:
         """
         self.watchdog.enter(plan.step, "gradient norm and optimizer")
         repeated = () if self.pipeline is None else self.pipeline.counted_elsewhere
-        norm = clip_gradients(self.parameters, self.settings.clip_norm, self.layout.device, repeated)
+        norm = clip_gradients(self.optimizer, self.settings.clip_norm, self.layout.device, repeated)
         memory, stopping, loss_sums, loads, grad_norm = self._sum_over_ranks(terms, norm, wants_stop)
         width = terms.expert_counts.shape[1]
         figures = StepFigures(

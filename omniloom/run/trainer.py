@@ -191,7 +191,6 @@ class Trainer:
             layout=layout,
             settings=self.config.train,
             optimizer=optimizer,
-            parameters=parameters.values(),
             total_rows=self.planner.order.total_rows or 1,
             peak_rate=max((own.learning_rate for own in policies.values() if own.trainable), default=0.0),
             pipeline=self.pipeline,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from omniloom.parallel.apply import apply_parallelism, materialize
 from omniloom.parallel.device import HostCopies
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.fsdp import match_modules
-from omniloom.parallel.gradients import clip_gradients
+from omniloom.parallel.gradients import clip_gradients, gradient_norm
 from omniloom.parallel.mesh import (
     Degrees,
     Layout,
@@ -190,9 +190,9 @@ class Setup:
         """What this rank holds, by the name that it has in a whole model."""
         return dict(own_parameters(self.model))
 
-    def clip(self, max_norm: float) -> float:
-        repeated = () if self.pipeline is None else self.pipeline.counted_elsewhere
-        return clip_gradients(self.model.parameters(), max_norm, self.layout.device, repeated).item()
+    @property
+    def repeated(self) -> Collection[torch.nn.Parameter]:
+        return () if self.pipeline is None else self.pipeline.counted_elsewhere
 
     def step(self, objective: Objective) -> list[float]:
         """Gradients of one step; returns loss and router loss summed over all ranks."""
@@ -271,8 +271,7 @@ def run_layout(
 ) -> Outcome:
     setup = set_up(case, parallel, memory, layouts)
     loss, router_loss = setup.step(reference.objective)
-    max_norm = reference.norm / 2
-    norm = setup.clip(max_norm)
+    norm = gradient_norm(setup.model.parameters(), setup.layout.device, setup.repeated).item()
     errors, missing = {}, []
     for name, expected in reference.gradients.items():
         if name not in setup.parameters:  # another stage's
@@ -281,7 +280,7 @@ def run_layout(
         if gradient is None:
             missing.append(name)
             continue
-        found = gradient.full_tensor() * (norm / max_norm)
+        found = gradient.full_tensor()
         # a key bias shifts all scores of a query alike: its gradient is zero but for what rounding leaves of the terms
         # that cancel, so it is measured against those of the key weights
         like = name.replace("k_proj.bias", "k_proj.weight")
@@ -302,12 +301,12 @@ def run_layout(
 
 def train(setup: Setup, objective: Objective, num_steps: int) -> list[float]:
     """Losses of so many steps on the same packs."""
-    optimizer = torch.optim.AdamW(setup.model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
+    optimizer = torch.optim.AdamW(setup.model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
     losses = []
     for _ in range(num_steps):
         optimizer.zero_grad()
         losses.append(setup.step(objective)[0])
-        setup.clip(1.0)
+        clip_gradients(optimizer, 1.0, setup.layout.device, setup.repeated)
         optimizer.step()
     return losses
 

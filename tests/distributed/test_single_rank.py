@@ -19,8 +19,9 @@ from omniloom.models.fusion import OmniModel
 from omniloom.models.layers import LayerCall
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
 from omniloom.parallel.encoder_pool import EncoderPool
-from omniloom.parallel.gradients import clip_gradients
+from omniloom.parallel.gradients import clip_gradients, gradient_norm
 from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed
+from omniloom.parallel.optimizer import make_optimizer
 from omniloom.parallel.recompute import RecomputingCall
 from omniloom.parallel.step import Objective, evaluate, run_packs
 from omniloom.run.opening import build_model, open_workshop
@@ -90,7 +91,7 @@ def test_one_rank_gives_what_a_plain_model_gives(layout: Layout) -> None:
     # float32 sums in another order: 1e-6
     assert loss == pytest.approx(reference.loss, rel=1e-6)
     assert before == pytest.approx([term.sums["text"].item() for term in terms], rel=1e-6, abs=1e-6)
-    assert clip_gradients(model.parameters(), 0.0, layout.device).item() == pytest.approx(reference.norm, rel=1e-6)
+    assert gradient_norm(model.parameters(), layout.device).item() == pytest.approx(reference.norm, rel=1e-6)
     for name, expected in reference.gradients.items():
         found = model.get_parameter(name).grad
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * reference.norm)
@@ -122,11 +123,22 @@ def test_groups_made_later_wait_as_long_as_the_job_does(layout: Layout) -> None:
         assert options._timeout == layout.ranks.timeout == datetime.timedelta(seconds=30)
 
 
-def test_gradients_that_are_not_finite_are_seen_and_left_alone(layout: Layout) -> None:
-    parameter = torch.nn.Parameter(torch.ones(3))
-    parameter.grad = torch.tensor([1.0, float("nan"), 2.0])
-    assert clip_gradients([parameter], 0.5, layout.device).isnan()
-    assert parameter.grad[0] == 1.0
+@pytest.mark.parametrize("states", ["float32", "bf16"])
+def test_gradients_are_divided_to_the_norm_within_the_step_unless_they_are_not_finite(layout: Layout, states) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    group = {"params": [parameter], "names": ["w"], "lr": 0.0, "weight_decay": 0.0, "orthogonal": False}
+    train = load_config(None, [f"train.optimizer_states={states}"]).train
+    optimizer = make_optimizer([group], train, offload=False, device=layout.device, compute_dtype=torch.float32)
+    parameter.grad = torch.full((2, 2), 3.0)
+    assert clip_gradients(optimizer, 0.5, layout.device).item() == pytest.approx(6.0)
+    optimizer.step()
+    gradient = optimizer.state[parameter]["exp_avg"].float() / (1 - train.betas[0])
+    torch.testing.assert_close(gradient, torch.full((2, 2), 0.25), rtol=1e-2, atol=0)  # rounded to bfloat16
+    parameter.grad = torch.full((2, 2), float("nan"))
+    assert clip_gradients(optimizer, 0.5, layout.device).isnan()
+    assert optimizer.grad_scale.item() == 1.0
+    clip_gradients(optimizer, 0.0, layout.device)
+    assert optimizer.grad_scale is None
 
 
 def test_a_model_that_cannot_be_divided_is_refused_at_once(layout: Layout) -> None:

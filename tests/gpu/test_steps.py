@@ -65,7 +65,7 @@ def make_step(workshop: Workshop, layout: Layout) -> tuple[Callable[[], Tensor],
 
     def step() -> Tensor:
         terms = run_packs(model, [staged], layout, objective, pool)
-        clip_gradients(trained.values(), 1.0, layout.device)
+        clip_gradients(optimizer, 1.0, layout.device)
         optimizer.step()
         optimizer.zero_grad()
         return terms.sums["text"]
