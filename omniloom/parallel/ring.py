@@ -146,10 +146,9 @@ class Rounds:
         return received, work
 
 
-@lru_cache(
-    maxsize=64
-)  # all layers of a pack, in both directions, ask for the same; stages have several packs at a time
+@lru_cache(maxsize=64)  # stages have several packs at a time
 def plan_rounds(bounds: tuple[int, ...], size: int, rank: int) -> Rounds:
+    """All layers of a pack ask for one plan, forward and backward."""
     return Rounds(bounds, size, rank)
 
 
