@@ -155,8 +155,13 @@ def _frames_in_turn(file: str | bytes, wanted: Sequence[int]) -> Iterator[np.nda
 def _frame_pixels(frame: VideoFrame, size: tuple[int, int]) -> np.ndarray:
     """uint8 [height, width, 3] upright, in the first frame's size where a stream changes it midway."""
     pixels = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
-    turns = round(frame.rotation / 90) % 4  # counter-clockwise, as rot90 counts
+    turns = quarter_turns(frame)
     return np.rot90(pixels, turns) if turns else pixels
+
+
+def quarter_turns(frame: VideoFrame) -> int:
+    """By how many a frame is turned to stand upright, counter-clockwise, as rot90 counts; the nearest of odd angles."""
+    return round(frame.rotation / 90) % 4
 
 
 # ---------------------------------------------------------------------------------------- sound

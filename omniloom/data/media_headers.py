@@ -13,7 +13,7 @@ from fractions import Fraction
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from omniloom.data.media_decode import resampled_length, sound_of, sound_span
+from omniloom.data.media_decode import quarter_turns, resampled_length, sound_of, sound_span
 from omniloom.data.media_files import (
     MediaLimits,
     check_pixels,
@@ -149,7 +149,7 @@ def _measure_video(file: str | bytes, limits: MediaLimits) -> MediaHeader:
             fps = measured  # containers without a rate have av guess from the first packets
         if not 0 < fps < float("inf"):
             raise SampleError("video", f"{name_of(file)} states no frame rate")
-        width, height = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
+        width, height = (frame.height, frame.width) if quarter_turns(frame) % 2 else (frame.width, frame.height)
         has_audio = bool(container.streams.audio)
     return MediaHeader(kind="video", width=width, height=height, num_frames=num_frames, fps=fps, has_audio=has_audio)
 

@@ -136,14 +136,15 @@ def test_frames_that_an_edit_list_hides_are_not_counted(tmp_path, hidden):
     assert header_of(path, "video").num_frames == len(truth_of_video(path)) == 30 - hidden
 
 
-@pytest.mark.parametrize("rotation", [90, 180, -90])
+@pytest.mark.parametrize("rotation", [90, 180, -90, 30, 45, 100])
 def test_rotated_videos_are_measured_and_decoded_upright(tmp_path, rotation):
     path = write_video(tmp_path / "a.mp4", num_frames=3, rotation=rotation)
     header = header_of(path, "video")
-    assert (header.width, header.height) == ((64, 48) if rotation == 180 else (48, 64))
+    turns = {30: 0, 45: 0, 100: 1}.get(rotation, rotation // 90)  # odd angles to the nearest side
+    assert (header.width, header.height) == ((48, 64) if turns % 2 else (64, 48))
     frames = decode_video_frames(MediaSource(path=str(path)), range(3), LIMITS)
     assert frames.shape == (3, header.height, header.width, 3)
-    upright = np.rot90(picture(0, 64, 48), rotation // 90)  # a display matrix turns counter-clockwise
+    upright = np.rot90(picture(0, 64, 48), turns)  # a display matrix turns counter-clockwise
     assert np.abs(frames[0].astype(int) - upright).mean() < 20  # lossy chroma at the edge between the halves
 
 
