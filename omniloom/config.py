@@ -36,6 +36,8 @@ from omniloom.options import (
 from omniloom.types import Kernels, suggest
 
 Dtype = Literal["bf16", "float32"]
+Modality = Literal["text", "image", "video", "audio"]
+Recompute = Literal["none", "selective", "full"]
 OptimizerStates = Literal["float32", "bf16", "8bit"]
 
 OTHER_TRAINERS = Path(__file__).with_name("other_trainers.yaml")
@@ -63,9 +65,7 @@ class LayerCounts:
 class ModelConfig:
     path: Annotated[str, "directory of a published checkpoint, or a hub's id"] = ""
     adapter: Annotated[str | None, "a PEFT adapter of this model, from which LoRA goes on"] = None
-    modalities: Annotated[
-        tuple[Literal["text", "image", "video", "audio"], ...] | None, "what to build; null is all the model has"
-    ] = None
+    modalities: Annotated[tuple[Modality, ...] | None, "what to build; null is all the model has"] = None
     num_layers: LayerCounts = field(default_factory=LayerCounts)
     new_speakers: Annotated[dict[str, str], "voices to train beside the checkpoint's: name: the one it starts from"] = (
         field(default_factory=dict)
@@ -173,9 +173,7 @@ class TrainConfig:
     eval_answers: Annotated[CountOrZero, "held-out rows to answer, greedily, at each evaluation"] = 0
     eval_answer_tokens: Annotated[Count, "tokens of an answer at most"] = 64
     eval_metrics: Annotated[tuple[str, ...], "your functions of answers: module:function or file.py:function"] = ()
-    patience: Annotated[
-        Count | None, "evaluations in a row without a better checkpoint.best after which the run ends; null never"
-    ] = None
+    patience: Annotated[Count | None, "evaluations in a row without a better checkpoint.best that end the run"] = None
     time_limit_minutes: Annotated[Positive | None, "then a checkpoint is written and the run stops"] = None
     step_timeout_seconds: Annotated[float, Range(ge=1), "a rank that is silent for longer counts as gone"] = 1800.0
 
@@ -250,9 +248,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    recompute: Annotated[
-        Literal["none", "selective", "full"] | Count, "activations computed anew; n is every n-th block"
-    ] = "none"
+    recompute: Annotated[Recompute | Count, "activations computed anew; n is every n-th block"] = "none"
     offload_activations: Annotated[bool, "keep activations in host memory until backward"] = False
     offload_optimizer: Annotated[bool, "keep the optimizer's states in host memory between steps"] = False
     loss_chunk_tokens: Annotated[Count | Literal["auto"], "tokens whose logits are held at once"] = "auto"
@@ -266,9 +262,7 @@ class CheckpointConfig:
     best: Annotated[str | None, "figure of evaluations, as eval_loss or eval_wer, whose best checkpoints are kept"] = (
         None
     )
-    best_is: Annotated[
-        Literal["lowest", "highest"] | None, "null is lowest of losses and error rates, highest of others"
-    ] = None
+    best_is: Annotated[Literal["lowest", "highest"] | None, "null is lowest of losses and error rates alone"] = None
     keep_best: Annotated[Count, "checkpoints that are kept for checkpoint.best, beside the newest"] = 1
     resume: Annotated[str, "auto, none, or a checkpoint directory"] = "auto"
     export: Annotated[bool, "write hf/ at the end"] = True
