@@ -1,0 +1,74 @@
+"""A talker in every layout that it has: neither its losses nor any gradient depend on it."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from PIL import Image
+from speech_worker import Case, Outcome, run_job
+
+from omniloom.config import ParallelConfig
+from omniloom.tools.tiny import make_tiny
+
+SAMPLE = ("hsdp_expert", "talker_alone")
+CASES = {
+    "fsdp": Case(parallel=ParallelConfig()),
+    "hsdp": Case(parallel=ParallelConfig(replicate=2, shard=2)),
+    "replicate": Case(parallel=ParallelConfig(replicate=4)),
+    "expert": Case(parallel=ParallelConfig(expert=4)),
+    "hsdp_expert": Case(parallel=ParallelConfig(replicate=2, shard=2, expert=2)),
+    "recompute_expert": Case(parallel=ParallelConfig(expert=2), recompute=True),
+    "talker_alone": Case(parallel=ParallelConfig(replicate=2, shard=2), alone=True),
+}
+
+
+def write_rows(path: Path) -> Path:
+    """Rows about pictures and about nothing, spoken and silent, of one and of two spoken turns."""
+    draw = random.Random(7)
+    Image.new("RGB", (48, 40), "red").save(path.parent / "red.png")
+    rows = []
+    for number in range(5):
+        codes = [[draw.randrange(64) for _ in range(3 + number)] for _ in range(4)]
+        turns = [
+            {"role": "user", "content": "<image>which one is it?" if number % 2 else "which one is it?"},
+            {"role": "assistant", "content": f"number {number}", "speech": codes, "speaker": "chelsie"},
+        ]
+        if number == 2:
+            turns += [{"role": "user", "content": "again"}, {**turns[1], "content": "so"}]
+        if number == 3:
+            del turns[1]["speech"], turns[1]["speaker"]
+        rows.append({"messages": turns, **({"images": ["red.png"]} if number % 2 else {})})
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture(scope="module", params=["sample", pytest.param("all", marks=pytest.mark.full)])
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    cases = CASES if request.param == "all" else {name: CASES[name] for name in SAMPLE}
+    folder = tmp_path_factory.mktemp("speech_layouts")
+    make_tiny("qwen3_omni", folder / "model")
+    write_rows(folder / "rows.json")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(run_job, (4, port, cases, str(folder)), nprocs=4)
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+def test_layout_does_not_change_what_a_talker_learns(outcomes: dict[str, Outcome]) -> None:
+    for name, outcome in outcomes.items():
+        errors, right = outcome.gradient_errors, outcome.right
+        # DESIGN: float32 sums in another order
+        assert max(outcome.loss_errors.values()) < 1e-5, (name, outcome.loss_errors)
+        worst = max((error, parameter) for parameter, error in errors.items())
+        assert worst[0] < 1e-4, (name, worst)
+        assert any(parameter.startswith("talker.code_predictor.heads.2") for parameter in errors)
+        assert any(parameter.startswith("text.") for parameter in errors) != CASES[name].alone
+        assert set(right) == {"code0.0", "codes.1", "codes.2", "codes.3"}
+        assert max(map(abs, right.values())) < 1e-6, (name, right)
