@@ -32,6 +32,21 @@ def test_a_line_tells_time_epoch_share_and_memory(capsys: pytest.CaptureFixture[
     assert clock(3723.9) == "1:02:03"
 
 
+def test_long_phases_say_how_far_they_are_on_ever_fewer_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen, seconds = Screen(enabled=True, total_steps=8, every=1), 0.0
+    monkeypatch.setattr("omniloom.training.metrics.time.monotonic", lambda: seconds)
+    for done in range(1000):
+        screen.progress("evaluation after step 4:", done, 1000, "rows")
+        seconds += 1.0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "evaluation after step 4: 2 of 1,000 rows, 0:00:02"
+    assert 20 < len(lines) < 40
+    screen.progress("evaluation after step 8:", 0, 3, "rows")
+    assert capsys.readouterr().out == ""
+
+
 class Library(types.ModuleType):
     """A tracker's package that notes its calls."""
 
