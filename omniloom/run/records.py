@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -134,7 +135,8 @@ class RunRecords:
         written = [name for name in ("hf", "adapter") if (self.run_dir / name).is_dir()]
         self.say(f"results: {', '.join(str(self.run_dir / name) for name in written) or 'checkpoints alone'}")
         is_older = best.value is not None and best.kept[0] != step
-        self.say(f"next: omniloom {f'export {self.run_dir} DIR --best' if is_older else f'chat {self.run_dir}'}")
+        run_dir = shlex.quote(str(self.run_dir))  # to be copied into a shell
+        self.say(f"next: omniloom {f'export {run_dir} DIR --best' if is_older else f'chat {run_dir}'}")
 
     def begin(
         self,

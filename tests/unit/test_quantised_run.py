@@ -74,9 +74,13 @@ def test_linears_and_experts_of_the_decoder_are_packed_and_nothing_else(folder: 
     assert spared == in_codes * (4 - 36 / 64)
 
 
-def test_a_run_trains_resumes_and_exports_the_model_that_it_trained(folder: Path) -> None:
-    tree = settings(folder, "run")
+def test_a_run_trains_resumes_and_exports_the_model_that_it_trained(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = settings(folder, "a run")
     assert run(load_config(tree)) == 0
+    # as a shell takes it
+    assert f"next: omniloom chat '{folder / 'a run'}'\n" in capsys.readouterr().out
     tree["train"]["steps"] = 4
     other = load_config(tree, ["model.quantize=null"])
     with pytest.raises(ValueError, match=r"model\.quantize is nf4 there and None here"):
@@ -84,19 +88,19 @@ def test_a_run_trains_resumes_and_exports_the_model_that_it_trained(folder: Path
     config = load_config(tree)
     assert run(config) == 0
     workshop, published = open_workshop(config), tensors_of(folder / "model")
-    exported = tensors_of(folder / "run" / "hf")
+    exported = tensors_of(folder / "a run" / "hf")
     changed = {name for name, value in exported.items() if not torch.equal(value, published[name])}
     assert changed == {piece.published for name in workshop.packed for piece in workshop.assemblies[name].pieces}
-    export_checkpoint(folder / "run", folder / "again")
+    export_checkpoint(folder / "a run", folder / "again")
     again = tensors_of(folder / "again")
     assert all(torch.equal(value, again[name]) for name, value in exported.items())
     # merged, it has the loss of the model that the run evaluated: codes and adapters
     words = ["data.workers=0", "data.pack_tokens=128", "model.dtype=float32"]
-    scores, _ = score_rows(folder / "run" / "hf", folder / "rows.jsonl", words)
+    scores, _ = score_rows(folder / "a run" / "hf", folder / "rows.jsonl", words)
     num_tokens = sum(score["num_loss_tokens"] for score in scores)
     mean = sum(score["loss"] * score["num_loss_tokens"] for score in scores) / num_tokens
     # the export is in bfloat16, as published
-    assert read_evaluations(folder / "run")[4]["eval_loss"] == pytest.approx(mean, rel=3e-3)
+    assert read_evaluations(folder / "a run")[4]["eval_loss"] == pytest.approx(mean, rel=3e-3)
 
 
 def test_it_is_refused_where_it_means_nothing(folder: Path) -> None:
