@@ -158,16 +158,14 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
             ParallelConfig(**LAYOUTS[name]),
             plain,
         )
-    for name in ("fsdp2_tensor2", "tensor4"):  # norms of rows whose columns are divided
-        dora = Case(adapted=True, dora=True, dropout=0.0)
+    dora = Case(adapted=True, dora=True, dropout=0.0)  # norms of rows whose columns are divided
+    shallow = Dims(hybrid=True, num_layers=2)  # deeper ones make more of rounding than the bounds allow
+    tensor = ParallelConfig(**LAYOUTS["fsdp2_tensor2"])
+    cases["hybrid_dora_fsdp2_tensor2"] = (replace(dora, dims=shallow, seed=7), tensor, plain)
+    for name in ("fsdp2_tensor2", "tensor4"):
         cases[f"dora_{name}"] = (dora, ParallelConfig(**LAYOUTS[name]), plain)
-        flat = Dims(hybrid=True, num_layers=2)  # deeper ones make more of rounding than the bounds allow
-        cases[f"hybrid_dora_{name}"] = (replace(dora, dims=flat, seed=7), ParallelConfig(**LAYOUTS[name]), plain)
-        cases[f"tied_adapted_{name}"] = (
-            Case(dims=TIED, seed=2, adapted=True, dropout=0.0),
-            ParallelConfig(**LAYOUTS[name]),
-            plain,
-        )
+        tied = Case(dims=TIED, seed=2, adapted=True, dropout=0.0)
+        cases[f"tied_adapted_{name}"] = (tied, ParallelConfig(**LAYOUTS[name]), plain)
     return cases
 
 
