@@ -19,6 +19,7 @@ import torch
 
 from omniloom.checkpoint.files import write_text
 from omniloom.config import override_config
+from omniloom.data.rows import RowReader
 from omniloom.data.sources import open_sources
 from omniloom.processors.rendering import split_reasoning
 from omniloom.processors.speech import USUAL_SPEAKER
@@ -198,17 +199,25 @@ def spoken_answers(
             asked = read_prompt(asking, ask(asking, prompt or "", media), "command line")
             yield speaker.write(asked, voice.target, **options)
             return
-        reader, lines = open_rows_to_ask(workshop, open_sources((str(data),), config)), []
-        voice.target.mkdir(parents=True, exist_ok=True)
-        for row in range(len(reader.source)):
-            (found,) = read_rows(reader, [row])
-            line = _row_line(speaker, found, voice.target / f"{row:06d}.wav", **options)
-            if isinstance(found, Prompt) and "speech" in line:
-                lines.append({**line, "question": found.question, "speech": str(Path(line["speech"]).resolve())})
-            yield line
+        kept: list[dict[str, Any]] = []
+        reader = open_rows_to_ask(workshop, open_sources((str(data),), config))
+        yield from _speak_rows(speaker, reader, voice.target, kept, **options)
         if (Path(model) / "config.yaml").is_file():
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
             write_text(Path(model) / SPOKEN_ROWS, text)
+
+
+def _speak_rows(
+    speaker: Speaker, reader: RowReader, folder: Path, kept: list[dict[str, Any]], **options: Any
+) -> Iterator[dict[str, Any]]:
+    """A line about each row, its sound in the folder; those with sound go to `kept`, with question and whole path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in range(len(reader.source)):
+        (found,) = read_rows(reader, [row])
+        line = _row_line(speaker, found, folder / f"{row:06d}.wav", **options)
+        if isinstance(found, Prompt) and "speech" in line:
+            kept.append({**line, "question": found.question, "speech": str(Path(line["speech"]).resolve())})
+        yield line
 
 
 def _row_line(speaker: Speaker, row: Prompt | BadRow, path: Path, **options: Any) -> dict[str, Any]:
