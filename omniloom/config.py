@@ -582,14 +582,11 @@ def _rule_contradictions(rules: Mapping[str, PolicyRule], quantize: str | None) 
     faults = []
     if quantize and not any(rule.lora for rule in rules.values()):
         faults.append(
-            f"model.quantize: {quantize} is for frozen weights beside LoRA; add policy.text.lora, or remove it"
+            f"model.quantize: {quantize} is for frozen weights beside LoRA; add policy.text.lora or remove it"
         )
-    faults += [
-        f"policy.{name}.lora.dora: the norms of rows are not taken of weights under model.quantize; set it to false"
-        for name, rule in rules.items()
-        if quantize and rule.lora is not None and rule.lora.dora
-    ]
     for name, rule in rules.items():
+        if quantize and rule.lora is not None and rule.lora.dora:
+            faults.append(f"policy.{name}.lora.dora: not under model.quantize, which keeps no norms of rows; set false")
         if rule.lora is not None and rule.freeze is False:
             faults.append(f"policy.{name}: lora trains in place of the weights, freeze: false trains them; keep one")
         if rule.lora is not None and rule.lora.modules == ():

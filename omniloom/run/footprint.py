@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from omniloom.config import Config, MemoryConfig
+from omniloom.dims import AudioTowerConfig, VisionTowerConfig
+from omniloom.models.decoder import Decoder
 from omniloom.ops.cross_entropy import choose_chunk_tokens
 from omniloom.ops.nf4 import BLOCK, BLOCK_BYTES
 from omniloom.parallel.fsdp import is_named
@@ -35,7 +37,7 @@ from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.run.opening import Workshop, apply_policy
 from omniloom.sharding import ShardingPlan
 from omniloom.training.optimizer import is_orthogonal
-from omniloom.types import AudioClip, Segments, VisionClip
+from omniloom.types import AudioBatch, AudioClip, Segments, VisionBatch, VisionClip
 
 COUNTED_TOKENS = 2048  # of a layer on meta: what is kept grows in proportion
 COUNTED_DTYPE = torch.bfloat16  # the only one whose grouped products run on meta
@@ -135,13 +137,15 @@ class ModelSizes:
     @cached_property
     def kept(self) -> list[Kept]:
         """Of each layer of the decoder."""
-        text, width, found = self.model.text, self.plan.hidden_size, dict[object, Kept]()
+        text, found = self.model.text, dict[object, Kept]()
         counted = []
         for layer in text.layers.values():
             layer.to(COUNTED_DTYPE)
             kind = tuple((name, tuple(p.shape), p.requires_grad) for name, p in layer.named_parameters())
             if kind not in found:
-                found[kind] = self._count_layer(layer, width)
+                per_token = count_layer(text, layer, self.plan)
+                row = float(self.plan.hidden_size * self.workshop.compute_dtype.itemsize)
+                found[kind] = Kept(row=row, **{where: self.wider * size for where, size in per_token.items()})
             counted.append(found[kind])
         return counted
 
@@ -162,24 +166,11 @@ class ModelSizes:
     @cached_property
     def tower_kept(self) -> dict[str, float]:
         """Bytes that autograd keeps of each tower for a token of its media, if it trains."""
-        family, side, found = self.workshop.family, COUNTED_SIDE, dict[str, float]()
-        for name, tower in (("vision", self.model.vision), ("audio", self.model.audio)):
-            if tower is None:
-                continue
-            batch: Any
-            if name == "vision":
-                rows = side**2 // self.plan.patches_per_row
-                patches = torch.empty(side**2, family.vision.patch_dim)
-                picture = VisionClip(patches=patches, grid_thw=(1, side, side), token_index=torch.arange(rows))
-                batch = vision_batch([picture], family.vision)
-            else:
-                rows = family.audio.num_tokens(COUNTED_FRAMES)
-                features = torch.empty(family.audio.num_mel_bins, COUNTED_FRAMES)
-                batch = audio_batch([AudioClip(features=features, token_index=torch.arange(rows))], family.audio)
-            tower.to(COUNTED_DTYPE)
-            on_meta = map_tensors(batch, lambda tensor: tensor.to("meta"))
-            kept = count_kept(tower, (), partial(tower, on_meta), apart=list_tensors(on_meta))
-            found[name] = self.wider * sum(kept.values()) / rows
+        family, found = self.workshop.family, dict[str, float]()
+        if (tower := self.model.vision) is not None:
+            found["vision"] = self.wider * count_vision(tower, family.vision, self.plan.patches_per_row)
+        if (tower := self.model.audio) is not None:
+            found["audio"] = self.wider * count_audio(tower, family.audio)
         return found
 
     @property
@@ -191,24 +182,6 @@ class ModelSizes:
     def trained_towers(self) -> tuple[str, ...]:
         trained = {weight.name.split(".")[0] for weight in self.weights if weight.trains}
         return tuple(name for name in ("vision", "audio") if name in trained)
-
-    def _count_layer(self, layer: nn.Module, width: int) -> Kept:
-        tokens, text = COUNTED_TOKENS, self.model.text
-        with torch.device("meta"):
-            hidden = torch.empty(tokens, width, dtype=COUNTED_DTYPE, requires_grad=True)
-            rotary = text.rotary(torch.empty(3, tokens, dtype=torch.int64))
-            bounds, padding = torch.empty(2, dtype=torch.int32), torch.empty(tokens, dtype=torch.bool)
-        segments = Segments(cu_seqlens=bounds, bounds=(0, tokens), max_length=tokens)
-        prefix = self.plan.blocks[-1].replace("*", "0")
-        regions = [] if self.plan.tensor is None else [
-            module for name, module in layer.named_modules(prefix=prefix)
-            if is_named(name, [pattern.replace("*", "0", 1) for pattern in self.plan.tensor.regions])
-        ]  # fmt: skip
-        found = count_kept(layer, regions, lambda: layer(hidden, rotary, segments, padding, None),
-                           apart=[*list_tensors(rotary), bounds, padding])  # fmt: skip
-        per_token = {where: self.wider * num_bytes / tokens for where, num_bytes in found.items()}
-        row = float(width * self.workshop.compute_dtype.itemsize)
-        return Kept(row=row, **per_token)
 
     # ------------------------------------------------------------------------------------ by layout
 
@@ -363,6 +336,45 @@ class ModelSizes:
 
 
 # ---------------------------------------------------------------------------------------- counting
+
+
+def count_layer(text: Decoder, layer: nn.Module, plan: ShardingPlan) -> dict[str, float]:
+    """As `count_kept`, of a layer of the decoder, for a token, in COUNTED_DTYPE."""
+    tokens = COUNTED_TOKENS
+    with torch.device("meta"):
+        hidden = torch.empty(tokens, plan.hidden_size, dtype=COUNTED_DTYPE, requires_grad=True)
+        rotary = text.rotary(torch.empty(3, tokens, dtype=torch.int64))
+        bounds, padding = torch.empty(2, dtype=torch.int32), torch.empty(tokens, dtype=torch.bool)
+    segments = Segments(cu_seqlens=bounds, bounds=(0, tokens), max_length=tokens)
+    prefix = plan.blocks[-1].replace("*", "0")
+    regions = [] if plan.tensor is None else [
+        module for name, module in layer.named_modules(prefix=prefix)
+        if is_named(name, [pattern.replace("*", "0", 1) for pattern in plan.tensor.regions])
+    ]  # fmt: skip
+    found = count_kept(layer, regions, lambda: layer(hidden, rotary, segments, padding, None),
+                       apart=[*list_tensors(rotary), bounds, padding])  # fmt: skip
+    return {where: num_bytes / tokens for where, num_bytes in found.items()}
+
+
+def count_vision(tower: nn.Module, dims: VisionTowerConfig, patches_per_row: int) -> float:
+    """Bytes that autograd keeps of a tower for one of its rows, in COUNTED_DTYPE."""
+    side, rows = COUNTED_SIDE, COUNTED_SIDE**2 // patches_per_row
+    patches = torch.empty(side**2, dims.patch_dim)
+    picture = VisionClip(patches=patches, grid_thw=(1, side, side), token_index=torch.arange(rows))
+    return _count_tower(tower, vision_batch([picture], dims)) / rows
+
+
+def count_audio(tower: nn.Module, dims: AudioTowerConfig) -> float:
+    """As `count_vision`, of sound."""
+    rows = dims.num_tokens(COUNTED_FRAMES)
+    features = torch.empty(dims.num_mel_bins, COUNTED_FRAMES)
+    return _count_tower(tower, audio_batch([AudioClip(features=features, token_index=torch.arange(rows))], dims)) / rows
+
+
+def _count_tower(tower: nn.Module, batch: VisionBatch | AudioBatch) -> float:
+    on_meta = map_tensors(batch, lambda tensor: tensor.to("meta"))
+    tower.to(COUNTED_DTYPE)
+    return sum(count_kept(tower, (), partial(tower, on_meta), apart=list_tensors(on_meta)).values())
 
 
 def count_kept(
