@@ -56,7 +56,8 @@ def _serve_tasks(connection: Connection) -> None:
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):
         connection.send(os.getpid())
-        sys.path[:] = connection.recv()
+        sys.path[:], folder = connection.recv()
+        os.chdir(folder)  # in which relative paths are meant, where the caller has moved since the server began
         target, fault = None, None
         try:
             target = connection.recv()()

@@ -154,7 +154,7 @@ class WorkerPool:
             self._workers[slot] = worker
             if self._closed.is_set():  # closed while it started: nobody else will end it
                 worker.kill()
-        connection.send(sys.path)
+        connection.send((sys.path, os.getcwd()))
         connection.send_bytes(self._factory)
         return worker
 

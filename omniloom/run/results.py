@@ -64,7 +64,8 @@ def export_model(
 
 
 def _numbers(gather: Callable[[str], Tensor], name: str) -> Tensor:
-    return unpack(gather(name), torch.float32)
+    tensor = gather(name)
+    return unpack(tensor, torch.float32) if tensor.dtype == torch.uint8 else tensor
 
 
 def media_settings(data: DataConfig) -> dict[str, Any]:

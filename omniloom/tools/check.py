@@ -25,7 +25,7 @@ from omniloom.data.planner import check_pack_counts
 from omniloom.data.row_media import KINDS, PLACEHOLDER
 from omniloom.data.rows import clips_of
 from omniloom.data.sources import Sources
-from omniloom.parallel.device import choose_device, total_memory_bytes
+from omniloom.parallel.device import choose_device, computes_bf16, total_memory_bytes
 from omniloom.parallel.mesh import Degrees
 from omniloom.processors.grounding import relative_points
 from omniloom.run.description import describe_kernels
@@ -138,6 +138,7 @@ def check_config(words: Sequence[str], *, nproc: int | None = None, excludes: Pa
     """
     config = config_from_words(words)
     workshop, source, held_out = open_run(config)
+    workshop = replace(workshop, computes_bf16=computes_bf16(choose_device(0)))
     run_dir = Path(config.train.run_dir)
     finished = find_finished(run_dir, config)
     if finished is None:

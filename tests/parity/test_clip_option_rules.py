@@ -6,6 +6,7 @@ import math
 import pytest
 
 from omniloom.families.registry import find_spec
+from omniloom.options import ProcessorOptions, VideoConfig
 from omniloom.processors.features import smart_resize
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import (
@@ -14,10 +15,8 @@ from omniloom.types import (
     MediaHeader,
     MediaSource,
     Part,
-    ProcessorOptions,
     SampleError,
     Turn,
-    VideoConfig,
 )
 
 FAMILIES = ("qwen3_vl", "qwen3_omni", "qwen2_5_vl", "qwen2_5_omni")

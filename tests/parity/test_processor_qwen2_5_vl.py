@@ -16,18 +16,16 @@ from hypothesis import strategies as st
 
 from omniloom.families.qwen2_5_vl.processor import Qwen25VLClips
 from omniloom.families.registry import find_spec
+from omniloom.options import ImageConfig, ProcessorOptions, VideoConfig
 from omniloom.processors.features import smart_resize
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import (
     ClipOptions,
     Conversation,
-    ImageConfig,
     MediaHeader,
     MediaSource,
     Part,
-    ProcessorOptions,
     Turn,
-    VideoConfig,
 )
 from tests.parity.test_processor_qwen3_vl import conversation_of, decode, expected_positions, samples
 

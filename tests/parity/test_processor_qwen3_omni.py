@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniloom.families.qwen3_omni.spec import SPEC
+from omniloom.options import ImageConfig, ProcessorOptions, VideoConfig
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import (
     IGNORE_LABEL,
@@ -21,14 +22,11 @@ from omniloom.types import (
     ClipOptions,
     Conversation,
     DecodedClip,
-    ImageConfig,
     MediaHeader,
     MediaSource,
     Part,
-    ProcessorOptions,
     SampleError,
     Turn,
-    VideoConfig,
 )
 
 OPTIONS = ProcessorOptions(

@@ -10,20 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniloom.families.registry import find_spec
+from omniloom.options import ImageConfig, ProcessorOptions, VideoConfig
 from omniloom.processors.features import smart_resize_video
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import (
     ClipOptions,
     Conversation,
     DecodedClip,
-    ImageConfig,
     MediaHeader,
     MediaSource,
     Part,
-    ProcessorOptions,
     SampleError,
     Turn,
-    VideoConfig,
 )
 
 OPTIONS = ProcessorOptions(

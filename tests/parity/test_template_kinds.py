@@ -7,17 +7,15 @@ import pytest
 import torch
 
 from omniloom.families.registry import find_spec
+from omniloom.options import ImageConfig, ProcessorOptions, VideoConfig
 from omniloom.tools.tiny import FAMILIES, make_tiny
 from omniloom.types import (
     IGNORE_LABEL,
     Conversation,
-    ImageConfig,
     MediaHeader,
     MediaSource,
     Part,
-    ProcessorOptions,
     Turn,
-    VideoConfig,
 )
 
 AS_IT_IS = (

@@ -228,7 +228,8 @@ def test_frozen_weights_are_kept_in_the_dtype_of_compute(folder: Path, monkeypat
         return 0
 
     monkeypatch.setattr(Trainer, "run", look)
-    train(folder, "looked_at", "policy.text.lora.dtype=bf16", "policy.lm_head.lora.dtype=bf16")
+    lora = ("policy.text.lora.dtype=bf16", "policy.lm_head.lora.dtype=bf16")
+    train(folder, "looked_at", "model.dtype=bf16", *lora)
     for name, (dtype, trains, num_dims) in seen.items():
         assert trains == ("lora_" in name or name.startswith("vision.merger."))
         float32 = name.startswith("vision.merger.") or ("lora_" in name and name.startswith("audio."))

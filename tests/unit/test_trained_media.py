@@ -12,20 +12,18 @@ from transformers import AutoImageProcessor
 from omniloom.checkpoint.files import read_json
 from omniloom.config import DataConfig
 from omniloom.families.registry import find_spec
+from omniloom.options import ImageConfig, ProcessorOptions, VideoConfig
 from omniloom.run.trained_media import PREPROCESSOR, PROCESSOR, VIDEO, TrainedMedia, processor_files
 from omniloom.tools.tiny import FAMILIES, make_tiny
 from omniloom.types import (
     ClipGeometry,
     ClipOptions,
     Extent,
-    ImageConfig,
     MediaHeader,
     MediaSource,
     PackPlan,
     PlannedSample,
-    ProcessorOptions,
     StepPlan,
-    VideoConfig,
 )
 
 HEADER = MediaHeader(kind="video", width=640, height=352, num_frames=300, fps=30.0, duration_seconds=10.0)

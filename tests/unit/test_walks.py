@@ -101,7 +101,8 @@ def test_a_sample_passes_twenty_files_at_most_from_its_file_to_its_loss(tmp_path
 
 def test_a_parameter_passes_twelve_files_at_most_from_safetensors_to_export(tmp_path: Path) -> None:
     make_tiny("qwen3_omni", tmp_path / "model")
-    config = load_config(None, [f"model.path={tmp_path / 'model'}"])  # in bfloat16, so that it is sharded
+    # in bfloat16, so that it is sharded
+    config = load_config(None, [f"model.path={tmp_path / 'model'}", "model.dtype=bf16"])
     names = {"text.layers.0.attention.q_proj.weight", "thinker.model.layers.0.self_attn.q_proj.weight"}
     rules = {re.sub(r"layers\.0", "layers.{i}", name) for name in names}
     tensors: list[torch.Tensor] = []
