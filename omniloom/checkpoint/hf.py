@@ -54,7 +54,10 @@ def load_model(
     """
     assemblies = key_map.assemblies(checkpoint.shapes)
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in fresh}
-    check_names({name: nf4.shape_of(tensor) for name, tensor in tensors.items()}, assemblies, key_map, unbuilt=unbuilt)
+    shapes = {
+        name: tuple(own.shape) if own.dtype != torch.uint8 else nf4.shape_of(own) for name, own in tensors.items()
+    }
+    check_names(shapes, assemblies, key_map, unbuilt=unbuilt)
     for name, tensor in tensors.items():
         _load_tensor(tensor, assemblies[name], checkpoint)
 
@@ -177,7 +180,7 @@ def _load_tensor(tensor: Tensor, assembly: Assembly, checkpoint: HFCheckpoint) -
     if region is None:
         return
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    read, width = (_read_packed, 8) if nf4.is_packed(tensor) else (read_tensor, local.element_size())
+    read, width = (_read_packed, 8) if tensor.dtype == torch.uint8 else (read_tensor, local.element_size())
     for chunk in _row_chunks(region, width):
         start, stop = (chunk[0][0] - region[0][0], chunk[0][1] - region[0][0]) if chunk else (0, 0)
         read(assembly, checkpoint, local[start:stop] if chunk else local, chunk)
