@@ -35,11 +35,11 @@ def describe_run(workshop: Workshop, layout: Layout, model: OmniModel, rows: Sou
 
 
 def describe_kernels(workshop: Workshop, device: torch.device) -> str:
-    """The attention kernel of each component. Raises: ValueError for one that this device or dtype does not have."""
+    """The attention kernel of each of the model's parts. Raises: ValueError for one that is not of this device."""
     return ", ".join(
         f"{name} {resolve_kernel(kernel, device.type, workshop.compute_dtype)}"
         for name, kernel in asdict(workshop.config.model.attention).items()
-        if name != "delta_rule"  # no attention: `ops.delta_rule` has kernels of its own
+        if getattr(workshop.family, name, None) is not None  # delta_rule is none: `ops.delta_rule` has its own kernels
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from omniloom.config import load_config
 from omniloom.parallel.device import computes_bf16
-from omniloom.run.description import describe_slow_ways
+from omniloom.run.description import describe_kernels, describe_slow_ways
 from omniloom.run.opening import open_workshop
 from omniloom.tools.tiny import make_tiny
 
@@ -26,6 +26,12 @@ def test_expert_sizes_that_grouped_products_do_not_take_are_said(tmp_path, width
         lines = describe_slow_ways(workshop, workshop.build(), CUDA)
     assert len(lines) == (said is not None)
     assert said is None or f"rows of {said} numbers" in lines[0]
+
+
+def test_kernels_are_named_of_the_parts_that_there_are(tmp_path) -> None:
+    for family, parts in (("qwen3_vl", ["text", "vision"]), ("qwen3_omni", ["text", "vision", "audio"])):
+        workshop = open_workshop(load_config(None, [f"model.path={make_tiny(family, tmp_path / family)}"]))
+        assert [words.split()[0] for words in describe_kernels(workshop, CPU).split(", ")] == parts
 
 
 def test_settings_that_move_nothing_on_a_cpu_are_said(tmp_path) -> None:
