@@ -80,7 +80,8 @@ def adapted(weight: Tensor) -> LinearMap:
     return LinearMap(weight, low=(0.1 * low).requires_grad_(), up=(0.1 * up).requires_grad_())
 
 
-def equal_to_dense(compute, maps: list[LinearMap], rows: Tensor) -> None:
+def packed_and_dense(compute, maps: list[LinearMap], rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Result and gradients of rows and factors, each of packed weights and of the numbers that these stand for."""
     packed = [each._replace(weight=pack(each.weight)) for each in maps]
     dense = [each._replace(weight=unpack(each.weight, torch.float32)) for each in packed]
     found = []
@@ -88,16 +89,17 @@ def equal_to_dense(compute, maps: list[LinearMap], rows: Tensor) -> None:
         leaves = [rows.clone().requires_grad_(), *(part for each in own for part in (each.low, each.up))]
         out = compute(leaves[0], *own)
         found.append([out, *gradients(out, leaves)])
-    for ours, theirs in zip(*found, strict=True):
-        assert torch.equal(ours, theirs)
+    return list(zip(*found, strict=True))
 
 
 def test_operations_compute_with_the_numbers_that_codes_stand_for() -> None:
     rows = made_up(9, BLOCK)
     narrow, wide = adapted(made_up(BLOCK, BLOCK)), adapted(made_up(2 * BLOCK, BLOCK))
-    equal_to_dense(lambda x, *maps: torch.cat(linears(x, *maps), dim=1), [narrow, wide], rows)
+    of_linears = packed_and_dense(lambda x, *maps: torch.cat(linears(x, *maps), dim=1), [narrow, wide], rows)
+    assert all(torch.equal(*pair) for pair in of_linears)
     back = adapted(made_up(BLOCK, 2 * BLOCK))
-    equal_to_dense(gated_mlp, [wide, adapted(made_up(2 * BLOCK, BLOCK)), back], rows)
+    of_mlp = packed_and_dense(gated_mlp, [wide, adapted(made_up(2 * BLOCK, BLOCK)), back], rows)
+    assert all(torch.equal(*pair) for pair in of_mlp)
 
 
 @pytest.mark.parametrize("with_copies", [True, False])
@@ -108,4 +110,5 @@ def test_experts_compute_with_the_numbers_that_codes_stand_for(with_copies: bool
     rows = made_up(4 if with_copies else 8, BLOCK)
     maps = [adapted(made_up(3, 2 * BLOCK, BLOCK)), adapted(made_up(3, BLOCK, BLOCK))]
     offsets = counts.cumsum(0).to(torch.int32)
-    equal_to_dense(lambda x, *own: gated_experts(x, *own, offsets, copies), maps, rows)
+    pairs = packed_and_dense(lambda x, *own: gated_experts(x, *own, offsets, copies), maps, rows)
+    assert all(torch.equal(*pair) for pair in pairs)
