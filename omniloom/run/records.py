@@ -63,17 +63,19 @@ def count_warnings(count: Callable[[], None]) -> Iterator[None]:
 
 
 class RunRecords:
-    """The records of one run, on every rank. Made before generators are seeded: measuring the peak draws numbers."""
+    """The records of one run of `rows`, on every rank. Made before generators are seeded: measuring the peak draws
+    numbers."""
 
     def __init__(
         self,
         config: Config,
         layout: Layout,
         compute_dtype: torch.dtype,
+        rows: Sources,
         stack: ExitStack,
         on_step: Callable[[StepMetrics], None] | None = None,
     ) -> None:
-        self.config, self.layout, self._stack, self._on_step = config, layout, stack, on_step
+        self.config, self.layout, self._rows, self._stack, self._on_step = config, layout, rows, stack, on_step
         self.run_dir = Path(config.train.run_dir)
         self._peak_flops = measure_matmul_peak(layout.device, compute_dtype)
         self._nominal_flops = nominal_peak(layout.device, compute_dtype)
@@ -173,17 +175,12 @@ class RunRecords:
         self._stack.callback(self._log.close)
 
     def step(
-        self,
-        figures: StepFigures,
-        loaded: LoadedStep,
-        work: TrainingWork,
-        report: EvaluationReport | None,
-        rows: Sources,
+        self, figures: StepFigures, loaded: LoadedStep, work: TrainingWork, report: EvaluationReport | None
     ) -> None:
-        """One finished step: its line in the metrics, and on the screen. `rows` are those that it is made of."""
+        """One finished step: its line in the metrics, and on the screen."""
         self._totals["samples"] += loaded.agreement.stats.num_samples
         self._totals["tokens"] += loaded.agreement.stats.num_tokens
-        line = self._line(figures, loaded, work, report, rows)
+        line = self._line(figures, loaded, work, report)
         if self._log is not None:
             self._log.write(line, figures.expert_load)
             if self._on_step is not None:
@@ -193,14 +190,9 @@ class RunRecords:
             self.say(f"warning: loss {line.loss:.3f} at step {line.step + 1} is a spike, usual is {usual:.3f}")
 
     def _line(
-        self,
-        figures: StepFigures,
-        loaded: LoadedStep,
-        work: TrainingWork,
-        report: EvaluationReport | None,
-        rows: Sources,
+        self, figures: StepFigures, loaded: LoadedStep, work: TrainingWork, report: EvaluationReport | None
     ) -> StepMetrics:
-        stats, seconds, train = loaded.agreement.stats, figures.step_seconds, self.config.train
+        stats, seconds, train, rows = loaded.agreement.stats, figures.step_seconds, self.config.train, self._rows
         samples = [sample for pack in loaded.plan.packs for sample in pack.samples]
         shares = {
             name: model_flops_utilisation(megaflops, seconds, self._peak_flops, self.layout.world_size)

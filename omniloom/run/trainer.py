@@ -155,7 +155,7 @@ class Trainer:
             stack.enter_context(only_deterministic(layout.device))
         timeout_seconds = config.train.step_timeout_seconds
         self.watchdog = stack.enter_context(Watchdog(layout.ranks, timeout_seconds=timeout_seconds))
-        self.records = RunRecords(config, layout, workshop.compute_dtype, stack, on_step)
+        self.records = RunRecords(config, layout, workshop.compute_dtype, train_rows, stack, on_step)
         self.stop = stack.enter_context(StopRequest(config.train.time_limit_minutes, self.records.say))
         torch.manual_seed(config.train.seed)
         loader = Loader(open_rows(workshop, train_rows), workers=config.data.workers)
@@ -250,7 +250,7 @@ class Trainer:
             if self.evaluation is not None and eval_every and step % eval_every == 0 and not stop:
                 report = self._evaluate(step)
                 stop = report is None
-            self.records.step(figures, loaded, self.work, report, self.train_rows)
+            self.records.step(figures, loaded, self.work, report)
             if says := self.late_compile.after_step(loaded.progress):
                 self.records.say(says)
                 self.records.compiles = True
