@@ -42,24 +42,23 @@ def load_model(
     key_map: KeyMap,
     *,
     fresh: Collection[str] = (),
+    packed: Collection[str] = (),
     unbuilt: Collection[str] = (),
 ) -> None:
     """Fill all parameters and persistent buffers of `model`, plain or DTensor, in their own dtype.
 
     What no checkpoint holds (non-persistent buffers, `fresh` parameters) is the caller's to fill. `fresh` names
-    parameters that the checkpoint does not have (adapters), `unbuilt` names tensors that it may have and this module
-    does not (other stages, unused towers, cut layers).
+    parameters that the checkpoint does not have (adapters), `packed` those that are held as 4-bit codes, `unbuilt`
+    tensors that it may have and this module does not (other stages, unused towers, cut layers).
 
     Raises: ValueError listing all tensors that are missing, extra or of another shape, before anything is read.
     """
     assemblies = key_map.assemblies(checkpoint.shapes)
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in fresh}
-    shapes = {
-        name: tuple(own.shape) if own.dtype != torch.uint8 else nf4.shape_of(own) for name, own in tensors.items()
-    }
+    shapes = {name: nf4.shape_of(own) if name in packed else tuple(own.shape) for name, own in tensors.items()}
     check_names(shapes, assemblies, key_map, unbuilt=unbuilt)
     for name, tensor in tensors.items():
-        _load_tensor(tensor, assemblies[name], checkpoint)
+        _load_tensor(tensor, assemblies[name], checkpoint, packed=name in packed)
 
 
 def check_names(
@@ -175,12 +174,12 @@ def gather_full(state: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
 
 
 @torch.no_grad()
-def _load_tensor(tensor: Tensor, assembly: Assembly, checkpoint: HFCheckpoint) -> None:
+def _load_tensor(tensor: Tensor, assembly: Assembly, checkpoint: HFCheckpoint, *, packed: bool) -> None:
     region = local_region(tensor)
     if region is None:
         return
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    read, width = (_read_packed, 8) if tensor.dtype == torch.uint8 else (read_tensor, local.element_size())
+    read, width = (_read_packed, 8) if packed else (read_tensor, local.element_size())
     for chunk in _row_chunks(region, width):
         start, stop = (chunk[0][0] - region[0][0], chunk[0][1] - region[0][0]) if chunk else (0, 0)
         read(assembly, checkpoint, local[start:stop] if chunk else local, chunk)

@@ -382,7 +382,8 @@ def load_weights(workshop: Workshop, model: OmniModel, parameters: Mapping[str, 
     adapters, seed = workshop.adapters, workshop.config.train.seed
     parameters = dict(model.named_parameters()) if parameters is None else parameters
     unbuilt = [*workshop.unbuilt, *parameters]  # what is not here is another stage's
-    load_model(model, workshop.checkpoint, workshop.key_map, fresh=workshop.adapter_names, unbuilt=unbuilt)
+    fresh, packed = workshop.adapter_names, frozenset(workshop.packed)
+    load_model(model, workshop.checkpoint, workshop.key_map, fresh=fresh, packed=packed, unbuilt=unbuilt)
     with torch.no_grad():
         if workshop.new_voices:
             table = torch.empty(workshop.assemblies[VOICES].shape)

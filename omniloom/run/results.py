@@ -38,8 +38,8 @@ def export_model(
 ) -> Path:
     """Write the model as transformers and vLLM load it; all of `group` alike, `gather` as in `export`.
 
-    `changed` are the parameters that differ from the published ones; those that adapters belong to, and those that
-    `gather` gives packed, are added. What the run did to media goes into the processor files.
+    `changed` are the parameters that differ from the published ones; those that adapters belong to, and packed ones,
+    which `gather` gives as codes, are added. What the run did to media goes into the processor files.
     """
     files, limits = processor_files(workshop.checkpoint.directory, media, workshop.config.data)
     for words in limits:
@@ -48,7 +48,7 @@ def export_model(
         files["config.json"] = dict(workshop.config_json)
     # what was packed trained as its codes say, so that is the model that was evaluated, too
     bases = [*(adapter.base for adapter in workshop.adapters), *workshop.packed]
-    numbers = partial(_numbers, gather)
+    numbers = partial(_numbers, gather, frozenset(workshop.packed))
     return export(
         directory,
         workshop.checkpoint,
@@ -63,9 +63,8 @@ def export_model(
     )
 
 
-def _numbers(gather: Callable[[str], Tensor], name: str) -> Tensor:
-    tensor = gather(name)
-    return unpack(tensor, torch.float32) if tensor.dtype == torch.uint8 else tensor
+def _numbers(gather: Callable[[str], Tensor], packed: Collection[str], name: str) -> Tensor:
+    return unpack(gather(name), torch.float32) if name in packed else gather(name)
 
 
 def media_settings(data: DataConfig) -> dict[str, Any]:
