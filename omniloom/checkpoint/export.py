@@ -238,7 +238,9 @@ class _Writer:
         if tensor.numel():
             with target.open("r+b") as stream:
                 stream.seek(start)
-                stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                # as_strided, since a single element is contiguous with any stride, and keeps it in a view
+                flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+                stream.write(flat.view(torch.uint8).numpy().data)
 
 
 def _other_files(directory: Path) -> Iterable[tuple[Path, Path]]:

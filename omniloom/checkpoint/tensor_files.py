@@ -239,7 +239,8 @@ def _read_box(file: IO[bytes], start: int, shape: Shape, box: Box, out: Tensor) 
 def _fill(file: IO[bytes], start: int, out: Tensor) -> None:
     if out.numel() == 0:
         return
-    view = out.reshape(-1).view(torch.uint8).numpy().data
+    assert out.is_contiguous(), out.stride()
+    view = out.as_strided((out.numel(),), (1,)).view(torch.uint8).numpy().data  # a single element keeps any stride
     file.seek(start)
     done = 0
     while done < len(view):

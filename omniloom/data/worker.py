@@ -132,7 +132,10 @@ class _TensorPickler(pickle.Pickler):
         if not isinstance(value, Tensor):
             return NotImplemented
         assert value.device.type == "cpu", f"a worker sends CPU tensors, got one on {value.device}"
-        data = value.detach().contiguous().view(-1).view(torch.uint8).numpy().data if value.numel() else b""
+        data: Any = b""
+        if value.numel():  # as_strided, since a single element is contiguous with any stride, and keeps it in a view
+            whole = value.detach().contiguous()
+            data = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy().data
         return _rebuild, (pickle.PickleBuffer(data), value.dtype, tuple(value.shape))
 
 

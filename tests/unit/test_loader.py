@@ -216,6 +216,7 @@ def test_tensors_of_all_kinds_survive_the_way_between_processes():
         "empty": torch.empty(0, 7, dtype=torch.int64),
         "scalar": torch.tensor(2.5),
         "strided": torch.randn(70, 90).t(),
+        "one of a column": torch.arange(12).view(3, 4)[1:2, 2],  # contiguous, its stride is 4
         "other": ("text", 3, None),
     }
     ours, theirs = multiprocessing.Pipe()
