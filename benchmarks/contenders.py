@@ -128,7 +128,7 @@ def train_omniloom(prepared: Path, setting: Setting) -> Result:
     files = sorted((prepared / "packs").glob("*.pt"))
     for step, file in enumerate(files):
         packs = torch.load(file, weights_only=False)  # our own file
-        weights = sum(pack.weight_sum for pack in packs)
+        weights = sum(float(pack.batch.loss_weights.double().sum()) for pack in packs)
         objective = Objective(coefficients={"text": 1.0}, weight_sums={"text": weights, "router": float(len(packs))})
         timed = step >= setting.num_warmup_steps
         with meter if timed else nullcontext():

@@ -5,8 +5,8 @@ its own at every token and is corrected towards the token's value. State and con
 `cu_seqlens` alone: nothing is read on the host, and empty segments change nothing. Who owns heads or tokens is not
 known here.
 
-`gated_delta_rule_reference` goes token by token and is there to be read. `gated_delta_rule` takes 64 tokens at a time
-through matrix products; of what lies between, only the states at the start of every 16 such chunks are kept, and
+`gated_delta_rule_reference` goes token by token and is there to be read. `gated_delta_rule` takes 32 tokens at a time
+through matrix products; of what lies between, only the states at the start of every 32 such chunks are kept, and
 backward makes the rest again. Both are opaque custom ops, as attention is.
 Sources: Yang et al. 2024 (arXiv 2412.06464), equation 10 and section 3.3; Yang et al. 2024 (arXiv 2406.06484) for the
 chunks.
@@ -14,7 +14,7 @@ chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from omniloom.types import RuleKernel, Segments
 
-CHUNK = 64  # tokens whose corrections are found by one triangular system
-GROUP = 16 * CHUNK  # tokens whose intermediates are in memory at a time, and between two kept states
+CHUNK = 32  # tokens whose corrections are found by one triangular system; 8 times a power of 2
+GROUP = 32 * CHUNK  # tokens whose intermediates are in memory at a time, and between two kept states
 NORM_EPS = 1e-6  # under the square root of the length of queries and keys; transformers and FLA have it fixed
 
 
@@ -122,8 +122,9 @@ class _Group(NamedTuple):
     k: Tensor  # [n, H, C, Dk], of length 1
     v: Tensor  # [n, H, C, Dv]
     beta: Tensor  # [n, H, C, 1]
-    within: Tensor  # [n, 1, C, C]: 1 where a row's segment holds the column's and the column is not later
+    within: Tensor  # [n, C, C]: 1 where a row's segment holds the column's and the column is not later
     between: Tensor  # [n, H, C, C]: what is left at a row of what the column's token wrote
+    earlier: Tensor  # [n, H, C, C]: the same of columns before the row's token
     reads: Tensor  # [n, H, C, 1]: what is left at a row of the state at the chunk's start, 0 in a new segment
     writes: Tensor  # [n, H, C, 1]: what is left at the chunk's end of what a row wrote, 0 in an ended segment
     keeps: Tensor  # [n, H, 1, 1]: what is left at the chunk's end of the state at its start
@@ -132,72 +133,96 @@ class _Group(NamedTuple):
 class _Solved(NamedTuple):
     """What chunks know of themselves, before the states between them."""
 
-    similar: Tensor  # [n, H, C, C]: products of keys
-    system: Tensor  # [n, H, C, C]: unit lower triangular but for its diagonal, which nobody reads
+    inverse: Tensor  # [n, H, C, C]: of the system by which corrections depend on one another
     values: Tensor  # [n, H, C, Dv]: what tokens would write if the state were empty
     removed: Tensor  # [n, H, C, Dk]: times the state, what they write less because of it
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of length 1, and by what they were multiplied."""
-    scale = torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + NORM_EPS)
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().add(NORM_EPS).rsqrt()
     return x * scale, scale
 
 
-def _chunked(x: Tensor, rows: slice, dtype: torch.dtype, repeats: int = 1) -> Tensor:
-    """[T, H, D] -> [n, H x repeats, C, D] of these rows, zeros where the last chunk has none."""
-    part = x[rows].to(dtype)
-    part = F.pad(part, (0, 0, 0, 0, 0, -part.shape[0] % CHUNK)).unflatten(0, (-1, CHUNK)).transpose(1, 2)
+def _unit_backward(grad: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of rows from that of what `_unit` made of them: what would only change their length is left out."""
+    return (grad - unit * (unit * grad).sum(dim=-1, keepdim=True)).mul_(scale)
+
+
+def _chunked(x: Tensor, repeats: int = 1) -> Tensor:
+    """Rows [t, H, D] -> [n, H x repeats, C, D], zeros where the last chunk has none."""
+    part = F.pad(x, (0, 0, 0, 0, 0, -x.shape[0] % CHUNK)).unflatten(0, (-1, CHUNK)).transpose(1, 2)
     return part.repeat_interleave(repeats, dim=1) if repeats > 1 else part.contiguous()
 
 
-def _unchunked(x: Tensor, like: Tensor, rows: slice) -> Tensor:
-    """[n, H x repeats, C, D] -> rows of `like` [T, H, D], summed over repeats."""
-    x = x.unflatten(1, (like.shape[1], -1)).sum(dim=2)
-    return x.transpose(1, 2).flatten(0, 1)[: like[rows].shape[0]]
+def _unchunked(x: Tensor, num_rows: int, num_heads: int) -> Tensor:
+    """[n, H x repeats, C, D] -> rows [t, H, D], summed over repeats."""
+    if x.shape[1] != num_heads:
+        x = x.unflatten(1, (num_heads, -1)).sum(dim=2)
+    return x.transpose(1, 2).flatten(0, 1)[:num_rows]
 
 
-def _gather(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu_seqlens: Tensor, rows: slice
-) -> tuple[_Group, Tensor, Tensor]:
-    """A group of chunks, and by what queries and keys were multiplied."""
-    dtype, repeats = torch.promote_types(v.dtype, torch.float32), v.shape[1] // k.shape[1]
-    queries, q_scale = _unit(_chunked(q, rows, dtype, repeats))
-    keys, k_scale = _unit(_chunked(k, rows, dtype, repeats))
-    root = q.shape[-1] ** -0.5
-    values = _chunked(v, rows, dtype)
-    places = torch.arange(rows.start, rows.start + values.shape[0] * CHUNK, device=v.device)
+def _gather(rows: Sequence[Tensor], cu_seqlens: Tensor, start: int) -> _Group:
+    """Chunks of the rows of q, k, v, decay and beta from row `start` on; queries and keys have length 1."""
+    q, k, v, decay, beta = rows
+    repeats = v.shape[1] // k.shape[1]
+    values = _chunked(v)
+    places = torch.arange(start, start + values.shape[0] * CHUNK, device=v.device)
     segment = torch.searchsorted(cu_seqlens, places, right=True).view(-1, CHUNK)  # [n, C], counted from 1
     before = torch.searchsorted(cu_seqlens, places[::CHUNK] - 1, right=True)  # 0 before the first row
-    lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).tril()
-    within = ((segment[:, :, None] == segment[:, None, :]) & lower)[:, None]  # [n, 1, C, C]
+    within = (segment[:, :, None] == segment[:, None, :]).to(v.dtype).tril_()  # [n, C, C]
     # summed up in each segment by itself: another one's decay does not even round this one's
-    total = within.to(dtype) @ _chunked(decay[:, :, None], rows, dtype)  # [n, H, C, 1]
-    between = (total - total.mT).masked_fill(~within, -torch.inf).exp()
-    goes_on = (segment == before[:, None])[:, None, :, None]  # [n, 1, C, 1]
-    reads = total.masked_fill(~goes_on, -torch.inf).exp()
-    group = _Group(
-        q=queries * root,
-        k=keys,
+    total = (within @ _chunked(decay[:, :, None])[..., 0].mT).mT[..., None].contiguous()  # [n, H, C, 1]
+    between = (total - total.mT).clamp_(max=0.0).exp_().mul_(within[:, None])  # pairs that do not count may be above 0
+    reads = total.exp() * (segment == before[:, None])[:, None, :, None]
+    return _Group(
+        q=_chunked(q, repeats) * q.shape[-1] ** -0.5,
+        k=_chunked(k, repeats),
         v=values,
-        beta=_chunked(beta[:, :, None], rows, dtype),
-        within=within.to(dtype),
+        beta=_chunked(beta[:, :, None]),
+        within=within,
         between=between,
+        earlier=between * torch.ones_like(between[0, 0]).tril_(-1),
         reads=reads,
-        writes=between[:, :, -1, :, None],
+        writes=between[:, :, -1, :, None].contiguous(),
         keeps=reads[:, :, -1:],
     )
-    return group, q_scale * root, k_scale
 
 
 def _solve(group: _Group) -> _Solved:
     """The corrections within a chunk depend on one another: each reads what the ones before it wrote."""
-    similar = group.k @ group.k.mT
-    system = similar * group.between * group.beta
-    right = torch.cat((group.v, group.k * group.reads), dim=-1) * group.beta
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    values, removed = solved.split((group.v.shape[-1], group.k.shape[-1]), dim=-1)
-    return _Solved(similar, system, values.contiguous(), removed.contiguous())
+    keys = group.k * group.beta
+    inverse = _inverse((keys @ group.k.mT).mul_(group.earlier))
+    return _Solved(inverse, inverse @ (group.v * group.beta), inverse @ keys.mul_(group.reads))
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """Of 1 + lower [..., C, C], strictly lower triangular, by products, which batches of small systems are not.
+
+    Squares of blocks of 8 on the diagonal, then [[X, 0], [-Y B X, Y]] of two neighbouring ones and the block B below.
+    """
+    size = 8
+    one = torch.eye(size, dtype=lower.dtype, device=lower.device)
+    power = -_diagonal_blocks(lower, size)[0]
+    inverse = one + power
+    for _ in range(2):  # (1 + N)(1 + N^2)(1 + N^4), and N^8 is 0
+        power = power @ power
+        inverse = inverse @ (one + power)
+    while size < lower.shape[-1]:
+        size *= 2
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        corner = (second @ _diagonal_blocks(lower, size)[1]) @ first
+        inverse = torch.cat(
+            (F.pad(first, (0, size // 2)), torch.cat((corner.neg_(), second), dim=-1)),
+            dim=-2,
+        )
+    return inverse[..., 0, :, :]
+
+
+def _diagonal_blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Of [..., C, C] the blocks of `size` on the diagonal [..., C / size, size, size], and the lower left of each."""
+    blocks = x.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    return blocks, blocks[..., size // 2 :, : size // 2]
 
 
 def _scan(group: _Group, solved: _Solved, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,6 +236,14 @@ def _scan(group: _Group, solved: _Solved, state: Tensor) -> tuple[Tensor, Tensor
     return written, states, state
 
 
+def _rows_of(inputs: tuple[Tensor, ...], number: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """A group's rows of q, k, v, decay and beta, of which q and k are brought to length 1, and by what factors."""
+    dtype = torch.promote_types(inputs[2].dtype, torch.float32)
+    q, k, *others = (x[number * GROUP : (number + 1) * GROUP].to(dtype) for x in inputs)
+    (q, q_scale), (k, k_scale) = _unit(q), _unit(k)
+    return [q, k, *others], q_scale, k_scale
+
+
 @torch.library.custom_op("omniloom::linear_attention", mutates_args=())
 def _linear_attention(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu_seqlens: Tensor
@@ -218,13 +251,14 @@ def _linear_attention(
     """Returns the output [T, H, Dv] and the states before each group of chunks [G, H, Dk, Dv]."""
     out, kept = torch.empty_like(v, memory_format=torch.contiguous_format), []
     state = v.new_zeros(v.shape[1], k.shape[2], v.shape[2], dtype=torch.promote_types(v.dtype, torch.float32))
-    for start in range(0, v.shape[0], GROUP):
-        rows = slice(start, start + GROUP)
+    for number, start in enumerate(range(0, v.shape[0], GROUP)):
         kept.append(state)
-        group, *_ = _gather(q, k, v, decay, beta, cu_seqlens, rows)
+        rows, *_ = _rows_of((q, k, v, decay, beta), number)
+        group = _gather(rows, cu_seqlens, start)
         written, states, state = _scan(group, _solve(group), state)
-        read = (group.q * group.reads) @ states
-        out[rows] = _unchunked(read + (group.q @ group.k.mT * group.between) @ written, v, rows)
+        result = (group.q * group.reads) @ states
+        result += (group.q @ group.k.mT).mul_(group.between) @ written
+        out[start : start + GROUP] = _unchunked(result, *rows[2].shape[:2])
     return out, torch.stack(kept)
 
 
@@ -236,32 +270,30 @@ def _linear_attention_backward(
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
     state_grad = torch.zeros_like(kept[0])  # of the state after the group
     for number in reversed(range(len(kept))):
-        rows = slice(number * GROUP, (number + 1) * GROUP)
-        group, q_scale, k_scale = _gather(*inputs, cu_seqlens, rows)
-        out_grad = _chunked(grad, rows, group.v.dtype)
+        rows, q_scale, k_scale = _rows_of(inputs, number)
+        group = _gather(rows, cu_seqlens, number * GROUP)
+        out_grad = _chunked(grad[number * GROUP : (number + 1) * GROUP].to(group.v.dtype))
         *parts, state_grad = _group_backward(group, kept[number], out_grad, state_grad)
-        # back through the lengths: what would only change them is left out
-        parts[0] = q_scale * (parts[0] - group.q * (group.q * parts[0]).sum(dim=-1, keepdim=True) * q.shape[-1])
-        parts[1] = k_scale * (parts[1] - group.k * (group.k * parts[1]).sum(dim=-1, keepdim=True))
-        for whole, part in zip(grads, parts, strict=True):
-            whole[rows] = _unchunked(part, whole if whole.ndim == 3 else whole[:, :, None], rows).view(
-                whole[rows].shape
-            )
+        own = [_unchunked(part, len(row), row.shape[1]) for part, row in zip(parts, rows, strict=True)]
+        own[0] = _unit_backward(own[0], rows[0], q_scale)
+        own[1] = _unit_backward(own[1], rows[1], k_scale)
+        for whole, part in zip(grads, own, strict=True):
+            whole[number * GROUP : (number + 1) * GROUP] = part.view(-1, *whole.shape[1:])
     return grads[0], grads[1], grads[2], grads[3], grads[4]
 
 
 def _group_backward(
     group: _Group, state: Tensor, out_grad: Tensor, state_grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v [n, H, C, D], of decay and beta [n, H, C, 1], and of the state before the group.
+    """Gradients of q before its root, k, v [n, H, C, D], decay and beta [n, H, C, 1], and the state before the group.
 
     With A the system, S the state before a chunk, e the reads, f the writes, w what it keeps, and D between:
     (1 + A) written = beta (v - e k S), out = e q S + (q k^T D) written, S after = w S + (f k)^T written.
+    Decays enter by exponents that stand beside q or k, so that their gradients are found in those of q and k.
     """
     solved = _solve(group)
     written, states, _ = _scan(group, solved, state)
-    seen = group.q @ group.k.mT
-    from_out = (seen * group.between).mT @ out_grad
+    from_out = (group.q @ group.k.mT).mul_(group.between).mT @ out_grad
     to_state = (group.q * group.reads).mT @ out_grad
     writing = group.k * group.writes
     written_grad, after = torch.empty_like(written), torch.empty_like(states)  # after: of the state after each chunk
@@ -271,36 +303,29 @@ def _group_backward(
         state_grad = torch.baddbmm(
             group.keeps[chunk] * state_grad + to_state[chunk], solved.removed[chunk].mT, written_grad[chunk], alpha=-1
         )
-    right_grad = torch.linalg.solve_triangular(solved.system.mT, written_grad, upper=True, unitriangular=True)
-    recalled = group.k @ states  # what the state has for each key
-    v_grad = group.beta * right_grad
-    beta_grad = (right_grad * (group.v - group.reads * recalled)).sum(dim=-1, keepdim=True)
-    reads_grad = (out_grad * (group.q @ states) - v_grad * recalled).sum(dim=-1, keepdim=True)
-    q_grad = group.reads * (out_grad @ states.mT)
-    writing_grad = written @ after.mT
-    k_grad = group.writes * writing_grad - group.reads * (v_grad @ states.mT)
-    # pairs of tokens: by the system, without its diagonal, and by the output
-    system_grad = (right_grad @ written.mT).neg_().tril_(-1).mul_(group.between)
-    beta_grad += (system_grad * solved.similar).sum(dim=-1, keepdim=True)
-    system_grad *= group.beta
+    right_grad = solved.inverse.mT @ written_grad
+    system_grad = (right_grad @ written.mT).mul_(group.earlier)  # against its direction, and before beta
     seen_grad = (out_grad @ written.mT).mul_(group.between)
-    k_grad += system_grad @ group.k + system_grad.mT @ group.k + seen_grad.mT @ group.q
-    q_grad += seen_grad @ group.k
-    pairs = system_grad.mul_(solved.similar).add_(seen_grad.mul_(seen))
-    keeps_grad = (states * after).sum(dim=(-2, -1))[..., None, None]
-    decay_grad = _decay_gradient(group, pairs, reads_grad, writing_grad, keeps_grad)
-    return q_grad, k_grad, v_grad, decay_grad, beta_grad, state_grad
-
-
-def _decay_gradient(
-    group: _Group, pairs: Tensor, reads_grad: Tensor, writing_grad: Tensor, keeps_grad: Tensor
-) -> Tensor:
-    """Of the decay: each total is in the exponent of what its row reads, and against it in that of what it wrote."""
-    total_grad = (pairs.sum(dim=-1) - pairs.sum(dim=-2))[..., None] + reads_grad * group.reads
-    of_writes = (group.k * writing_grad).sum(dim=-1, keepdim=True) * group.writes
-    total_grad -= of_writes
-    total_grad[:, :, -1:] += of_writes.sum(dim=-2, keepdim=True) + keeps_grad * group.keeps
-    return group.within.mT @ total_grad
+    q_grad = (out_grad @ states.mT).mul_(group.reads).add_(seen_grad @ group.k)
+    # what a key reads, by the state and within the chunk, and what it writes
+    reading = (right_grad @ states.mT).mul_(group.reads).add_(system_grad @ group.k).neg_()
+    to_later = (written @ after.mT).mul_(group.writes)
+    of_key = seen_grad.mT @ group.q - system_grad.mT @ (group.k * group.beta) + to_later
+    along = (group.k * reading).sum(dim=-1, keepdim=True)
+    beta_grad = (right_grad * group.v).sum(dim=-1, keepdim=True) + along
+    total_grad = (group.q * q_grad - group.k * of_key).sum(dim=-1, keepdim=True) + group.beta * along
+    total_grad[:, :, -1:] += (group.k * to_later).sum(dim=(-2, -1), keepdim=True)
+    total_grad[:, :, -1:] += (states * after).sum(dim=(-2, -1), keepdim=True) * group.keeps
+    decay_grad = (group.within.mT @ total_grad[..., 0].mT).mT[..., None]
+    root = group.q.shape[-1] ** -0.5
+    return (
+        q_grad.mul_(root),
+        of_key.add_(reading.mul_(group.beta)),
+        group.beta * right_grad,
+        decay_grad,
+        beta_grad,
+        state_grad,
+    )
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -338,10 +363,10 @@ def _(
 
 def _weighted_sums(x: Tensor, weight: Tensor, age: Tensor) -> Tensor:
     """What goes into the activation; age [T, 1] is a token's place in its segment."""
-    total = x.float() * weight[:, -1].float()
+    wide, weight = x.float(), weight.float()
+    total = wide * weight[:, -1]
     for back in range(1, min(weight.shape[1], x.shape[0])):
-        earlier = x[:-back].masked_fill(age[back:] < back, 0.0)
-        total[back:].addcmul_(earlier.float(), weight[:, -1 - back].float())
+        total[back:].addcmul_(wide[:-back] * (age[back:] >= back).float(), weight[:, -1 - back])
     return total
 
 
@@ -360,12 +385,12 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, cu_seqlens = ctx.saved_tensors
-        age = _ages(x.shape[0], cu_seqlens)
-        grad = torch.ops.aten.silu_backward(grad.float(), _weighted_sums(x, weight, age))
+        age, wide = _ages(x.shape[0], cu_seqlens), x.float()
+        grad = torch.ops.aten.silu_backward(grad.float(), _weighted_sums(wide, weight, age))
         x_grad = grad * weight[:, -1].float()
-        weight_grads = [(grad * x).sum(dim=0)]
+        weight_grads = [(grad * wide).sum(dim=0)]
         for back in range(1, weight.shape[1]):
-            later = grad[back:].masked_fill(age[back:] < back, 0.0)
+            later = grad[back:] * (age[back:] >= back).float()
             x_grad[: len(later)].addcmul_(later, weight[:, -1 - back].float())
-            weight_grads.insert(0, (later * x[: len(later)]).sum(dim=0))
+            weight_grads.insert(0, (later * wide[: len(later)]).sum(dim=0))
         return x_grad.to(x.dtype), torch.stack(weight_grads, dim=1).to(weight.dtype), None

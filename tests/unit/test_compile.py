@@ -44,7 +44,7 @@ MATRIX = [
     for lora in (False, True)
 ]
 MATRIX += [Setting(family=family, evaluates=True) for family in FAMILIES]
-MATRIX += [Setting(family=family, backend="inductor") for family in ("qwen3_vl", "qwen3_vl_moe")]
+MATRIX += [Setting(family=family, backend="inductor") for family in ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")]
 SAMPLE = Setting(family="qwen3_omni", recompute="full", lora=True)
 
 
