@@ -45,7 +45,7 @@ def show_layouts(words: Sequence[str], gpus: int, memory_gib: float | None, node
     if not fitting:
         raise ValueError(_nothing_fits(sizes, gpus, memory_gib, machine, found))
     print("\nGiB of a device at the fullest moment, seconds of a step, tokens/s of a device, share of the peak:")
-    print("".join(f"{name:>9}" for name in (*COLUMNS, "s/step", "tok/s", "MFU")) + "  set")
+    print("".join(f"{name:>9}" for name in (*COLUMNS, "s/step")) + f"{'tok/s':>12}{'MFU':>9}  set")
     for candidate in fitting[:SHOWN]:
         print(_line(candidate, machine))
     if config.parallel.layout == "given":
@@ -63,7 +63,7 @@ def _line(candidate: Candidate, machine: Machine) -> str:
     figures = [*asdict(candidate.footprint).values(), candidate.footprint.total]
     cells = "".join(f"{figure / GIB:>9.1f}" for figure in figures)
     time = candidate.time
-    speed = f"{time.seconds:>9.3g}{time.tokens_per_second:>9,.0f}{time.utilisation(machine):>9.1%}"
+    speed = f"{time.seconds:>9.3g}{time.tokens_per_second:>12,.0f}{time.utilisation(machine):>9.1%}"
     return f"{cells}{speed}  {' '.join(f'{key}={value}' for key, value in candidate.settings().items())}"
 
 
