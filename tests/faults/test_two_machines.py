@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,10 +15,11 @@ from omniloom.checkpoint.stored import find_latest
 from omniloom.exit_codes import HUNG
 from omniloom.training.metrics import read_lines
 from tests.faults.run_server import ROOT, wait_for
-from tests.faults.test_kills import assert_same_end, with_values
+from tests.faults.test_kills import assert_same_end, children_of, with_values
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 TIMEOUT_SECONDS = 45  # of a busy machine, too
+NUM_STEPS = 60
 
 
 def ip(*words: str) -> subprocess.CompletedProcess[str]:
@@ -68,25 +70,34 @@ def wait_with(nodes: list[subprocess.Popen[bytes]], done: Callable[[], object], 
                 node.kill()
 
 
-@pytest.mark.full  # minutes, most of them waiting
-def test_a_machine_that_is_cut_off_is_named_and_the_run_goes_on_bit_for_bit(server, words, machines, tmp_path) -> None:
-    words = with_values(words, train__packs_per_step="4", train__steps="60", checkpoint__every="20")
-    expected, run_dir = tmp_path / "expected", tmp_path / "run"
-    done = server.run(with_values(words, train__run_dir=str(expected)), expected, num_ranks=4)
-    assert set(done.wait()) == {0}, done.tail()
+def pull(machine: str, ranks: list[int]) -> None:
+    """Pull a machine's cable. Its ranks stand still meanwhile, so that the run cannot end before it is done."""
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    ip("-n", machine, "link", "set", "cable", "down")
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
 
+
+@pytest.mark.full  # a minute or two, most of it waiting
+def test_a_machine_that_is_cut_off_is_named_and_the_run_goes_on_bit_for_bit(server, words, machines, tmp_path) -> None:
+    words = with_values(words, train__packs_per_step="4", train__steps=str(NUM_STEPS), checkpoint__every="5")
+    expected, run_dir = tmp_path / "expected", tmp_path / "run"
     words = with_values(words, train__step_timeout_seconds=str(TIMEOUT_SECONDS))
     nodes = start(machines, words, tmp_path)
     wait_with(nodes, lambda: find_latest(run_dir)[0] or nodes[0].poll() is not None, "a checkpoint")
-    ip("-n", machines[1], "link", "set", "cable", "down")
+    pull(machines[1], children_of(nodes[1].pid))
+    # what never stopped is trained while the ranks wait for one another
+    done = server.run(with_values(words, train__run_dir=str(expected)), expected, num_ranks=4)
+    assert set(done.wait()) == {0}, done.tail()
     wait_with(nodes, lambda: all(node.poll() is not None for node in nodes), "the end of both machines' ranks")
     said = [(tmp_path / f"log.{number}").read_text() for number in range(2)]
     assert [node.returncode for node in nodes] == [HUNG, HUNG], said
-    assert f"error: no progress for {TIMEOUT_SECONDS} s: rank 2 at step" in said[0]
-    assert "and rank 3 at step" in said[0]
-    assert "does not answer; its process is stopped or its machine is gone" in said[0]
-    assert "rank 0, or the launcher on its machine, keeps the job's store and does not answer" in said[1]
-    assert 20 <= len(read_lines(run_dir / "metrics.jsonl")) < 60
+    assert f"error: no progress for {TIMEOUT_SECONDS} s: rank 2 at step" in said[0], said
+    assert "and rank 3 at step" in said[0], said
+    assert "does not answer; its process is stopped or its machine is gone" in said[0], said
+    assert "rank 0, or the launcher on its machine, keeps the job's store and does not answer" in said[1], said
+    assert 5 <= len(read_lines(run_dir / "metrics.jsonl")) < NUM_STEPS
 
     ip("-n", machines[1], "link", "set", "cable", "up")
     nodes = start(machines, words, tmp_path)

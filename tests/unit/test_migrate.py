@@ -384,6 +384,11 @@ swift sft --model Qwen/Qwen2.5-Omni-7B --dataset 'data/rows.json#20' --train_typ
         ("python prepare.py --input x\nrun --a 1", {"a": "1"}),
         ("A=1 nohup run --a 1 > log 2>&1 &", {"a": "1"}),
         ("bash -c 'run --a 1'", {"a": "1"}),
+        ("N=4\nrun --a $(expr 16 / $N) --b `expr $N \\* 2`", {"a": "4", "b": "8"}),
+        (
+            "N=$(wc -l <hosts)\nA='\n  --one 1 \n --n $((N * 2))'\nA=\"--m $N $A\"\nrun $A",
+            {"m": "$(wc -l <hosts)", "one": "1", "n": "$((N * 2))"},
+        ),
         ("GIVEN=$(date)\nrun --a $GIVEN", {"a": "mine"}),
         ("source settings.sh\nrun --a $HIDDEN", {"a": "1"}),
     ],
@@ -423,6 +428,24 @@ def test_llama_factory_is_known_by_its_command_line_too(project: Path) -> None:
     assert tree["train"]["warmup_steps"] == 5
     assert "memory.offload_optimizer" in text.split("# No counterpart")[1].split("# Not needed")[0]
     assert "use_badam: off" in text
+
+
+@pytest.mark.parametrize("flag", ["gradient_accumulation_steps", "freeze_vit", "dataset", "warmup_ratio", "adam_beta1"])
+def test_a_value_that_is_not_known_or_no_number_is_a_fault_of_its_setting(flag: str, project: Path) -> None:
+    value = "rows.json#$N" if flag == "dataset" else "$(nproc)"
+    write({"run.sh": f"swift sft --model m --max_steps 9 --{flag} '{value}'\n"})
+    with pytest.raises(MigrateError, match=rf"run.sh: --{flag}: expected .*\$") as raised:
+        migrate(["run.sh"])
+    assert "give NAME=VALUE" in str(raised.value)
+
+
+def test_parts_that_have_no_name_here_are_listed(project: Path) -> None:
+    data = {"dataset_param": {"attr": {"images": "pics", "packing": False, "depth": "d"}}}
+    newer = {**NEWER, "features": {"recompute": True, "recompute_plan": {"apply_modules": ["model.visual", "t5"]}}}
+    text = migrate(write({"data.json": data}))
+    assert yaml.safe_load(text)["data"] == {"attr": {"images": "pics"}}
+    assert "attr.depth d: data.attr.* has no such key" in text
+    assert "recompute_plan.apply_modules t5: no component here" in migrate(write({"config.yaml": newer}))
 
 
 def test_swift_on_megatron_is_read_by_the_flags_of_both(project: Path) -> None:

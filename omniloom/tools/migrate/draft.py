@@ -6,13 +6,14 @@ needs no key here, or the list of what has no counterpart. Two settings that ask
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import yaml
 
-from omniloom.config import OTHER_TRAINERS
+from omniloom.config import OTHER_TRAINERS, keys_of
 from omniloom.tools.migrate.readers import FLAGS, READERS, NotNeeded, NotOffered, Value
 from omniloom.tools.migrate.shell import is_open
 
@@ -27,6 +28,7 @@ class Setting:
         return self.origin if self.value is None else f"{self.origin} {self.value}"
 
 
+T = TypeVar("T")
 Rules = Mapping[str, "Rule"]  # names, or patterns of names, which the first that fits decides
 
 
@@ -101,6 +103,18 @@ class Draft:
                 self.faults.append(f"{found[0]} and {other} contradict each other; keep one")
         return found[0] if found else None
 
+    def read(self, setting: Setting | None, reader: Callable[[Value], T], usual: T, value: Value = None) -> T:
+        """What `reader` makes of a setting's value, or of `value` out of it; `usual` where that is a fault."""
+        if setting is None:
+            return usual
+        value = setting.value if value is None else value
+        try:
+            return reader(value)
+        except (TypeError, ValueError) as error:
+            known = ", ".join(map(str, error.args)) if isinstance(error, ValueError) else "another kind of value"
+            self._not_usable(replace(setting, value=value), "a number" if known.startswith("could not") else known)
+        return usual
+
     def product(self, *names: str) -> int:
         """The product of settings that stay where they are; 1 for those that are not there."""
         product = 1
@@ -120,7 +134,7 @@ class Draft:
         """AdamW's, which are two settings there."""
         betas = [self.first("adam_beta1"), self.first("adam_beta2")]
         if any(betas):
-            values = [float(one.value if one else beta) for one, beta in zip(betas, usual, strict=True)]
+            values = [self.read(one, float, beta) for one, beta in zip(betas, usual, strict=True)]
             self.put("train.betas", values, [one for one in betas if one])
 
     def put_warmup_share(self, *names: str) -> None:
@@ -128,12 +142,13 @@ class Draft:
         share, steps = self.first(*names), self.entries.get("train.steps")
         if share is None:
             return
-        if "train.warmup_steps" in self.entries or not float(share.value or 0):
+        part = self.read(share, lambda value: float(value or 0), 0.0)
+        if "train.warmup_steps" in self.entries or not part:
             self.needless.append((share, "the number of steps is given, or there is no warm-up"))
         elif steps is None:
             self.lost.append((str(share), "of how many steps, only the run itself tells: set train.warmup_steps"))
         else:
-            self.put("train.warmup_steps", round(float(share.value) * steps.value), [share], f"of {steps.value} steps")
+            self.put("train.warmup_steps", round(part * steps.value), [share], f"of {steps.value} steps")
 
     def put(self, key: str, value: Value, origins: Sequence[Setting | str], note: str = "") -> None:
         """Give one of our keys its value. A second, different one is a fault that names both."""
@@ -180,6 +195,9 @@ class Draft:
             self._not_usable(setting, "a value that the script itself gives")
             return
         key = rule.key.replace("*", setting.name.rpartition(".")[2])
+        if key != rule.key and key not in {name for name, *_ in keys_of()}:
+            self.lost.append((str(setting), f"{rule.key} has no such key"))
+            return
         try:
             value = READERS[rule.reads](setting.value)
             self.put(key, value if rule.value is None else rule.value, [setting], rule.note)

@@ -71,12 +71,12 @@ def _batch(draft: Draft) -> None:
 def _context(draft: Draft) -> None:
     """A ring, and what swaps heads beside it; without one, rules know the rest."""
     ring = draft.first("ring_attention_size")
-    if ring is not None and whole(ring.value) == 1:
+    if ring is not None and (degree := draft.read(ring, whole, 1)) == 1:
         draft.set_aside([ring], "1 is the default")
     elif ring is not None:
-        draft.put("parallel.context.ring", whole(ring.value), [ring])
+        draft.put("parallel.context.ring", degree, [ring])
         if (ulysses := draft.first("ulysses_parallel_size", "context_parallel_size")) is not None:
-            draft.put("parallel.context.ulysses", whole(ulysses.value), [ulysses])
+            draft.put("parallel.context.ulysses", draft.read(ulysses, whole, 1), [ulysses])
 
 
 def _recompute(draft: Draft) -> None:
@@ -84,21 +84,26 @@ def _recompute(draft: Draft) -> None:
     if (plan := draft.first("recompute_plan.apply_modules")) is None:
         return
     asked = draft.first("recompute")
-    if asked is None or not switch(asked.value):
+    if not draft.read(asked, switch, False):
         draft.set_aside([plan], "recompute is off")
         return
+    known: list[Value] = []
     for root, mark in (("vision", "visual"), ("audio", "audio_tower"), ("text", "layers")):
-        if any(mark in str(name) for name in plan.value):
+        if found := [name for name in plan.value if mark in str(name)]:
             draft.put(f"policy.{root}.recompute", True, [plan])
+            known += found
+    draft.lost += [
+        (f"{plan.origin} {name}", "no component here; see policy") for name in plan.value if name not in known
+    ]
 
 
 def _loss_chunks(draft: Draft) -> None:
     chunk = draft.first("loss_cfg.chunk_size", "chunkloss_plan.chunk_size")
     mode, on = draft.first("loss_cfg.compute_mode"), draft.first("enable_chunk_loss")
     draft.set_aside([one for one in (mode, on) if one], "the head's loss is always chunked")
-    asked = (mode is not None and mode.value == "chunk") or (on is not None and switch(on.value))
+    asked = (mode is not None and mode.value == "chunk") or draft.read(on, switch, False)
     if chunk is not None and asked:
-        draft.put("memory.loss_chunk_tokens", whole(chunk.value), [chunk])
+        draft.put("memory.loss_chunk_tokens", draft.read(chunk, whole, 1), [chunk])
     elif chunk is not None:
         draft.set_aside([chunk], "memory.loss_chunk_tokens: auto chooses it")
 
@@ -108,7 +113,7 @@ def _freezing(draft: Draft) -> None:
     if merger is not None and merger.value is not None:
         has_deepstack = any("qwen3" in str(one.value) for one in draft.settings if one.name.endswith("model_id"))
         for component in ("vision.merger", "vision.deepstack")[: 1 + has_deepstack]:
-            draft.put(f"policy.{component}.freeze", switch(merger.value), [merger])
+            draft.put(f"policy.{component}.freeze", draft.read(merger, switch, False), [merger])
     listed = draft.first("freeze")
     if listed is None or not listed.value:
         return
@@ -127,8 +132,8 @@ def _freezing(draft: Draft) -> None:
 def _profile(draft: Draft) -> None:
     enabled = draft.take("profile.enable", "memory_profile.enable")
     first, last = draft.take("profile.*start_step")[:1], draft.take("profile.*end_step")[:1]
-    if any(switch(one.value) for one in enabled if one.name == "profile.enable") and first and last:
-        draft.put("log.profile", [whole(first[0].value), whole(last[0].value)], [*first, *last])
+    if any(draft.read(one, switch, False) for one in enabled if one.name == "profile.enable") and first and last:
+        draft.put("log.profile", [draft.read(one, whole, 1) for one in (first[0], last[0])], [*first, *last])
     else:
         draft.set_aside([*first, *last], "off")
     draft.set_aside(enabled, "log.profile traces time and memory of its steps")
@@ -143,7 +148,7 @@ def _evaluation(draft: Draft) -> None:
     elif valid is not None:
         draft.set_aside([valid], "the same files; data.split holds rows out")
     if share is not None and share.value is not None:
-        parts = [float(part) for part in str(share.value).split(",")]
+        parts = draft.read(share, lambda value: [float(part) for part in str(value).split(",")], [1.0])
         if "data.eval" in draft.entries or len(parts) < 2 or not parts[1]:
             draft.set_aside([share], "evaluation rows have files of their own, or none are held out")
         else:
@@ -151,6 +156,6 @@ def _evaluation(draft: Draft) -> None:
             if sum(parts[2:]):
                 draft.lost.append((str(share), "its test share; hold rows back in a file of their own"))
     if every is not None and {"data.split", "data.eval"} & draft.entries.keys():
-        draft.put("train.eval_every", whole(every.value), [every])
+        draft.put("train.eval_every", draft.read(every, whole, 1), [every])
     elif every is not None:
         draft.set_aside([every], "there are no evaluation rows; set data.split or data.eval")

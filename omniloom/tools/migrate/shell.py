@@ -23,6 +23,8 @@ TESTS = ("[", "[[", "test")
 ENDS = "\n;&|"
 PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
 EXPANSION = rf"\$(?:{PARENTHESES}|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[A-Za-z_]\w*|[0-9@*#?])|`[^`]*`"
+WORD = re.compile(rf"(?:{EXPANSION}|\S)+")  # of a bare variable's value; what is not known in it is not split
+EXPR = re.compile(r"(?:\$\(|`)\s*expr\s+(.*)[)`]")
 TOKEN = re.compile(
     "|".join((
         # parts words; a `#` at the beginning of one is a comment
@@ -185,9 +187,7 @@ def _commands(text: str, variables: Variables) -> Iterator[tuple[list[str], bool
         kind, token = match.lastgroup, match[0]
         if kind == "gap" or (token == ")" and elements is not None):
             if word is not None:
-                (words if elements is None else elements).extend(
-                    word.split() if splits and not is_open(word) else [word]
-                )
+                (words if elements is None else elements).extend(WORD.findall(word) if splits else [word])
             word, splits = None, False
             if token == ")" and elements is not None:
                 words.append(f"{name}(\0" + "\0".join(elements) + ")")
@@ -220,6 +220,8 @@ def _value(written: str, variables: Variables) -> str:
     """What an expansion comes to; the elements of an array are parted by NUL, so that quotes keep each whole."""
     if written.startswith("$((") and written.endswith("))"):
         return _arithmetic(written[3:-2], variables) or written
+    if asked := EXPR.fullmatch(written):
+        return _arithmetic(asked[1].replace("\\*", "*"), variables) or written
     match = VARIABLE.fullmatch(written)
     if match is None:
         return written  # $(command), `command`, ${NAME%.*}: only a shell can tell

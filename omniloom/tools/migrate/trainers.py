@@ -23,7 +23,8 @@ FROM_TRANSFORMERS = {"train.betas": [0.9, 0.999], "train.seed": 42, "memory.reco
 
 def migrate_llama_factory(draft: Draft, data_sets: Mapping[str, Any] | None, folder: Path) -> None:
     """A LLaMA-Factory YAML, whose `dataset` names entries of `dataset_info.json` (`data_sets`, None if not found)."""
-    if (stage := draft.first("stage")) is not None and stage.value != "sft":
+    stage = next((one for one in draft.settings if one.name == "stage"), None)
+    if stage is not None and stage.value != "sft":
         draft.faults.append(f"{stage.origin}: {stage.value} is not offered; omniloom does supervised fine-tuning (sft)")
     _batch(draft, default_batch=8, default_accumulation=1)
     lora = _policy(
@@ -89,8 +90,8 @@ def _batch(draft: Draft, *, default_batch: int, default_accumulation: int | None
     batch = draft.first("per_device_train_batch_size", "train_batch_size")
     accumulation = draft.first("gradient_accumulation_steps")
     ranks = draft.num_ranks or 1
-    size = default_batch if batch is None else whole(batch.value)
-    steps = default_accumulation if accumulation is None else whole(accumulation.value)
+    size = draft.read(batch, whole, default_batch)
+    steps = draft.read(accumulation, whole, 1) if accumulation is not None else default_accumulation
     if steps is None:
         steps = max(round(16 / (size * ranks)), 1)  # ms-swift aims at sixteen samples a step
     note = "a step there took so many samples; a pack holds as many as fit"
@@ -117,7 +118,7 @@ def _policy(draft: Draft, kinds: Sequence[str], language: str, tower: str, merge
     towers = ("vision", "audio") if "omni" in model.lower() else ("vision",)  # one setting there means both
     for name, components in ((language, ("text",)), (tower, towers), (merger, ("vision.merger",))):
         one = draft.first(name)
-        frozen = components != ("text",) if one is None else switch(one.value)
+        frozen = draft.read(one, switch, components != ("text",))
         if lora and components == ("text",):
             draft.set_aside([one] if one else [], "adapters train there")
         elif lora and not frozen:
@@ -181,7 +182,8 @@ def _row_options(draft: Draft, name: str, entry: Mapping[str, Any]) -> dict[str,
     if attr:
         options["attr"] = attr
     if entry.get("num_samples"):
-        options["max_samples"] = whole(entry["num_samples"])
+        count = Setting(name="num_samples", value=entry["num_samples"], origin=f"{where}.num_samples")
+        options["max_samples"] = draft.read(count, whole, 1)
     for key in ("ranking", "split", "subset", "folder"):
         if entry.get(key) not in (None, False, "train"):
             draft.lost.append((f"{where}.{key} {entry[key]}", "name the file that holds these rows"))
@@ -193,7 +195,7 @@ def _swift_data(draft: Draft, data: Setting) -> None:
     found = []
     for word in str(data.value).split():
         path, _, count = word.partition("#")
-        found.append((path, {"max_samples": whole(count)} if count else {}))
+        found.append((path, {"max_samples": draft.read(data, whole, 1, count)} if count else {}))
         if not (Path(path).suffix or Path(path).exists()):
             draft.faults.append(f"{data.origin}: {path} is no file but a name on a hub; download it and name the file")
     _put_sources(draft, {"data.train": found}, {"data.train": data.origin})
