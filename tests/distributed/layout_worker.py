@@ -1,19 +1,20 @@
 """One rank of the job that runs many layouts and compares each with a single model without any parallelism.
 
-Started by `test_layouts.py`; four ranks, gloo, CPU. Every rank computes the reference of one step, rank 0 that of many,
-and writes the comparison.
+Started by `test_layouts.py`; four ranks, gloo, CPU. Each reference of one step is computed by one rank, those of many
+by rank 0, which writes the comparison.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
-import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tiny_omni import Dims, family_config, make_config, make_model, make_pack, random_weights
 from torch.distributed.tensor import DTensor
 
@@ -173,6 +174,15 @@ def run_reference(case: Case) -> Reference:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm().item()
     return Reference(loss=loss, router_loss=router_loss, norm=norm, gradients=gradients, objective=objective)
+
+
+def run_references(cases: Iterable[Case], ranks: Ranks, path: str) -> dict[Case, Reference]:
+    """Of all cases on every rank, each computed by one; they meet in files beside `path`."""
+    ordered = sorted(cases, key=repr)
+    for number in range(ranks.rank, len(ordered), ranks.world_size):
+        torch.save(run_reference(ordered[number]), f"{path}.{number}")
+    dist.barrier()
+    return {case: torch.load(f"{path}.{number}", weights_only=False) for number, case in enumerate(ordered)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,17 +364,15 @@ def run_job(
 ) -> None:
     """Body of one process. `cases`: name -> (Case, ParallelConfig, MemoryConfig); those `trained` take steps, too."""
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     layouts = Layouts(init_distributed(timeout_seconds=300))
     outcomes: dict[str, Outcome] = {}
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    references: dict[Case, Reference] = {}
+    references = run_references({case for case, _, _ in cases.values()}, layouts.ranks, result)
     for name, (case, parallel, memory) in cases.items():
-        if case not in references:
-            references[case] = run_reference(case)
         outcomes[name] = run_layout(case, parallel, memory, layouts, references[case])
     expected: dict[Case, list[float]] = {}
     for name in filter(cases.__contains__, trained):
@@ -380,8 +388,7 @@ def run_job(
     close_distributed()
 
 
-def _end_with_parent(parent: int) -> None:
+def _end_with_parent() -> None:
     """A killed test leaves no ranks behind that wait for each other and load the machine."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
+    multiprocessing.parent_process().join()
     os._exit(1)

@@ -6,6 +6,7 @@ Started by `test_lora_layouts.py`; two ranks, gloo, CPU. Every rank computes the
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,8 +24,9 @@ from omniloom.ops.linear_map import keyed_seed
 from omniloom.ops.nf4 import unpack
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import Ranks, build_layout, close_distributed, init_distributed, resolve_degrees
+from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.step import Objective, run_packs
-from omniloom.run.opening import Workshop, build_model, load_weights, open_workshop
+from omniloom.run.opening import Workshop, all_parameters, build_model, load_weights, open_workshop
 from omniloom.training.lora import merging
 from omniloom.types import PackedBatch
 
@@ -82,19 +84,23 @@ def make_packs(workshop: Workshop) -> list[PackedBatch]:
     ]
 
 
-def load(workshop: Workshop, model: OmniModel) -> None:
+def load(workshop: Workshop, model: OmniModel, parameters: Mapping[str, torch.nn.Parameter] | None = None) -> None:
     """The published weights; adapters away from where they start, so that both factors have gradients."""
-    load_weights(workshop, model)
-    parameters = dict(model.named_parameters())
+    load_weights(workshop, model, parameters)
+    held = dict(model.named_parameters())
     with torch.no_grad():
         for adapter in workshop.adapters:
-            shape = parameters[adapter.lora_b].shape
-            generator = torch.Generator().manual_seed(keyed_seed(adapter.lora_b))
-            fill(parameters[adapter.lora_b], 0.1 * torch.randn(shape, generator=generator))
+            if (lora_b := held.get(adapter.lora_b)) is not None:  # else another stage's
+                generator = torch.Generator().manual_seed(keyed_seed(adapter.lora_b))
+                fill(lora_b, 0.1 * torch.randn(lora_b.shape, generator=generator))
 
 
-def merged_weights(workshop: Workshop, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def merged_weights(
+    workshop: Workshop, parameters: Mapping[str, Tensor], pipeline: Pipeline | None = None
+) -> dict[str, Tensor]:
     held = gather_full(parameters)
+    if pipeline is not None:
+        held = pipeline.gather_from(parameters, held)
     gather = merging(lambda name: unpack(held(name), torch.float32), workshop.adapters)
     return {adapter.base: gather(adapter.base) for adapter in workshop.adapters}
 
@@ -125,25 +131,32 @@ def run_case(case: Case, model_dir: Path, ranks: Ranks) -> Outcome:
     expected = run_reference(workshop, objective)
     layout = build_layout(resolve_degrees(case.parallel, ranks.world_size, packs_per_step=2), ranks)
     model, _ = build_model(workshop, layout)
-    load(workshop, model)
+    parameters = all_parameters(workshop, model, layout)
+    here = {name: parameter for name, parameter in parameters.items() if not parameter.is_meta}
+    load(workshop, model, parameters)
     model.eval()
-    pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), case.parallel.encoder_pool)
+    plan = workshop.spec.sharding(workshop.family)
+    pool, pipeline = EncoderPool(layout, plan, case.parallel.encoder_pool), None
+    if layout.degrees.pipeline > 1:
+        pipeline = Pipeline(model, layout, plan, case.parallel, workshop.compute_dtype)
     packs = pool.plan(make_packs(workshop)[layout.data_rank :: layout.data_world])
-    total = layout.sum_over_ranks(run_packs(model, packs, layout, objective, pool).sums["text"])
-    parameters = dict(model.named_parameters())
-    assert all(isinstance(parameter, DTensor) for parameter in parameters.values())
+    total = layout.sum_over_ranks(run_packs(model, packs, layout, objective, pool, pipeline).sums["text"])
+    assert all(isinstance(parameter, DTensor) for parameter in here.values())
     norm = torch.stack([gradient.norm() for gradient in expected.gradients.values()]).norm()
     errors = {}
     for name, gradient in expected.gradients.items():
-        found = parameters[name].grad
-        assert found is not None, f"{name} has no gradient"
-        errors[name] = ((found.full_tensor() - gradient).norm() / max(gradient.norm(), 1e-6 * norm)).item()
-    merged = merged_weights(workshop, parameters)
+        if name in here:
+            found = here[name].grad
+            assert found is not None, f"{name} has no gradient"
+            errors[name] = ((found.full_tensor() - gradient).norm() / max(gradient.norm(), 1e-6 * norm)).item()
+    errors = {name: error for own in layout.exchange(errors) for name, error in own.items()}
+    assert errors.keys() == expected.gradients.keys()
+    merged = merged_weights(workshop, parameters, pipeline)
     return Outcome(
         loss_error=abs(total.item() - expected.loss) / abs(expected.loss),
         gradient_errors=errors,
         merged_error=max((merged[name] - value).abs().max().item() for name, value in expected.merged.items()),
-        frozen_with_gradient=tuple(n for n, p in parameters.items() if n not in errors and p.grad is not None),
+        frozen_with_gradient=tuple(n for n, p in here.items() if n not in errors and p.grad is not None),
     )
 
 

@@ -5,14 +5,13 @@ One job of four gloo ranks runs all layouts (`layout_worker.py`); starting proce
 
 from __future__ import annotations
 
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from layout_worker import TRAINED, Case, Outcome, run_job
+from rank_jobs import run_ranks
 from tiny_omni import Dims, random_dims
 
 from omniloom.config import ContextConfig, MemoryConfig, ParallelConfig
@@ -104,12 +103,14 @@ def lean_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
     cases = {}
     for way, memory in LEAN.items():
         one = Case(dims=SMALL) if memory.compile else Case()  # a graph for each layer takes seconds
+        two = Case(dims=replace(SMALL, num_layers=2)) if memory.compile else Case()
         cases[f"{way}_fsdp2_tensor2"] = (one, tensor, memory)
         if memory.recompute == "none":
             cases[f"{way}_context2_expert2"] = (one, ParallelConfig(**LAYOUTS["context2_expert2"]), memory)
             cases[f"{way}_ring4"] = (one, ParallelConfig(**LAYOUTS["ring4"]), memory)
             cases[f"{way}_hybrid_context2_tensor2"] = (hybrid, ParallelConfig(**LAYOUTS["context2_tensor2"]), memory)
-            cases[f"{way}_pipeline2_tensor2"] = (Case(), staged, memory)
+            cases[f"{way}_pipeline2_tensor2"] = (two, staged, memory)
+            cases[f"{way}_pipeline2_expert2"] = (two, replace(staged, tensor=1, expert=2), memory)
     return cases
 
 
@@ -199,12 +200,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     wanted = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}
     cases = {name: case for name, case in make_cases().items() if name in wanted}
     result = tmp_path_factory.mktemp("layouts") / "results.pt"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     stepping = test_layout_does_not_change_the_first_twenty_losses.__name__
     trained = TRAINED if any(item.originalname == stepping for item in request.session.items) else ()
-    multiprocessing.spawn(run_job, (WORLD, port, cases, str(result), trained), nprocs=WORLD)
+    run_ranks(run_job, WORLD, cases, str(result), trained)
     return torch.load(Path(result), weights_only=False)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from lora_worker import Case, Outcome, run_job
+from rank_jobs import run_ranks
 
-from omniloom.config import LoraConfig, ParallelConfig
+from omniloom.config import ContextConfig, LoraConfig, ParallelConfig
 from omniloom.tools.tiny import make_tiny
 
 LORA = LoraConfig(rank=4, alpha=6)
@@ -30,11 +28,18 @@ CASES = {
     "nf4_fsdp2": Case(lora=LORA, quantize="nf4", parallel=ParallelConfig()),
     "nf4_recompute_expert2": Case(lora=LORA, quantize="nf4", recompute=True, parallel=ParallelConfig(expert=2)),
     "nf4_tensor2": Case(lora=LORA, quantize="nf4", parallel=ParallelConfig(tensor=2)),
+    "nf4_context2": Case(lora=LORA, quantize="nf4", parallel=ParallelConfig(context=2)),
+    "nf4_ring2": Case(lora=LORA, quantize="nf4", parallel=ParallelConfig(context=ContextConfig(ring=2))),
+    "nf4_pipeline2": Case(lora=LORA, quantize="nf4", parallel=ParallelConfig(pipeline=2)),
+    "dora_pipeline2": Case(lora=DORA, experts=False, parallel=ParallelConfig(pipeline=2)),
     "dora_context2": Case(lora=DORA, experts=False, parallel=ParallelConfig(context=2)),
     "dora_tensor2": Case(lora=DORA, experts=False, parallel=ParallelConfig(tensor=2)),
 }
 
-FULL = ("head_context2", "replicate2", "recompute_expert2", "tensor2", "context2", "dora_context2")  # of others' kinds
+FULL = (  # of others' kinds
+    *("head_context2", "replicate2", "recompute_expert2", "tensor2", "context2", "dora_context2"),
+    *("nf4_context2", "nf4_ring2", "dora_pipeline2"),
+)
 NAMES = [pytest.param(name, marks=pytest.mark.full if name in FULL else ()) for name in CASES]
 
 DROPPING = {
@@ -61,11 +66,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
         folder / "model",
         overrides={f"thinker_config.text_config.{name}": size for name, size in WIDER.items()},
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = (2, port, cases, DROPPING, str(folder / "model"), str(folder / "results.pt"))
-    multiprocessing.spawn(run_job, arguments, nprocs=2)
+    run_ranks(run_job, 2, cases, DROPPING, str(folder / "model"), str(folder / "results.pt"))
     return torch.load(folder / "results.pt", weights_only=False)
 
 

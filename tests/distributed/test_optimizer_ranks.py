@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from optimizer_worker import SETTINGS, STEPS, Weights, run_job
+from rank_jobs import run_ranks
 from torch import Tensor
 
 WORLD = 3  # nothing divides by it
@@ -17,10 +16,7 @@ WORLD = 3  # nothing divides by it
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("optimizers")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(run_job, (WORLD, port, str(folder)), nprocs=WORLD)
+    run_ranks(run_job, WORLD, str(folder))
     return folder
 
 

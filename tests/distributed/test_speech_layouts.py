@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from PIL import Image
+from rank_jobs import run_ranks
 from speech_worker import Case, Outcome, run_job
 
 from omniloom.config import ParallelConfig
@@ -54,10 +53,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("speech_layouts")
     make_tiny("qwen3_omni", folder / "model")
     write_rows(folder / "rows.json")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(run_job, (4, port, cases, str(folder)), nprocs=4)
+    run_ranks(run_job, 4, cases, str(folder))
     return torch.load(folder / "results.pt", weights_only=False)
 
 

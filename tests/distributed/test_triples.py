@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from layout_worker import Case, Outcome, run_job
+from rank_jobs import run_ranks
 from test_layouts import GRADIENT_BOUND, LOSS_BOUND
 from test_pipeline import DEEP, INTERLEAVED
 from tiny_omni import Dims, random_dims
@@ -56,10 +55,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
     wanted = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}
     cases = {name: case for name, case in make_cases().items() if name in wanted}
     result = tmp_path_factory.mktemp("triples") / "results.pt"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(run_job, (WORLD, port, cases, str(result), ()), nprocs=WORLD)
+    run_ranks(run_job, WORLD, cases, str(result), ())
     found: dict[str, Outcome] = torch.load(Path(result), weights_only=False)[0]
     return found
 
