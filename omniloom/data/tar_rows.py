@@ -107,8 +107,14 @@ def _idx_bounds(path: str) -> list[tuple[int, int]] | None:
     offsets = np.fromfile(index, dtype="<i8")
     size = os.path.getsize(path)
     is_regular = len(offsets) > 0 and bool((np.diff(offsets) > 0).all()) and not (offsets % tarfile.BLOCKSIZE).any()
-    # what follows the last sample are zeros up to a full record
-    if not is_regular or offsets[0] < 0 or not 0 <= size - offsets[-1] <= 2 * tarfile.RECORDSIZE:
+    fits = is_regular and offsets[0] >= 0 and 0 <= size - offsets[-1] <= 2 * tarfile.RECORDSIZE
+    if fits:
+        with open(path, "rb") as handle:  # the last sample is there, and behind it zeros up to a full record
+            handle.seek(offsets[-2:][0])
+            fits = len(offsets) == 1 or any(handle.read(tarfile.BLOCKSIZE))
+            handle.seek(offsets[-1])
+            fits = fits and not any(handle.read())
+    if not fits:
         raise ValueError(f"{index} does not fit {path} of {size} bytes; remove it, or make it anew with Energon")
     bounds = offsets.tolist()
     return list(itertools.pairwise(bounds))

@@ -324,13 +324,15 @@ def _compile(text: str, where: str) -> Template:
     from jinja2 import TemplateSyntaxError
 
     try:
-        return _environment().from_string(text)
+        template = _environment().from_string(text)
     except TemplateSyntaxError as error:
         line = text.splitlines()[error.lineno - 1 : error.lineno]
         raise ValueError(
             f"{where}: the chat template cannot be parsed: {error.message}, line {error.lineno}: "
             f"{line[0].strip()[:120] if line else ''!r}"
         ) from None
+    template.globals = dict(template.globals)  # each rendering copies it: of jinja2's own chain key by key
+    return template
 
 
 # ---------------------------------------------------------------------------------------- messages

@@ -133,6 +133,7 @@ def split_reasoning(answer: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------- where turns are
 
 _EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
+_TAG = re.compile(r"<|\[/?[A-Z_]+\]")
 _WORD_OR_TAG = re.compile(r"<[^<>]*>|([^\W\d_]{2,})")
 
 
@@ -191,7 +192,18 @@ class TurnFinder:
         return self.template.write(messages, generation_prompt=generation_prompt)
 
     def find(self, turns: Sequence[Turn], tools: Sequence[Any], text: str, leaves: Sequence[Leaf]) -> Places:
-        """Where each turn is in `text`, by marks that change nothing else of it; None for one that is not written."""
+        """Where each turn is in `text`; None for one that is not written.
+
+        Words that stand in `text` once, in order, are there; others are found by marks that change nothing else of it.
+        """
+        if not self.template.has_generation_marks and (extents := _plain_extents(turns, text, leaves)) is not None:
+            return self._place_turns(turns, tools, text, leaves, extents)
+        marks = self._mark(turns, tools, text, leaves)
+        places = self._place_turns(turns, tools, text, leaves, [marks.extent(leaf, text) for leaf in leaves])
+        return _within(places, turns, marks.generated) if self.template.has_generation_marks else places
+
+    def _mark(self, turns: Sequence[Turn], tools: Sequence[Any], text: str, leaves: Sequence[Leaf]) -> _Marks:
+        """Marks that were found. Raises: SampleError for an answer that the template leaves out."""
         marks = _Marks(text, len(leaves))
 
         def stays(mark: Callable[[Leaf], str], only_turn: int | None = None) -> bool:
@@ -221,9 +233,7 @@ class TurnFinder:
             if turn.role == "assistant" and words and said <= marks.left_out:
                 reason = f"the chat template leaves out this answer ({self.template.where})"
                 raise SampleError(f"messages[{index}]", reason)
-        extents = [marks.extent(leaf, text) for leaf in leaves]
-        places = self._place_turns(turns, tools, text, leaves, extents)
-        return _within(places, turns, marks.generated) if self.template.has_generation_marks else places
+        return marks
 
     def _place_turns(
         self,
@@ -324,6 +334,26 @@ class TurnFinder:
         question = Turn(role="user", parts=(Part(kind="text", text="7310561"),))
         answer = Turn(role="assistant", parts=(Part(kind="text", text="7310569"), call))
         return self._write((question, answer)).partition("7310569")[2].partition("f8201947")[0]
+
+
+def _plain_extents(turns: Sequence[Turn], text: str, leaves: Sequence[Leaf]) -> list[tuple[int, int]] | None:
+    """Where pieces of a conversation are that are plain words, each of which `text` has once, and in order, or None.
+
+    A second rendering could say nothing else of them. Not plain are calls, reasoning, which templates leave out, and
+    words with tags (`<think>`, `[THINK]`), which templates may take for what opens or ends an answer.
+    """
+    extents: list[tuple[int, int]] = []
+    done = 0
+    for leaf in leaves:
+        words = leaf.text.strip()
+        start = text.find(words, done)
+        if start < 0 or text.find(words) != start or text.find(words, start + 1) >= 0:
+            return None
+        if turns[leaf.turn].parts[leaf.part].kind != "text" or _TAG.search(words):
+            return None
+        done = start + len(words)
+        extents.append((start, done))
+    return extents
 
 
 def _length_in_common(one: str, other: str) -> int:

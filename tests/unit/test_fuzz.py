@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import pickle
@@ -77,7 +78,7 @@ def damage_row(row: Any, draw: random.Random) -> Any:
                 elif choice < 0.3 and isinstance(at, dict):
                     at[draw.choice(list(ROWS[draw.randrange(len(ROWS))]))] = at[key]
                 else:
-                    at[key] = draw.choice(VALUES)
+                    at[key] = copy.deepcopy(draw.choice(VALUES))  # later damage must not reach other cases
                 break
             at, depth = at[key], depth - 1
     return row

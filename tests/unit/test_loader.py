@@ -337,6 +337,37 @@ def test_closing_does_not_wait_for_a_window_to_be_measured_without_workers():
     assert time.monotonic() - begin < 4.0  # a task of 16 rows and the polling of queues are 1.8 s
 
 
+class NumberBesides(Numbers):
+    """Says a row's number only where the file `name` is there, by its relative path."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def read_row(self, row: int):
+        return {"row": row + int(Path(self.name).read_text())}, *self.locate(row)
+
+
+def open_besides(name: str) -> RowReader:
+    rows = open_rows()
+    return replace(rows, source=Sources((NumberBesides(name),), ("numbers",)))
+
+
+def test_relative_paths_are_those_of_the_folder_in_which_workers_start_not_of_the_server(tmp_path, monkeypatch):
+    Loader(open_rows, workers=1).close()  # the server of all workers runs in the folder of today
+    for number in (0, 5):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "number").write_text(str(number))
+        monkeypatch.chdir(folder)
+        loader = Loader(partial(open_besides, "number"), workers=1)
+        try:
+            assert loader.measure([1]) == open_besides("number").measure([1], {}, lambda row: None)
+            assert loader.measure([1]) == open_rows().measure([1 + number], {}, lambda row: None)
+        finally:
+            loader.close()
+
+
 def test_killed_workers_are_replaced_and_nothing_is_lost(inline_steps):
     loader = Loader(open_rows, workers=2)
     found = []

@@ -12,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniloom.options import ProcessorOptions
-from omniloom.processors.chat_template import TEMPLATE_DIR, ChatTemplate, TemplateSource, find_source, named_source
-from omniloom.processors.rendering import Renderer, split_reasoning
+from omniloom.processors.chat_template import (
+    TEMPLATE_DIR,
+    ChatTemplate,
+    TemplateSource,
+    find_source,
+    messages_of,
+    named_source,
+)
+from omniloom.processors.rendering import Renderer, _plain_extents, split_reasoning
 from omniloom.types import Conversation, MediaSource, Part, SampleError, Turn
 
 PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>", "audio": "<|audio_pad|>"}
@@ -296,6 +303,42 @@ def test_answers_are_found_where_transformers_finds_them_by_generation_blocks(ji
         found += [(done, end)] if weight else []
         done = end
     assert found == [tuple(span) for span in spans]
+
+
+@pytest.mark.parametrize("name", ALTERED | STRINGS)
+def test_words_found_without_marks_are_where_marks_find_them(name):
+    jinja, end = (ALTERED | STRINGS)[name]
+    made, found = renderer(jinja, end), 0
+    for told in (
+        "a cat",
+        "<think>\nhm\n</think>\n\na cat",
+        " 9 ",
+        "assistant",
+        "",
+        "a cat\n\n",
+        "twice, twice",
+        "end.",
+    ):
+        for asked in (" see the picture\n", "a", "end", "<tool_call>"):
+            turns = made._turns(say(("user", asked), ("assistant", told), ("user", "again?"), ("assistant", "told so")))
+            messages, leaves = messages_of(turns, made.template)
+            text = made.template.write(messages)
+            if (plain := _plain_extents(turns, text, leaves)) is not None:
+                marks, found = made._finder._mark(turns, (), text, leaves), found + 1
+                assert plain == [marks.extent(leaf, text) for leaf in leaves]
+    assert found >= 4
+
+
+def test_reasoning_and_words_that_stand_twice_are_left_to_marks():
+    def plain(*turns):
+        messages, leaves = messages_of(say(*turns).turns, (made := renderer(NOTHINK)).template)
+        return _plain_extents(say(*turns).turns, made.template.write(messages), leaves)
+
+    thought = (Part(kind="reasoning", text="weigh"), Part(kind="text", text="a cat"))
+    assert plain(("user", "what?"), ("assistant", "a cat")) == [(17, 22), (55, 60)]
+    assert plain(("user", "what?"), ("assistant", thought)) is None
+    assert plain(("user", "what?"), ("assistant", "what")) is None
+    assert plain(("user", "what?"), ("assistant", "assistant")) is None
 
 
 plain_turns = st.lists(st.tuples(words.filter(str.strip), words.filter(str.strip)), min_size=1, max_size=3)

@@ -209,6 +209,31 @@ def test_an_index_beside_a_shard_is_read_and_one_that_does_not_fit_is_refused(tm
         open_sources((path,))
 
 
+@pytest.mark.parametrize("num_samples", [2, 4])
+def test_an_index_of_a_shard_that_has_since_lost_or_gained_samples_is_refused(tmp_path: Path, num_samples: int) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{n}.json", b"{}") for n in range(num_samples)])
+    np.arange(0, 4 * 1024, 1024, dtype="<i8").tofile(f"{path}.idx")  # of three samples
+    with pytest.raises(ValueError, match=r"a.tar.idx does not fit"):
+        open_sources((path,))
+
+
+def test_a_folder_that_energon_prepared_is_read_by_its_parts(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+    from megatron.energon.tools.prepare import command
+
+    folder = tmp_path / "größer als"
+    (folder / "sub").mkdir(parents=True)
+    for n in range(10):
+        members = [(f"{n}_{i}.json", json.dumps({"n": n}).encode()) for i in range(2)]
+        write_tar(folder / ("sub" if n > 4 else "") / f"s{n:02}.tar", members)
+    given = "--non-interactive --split-ratio 8,1,1 --sample-type CrudeWebdataset --num-workers 1 --no-progress"
+    done = CliRunner().invoke(command, [*given.split(), str(folder)])
+    assert done.exit_code == 0, done.output
+    for part, shards in (("train", range(8)), ("val", [8]), ("test", [9])):
+        rows = open_sources((DataSource(path=str(folder), part=part),), DataConfig(scratch=str(tmp_path / "scratch")))
+        assert [rows.read_row(row)[0]["n"] for row in range(len(rows))] == [n for n in shards for _ in range(2)]
+
+
 def test_a_compressed_or_broken_tar_is_one_clear_error(tmp_path: Path) -> None:
     import gzip
 
