@@ -98,6 +98,8 @@ def find_latest(
         try:
             return open_stored(directory, group=group), (*incomplete, *damaged)
         except ValueError as error:
+            if group is None and not directory.exists():  # a run that is saving named it, or removed it, meanwhile
+                return find_latest(run_dir)
             damaged.append(str(error))
     if damaged:
         raise ValueError(

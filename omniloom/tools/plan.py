@@ -40,6 +40,10 @@ def show_layouts(words: Sequence[str], gpus: int, memory_gib: float | None, node
     print(f"step       {config.train.packs_per_step} packs of {config.data.pack_tokens:,} tokens on {gpus} devices of "
           f"{memory_gib:g} GiB")  # fmt: skip
     print(f"assumed    {ASSUMED.format(devices=machine.devices)}")
+    if sizes.model.talker is not None:
+        print(
+            "speech     the talker's weights, gradients and states are counted; what its layers keep and compute is not"
+        )
     found = rank_layouts(sizes, gpus, memory_gib * GIB, machine, vary_memory=True)
     fitting = [candidate for candidate in found if candidate.fits(memory_gib * GIB)]
     if not fitting:

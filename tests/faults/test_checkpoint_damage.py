@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 
+from omniloom.checkpoint import stored as stored_checkpoints
 from omniloom.checkpoint.dcp import Saver
 from omniloom.checkpoint.run_lock import run_lock
 from omniloom.checkpoint.stored import (
@@ -81,6 +82,14 @@ def test_a_directory_without_the_marker_never_counts(run):
     assert "step_00000003 was not completed and is ignored" in notes[0]
     with pytest.raises(ValueError, match="no complete checkpoint here"):
         open_stored(run / "checkpoints" / "step_00000003")
+
+
+def test_a_checkpoint_that_its_run_names_while_it_is_looked_for_is_found(run, monkeypatch):
+    committed = run / "checkpoints" / "step_00000003"
+    stale = ([committed.with_suffix(".partial")], [], [])  # seen before its save gave it its name
+    listings = iter([stale, stored_checkpoints.list_committed(run / "checkpoints")])
+    monkeypatch.setattr(stored_checkpoints, "list_committed", lambda root: next(listings))
+    assert find_latest(run)[0].step == 3
 
 
 def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(run):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from omniloom.checkpoint.stored import find_latest
 from omniloom.exit_codes import HUNG
 from omniloom.training.metrics import read_lines
 from tests.faults.run_server import ROOT, wait_for
@@ -85,7 +84,8 @@ def test_a_machine_that_is_cut_off_is_named_and_the_run_goes_on_bit_for_bit(serv
     expected, run_dir = tmp_path / "expected", tmp_path / "run"
     words = with_values(words, train__step_timeout_seconds=str(TIMEOUT_SECONDS))
     nodes = start(machines, words, tmp_path)
-    wait_with(nodes, lambda: find_latest(run_dir)[0] or nodes[0].poll() is not None, "a checkpoint")
+    saved = run_dir / "checkpoints" / "step_00000005" / "COMMITTED"
+    wait_with(nodes, lambda: saved.is_file() or nodes[0].poll() is not None, "a checkpoint")
     pull(machines[1], children_of(nodes[1].pid))
     # what never stopped is trained while the ranks wait for one another
     done = server.run(with_values(words, train__run_dir=str(expected)), expected, num_ranks=4)

@@ -205,6 +205,13 @@ def test_plan_shows_layouts_with_the_keys_that_come_to_them(tiny, capsys) -> Non
     assert "parallel.shard=8 memory.recompute=none" in printed
     assert "(as configured)" in printed
     assert "GB a step and device:" in printed
+    assert "speech" not in printed
+
+
+def test_a_plan_says_what_of_a_talker_is_not_counted(tiny, capsys) -> None:
+    words = [f"model.path={tiny.config.model.path}", "data.pack_tokens=1024", "policy.talker.freeze=false"]
+    show_layouts(words, 1, 80.0, None)
+    assert "what its layers keep and compute is not" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
