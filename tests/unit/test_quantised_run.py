@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from omniloom.config import ConfigError, load_config
-from omniloom.ops.nf4 import is_packed, pack, shape_of
+from omniloom.ops.nf4 import is_packed, pack, shape_of, unpack
 from omniloom.parallel.mesh import Degrees
 from omniloom.run.best import read_evaluations
 from omniloom.run.footprint import ModelSizes
@@ -21,6 +21,7 @@ from omniloom.run.trainer import run
 from omniloom.tools.export import export_checkpoint
 from omniloom.tools.score import score_rows
 from omniloom.tools.tiny import make_tiny
+from tests.device.steps import Content, make_pack
 
 LORA = {"text": {"lora": {"rank": 4}}}
 
@@ -101,6 +102,37 @@ def test_a_run_trains_resumes_and_exports_the_model_that_it_trained(
     mean = sum(score["loss"] * score["num_loss_tokens"] for score in scores) / num_tokens
     # the export is in bfloat16, as published
     assert read_evaluations(folder / "a run")[4]["eval_loss"] == pytest.approx(mean, rel=3e-3)
+
+
+def test_a_delta_rule_and_experts_compute_with_the_numbers_that_their_codes_stand_for(tmp_path: Path) -> None:
+    sizes = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "linear_value_head_dim": 16}
+    make_tiny("qwen3_5_moe", tmp_path / "model", overrides={f"text_config.{key}": n for key, n in sizes.items()})
+    tree = {"model": {"path": str(tmp_path / "model"), "dtype": "float32"}, "policy": LORA}
+    tree["policy"] |= {"vision": {"freeze": True}, "lm_head": {"freeze": True}}
+    plain = open_workshop(load_config(tree))
+    packed = open_workshop(load_config(tree, ["model.quantize=nf4"]))
+    ends = {name.split(".", 3)[-1] for name in packed.packed}
+    projections = {f"attention.{name}.weight" for name in ("in_proj_qkv", "in_proj_z", "in_proj_a", "out_proj")}
+    assert projections | {"moe.experts.gate_up", "moe.experts.down", "moe.shared.mlp.down_proj.weight"} <= ends
+    batch = make_pack(packed.family, 256, Content(num_samples=3, grid=(1, 4, 4), pictures=1, mel_frames=0, answer=0.5))
+    found = []
+    codes: dict[str, Tensor] = {}
+    for workshop in (packed, plain):
+        model, generator = workshop.build(), torch.Generator().manual_seed(0)
+        load_weights(workshop, model)
+        apply_policy(workshop, model)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+            if name in packed.packed:
+                codes.setdefault(name, parameter.detach())
+                if workshop is plain:
+                    parameter.data.copy_(unpack(codes[name], torch.float32))
+        loss = model(batch).sums["text"]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found.append([loss, *torch.autograd.grad(loss, trained)])
+    assert len(found[0]) > 40
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_refused_where_it_means_nothing(folder: Path) -> None:
