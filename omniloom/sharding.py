@@ -45,7 +45,8 @@ class ShardingPlan:
     dispatches: tuple[str, ...] = ()  # parameter-free: (hidden, expert_index, expert_weights, experts)
     expert_products: tuple[str, ...] = ()  # parameter-free: (rows, stacked weights..., offsets)
     router_counts: tuple[str, ...] = ()  # parameter-free: reduces a pack's expert counts over who shares the pack
-    attention_cores: tuple[str, ...] = ()  # parameter-free: (q, k, v, segments, norms), decoder only
+    attention_cores: tuple[str, ...] = ()  # parameter-free: (q, k, v, segments, norms), over a pack's tokens only
+    row_gathers: tuple[str, ...] = ()  # parameter-free: rows of this rank -> those of the whole pack
     recurrences: tuple[str, ...] = ()  # parameter-free: (channels, weight, decay, beta, segments), as `DeltaRuleCore`
     wide: tuple[str, ...] = ()  # modules whose parameters are computed with in float32, whatever the others are
     tensor: TensorSharding | None = None  # None: this family's decoder is not divided
@@ -54,6 +55,7 @@ class ShardingPlan:
     num_recurrent_heads: int = 0  # of keys, in layers with a recurrence
     num_experts: int = 0
     num_talker_experts: int = 0  # 0: no talker is built
+    num_talker_heads: int = 0
     # forward cost of a typical sample, in any unit: of each layer of the decoder, of its embedding and of its head
     layer_costs: tuple[int, ...] = ()
     embed_cost: int = 0

@@ -309,16 +309,17 @@ class AudioClip:
 class SpeechRows:
     """What a talker reads: a segment for each spoken turn, of a sample or of all that a pack holds.
 
-    Row i of a sample's talker shares the pack's row with row i of its text. Frames are not here: they are the values of
-    the targets CODES, each read in the row after the one that predicts it.
+    Row i of a sample's talker shares the pack's row with row i of its text.
     """
 
     text_ids: Tensor  # int64 [t]: the token whose projected embedding each row takes
     position_ids: Tensor  # int64 [3, t]
     media_index: Tensor  # int64 [m]: rows that take a projected hidden state instead
-    hidden_index: Tensor  # int64 [m]: whose, as rows of the text
+    hidden_index: Tensor  # int64 [m]: whose, as rows of the text (of the whole pack's, where ranks share it)
     codec_index: Tensor  # int64 [c]: rows to which the embedding of a token of the codec is added
     codec_ids: Tensor  # int64 [c]
+    frame_index: Tensor  # int64 [f]: rows to which the embeddings of a frame are added, those after what predicts it
+    frames: Tensor  # int64 [f, groups]
 
 
 @dataclass(frozen=True, kw_only=True)

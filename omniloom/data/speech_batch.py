@@ -20,10 +20,7 @@ from omniloom.types import CODE0, CODES, Example, PackedBatch, Segments, SpeechB
 def add_speech(
     batch: PackedBatch, slots: Sequence[Example | FailedSlot], scales: Sequence[float], num_code_groups: int
 ) -> PackedBatch:
-    """The pack with the speech of the samples that it was made of, their weights multiplied by `scales`.
-
-    A pack without any frame gets one of weight 0, so that no rank's code predictor is left without rows.
-    """
+    """The pack with the speech of the samples that it was made of, their weights multiplied by `scales`."""
     given = [None if isinstance(slot, FailedSlot) else slot.speech for slot in slots]
     parts = [_no_speech(num_code_groups) if speech is None else speech for speech in (*given, None)]
     starts = batch.sample_bounds
@@ -46,11 +43,10 @@ def add_speech(
         hidden_index=moved(lambda own: own.hidden_index),
         codec_index=moved(lambda own: own.codec_index),
         codec_ids=torch.cat([part.rows.codec_ids for part in parts]),
+        frame_index=moved(lambda own: own.frame_index),
+        frames=torch.cat([part.rows.frames for part in parts]),
     )
     targets = {name: _join([part.targets[name] for part in parts], starts, (*scales, 1.0)) for name in (CODE0, CODES)}
-    if not len(targets[CODES].token_index):
-        null = torch.zeros(1, num_code_groups, dtype=torch.int64)
-        targets[CODES] = Targets(token_index=null[:, 0], weights=torch.zeros(1), values=null)
     bounds = Segments.from_lengths(segments, num_bounds=num_bounds(sum(length > 0 for length in segments)))
     speech = SpeechBatch(rows=rows, segments=bounds, is_padding=padding_rows(own, lengths))
     return replace(batch, speech=speech, targets={**batch.targets, **targets})
@@ -66,7 +62,7 @@ def _join(parts: Sequence[Targets], starts: Sequence[int], scales: Sequence[floa
 
 
 def _no_speech(num_code_groups: int) -> SpeechExample:
-    nothing = torch.zeros(0, dtype=torch.int64)
+    nothing, no_frames = torch.zeros(0, dtype=torch.int64), torch.zeros(0, num_code_groups, dtype=torch.int64)
     rows = SpeechRows(
         text_ids=nothing,
         position_ids=torch.zeros(3, 0, dtype=torch.int64),
@@ -74,8 +70,10 @@ def _no_speech(num_code_groups: int) -> SpeechExample:
         hidden_index=nothing,
         codec_index=nothing,
         codec_ids=nothing,
+        frame_index=nothing,
+        frames=no_frames,
     )
-    values: Mapping[str, Tensor] = {CODE0: nothing, CODES: torch.zeros(0, num_code_groups, dtype=torch.int64)}
+    values: Mapping[str, Tensor] = {CODE0: nothing, CODES: no_frames}
     targets = {
         name: Targets(token_index=nothing, weights=torch.zeros(0), values=codes) for name, codes in values.items()
     }

@@ -28,7 +28,11 @@ def standard_sharding(config: FamilyConfig) -> ShardingPlan:
         dispatches=tuple(f"{moe}.dispatch" for moe in moes),
         expert_products=tuple(f"{moe}.experts.product" for moe in moes),
         router_counts=tuple(f"{moe}.reduce_counts" for moe in moes),
-        attention_cores=("text.layers.*.attention.core",),
+        attention_cores=(
+            "text.layers.*.attention.core",
+            *(("talker.decoder.layers.*.attention.core",) if talker else ()),
+        ),
+        row_gathers=("text.gather_rows",) if talker else (),
         recurrences=("text.layers.*.attention.recurrence",) if text.delta_rule else (),
         wide=("text.layers.*.attention.decay",) if text.delta_rule else (),
         tensor=_tensor_sharding(text),
@@ -37,6 +41,7 @@ def standard_sharding(config: FamilyConfig) -> ShardingPlan:
         num_recurrent_heads=text.delta_rule.linear_num_key_heads if text.delta_rule else 0,
         num_experts=text.num_experts,
         num_talker_experts=talker.decoder.num_experts if talker else 0,
+        num_talker_heads=talker.decoder.num_attention_heads if talker else 0,
         layer_costs=tuple(layer_flops(text, layer, TYPICAL) for layer in range(text.num_hidden_layers)),
         embed_cost=2 * TYPICAL * text.hidden_size,  # a row is copied, and its gradient added
         head_cost=TYPICAL * text.hidden_size * text.vocab_size,  # half of the tokens have a loss

@@ -136,6 +136,7 @@ class Decoder(nn.Module):
         self.rotary = rotary
         self.num_router_losses = num_router_losses
         self.speech_layer = speech_layer
+        self.gather_rows = nn.Identity()  # of a pack that ranks share: a talker may read rows of all
 
     def forward(
         self, batch: PackedBatch, media: TowerRows, hidden: Tensor | None = None, *, want: Want = "loss"
@@ -185,7 +186,7 @@ class Decoder(nn.Module):
         kept = {self.speech_layer: hidden}  # the first layer's input, until that layer has run
         last = (self.speech_layer if batch.speech.reads_hidden else 0) if speech_alone else None
         hidden, sums, counts = self.run_layers(hidden, batch, media, kept, last)
-        heard = kept[self.speech_layer][rows.hidden_index]
+        heard = self.gather_rows(kept[self.speech_layer])[rows.hidden_index]
         if self.speech_layer == len(self.layers):  # transformers has the last state normed
             assert self.loss_head is not None
             heard = self.loss_head(heard, None, None, norm_only=True)

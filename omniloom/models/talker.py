@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from omniloom.models.decoder import CrossEntropy, Decoder
 from omniloom.models.layers import ACTIVATIONS, Linear, RMSNorm
@@ -68,7 +69,9 @@ class CodePredictor(nn.Module):
         `hidden` [F, C] are the talker's states that predict the frames' first codes, `first` [F, C] the embeddings of
         those, `others` [F, G - 1, C] of the rest. A frame is a segment of G positions.
         """
-        rows = torch.cat((hidden[:, None], first[:, None], others[:, :-1]), dim=1)
+        frames = torch.cat((hidden[:, None], first[:, None], others[:, :-1]), dim=1)
+        # a frame that nothing reads: a rank without any would have no rows for the layers, and weights no gradient
+        rows = pad(frames, (0, 0, 0, 0, 0, 1))
         num_frames, num_groups, _ = rows.shape
         positions = torch.arange(num_groups, device=rows.device).repeat(num_frames).expand(3, -1)
         bounds = range(0, num_frames * num_groups + 1, num_groups)
@@ -84,7 +87,7 @@ class CodePredictor(nn.Module):
         )
         out, _, _ = self.decoder.run_layers(rows.flatten(0, 1), of_frames, NO_MEDIA)
         states: Tensor = self.norm(out)
-        return states.view(rows.shape)
+        return states.view(rows.shape)[:-1]
 
     def loss(self, states: Tensor, codes: Tensor, weights: Tensor, draw_key: Tensor | None) -> Tensor:
         """Weighted sum over frames of the mean cross entropy of their codes but the first, float32 []."""
@@ -129,13 +132,17 @@ class Talker(nn.Module):
 
     def run(self, batch: PackedBatch, inputs: SpeechInputs) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
         """States [T, C] and, of the code predictor, [F, G, C]; the routers' losses and counts, see `Decoder`."""
-        codes = batch.targets[CODES]
-        first, others = self.codec_embed(codes.values[:, 0]), self.code_predictor.embed_codes(codes.values)
-        hidden = self._embed_rows(batch, inputs, first + others.sum(dim=1))
+        assert batch.speech is not None, "the model has a talker: the batch needs rows for it, if only padding"
+        codes, read = batch.targets[CODES], batch.speech.rows.frames
+        # frames that are read and frames that are predicted: the same, but where ranks share a pack
+        both, num_read = torch.cat((read, codes.values)), len(read)
+        first, others = self.codec_embed(both[:, 0]), self.code_predictor.embed_codes(both)
+        hidden = self._embed_rows(batch, inputs, first[:num_read] + others[:num_read].sum(dim=1))
         hidden, sums, counts = self._run_layers(hidden, batch)
         hidden = self.norm(hidden)
         # the state that predicted a frame's first code, in the row before the frame's own, predicts the others
-        states = self.code_predictor.states(hidden[codes.token_index], first, others, batch)
+        predicting = hidden[codes.token_index]
+        states = self.code_predictor.states(predicting, first[num_read:], others[num_read:], batch)
         return hidden, states, sums, counts
 
     def losses(
@@ -167,14 +174,13 @@ class Talker(nn.Module):
 
     def _embed_rows(self, batch: PackedBatch, inputs: SpeechInputs, frames: Tensor) -> Tensor:
         """Rows [T, C]: projected text or media, and on top tokens of the codec and `frames` [F, C]."""
-        assert batch.speech is not None, "the model has a talker: the batch needs rows for it, if only padding"
+        assert batch.speech is not None
         rows, draw_key = batch.speech.rows, layer_key(batch.draw_key)
         hidden = self.projection["text"](inputs.text, draw_key)
         media = self.projection["hidden"](inputs.media, draw_key)
         hidden = hidden.index_copy(0, rows.media_index, media.to(hidden.dtype))
         hidden = hidden.index_add(0, rows.codec_index, self.codec_embed(rows.codec_ids).to(hidden.dtype))
-        # a frame is read in the row after the one that predicts its first code
-        return hidden.index_add(0, batch.targets[CODES].token_index + 1, frames.to(hidden.dtype))
+        return hidden.index_add(0, rows.frame_index, frames.to(hidden.dtype))
 
     def _run_layers(self, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         speech = batch.speech

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from omniloom.config import MemoryConfig, ParallelConfig
-from omniloom.parallel.context import UlyssesCore, UlyssesRecurrence, check_heads
+from omniloom.parallel.context import GatherRows, UlyssesCore, UlyssesRecurrence, check_heads
 from omniloom.parallel.device import HostCopies
 from omniloom.parallel.expert import ExpertDispatch, LocalWeights, SumOverGroup
 from omniloom.parallel.fsdp import match_modules, shard_parameters
@@ -33,11 +33,11 @@ def check_plan(plan: ShardingPlan, degrees: Degrees) -> None:
     if plan.num_talker_experts:
         faults += [
             f"parallel.{name}: {getattr(degrees, name)}, but a talker is not divided so yet; set it to 1"
-            for name in ("context", "tensor", "pipeline")
+            for name in ("tensor", "pipeline")
             if getattr(degrees, name) > 1
         ]
     if degrees.context > 1 and not faults:
-        for heads in {plan.num_attention_heads, plan.num_recurrent_heads or plan.num_attention_heads}:
+        for heads in {plan.num_attention_heads, plan.num_recurrent_heads, plan.num_talker_heads} - {0}:
             try:
                 check_heads(heads // degrees.tensor, 1, degrees.ulysses)  # those of keys and values are repeated
             except ValueError as error:
@@ -82,8 +82,6 @@ def apply_parallelism(
     Raises: ValueError for degrees that do not divide.
     """
     check_plan(plan, layout.degrees)
-    if plan.num_talker_experts and memory.compile:
-        raise ValueError("memory.compile: not with a talker yet, whose frames differ in number; set it to false")
     if layout.ring_group is not None and layout.device.type == "npu":
         raise ValueError(
             "parallel.context.ring: no attention kernel of NPUs gives what a ring joins; use ulysses alone"
@@ -117,6 +115,8 @@ def _divide_tokens(model: nn.Module, layout: Layout, plan: ShardingPlan) -> None
     if layout.sharers_group is not None:
         for name in match_modules(model, plan.router_counts):
             model.set_submodule(name, SumOverGroup(layout.sharers_group))
+        for name in match_modules(model, plan.row_gathers):
+            model.set_submodule(name, GatherRows(layout.sharers_group))
 
 
 def _divide_experts(model: nn.Module, group: ProcessGroup, plan: ShardingPlan) -> None:

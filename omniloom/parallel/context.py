@@ -11,14 +11,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from omniloom.parallel.collectives import gather_heads, scatter_heads
-from omniloom.types import PackedBatch, Segments, Targets
+from omniloom.parallel.collectives import gather_heads, gather_rows, scatter_heads
+from omniloom.types import PackedBatch, Segments, SpeechBatch, SpeechRows, Targets
 
 
 def move_chunks(tokens: Tensor, num_tokens: int, ring: int) -> Tensor:
@@ -42,20 +43,34 @@ def token_order(num_tokens: int, ring: int) -> Tensor:
 
 def _reorder(batch: PackedBatch, ring: int) -> PackedBatch:
     num_tokens = batch.input_ids.shape[0]
-    order = token_order(num_tokens, ring)
+    order, moved = token_order(num_tokens, ring), partial(move_chunks, num_tokens=num_tokens, ring=ring)
     return dataclasses.replace(
         batch,
         input_ids=batch.input_ids[order],
         labels=batch.labels[order],
         loss_weights=batch.loss_weights[order],
-        loss_index=move_chunks(batch.loss_index, num_tokens, ring),
+        loss_index=moved(batch.loss_index),
         position_ids=batch.position_ids[:, order],
         is_padding=batch.is_padding[order],
         targets={
-            name: dataclasses.replace(targets, token_index=move_chunks(targets.token_index, num_tokens, ring))
+            name: dataclasses.replace(targets, token_index=moved(targets.token_index))
             for name, targets in batch.targets.items()
         },
+        speech=batch.speech and _reorder_speech(batch.speech, order, moved),
     )
+
+
+def _reorder_speech(speech: SpeechBatch, order: Tensor, moved: Callable[[Tensor], Tensor]) -> SpeechBatch:
+    rows = dataclasses.replace(
+        speech.rows,
+        text_ids=speech.rows.text_ids[order],
+        position_ids=speech.rows.position_ids[:, order],
+        media_index=moved(speech.rows.media_index),
+        hidden_index=moved(speech.rows.hidden_index),
+        codec_index=moved(speech.rows.codec_index),
+        frame_index=moved(speech.rows.frame_index),
+    )
+    return dataclasses.replace(speech, rows=rows, is_padding=speech.is_padding[order])
 
 
 def slice_batch(batch: PackedBatch, rank: int, degree: int, tensor: int = 1, ring: int = 1) -> PackedBatch:
@@ -82,6 +97,7 @@ def slice_batch(batch: PackedBatch, rank: int, degree: int, tensor: int = 1, rin
         position_ids=batch.position_ids[:, first * size : (first + tensor) * size],
         is_padding=batch.is_padding[start:end],
         targets={name: _slice_targets(targets, start, end) for name, targets in batch.targets.items()},
+        speech=batch.speech and _slice_speech(batch.speech, start, end),
     )
 
 
@@ -100,6 +116,30 @@ def _slice_targets(targets: Targets, start: int, end: int) -> Targets:
     )
 
 
+def _slice_speech(speech: SpeechBatch, start: int, end: int) -> SpeechBatch:
+    """What is read in rows `start` to `end`. The states that media rows read stay numbered by the whole pack."""
+    rows = speech.rows
+
+    def mine(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        inside = (index >= start) & (index < end)
+        return (index[inside] - start, *(value[inside] for value in values))
+
+    media_index, hidden_index = mine(rows.media_index, rows.hidden_index)
+    codec_index, codec_ids = mine(rows.codec_index, rows.codec_ids)
+    frame_index, frames = mine(rows.frame_index, rows.frames)
+    own = SpeechRows(
+        text_ids=rows.text_ids[start:end],
+        position_ids=rows.position_ids[:, start:end],
+        media_index=media_index,
+        hidden_index=hidden_index,
+        codec_index=codec_index,
+        codec_ids=codec_ids,
+        frame_index=frame_index,
+        frames=frames,
+    )
+    return dataclasses.replace(speech, rows=own, is_padding=speech.is_padding[start:end])
+
+
 def check_heads(num_heads: int, num_key_value_heads: int, degree: int) -> None:
     """Raises: ValueError where the query heads cannot be shared out evenly. Key-value heads are repeated as needed."""
     if num_heads % degree:
@@ -114,6 +154,17 @@ def check_heads(num_heads: int, num_key_value_heads: int, degree: int) -> None:
 def share_of_parts(x: Tensor, widths: Sequence[int], rank: int, degree: int) -> Tensor:
     """Of rows [sum of widths, ...] that are several parts, this rank's share of each part, in the same order."""
     return torch.cat([part.chunk(degree)[rank] for part in x.split(tuple(widths))])
+
+
+class GatherRows(nn.Module):
+    """Rows [t, C] of this rank -> [t * n, C], those of all ranks of the group in rank order."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return gather_rows(rows, self.group)
 
 
 PrepareHeads = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of q and k

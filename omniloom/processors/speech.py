@@ -120,7 +120,7 @@ class SpeechLayout:
         """Rows and targets of the turns, one after another; `rate` is the positions per second of the runs' blocks."""
         parts = [self._encode_turn(turn, chat, rate) for turn in turns]
         bounds = np.cumsum([0, *(len(part.text_ids) for part in parts)])
-        starts = bounds[:-1].tolist()
+        starts, groups = bounds[:-1].tolist(), self.tokens.num_code_groups
         rows = SpeechRows(
             text_ids=_joined([part.text_ids for part in parts]),
             position_ids=torch.cat([torch.zeros(3, 0, dtype=torch.int64), *(part.position_ids for part in parts)], 1),
@@ -128,11 +128,12 @@ class SpeechLayout:
             hidden_index=_joined([part.hidden_index for part in parts]),
             codec_index=_joined([part.codec_index + start for part, start in zip(parts, starts, strict=True)]),
             codec_ids=_joined([part.codec_ids for part in parts]),
+            frame_index=_joined([part.frame_index + start for part, start in zip(parts, starts, strict=True)]),
+            frames=torch.cat([torch.zeros(0, groups, dtype=torch.int64), *(part.frames for part in parts)]),
         )
         # the row before a frame's own predicts its first code
         predicting = [np.arange(stop - 1 - turn.num_frames, stop) for turn, stop in zip(turns, bounds[1:], strict=True)]
         weights = [np.full(turn.num_frames + 1, turn.weight, np.float32) for turn in turns]
-        groups = self.tokens.num_code_groups
         code0 = Targets(
             token_index=_joined([torch.from_numpy(index) for index in predicting]),
             weights=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *weights])),
@@ -141,7 +142,7 @@ class SpeechLayout:
         codes = Targets(
             token_index=_joined([torch.from_numpy(index[:-1]) for index in predicting]),
             weights=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(own[:-1] for own in weights)])),
-            values=torch.from_numpy(np.concatenate([np.zeros((0, groups), np.int64), *(t.codes.T for t in turns)])),
+            values=rows.frames,
         )
         lengths = tuple(len(part.text_ids) for part in parts)
         return SpeechExample(rows=rows, targets={CODE0: code0, CODES: codes}, segment_lengths=lengths)
@@ -162,6 +163,8 @@ class SpeechLayout:
             hidden_index=torch.from_numpy(asked[is_media]),
             codec_index=torch.arange(len(asked) + NUM_HEADER, len(asked) + NUM_PREFIX),
             codec_ids=torch.tensor([nothink, think_begin, think_end, turn.speaker, codec_pad, codec_begin]),
+            frame_index=torch.arange(len(asked) + NUM_PREFIX, len(text_ids)),
+            frames=torch.from_numpy(turn.codes.T),
         )
 
     def _user_rows(self, chat: ChatTokens) -> np.ndarray:

@@ -84,10 +84,11 @@ def layouts_of(sizes: ModelSizes, gpus: int, machine: Machine) -> Iterator[Degre
     """Every layout of so many devices that model and packs can be divided by, small degrees first."""
     plan, config = sizes.plan, sizes.config
     powers = [2**n for n in range(gpus.bit_length())] + [gpus]
+    most_stages = 1 if plan.num_talker_experts else len(plan.layer_costs)  # a talker is not cut
     axes = {
         "tensor": [n for n in powers if n <= machine.devices],
         "context": [n for n in powers if n <= MOST["context"]],
-        "pipeline": [n for n in powers if n <= min(MOST["pipeline"], len(plan.layer_costs))],
+        "pipeline": [n for n in powers if n <= min(MOST["pipeline"], most_stages)],
         "expert": [n for n in powers if n <= max(plan.num_experts, 1)],
         "replicate": sorted({1, max(gpus // machine.devices, 1)}),
     }

@@ -12,10 +12,10 @@ from PIL import Image
 from rank_jobs import run_ranks
 from speech_worker import Case, Outcome, run_job
 
-from omniloom.config import ParallelConfig
+from omniloom.config import ContextConfig, ParallelConfig
 from omniloom.tools.tiny import make_tiny
 
-SAMPLE = ("hsdp_expert", "talker_alone")
+SAMPLE = ("hsdp_expert", "context_expert_recompute", "ring_alone")
 CASES = {
     "fsdp": Case(parallel=ParallelConfig()),
     "hsdp": Case(parallel=ParallelConfig(replicate=2, shard=2)),
@@ -23,6 +23,10 @@ CASES = {
     "expert": Case(parallel=ParallelConfig(expert=4)),
     "hsdp_expert": Case(parallel=ParallelConfig(replicate=2, shard=2, expert=2)),
     "recompute_expert": Case(parallel=ParallelConfig(expert=2), recompute=True),
+    "context": Case(parallel=ParallelConfig(context=4)),
+    "context_expert_recompute": Case(parallel=ParallelConfig(shard=2, context=2, expert=4), recompute=True),
+    "ring_alone": Case(parallel=ParallelConfig(context=ContextConfig(ulysses=2, ring=2)), alone=True),
+    "context_alone": Case(parallel=ParallelConfig(replicate=2, context=2), alone=True),
     "talker_alone": Case(parallel=ParallelConfig(replicate=2, shard=2), alone=True),
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,19 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+from omniloom.config import Config, DataConfig, ModelConfig, PolicyRule
+from omniloom.data.loader import Loader
+from omniloom.data.planner import plan_all
+from omniloom.data.sources import open_sources
 from omniloom.models.fusion import OmniModel
 from omniloom.ops.linear_map import keyed_seed
 from omniloom.ops.torch_operators import count_graphs
 from omniloom.parallel.fsdp import match_modules
 from omniloom.parallel.recompute import Recompute, recompute_layers
-from omniloom.run.opening import Workshop
-from omniloom.tools.tiny import tiny_config
+from omniloom.run.opening import Workshop, open_workshop
+from omniloom.run.rows import open_rows
+from omniloom.tools.tiny import make_tiny, tiny_config
+from omniloom.types import CODE0, CODES, PackedBatch, PackPlan
 from tests.device.steps import Case, Content, make_pack, open_case
 
 FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
@@ -125,3 +133,50 @@ def test_unlike_packs_share_two_graphs_without_a_break(setting: Setting, tmp_pat
     if setting.lora:
         kinds["vision"] = 2  # its first layer, below which nothing trains, has no gradient to hand on
     assert all(0 < graphs[root] <= 2 * kind for root, kind in kinds.items()), graphs
+
+
+def spoken_packs(folder: Path) -> tuple[Workshop, list[PackedBatch]]:
+    """A row a pack, of 3, 5 and 2 frames, and an empty pack; of a run that trains the talker."""
+    rows = []
+    for frames in (3, 5, 2):
+        speech = {"speech": [list(range(frames))] * 4, "speaker": "Ethan"}
+        answer = {"role": "assistant", "content": "so it is", **speech}
+        rows.append(json.dumps({"messages": [{"role": "user", "content": "is it?"}, answer]}))
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    config = Config(
+        model=ModelConfig(path=str(make_tiny("qwen3_omni", folder / "model")), dtype="float32"),
+        data=DataConfig(train=(str(folder / "rows.jsonl"),), pack_tokens=32),
+        policy={"talker": PolicyRule(freeze=False)},
+    )
+    workshop, source = open_workshop(config), open_sources(config.data.train, config.data)
+    with closing(Loader(open_rows(workshop, source, cache=False), workers=0)) as loader:
+        packs, bad = plan_all(num_rows=3, pack_tokens=32, measure=loader.measure, locate=source.locate)
+        assert (len(packs), bad) == (3, ())
+        empty = PackPlan(index=3, samples=())
+        return workshop, [loaded.batch for loaded in loader.load_in_order([*packs, empty])]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_frames_of_any_number_share_the_graphs_of_a_compiled_talker(tmp_path: Path) -> None:
+    workshop, packs = spoken_packs(tmp_path)
+    model, plan = build(workshop), workshop.spec.sharding(workshop.family)
+    model.trains_speech_alone = True
+
+    def talker_gradients() -> list[Tensor]:
+        found = []
+        for pack in packs:
+            model.zero_grad()
+            sums = model(pack).sums
+            (sums[CODE0] + sums[CODES]).backward()
+            found += [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        return found
+
+    expected = talker_gradients()
+    counter = CompileCounterWithBackend("aot_eager")
+    for name in match_modules(model, plan.blocks):
+        if name.startswith("talker."):
+            model.get_submodule(name).compile(backend=counter)
+    for found, wanted in zip(talker_gradients(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert not counters["graph_break"]
+    assert 0 < counter.frame_count <= 3  # experts', feed-forwards', and these again for any number of frames

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from omniloom.config import ConfigError, MemoryConfig, load_config
 from omniloom.parallel.mesh import Degrees, build_layout, close_distributed, init_distributed
 from omniloom.run.footprint import ModelSizes
-from omniloom.run.layouts import RECOMPUTES, choose_degrees, rank_layouts
+from omniloom.run.layouts import RECOMPUTES, choose_degrees, layouts_of, rank_layouts
 from omniloom.run.opening import Workshop, build_model, build_optimizer, load_weights
 from omniloom.run.step_time import Clock, Machine
 from omniloom.tools.plan import show_layouts
@@ -178,6 +178,14 @@ def test_the_first_layout_fits_and_is_the_fastest_that_does(tiny) -> None:
     tight = totals[0] * 1.1
     first = rank_layouts(sizes, 8, tight, machine, vary_memory=True)[0]
     assert first.fits(tight)
+
+
+def test_a_talker_is_offered_no_layout_that_it_refuses(tmp_path) -> None:
+    policy = {"talker": {"freeze": False}}
+    workshop = open_case(Case(model="qwen3_omni", world_size=8, pack_tokens=1024, policy=policy), tmp_path)
+    found = list(layouts_of(ModelSizes(workshop), 8, Machine()))
+    assert {degrees.context for degrees in found} >= {1, 2, 4}
+    assert {(degrees.tensor, degrees.pipeline) for degrees in found} == {(1, 1)}
 
 
 def test_auto_takes_the_first_layout_and_says_why(tiny) -> None:

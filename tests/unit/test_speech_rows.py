@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from omniloom.config import Config, DataConfig, LoraConfig, ModelConfig, PolicyRule, load_config
 from omniloom.data.formats import parse_row
@@ -18,6 +19,7 @@ from omniloom.data.sources import open_sources
 from omniloom.data.speech import with_codes
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.parallel.apply import check_plan
+from omniloom.parallel.context import move_chunks, slice_batch
 from omniloom.parallel.mesh import Degrees
 from omniloom.run.opening import open_workshop
 from omniloom.run.rows import open_rows
@@ -108,6 +110,30 @@ def test_speech_takes_rows_beside_those_of_its_text(model: Path, tmp_path: Path)
     assert speech.segments.bounds[-1] == batch.segments.bounds[-1] == 192
 
 
+@pytest.mark.parametrize("ring", [1, 4])
+def test_ranks_that_share_a_pack_read_and_predict_each_frame_once(model: Path, tmp_path: Path, ring: int) -> None:
+    """A frame whose own row begins a rank's part is predicted on the rank before."""
+    pack, _, _ = load(model, tmp_path, row([[number % 60 for number in range(40)]] * 4))
+    parts = [slice_batch(pack.batch, rank, 8, ring=ring) for rank in range(8)]
+    places = move_chunks(torch.arange(192), 192, ring)
+    for found, wanted in (
+        (
+            [(part.speech.rows.frame_index, part.speech.rows.frames) for part in parts],
+            pack.batch.speech.rows.frame_index,
+        ),
+        (
+            [(part.targets[CODES].token_index, part.targets[CODES].values) for part in parts],
+            pack.batch.targets[CODES].token_index,
+        ),
+    ):
+        index = torch.cat([own + 24 * rank for rank, (own, _) in enumerate(found)])
+        order = index.argsort()
+        assert torch.equal(index[order], places[wanted].sort().values)
+        codes = torch.cat([values for _, values in found])[order]
+        assert torch.equal(codes, pack.batch.speech.rows.frames[places[wanted].argsort()])
+    assert any(len(part.speech.rows.frames) != len(part.targets[CODES].values) for part in parts)
+
+
 def test_a_run_without_a_talker_reads_over_speech(model: Path, tmp_path: Path) -> None:
     pack, bad, plan = load(model, tmp_path, row("gone.npy"), speaks=False)
     assert (pack.batch.speech, dict(pack.batch.targets), bad) == (None, {}, [])
@@ -155,7 +181,7 @@ def test_only_what_is_named_trains_beside_the_talker() -> None:
 @pytest.mark.parametrize(
     ("degrees", "words"),
     [
-        ({"context": 2}, "parallel.context: 2, but a talker is not divided so yet"),
+        ({"context": 8}, "parallel.context: 4 attention heads do not divide over 8 context ranks"),
         ({"tensor": 2}, "parallel.tensor: 2, but a talker is not divided so yet"),
         ({"pipeline": 2}, "parallel.pipeline: 2, but a talker is not divided so yet"),
         ({"shard": 8, "expert": 8}, r"8 and 4 experts do not divide over 8 ranks; choose from \[1, 2, 4\]"),

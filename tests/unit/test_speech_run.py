@@ -88,8 +88,3 @@ def test_a_run_of_the_talker_goes_on_bit_for_bit(folder: Path) -> None:
     assert found == expected
     one, other = weights(parted / "hf"), weights(whole / "hf")
     assert all(torch.equal(one[name], other[name]) for name in other)
-
-
-def test_compiling_a_talker_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"memory\.compile: not with a talker yet"):
-        train(folder, "compiled", memory={"compile": True})
