@@ -80,6 +80,9 @@ class ProcessorOptions:
     train_on_prompt: Annotated[bool, "train every turn"] = False
     last_turn_only: Annotated[bool, "train the last answer only"] = False
     enable_thinking: Annotated[bool, "thinking templates: train the empty block of answers without reasoning"] = True
+    template_variables: Annotated[
+        dict[str, bool | str], "switches that the chat template asks for, as preserve_thinking or reasoning_effort"
+    ] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
 
@@ -144,7 +147,8 @@ class OptionReader:
         elif dataclasses.is_dataclass(kind):
             self.faults.append(f"{path}: expected a section with keys, got {value!r}")
         elif origin is dict and isinstance(value, Mapping):  # a component's rule that says nothing is no rule
-            return {str(key): self.read(arguments[1], item or None, f"{path}.{key}") for key, item in value.items()}
+            items = {str(key): None if item == {} else item for key, item in value.items()}
+            return {key: self.read(arguments[1], item, f"{path}.{key}") for key, item in items.items()}
         elif origin is tuple and isinstance(value, str | list | tuple):
             return self._read_tuple(arguments, split_list(value) if isinstance(value, str) else value, path)
         elif (found := _read_plain(kind, value)) is not None:

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -120,9 +120,34 @@ def open_template(directory: Path, options: ProcessorOptions, tokenizer: Any, me
         variables = variables | own
     else:
         source = find_source(directory)
+    variables = variables | options.template_variables
     if not options.enable_thinking:
         variables = variables | {"enable_thinking": False}
+    _check_variables(options.template_variables, source)
     return ChatTemplate(source, variables, {} if named else media.pads, media.words)
+
+
+def _check_variables(chosen: Collection[str], source: TemplateSource) -> None:
+    """Raises: ValueError for a name that the template does not ask for, or that is not for users to give."""
+    from jinja2 import meta
+
+    if not chosen:
+        return
+    for name, text in source.texts.items():
+        _compile(text, f"{source.where} ({name})")  # its faults are another matter
+    environment = _environment()
+    asked = {name for text in source.texts.values() for name in meta.find_undeclared_variables(environment.parse(text))}
+    given = {"messages", "tools", "documents", "add_generation_prompt", "generation_marks", "enable_thinking"}
+    open_ones = sorted(asked - given - set(environment.globals))
+    for name in chosen:
+        if name in given:
+            hint = "; data.enable_thinking says it" if name == "enable_thinking" else ""
+            raise ValueError(f"data.template_variables.{name}: not to be given here{hint}")
+        if name not in asked:
+            raise ValueError(
+                f"data.template_variables.{name}: {source.where} does not ask for it"
+                f"{suggest(name, open_ones, among='it asks for')}"
+            )
 
 
 class ChatTemplate:

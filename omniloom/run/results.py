@@ -70,7 +70,8 @@ def _numbers(gather: Callable[[str], Tensor], packed: Collection[str], name: str
 def media_settings(data: DataConfig) -> dict[str, Any]:
     """What of the section `data` says how a prompt and its media are read, as a config file has it."""
     tree = config_to_dict(Config(data=data))["data"]
-    return {name: tree[name] for name in ("template", "system", "enable_thinking", "image", "video", "audio")}
+    template = ("template", "template_variables", "system", "enable_thinking")
+    return {name: tree[name] for name in (*template, "image", "video", "audio")}
 
 
 def export_adapter(

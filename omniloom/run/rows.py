@@ -37,7 +37,7 @@ DESCRIBED_FILES = 8
 SILENT_RATE = 16000  # Hz at which sound is counted for a model without an audio tower
 # What verbs that train nothing take: for a prompt, and beside it for a file of rows.
 PROMPT_KEYS = (
-    *("data.template", "data.system", "data.enable_thinking", "data.allow_urls"),
+    *("data.template", "data.template_variables.*", "data.system", "data.enable_thinking", "data.allow_urls"),
     *("data.image.*", "data.video.*", "data.audio.*"),
 )
 ROW_KEYS = (

@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from omniloom.processors.chat_template import (
     find_source,
     messages_of,
     named_source,
+    open_template,
 )
 from omniloom.processors.rendering import Renderer, _plain_extents, split_reasoning
 from omniloom.types import Conversation, MediaSource, Part, SampleError, Turn
@@ -536,6 +538,45 @@ def test_an_empty_think_block_is_context_where_thinking_is_off():
     reasoned = say(("user", "q"), ("assistant", [Part(kind="reasoning", text="r"), Part(kind="text", text="a")]))
     both = trained(THINKING, reasoned, enable_thinking=False)
     assert "‹<think>\nr\n</think>\n\na<|im_end|>›" in both  # reasoning that a row gives is trained either way
+
+
+def open_with(folder, jinja, variables):
+    """The renderer of a checkpoint with this template, under the variables of the config."""
+    (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
+    options, media = ProcessorOptions(template_variables=variables), SimpleNamespace(pads=PADS, words=WORDS)
+    template = open_template(folder, options, SimpleNamespace(special_tokens_map={}), media)
+    return Renderer(template, options, "<|im_end|>")
+
+
+def test_variables_of_the_config_reach_the_template_as_transformers_hands_them_over(tmp_path):
+    reasoned = [Part(kind="reasoning", text="r"), Part(kind="text", text="a")]
+    conversation = say(("system", "s"), ("user", "q"), ("assistant", reasoned), ("user", "p"), ("assistant", "b"))
+    for variables in ({}, {"preserve_thinking": True}, {"reasoning_effort": "high"}):
+        made = open_with(tmp_path, QWEN3_5, variables)
+        assert made.render(conversation).text == oracle(QWEN3_5, conversation, **variables)
+        assert ("<think>\n‹r\n</think>\n\na<|im_end|>›" in show(made.render(conversation))) == (
+            "preserve_thinking" in variables
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "preserve_thinkin",
+            r"data\.template_variables\.preserve_thinkin: .*does not ask for it; did you mean preserve_th",
+        ),
+        (
+            "effort",
+            r"data\.template_variables\.effort: .*does not ask for it; it asks for preserve_thinking, .*reasoning_effort",
+        ),
+        ("enable_thinking", r"not to be given here; data\.enable_thinking says it"),
+        ("messages", r"data\.template_variables\.messages: not to be given here"),
+    ],
+)
+def test_variables_that_a_template_does_not_ask_for_are_refused(tmp_path, name, words):
+    with pytest.raises(ValueError, match=words):
+        open_with(tmp_path, QWEN3_5, {name: "x"})
 
 
 # ------------------------------------------------------------------------------------ templates and refusals
