@@ -35,14 +35,17 @@ class Setting:
     grouped_by_length: bool = False
     experts: Literal["grouped_mm", "eager", ""] = ""  # "" for models without experts
     lora: bool = False
+    compiled: bool = False
 
     @property
     def name(self) -> str:
+        compiled = ", compiled" if self.compiled else ""
         if self.loop == "omniloom":
-            return f"omniloom {self.precision}"
+            return f"omniloom {self.precision}{compiled}"
         order = "length-grouped" if self.grouped_by_length else "shuffled"
         what = ["transformers", *(["peft"] if self.lora else []), self.precision]
-        return f"{' '.join(what)}, {self.experts + ', ' if self.experts else ''}{self.rows_per_batch} {order} rows"
+        experts = f", {self.experts}" if self.experts else ""
+        return f"{' '.join(what)}{experts}, {self.rows_per_batch} {order} rows{compiled}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,7 @@ def train_omniloom(prepared: Path, setting: Setting) -> Result:
     from omniloom.run.opening import build_model, build_optimizer, load_weights, open_workshop
 
     dtype = {"float32": "float32", "mixed": "bf16"}[setting.precision]
-    words = [f"model.path={prepared / 'checkpoint'}", f"model.dtype={dtype}"]
+    words = [f"model.path={prepared / 'checkpoint'}", f"model.dtype={dtype}", f"memory.compile={setting.compiled}"]
     words += [f"train.betas={BETAS[0]},{BETAS[1]}", f"train.epsilon={EPSILON}"]
     config = load_config(None, words + (lora_words(prepared) if setting.lora else []))
     workshop = open_workshop(config)
@@ -187,6 +190,10 @@ def train_transformers(prepared: Path, setting: Setting) -> Result:
         attention = r"model\.(language_model\.)?layers\.\d+\.self_attn\.[qkvo]_proj"
         model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=attention))
     model.train()
+    if setting.compiled:  # blocks, as ours; batches are of unlike lengths
+        for name, layers in model.named_modules():
+            for layer in layers if name.endswith(("layers", "blocks")) else ():
+                layer.compile(dynamic=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True)
     meter, totals = Meter(), {"useful": 0, "computed": 0}

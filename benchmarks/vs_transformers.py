@@ -140,25 +140,28 @@ def _fill(plans: Sequence[StepPlan]) -> float:
 def settings(options: argparse.Namespace) -> list[Setting]:
     """Ours, then transformers' with every batch size, order and experts implementation."""
     shared = {"num_threads": options.threads, "num_warmup_steps": options.warmup_steps, "lora": options.lora}
+    compiled = (False, True) if options.compile else (False,)
     has_experts = options.family in ("qwen3_omni", "qwen3_vl_moe", "qwen3_5_moe")
     implementations = (("grouped_mm",) if options.quick else ("grouped_mm", "eager")) if has_experts else ("",)
     chosen = []
     for precision in options.precisions:
         if precision != "bf16":
-            chosen.append(Setting(loop="omniloom", precision=precision, **shared))
+            chosen += [Setting(loop="omniloom", precision=precision, compiled=how, **shared) for how in compiled]
         for experts in implementations:
             for grouped in (True,) if options.quick else (False, True):
                 for rows in options.rows_per_batch:
-                    chosen.append(
+                    chosen += [
                         Setting(
                             loop="transformers",
                             precision=precision,
                             rows_per_batch=rows,
                             grouped_by_length=grouped,
                             experts=experts,
+                            compiled=how,
                             **shared,
                         )
-                    )
+                        for how in compiled
+                    ]
     return chosen
 
 
@@ -294,6 +297,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", default=["float32", "mixed"], choices=list(DTYPES))
     parser.add_argument("--rows-per-batch", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--quick", action="store_true", help="of transformers only grouped_mm and length-grouped rows")
+    parser.add_argument("--compile", action="store_true", help="each contender with compiled blocks too")
     parser.add_argument("--end-to-end", action="store_true", help="also run `omniloom train` on the files")
     parser.add_argument("--out", type=Path, help="write PATH.md and, with the raw numbers, PATH.json")
     options = parser.parse_args()

@@ -126,7 +126,7 @@ class Attention(nn.Module):
         heads = (-1, self.head_dim)
         maps = (projection.as_map(draw_key) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (rows.unflatten(-1, heads) for rows in linears(hidden, *maps))  # [T, H, D], twice [T, Hkv, D]
-        q, *gate = q.unflatten(1, (-1, 1 + self.output_gate)).unbind(2)
+        q, *gate = q.unflatten(1, (-1, 2)).unbind(2) if self.output_gate else (q,)  # backward of unbind is a copy
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             assert rotary is not None, "heads that are normed are turned too"

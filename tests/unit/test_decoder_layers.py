@@ -9,9 +9,10 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from omniloom.models.decoder import Decoder, DecoderLayer, LossHead
-from omniloom.models.layers import GatedMLP, Linear
+from omniloom.models.layers import Attention, GatedMLP, Linear
 from omniloom.ops.rotary import Rotary, multimodal_rotary
 from omniloom.parallel.recompute import recompute_layers
 from omniloom.types import PackedBatch, Segments, TowerRows
@@ -118,3 +119,35 @@ def test_bounds_on_the_host_are_those_on_the_device_without_empty_segments() -> 
     assert segments.cu_seqlens.tolist() == [0, 3, 7, 8, 8, 8, 8, 8]
     assert segments.bounds == (0, 3, 7, 8)
     assert segments.max_length == 4
+
+
+class Names(TorchDispatchMode):
+    """Of the operations inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_of_queries_are_copied_only_where_a_gate_lies_between_them(gated: bool) -> None:
+    attention = Attention(
+        hidden_size=WIDTH,
+        num_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        biases=(False,) * 4,
+        qk_norm_eps=EPS,
+        causal=True,
+        kernel="eager",
+        output_gate=gated,
+    )
+    segments = Segments(cu_seqlens=torch.tensor([0, 5], dtype=torch.int32), bounds=(0, 5), max_length=5)
+    rotary = multimodal_rotary(torch.arange(5).expand(3, -1), head_dim=8, theta=1e4, sections=(2, 1, 1), order="blocks")
+    with Names() as names:
+        attention(torch.randn(5, WIDTH, requires_grad=True), rotary, segments).sum().backward()
+    assert ("aten.stack.default" in names.found) == gated
