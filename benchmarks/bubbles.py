@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from omniloom.parallel.mesh import Degrees
+from omniloom.parallel.degrees import Degrees
 from omniloom.parallel.pipeline import Action, order_of, split_layers
 from omniloom.sharding import ShardingPlan
 

@@ -106,9 +106,10 @@ def _resident(field: str) -> int:
 def train_omniloom(prepared: Path, setting: Setting) -> Result:
     """Our step as `run/trainer.py` takes it: packs of equal length through run_packs, clipping, fused AdamW."""
     from omniloom.config import load_config
+    from omniloom.parallel.degrees import resolve_degrees
     from omniloom.parallel.encoder_pool import EncoderPool
     from omniloom.parallel.gradients import clip_gradients
-    from omniloom.parallel.mesh import build_layout, close_distributed, init_distributed, resolve_degrees
+    from omniloom.parallel.mesh import build_layout, close_distributed, init_distributed
     from omniloom.parallel.step import Objective, run_packs
     from omniloom.run.opening import build_model, build_optimizer, load_weights, open_workshop
 

@@ -30,10 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script:
 
 from omniloom.config import load_config
 from omniloom.families.registry import find_spec
+from omniloom.parallel.degrees import resolve_degrees
 from omniloom.parallel.device import choose_device, peak_memory_bytes, synchronize
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
-from omniloom.parallel.mesh import build_layout, close_distributed, init_distributed, resolve_degrees
+from omniloom.parallel.mesh import build_layout, close_distributed, init_distributed
 from omniloom.parallel.staging import stage
 from omniloom.parallel.step import Objective, run_packs
 from omniloom.run.opening import build_model, build_optimizer, open_workshop

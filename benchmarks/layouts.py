@@ -46,10 +46,11 @@ from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, materialize
 from omniloom.parallel.collectives import group_of
+from omniloom.parallel.degrees import Degrees, resolve_degrees
 from omniloom.parallel.device import peak_memory_bytes, synchronize
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
-from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed, resolve_degrees
+from omniloom.parallel.mesh import Layout, build_layout, close_distributed, init_distributed
 from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.ring import ring_attention, ring_attention_backward
 from omniloom.parallel.segments import ATTENTION_SCALE

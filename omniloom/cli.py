@@ -60,6 +60,7 @@ def train(
 ) -> None:
     """Train a model: omniloom train CONFIG a.b=c ..., or just model.path=DIR data.train=FILE."""
     from omniloom.config import config_from_words
+    from omniloom.parallel.degrees import resolve_degrees
     from omniloom.tools.launch import Launch, launch_or_join
 
     config = config_from_words(words or [])  # a wrong word ends here, before torch is imported and ranks are started
@@ -72,9 +73,13 @@ def train(
         done = "wrote {}/report.html".format
         return train_with_report(config, on_end=lambda run_dir: print(done(run_dir)), overwrite=overwrite)
 
+    def check_world(num_ranks: int) -> None:
+        if config.parallel.layout == "given":
+            resolve_degrees(config.parallel, num_ranks, packs_per_step=config.train.packs_per_step)
+
     flags = ["--overwrite"] if overwrite else []
     launch = Launch(nproc=nproc, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=rdzv_endpoint)
-    raise typer.Exit(launch_or_join(run_here, ["train", *flags, *(words or [])], launch))
+    raise typer.Exit(launch_or_join(run_here, ["train", *flags, *(words or [])], launch, check_world))
 
 
 @app.command()

@@ -16,10 +16,11 @@ from torch.distributed import ProcessGroup
 
 from omniloom.config import MemoryConfig, ParallelConfig
 from omniloom.parallel.context import GatherRows, UlyssesCore, UlyssesRecurrence, check_heads
+from omniloom.parallel.degrees import Degrees
 from omniloom.parallel.device import HostCopies
 from omniloom.parallel.expert import ExpertDispatch, LocalWeights, SumOverGroup
 from omniloom.parallel.fsdp import match_modules, shard_parameters
-from omniloom.parallel.mesh import Degrees, Layout
+from omniloom.parallel.mesh import Layout
 from omniloom.parallel.pipeline import cut_decoder, layer_owners, split_layers
 from omniloom.parallel.recompute import OffloadingCall, recompute_layers
 from omniloom.parallel.ring import RingCore

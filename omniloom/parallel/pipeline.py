@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from omniloom.config import ParallelConfig
+from omniloom.parallel.degrees import Degrees
 from omniloom.parallel.fsdp import set_all_reduce, shard_root
-from omniloom.parallel.mesh import Degrees, Layout
+from omniloom.parallel.mesh import Layout
 from omniloom.sharding import ShardingPlan
 from omniloom.types import ROUTER, TEXT, LossTerms, PackedBatch, TowerRows
 

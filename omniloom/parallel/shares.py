@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from omniloom.parallel.degrees import Degrees
 from omniloom.parallel.fsdp import choose_dim, is_named
-from omniloom.parallel.mesh import Degrees
 from omniloom.parallel.tensor import divided_linears
 from omniloom.sharding import ShardingPlan
 

@@ -27,8 +27,8 @@ from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.models.decoder import Decoder
 from omniloom.ops.cross_entropy import choose_chunk_tokens
 from omniloom.ops.nf4 import BLOCK, BLOCK_BYTES
+from omniloom.parallel.degrees import Degrees
 from omniloom.parallel.fsdp import is_named
-from omniloom.parallel.mesh import Degrees
 from omniloom.parallel.optimizer import state_bytes
 from omniloom.parallel.pipeline import layer_owners
 from omniloom.parallel.shares import local_shape, stages_of

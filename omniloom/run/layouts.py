@@ -13,7 +13,7 @@ from typing import Literal
 
 from omniloom.config import ContextConfig, MemoryConfig
 from omniloom.parallel.apply import check_plan
-from omniloom.parallel.mesh import Degrees, resolve_degrees
+from omniloom.parallel.degrees import Degrees, resolve_degrees
 from omniloom.run.footprint import Footprint, ModelSizes
 from omniloom.run.opening import Workshop
 from omniloom.run.step_time import Clock, Machine, StepTime

@@ -13,8 +13,8 @@ from functools import cached_property, lru_cache
 
 from omniloom.config import MemoryConfig
 from omniloom.families.cost import audio_flops, layer_flops, vision_flops
+from omniloom.parallel.degrees import Degrees
 from omniloom.parallel.fsdp import is_named
-from omniloom.parallel.mesh import Degrees
 from omniloom.run.footprint import COUNTED_FRAMES, NUM_SAMPLES, ModelSizes, packs_of_rank
 
 PICTURE = (1, 64, 64)  # patches of a picture of the pack that is assumed

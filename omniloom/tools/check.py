@@ -25,8 +25,8 @@ from omniloom.data.planner import check_pack_counts
 from omniloom.data.row_media import KINDS, PLACEHOLDER
 from omniloom.data.rows import clips_of
 from omniloom.data.sources import Sources
+from omniloom.parallel.degrees import Degrees
 from omniloom.parallel.device import choose_device, computes_bf16, total_memory_bytes
-from omniloom.parallel.mesh import Degrees
 from omniloom.processors.grounding import relative_points
 from omniloom.run.description import describe_kernels
 from omniloom.run.directory import check_start, find_finished

@@ -60,11 +60,17 @@ class Job:
         return {"MASTER_ADDR": self.host, **{name: str(value) for name, value in values.items()}}
 
 
-def launch_or_join(run: Callable[[], int], arguments: list[str], launch: Launch) -> int:
-    """Call `run` here, or start this machine's ranks with these arguments. Returns the exit code; raises ValueError."""
+def launch_or_join(
+    run: Callable[[], int], arguments: list[str], launch: Launch, check_world: Callable[[int], object]
+) -> int:
+    """Call `run` here, or start this machine's ranks with these arguments. Returns the exit code; raises ValueError.
+
+    `check_world` is told the number of ranks before any is started, and raises ValueError where it does not do.
+    """
     job, local_rank = find_place(launch, os.environ)
     if job is None:
         return run()
+    check_world(job.world)
     if local_rank is None:
         return _launch(arguments, job)
     os.environ.update(job.environment(local_rank))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from omniloom.config import config_from_words
-from omniloom.parallel.mesh import resolve_degrees
+from omniloom.parallel.degrees import resolve_degrees
 from omniloom.run.footprint import ModelSizes
 from omniloom.run.layouts import Candidate, rank_layouts
 from omniloom.run.opening import open_workshop

@@ -26,9 +26,10 @@ from omniloom.data.collate import collate
 from omniloom.families.registry import find_spec
 from omniloom.models.fusion import OmniModel
 from omniloom.ops import attention
+from omniloom.parallel.degrees import Degrees, resolve_degrees
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
-from omniloom.parallel.mesh import Degrees, build_layout, resolve_degrees
+from omniloom.parallel.mesh import build_layout
 from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.staging import list_tensors, stage
 from omniloom.parallel.step import Objective, evaluate, run_packs

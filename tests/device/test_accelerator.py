@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from omniloom.parallel.mesh import resolve_degrees
+from omniloom.parallel.degrees import resolve_degrees
 from omniloom.run.footprint import ModelSizes
 from tests.device.cases import CASES, FAST, LORA, OFFLOADED, SLOW
 from tests.device.steps import open_case

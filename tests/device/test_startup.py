@@ -20,8 +20,9 @@ from omniloom.config import load_config
 from omniloom.data.agreement import PlanningRanks
 from omniloom.data.planner import Planner
 from omniloom.parallel.apply import apply_parallelism
+from omniloom.parallel.degrees import resolve_degrees
 from omniloom.parallel.encoder_pool import EncoderPool
-from omniloom.parallel.mesh import build_layout, resolve_degrees
+from omniloom.parallel.mesh import build_layout
 from omniloom.run.opening import Workshop, apply_policy
 from omniloom.types import Extent
 from tests.device.fake_device import one_of

@@ -25,19 +25,12 @@ from omniloom.families.spec import ModelSpec
 from omniloom.models.fusion import OmniModel
 from omniloom.ops.linear_map import keyed_seed
 from omniloom.parallel.apply import apply_parallelism, materialize
+from omniloom.parallel.degrees import Degrees, resolve_degrees
 from omniloom.parallel.device import HostCopies
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.fsdp import match_modules
 from omniloom.parallel.gradients import clip_gradients, gradient_norm
-from omniloom.parallel.mesh import (
-    Degrees,
-    Layout,
-    Ranks,
-    build_layout,
-    close_distributed,
-    init_distributed,
-    resolve_degrees,
-)
+from omniloom.parallel.mesh import Layout, Ranks, build_layout, close_distributed, init_distributed
 from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.recompute import OffloadingCall
 from omniloom.parallel.shares import local_shape

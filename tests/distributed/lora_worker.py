@@ -22,8 +22,9 @@ from omniloom.config import Config, LoraConfig, MemoryConfig, ModelConfig, Paral
 from omniloom.models.fusion import OmniModel
 from omniloom.ops.linear_map import keyed_seed
 from omniloom.ops.nf4 import unpack
+from omniloom.parallel.degrees import resolve_degrees
 from omniloom.parallel.encoder_pool import EncoderPool
-from omniloom.parallel.mesh import Ranks, build_layout, close_distributed, init_distributed, resolve_degrees
+from omniloom.parallel.mesh import Ranks, build_layout, close_distributed, init_distributed
 from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.step import Objective, run_packs
 from omniloom.run.opening import Workshop, all_parameters, build_model, load_weights, open_workshop

@@ -18,8 +18,9 @@ from omniloom.config import Config, DataConfig, MemoryConfig, ModelConfig, Paral
 from omniloom.data.loader import Loader
 from omniloom.data.planner import plan_all
 from omniloom.data.sources import open_sources
+from omniloom.parallel.degrees import resolve_degrees
 from omniloom.parallel.encoder_pool import EncoderPool
-from omniloom.parallel.mesh import Ranks, build_layout, close_distributed, init_distributed, resolve_degrees
+from omniloom.parallel.mesh import Ranks, build_layout, close_distributed, init_distributed
 from omniloom.parallel.step import Objective, evaluate, run_packs
 from omniloom.run.opening import Workshop, build_model, load_weights, open_workshop
 from omniloom.run.rows import open_rows

@@ -92,7 +92,8 @@ def test_a_checkpoint_goes_on_in_another_layout(folder: Path, first: str, second
 
 BODY = """
 import os, sys, time, torch
-from omniloom.parallel.mesh import Degrees, build_layout, init_distributed, says_rank_is_gone
+from omniloom.parallel.degrees import Degrees
+from omniloom.parallel.mesh import build_layout, init_distributed, says_rank_is_gone
 from omniloom.parallel.pipeline import Message, _Mail
 from omniloom.parallel.watchdog import Watchdog
 

@@ -18,9 +18,10 @@ from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.fusion import OmniModel
 from omniloom.models.layers import LayerCall
 from omniloom.parallel.apply import apply_parallelism, check_plan, materialize
+from omniloom.parallel.degrees import Degrees
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients, gradient_norm
-from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed
+from omniloom.parallel.mesh import Layout, build_layout, close_distributed, init_distributed
 from omniloom.parallel.optimizer import make_optimizer
 from omniloom.parallel.recompute import RecomputingCall
 from omniloom.parallel.step import Objective, evaluate, run_packs

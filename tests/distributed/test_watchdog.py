@@ -13,7 +13,8 @@ from omniloom.exit_codes import HUNG
 
 BODY = """
 import sys, time
-from omniloom.parallel.mesh import Degrees, build_layout, init_distributed
+from omniloom.parallel.degrees import Degrees
+from omniloom.parallel.mesh import build_layout, init_distributed
 from omniloom.parallel.watchdog import Watchdog
 
 ranks = init_distributed(timeout_seconds=120)

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from omniloom.checkpoint.hf import local_region, read_tensor
 from omniloom.config import Config, ModelConfig, ParallelConfig
-from omniloom.parallel.mesh import build_layout, close_distributed, init_distributed, resolve_degrees
+from omniloom.parallel.degrees import resolve_degrees
+from omniloom.parallel.mesh import build_layout, close_distributed, init_distributed
 from omniloom.run.opening import build_model, load_weights, open_workshop
 
 WORLD = 4

@@ -384,11 +384,21 @@ def test_two_ranks_say_what_is_wrong_once(work) -> None:
     assert line.startswith("error: data.template: unknown template 'llama3'")
 
 
-def test_two_ranks_are_not_started_for_a_command_that_is_wrong(work, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train.stps=2"], "did you mean train.steps?"),
+        (["parallel.tensor=4", "data.pack_tokens=512"], "makes 4 ranks, but 2 were started"),
+        (["train.packs_per_step=1"], "1 packs cannot feed 2 data-parallel ranks"),
+        (["parallel.expert=3"], "parallel.expert: 3 does not divide shard x context x tensor = 2; choose from [1, 2]"),
+        (["parallel.pipeline_layers=1,1"], "parallel.pipeline_layers divide the layers over stages"),
+    ],
+)
+def test_two_ranks_are_not_started_for_a_command_that_is_wrong(words, expected, work, capsys, monkeypatch) -> None:
     monkeypatch.setattr("omniloom.tools.launch._launch", lambda *_: pytest.fail("ranks were started"))
-    code, text = omniloom(capsys, monkeypatch, *train_words(work, "train.stps=2"), "--nproc", "2")
+    code, text = omniloom(capsys, monkeypatch, *train_words(work, *words), "--nproc", "2")
     assert code == 2
-    assert "did you mean train.steps?" in text
+    assert expected in text
 
 
 @pytest.mark.parametrize("case", ["tokenizer without media tokens", "a missing image"])

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed
+from omniloom.parallel.degrees import Degrees
+from omniloom.parallel.mesh import Layout, build_layout, close_distributed, init_distributed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,7 +10,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from omniloom.parallel.mesh import Degrees, Layout, build_layout, close_distributed, init_distributed
+from omniloom.parallel.degrees import Degrees
+from omniloom.parallel.mesh import Layout, build_layout, close_distributed, init_distributed
 from omniloom.run.answers import answer_pack, make_room
 from omniloom.types import IGNORE_LABEL, Segments
 from tests.parity import builders

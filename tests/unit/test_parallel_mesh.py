@@ -9,7 +9,7 @@ import pytest
 
 from omniloom.config import ParallelConfig
 from omniloom.parallel.context import check_heads
-from omniloom.parallel.mesh import Degrees, resolve_degrees
+from omniloom.parallel.degrees import Degrees, resolve_degrees
 
 
 def test_shard_auto_fills_the_world() -> None:

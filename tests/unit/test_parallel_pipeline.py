@@ -11,7 +11,7 @@ from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, _get
 from benchmarks.bubbles import busiest_over_mean, formula, idle_share
 from omniloom.families.registry import find_spec
 from omniloom.parallel.apply import check_plan
-from omniloom.parallel.mesh import Degrees
+from omniloom.parallel.degrees import Degrees
 from omniloom.parallel.pipeline import layer_owners, order_of, split_layers
 from omniloom.sharding import ShardingPlan
 from tests.parity.published_configs import PUBLISHED

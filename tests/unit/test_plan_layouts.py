@@ -11,7 +11,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from omniloom.config import ConfigError, MemoryConfig, load_config
-from omniloom.parallel.mesh import Degrees, build_layout, close_distributed, init_distributed
+from omniloom.parallel.degrees import Degrees
+from omniloom.parallel.mesh import build_layout, close_distributed, init_distributed
 from omniloom.run.footprint import ModelSizes
 from omniloom.run.layouts import RECOMPUTES, choose_degrees, layouts_of, rank_layouts
 from omniloom.run.opening import Workshop, build_model, build_optimizer, load_weights

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from omniloom.config import ConfigError, load_config
 from omniloom.ops.nf4 import is_packed, pack, shape_of, unpack
-from omniloom.parallel.mesh import Degrees
+from omniloom.parallel.degrees import Degrees
 from omniloom.run.best import read_evaluations
 from omniloom.run.footprint import ModelSizes
 from omniloom.run.opening import apply_policy, load_weights, open_workshop

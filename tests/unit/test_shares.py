@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 from omniloom.config import MemoryConfig, ParallelConfig
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.parallel.apply import apply_parallelism
-from omniloom.parallel.mesh import build_layout, resolve_degrees
+from omniloom.parallel.degrees import resolve_degrees
+from omniloom.parallel.mesh import build_layout
 from omniloom.parallel.pipeline import layer_owners
 from omniloom.parallel.shares import local_shape, stages_of
 from tests.device.fake_device import one_of

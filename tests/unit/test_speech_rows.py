@@ -20,7 +20,7 @@ from omniloom.data.speech import with_codes
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.parallel.apply import check_plan
 from omniloom.parallel.context import move_chunks, slice_batch
-from omniloom.parallel.mesh import Degrees
+from omniloom.parallel.degrees import Degrees
 from omniloom.run.opening import open_workshop
 from omniloom.run.rows import open_rows
 from omniloom.tools.tiny import make_tiny, tiny_config

@@ -17,7 +17,8 @@ import omniloom
 from omniloom.checkpoint.hf import gather_full
 from omniloom.config import load_config
 from omniloom.keymap import KeyMap, Rule
-from omniloom.parallel.mesh import Degrees, build_layout, close_distributed, init_distributed
+from omniloom.parallel.degrees import Degrees
+from omniloom.parallel.mesh import build_layout, close_distributed, init_distributed
 from omniloom.run import trainer
 from omniloom.run.opening import build_model, load_weights, open_workshop
 from omniloom.run.results import export_model
