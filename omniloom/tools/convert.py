@@ -21,7 +21,7 @@ from omniloom.data.sources import open_sources
 from omniloom.options import Format, VideoConfig
 from omniloom.run.rows import ROW_KEYS
 from omniloom.tools.write_shards import SampleParts, ShardWriter
-from omniloom.types import Conversation, MediaKind, MediaSource, Part, SampleError, Turn, suggest
+from omniloom.types import Conversation, MediaKind, MediaSource, Part, SampleError, Speech, Turn, suggest
 
 SHARDS = "webdataset"
 TAKES = (*ROW_KEYS, "data.allow_urls")
@@ -81,7 +81,7 @@ def convert_row(row: dict[str, Any], file: str, line: int, options: DataConfig, 
     # what a row leaves to the config of a run is what reads otherwise under another
     asked = replace(options, video=VideoConfig(use_audio=True, fps=options.video.fps + 1))
     usual, other = (parse_row(row, file=file, line=line, options=config) for config in (options, asked))
-    writer = _TurnWriter(place, _clips(other, "video"))
+    writer = _TurnWriter(place, _clips(other, "video"), os.path.dirname(file))
     found: dict[str, Any] = {"id": usual.id}
     found["messages"] = [message for turn in usual.turns for message in writer.messages(turn)]
     if boxes := [box for turn in usual.turns for part in turn.parts for box in part.boxes]:
@@ -112,21 +112,25 @@ class InFolder:
     def data(self, content: bytes, kind: MediaKind) -> str:
         return "data:;base64," + base64.b64encode(content).decode()
 
+    def recording(self, path: str) -> str:
+        return self.file(path, "audio")
+
 
 Place = InFolder | SampleParts  # where a written row finds its media, and what it calls them
 
 
 class _TurnWriter:
-    """Writes turns; `others` are the row's videos in order, as another config reads them."""
+    """Writes turns; `others` are the row's videos in order, as another config reads them, `folder` that of the row."""
 
-    def __init__(self, place: Place, others: Iterator[MediaSource]) -> None:
+    def __init__(self, place: Place, others: Iterator[MediaSource], folder: str) -> None:
         self._place = place
         self._others = others
+        self._folder = folder
 
     def messages(self, turn: Turn) -> Iterator[dict[str, Any]]:
         """A turn as one message, and further ones of calls from the first on that has a weight of its own."""
         weighted = next((at for at, part in enumerate(turn.parts) if part.weight is not None), len(turn.parts))
-        message = {"role": turn.role, **self._fields(turn, turn.parts[:weighted])}
+        message = {"role": turn.role, **self._fields(turn, turn.parts[:weighted]), **self._speech(turn.speech)}
         yield message if turn.weight is None else {**message, "loss_scale": turn.weight}
         runs: list[list[Part]] = []
         for part in turn.parts[weighted:]:
@@ -153,6 +157,15 @@ class _TurnWriter:
             calls = [_call(part.text) for part in parts[-num_calls:]]
             found["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         return found
+
+    def _speech(self, speech: Speech | None) -> dict[str, Any]:
+        if speech is None:
+            return {}
+        codes = list(map(list, speech.codes)) if speech.source is None else self._file(speech.source, "audio")
+        found = {"speech": codes, "speaker": speech.speaker}
+        if speech.recording:
+            found["recording"] = self._place.recording(os.path.join(self._folder, speech.recording))
+        return {name: value for name, value in found.items() if value}
 
     def _content(self, parts: Sequence[Part]) -> str | list[dict[str, Any]]:
         texts = [part.text for part in parts if part.kind == "text"]

@@ -29,7 +29,7 @@ _SUFFIX = re.compile(r"\.([A-Za-z0-9]{1,5})$")
 _BEGINNINGS = (  # of files that come without a name
     *((rb"\xff\xd8\xff", "jpg"), (rb"\x89PNG", "png"), (rb"GIF8", "gif"), (rb"RIFF....WEBP", "webp"), (rb"BM", "bmp")),
     *((rb"RIFF....WAVE", "wav"), (rb"fLaC", "flac"), (rb"OggS", "ogg"), (rb"ID3|\xff[\xe2-\xfb]", "mp3")),
-    *((rb"....ftyp", "mp4"), (rb"\x1aE\xdf\xa3", "mkv"), (rb"RIFF....AVI ", "avi")),
+    *((rb"....ftyp", "mp4"), (rb"\x1aE\xdf\xa3", "mkv"), (rb"RIFF....AVI ", "avi"), (rb"\x93NUMPY", "npy")),
 )
 _TABLES = """
 CREATE TABLE samples (tar_file_id INTEGER NOT NULL, sample_key TEXT NOT NULL UNIQUE, sample_index INTEGER NOT NULL,
@@ -66,6 +66,10 @@ class SampleParts:
 
     def data(self, content: bytes, kind: MediaKind) -> str:
         return self._add(content, None)
+
+    def recording(self, path: str) -> str:
+        """Not stored: training reads the codes that were made of it."""
+        return ""
 
     def _add(self, data: bytes, suffix: str | None) -> str:
         if suffix is None:

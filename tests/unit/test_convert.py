@@ -75,9 +75,15 @@ def rows_with_placeholders(draw: st.DrawFn, name: str) -> dict:
             {"role": "assistant", "content": answers[0], "loss_scale": draw(WEIGHTS)},
             *({"role": "tool_call", "content": call, "loss_scale": draw(WEIGHTS)} for call in calls),
             {"role": "tool_response", "content": answers[1]},
-            {"role": "assistant", "content": "done", "loss": draw(WEIGHTS)},
+            {"role": "assistant", "content": "done", "loss": draw(WEIGHTS), **draw(SPEECH)},
         ]
     return row
+
+
+SPEECH = st.just({}) | st.fixed_dictionaries(
+    {"speech": st.sampled_from([[[1, 2, 3], [4, 5, 6]], "media/a.wav", "data:;base64,k05VTVBZ"])},
+    optional={"speaker": st.just("Ethan")},
+)
 
 
 @st.composite
@@ -170,6 +176,14 @@ def test_media_are_found_from_the_new_file_wherever_it_lies(folder: Path, tmp_pa
         assert "gone.png does not exist" in problems[0]
         (block, _) = json.loads((target / "new.jsonl").read_text())["messages"][0]["content"]
         assert block == {"type": "image", "image": path}
+
+
+def test_the_recording_of_codes_is_found_from_the_new_file(folder: Path, tmp_path: Path) -> None:
+    spoken = {"role": "assistant", "content": "A.", "speech": [[1, 2]], "recording": "media/a.wav"}
+    row = {"messages": [{"role": "user", "content": "?"}, spoken]}
+    for target, path in ((folder, "media/a.wav"), (tmp_path, str(folder / "media" / "a.wav"))):
+        written = convert_row(row, str(folder / "rows.json"), 1, ANYWHERE, InFolder(target))
+        assert written["messages"][1] == {**spoken, "recording": path}
 
 
 def test_plain_words_stay_plain(folder: Path) -> None:

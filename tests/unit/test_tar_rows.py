@@ -26,11 +26,12 @@ from omniloom.config import DataConfig, DataSource
 from omniloom.data.formats import describe_format, parse_row
 from omniloom.data.plain_pickle import read_plain_pickle
 from omniloom.data.sources import open_sources
+from omniloom.data.speech import with_codes
 from omniloom.data.tar_rows import sample_row
 from omniloom.tools.convert import convert_file
 from omniloom.tools.score import score_rows
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import Conversation, SampleError
+from omniloom.types import Conversation, SampleError, Speech
 from tests.media_rows import write_media_rows
 
 JPEG, MP3 = b"\xff\xd8\xff picture", b"ID3 sound"
@@ -343,6 +344,22 @@ def test_written_shards_score_as_their_source(shards: tuple[Path, Path], tmp_pat
     assert len(scores) == 8
     assert not bad
     assert score_rows(model, shards[1], words) == (scores, [])
+
+
+def test_speech_stays_with_its_answer_in_written_shards(tmp_path: Path) -> None:
+    codes = np.array([[1, 2, 3], [4, 5, 6]])
+    np.save(tmp_path / "b.npy", codes)
+    lines = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "A.", "speech": speech}]}
+        for speech in (codes.tolist(), "b.npy")
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(lines))
+    convert_file("webdataset", tmp_path / "rows.json", tmp_path / "written")
+    shards = open_sources((str(tmp_path / "written"),))
+    for number in range(2):
+        row, file, line = shards.read_row(number)
+        answer = with_codes(parse_row(row, file=file, line=line, options=DataConfig())).turns[1]
+        assert answer.speech == Speech(codes=((1, 2, 3), (4, 5, 6)))
 
 
 def test_the_same_rows_are_the_same_samples_whatever_they_are_stored_in(tmp_path: Path) -> None:
