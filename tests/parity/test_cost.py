@@ -1,6 +1,7 @@
 """The planner's FLOP estimate is what torch counts in transformers' forward pass."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from omniloom.families.cost import audio_flops, decoder_flops, vision_flops
 from omniloom.families.registry import spec_named
+from omniloom.ops.delta_rule import CHUNK
 from omniloom.tools.tiny import make_tiny
 
 # Rotary tables are left out, and convolutions are counted as if frames halved without rounding up.
@@ -108,9 +110,13 @@ def test_decoder_flops_of_a_dense_decoder(windowed):
 # ------------------------------------------------------------------------------------ Qwen3.5
 
 
-def test_decoder_flops_of_layers_with_a_delta_rule(tmp_path):
+def test_decoder_flops_of_layers_with_a_delta_rule(tmp_path, monkeypatch):
     """torch counts no triangular systems, and our estimate no short convolutions; both are made up for here."""
     from transformers import Qwen3_5MoeForConditionalGeneration
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling
+
+    by_our_chunks = partial(modeling.torch_chunk_gated_delta_rule, chunk_size=CHUNK)
+    monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", by_our_chunks)
 
     directory, num_tokens = make_tiny("qwen3_5_moe", tmp_path / "checkpoint"), 256
     model = Qwen3_5MoeForConditionalGeneration.from_pretrained(
@@ -120,7 +126,7 @@ def test_decoder_flops_of_layers_with_a_delta_rule(tmp_path):
     ids = torch.randint(0, 1000, (1, num_tokens), generator=torch.Generator().manual_seed(0))
     counted, dims = count(lambda: model(input_ids=ids)), text.delta_rule
     masked = 2 * num_tokens**2 * text.num_attention_heads * text.head_dim  # of the one layer with attention
-    solved = num_tokens * dims.linear_num_value_heads * 64 * (dims.linear_key_head_dim + dims.linear_value_head_dim)
+    solved = num_tokens * dims.linear_num_value_heads * CHUNK * (dims.linear_key_head_dim + dims.linear_value_head_dim)
     channels = 2 * dims.key_width + dims.value_width
     convolved = 2 * num_tokens * dims.linear_conv_kernel_dim * channels
     expected = counted - masked + len(text.delta_layers) * (solved - convolved)
