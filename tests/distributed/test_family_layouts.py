@@ -1,6 +1,7 @@
 """Runs of families draw on four ranks the loss curve of one: shards, tensors, experts, and the pool over all ranks.
 
-Gradients of every family in every layout are compared in `test_layouts.py`.
+Gradients of every family in every layout are compared in `test_layouts.py`, curves of Qwen3-Omni in
+`test_training_ranks.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ LAYOUTS = {  # a dense family with all media, one with experts, and one with a d
     "qwen3_vl_moe": ("parallel.tensor=2", "parallel.expert=4"),
     "qwen3_5_moe": ("parallel.pipeline=2", "parallel.expert=2"),
 }
-CASES = [pytest.param(family, marks=() if family == "qwen3_vl_moe" else pytest.mark.full) for family in LAYOUTS]
 
 
 def curve(model: Path, rows: Path, nproc: int, layout: tuple[str, ...]) -> list[dict]:
@@ -39,7 +39,8 @@ def curve(model: Path, rows: Path, nproc: int, layout: tuple[str, ...]) -> list[
     return read_lines(run_dir / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.full
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_four_ranks_draw_the_loss_curve_of_one(family: str, tmp_path: Path) -> None:
     model = make_tiny(family, tmp_path / "model")
     rows = write_media_rows(tmp_path, hears="omni" in family)

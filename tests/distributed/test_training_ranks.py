@@ -27,7 +27,7 @@ LAYOUTS = {
     "ring 2": (2, ("parallel.context.ring=2",)),
     "replicate 2, pool of all": (2, ("parallel.replicate=2", "parallel.encoder_pool=data")),
 }
-FULL = ("2 ranks", "ring 2", "replicate 2, pool of all")  # of the kind of others: with the whole matrices alone
+FULL = ("2 ranks", "tensor 2 x expert 2", "ring 2", "replicate 2, pool of all")  # with the whole matrices alone
 MANY = [pytest.param(name, marks=pytest.mark.full if name in FULL else ()) for name in LAYOUTS if name != "1 rank"]
 
 
