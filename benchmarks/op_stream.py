@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from math import prod
@@ -31,11 +31,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the fake device lies among the tests
 
 from omniloom.families.cost import audio_flops, decoder_flops, vision_flops
+from omniloom.ops.delta_rule import GROUP, rule_by_chunks, rule_by_chunks_backward
 from omniloom.parallel.staging import to_device
 from omniloom.run.opening import Workshop
 from omniloom.training.flops import TrainingWork
@@ -70,6 +72,13 @@ ROWS = (
         policy=FROZEN_TOWERS,
     ),
     Row(name="Qwen2.5-Omni-7B full, no recompute", model="Qwen2.5-Omni-7B"),
+    Row(name="Qwen3.5-4B full, no recompute", model="Qwen3.5-4B"),
+    Row(
+        name="Qwen3.5-35B-A3B, 12 layers full, tower frozen",
+        model="Qwen3.5-35B-A3B",
+        layers={"text": 12},
+        policy={"vision": {"freeze": True}},
+    ),
 )
 
 
@@ -81,7 +90,13 @@ class Roofline:
     bandwidth: float = 3.6e12  # bytes/s, three quarters of what is published
     link: float = 3.6e11  # bytes/s out of one of eight devices, four fifths of NVLink's
     shares: Mapping[str, float] = field(
-        default_factory=lambda: {"product": 0.70, "grouped": 0.50, "attention": 0.36, "attention backward": 0.30}
+        default_factory=lambda: {
+            "product": 0.70,
+            "product in float32": 0.70 * 67 / 989,  # without tensor cores, as PyTorch has it by default
+            "grouped": 0.50,
+            "attention": 0.36,
+            "attention backward": 0.30,
+        }
     )
     least_seconds: float = 2.2e-6  # of any kernel
     sort_passes: int = 8
@@ -106,7 +121,11 @@ class Cost:
 
 # ---------------------------------------------------------------------------------------- one operation
 
-GEMMS = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "bmm": (0, 1)}
+GEMMS = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "matmul": (0, 1)}
+OPENED: Mapping[str, Callable[..., Any]] = {
+    "linear_attention": rule_by_chunks,
+    "linear_attention_backward": rule_by_chunks_backward,
+}
 GATHERS = {"index", "index_select", "embedding", "gather"}  # of a table no more is read than is taken
 SCATTERS = {"index_put_", "index_add", "index_copy", "index_add_", "index_copy_", "scatter_", "scatter_add_"}
 WRITES_ONLY = {"copy_", "fill_", "zero_"}
@@ -121,13 +140,27 @@ class Meter:
         self.roofline, self.segments = roofline, segments
         self.costs: dict[tuple[str, str, str], Cost] = defaultdict(Cost)
         self._first_backward: int | None = None
+        self._opened: dict[tuple[Any, ...], list[tuple[str, str, Cost]]] = {}
 
     def __call__(self, record: Record, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         name = func._schema.name.split("::")[1]
         if func.is_view or name.startswith(FREE) or record.phase == "opening":
             return
-        kind, cost = self._cost(func, name, args, kwargs, out)
-        self.costs[self._phase(record.phase), kind, name].add(cost)
+        phase = self._phase(record.phase)
+        for part, kind, cost in self._parts(func, name, args, kwargs, out):
+            self.costs[phase, kind, part].add(cost)
+
+    def _parts(self, func: Any, name: str, args: tuple, kwargs: dict, out: Any) -> list[tuple[str, str, Cost]]:
+        """Name, kind and cost of an operation, or, of one of ours that is made of many, of those."""
+        if name not in OPENED:
+            return [(name, *self._cost(func, name, args, kwargs, out))]
+        key = (name, *(each.shape for each in args))
+        if key not in self._opened:
+            groups = args[0].shape[0] // GROUP  # each is made of the same
+            with _Inside(self) as inside:
+                OPENED[name](*(each[: max(1, len(each) // groups)] for each in args))
+            self._opened[key] = groups * inside.parts
+        return self._opened[key]
 
     def _phase(self, phase: str) -> str:
         if phase != "backward":
@@ -148,7 +181,8 @@ class Meter:
         kind, flops, idle = "element by element", 0.0, 0.0
         if name in GEMMS:
             left, right = (args[place] for place in GEMMS[name])
-            kind, flops = "product", 2.0 * left.numel() * right.shape[-1]
+            kind = "product in float32" if left.dtype == torch.float32 else "product"
+            flops = 2.0 * left.numel() * right.shape[-1]
         elif name == "convolution":
             kind, flops = "product", 2.0 * out.numel() * args[1][0].numel()
         elif name == "convolution_backward":
@@ -178,6 +212,21 @@ class Meter:
         idle = (bounds.shape[0] - 1) * -(-max(lengths) // rows) - used
         idle_seconds = idle * q.shape[1] * self.roofline.idle_block_seconds
         return ("attention backward", 2.5 * flops, idle_seconds) if backward else ("attention", flops, idle_seconds)
+
+
+class _Inside(TorchDispatchMode):
+    """Has the operations counted that an operation of ours is made of."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter = meter
+        self.parts: list[tuple[str, str, Cost]] = []
+
+    def __torch_dispatch__(self, func: Any, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), func._schema.name.split("::")[1]
+        if not func.is_view and not name.startswith(FREE):
+            self.parts.append((name, *self.meter._cost(func, name, args, kwargs or {}, out)))
+        return out
 
 
 def _traffic(func: Any, name: str, args: tuple, kwargs: dict, out: Any) -> Iterator[float]:

@@ -228,12 +228,12 @@ def _diagonal_blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _scan(group: _Group, solved: _Solved, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What tokens write [n, H, C, Dv], the states before each chunk [n, H, Dk, Dv] and the one after the last."""
     writing = (group.k * group.writes).mT
-    written, states = torch.empty_like(solved.values), state.new_empty(len(group.k), *state.shape)
+    written, states = torch.empty_like(solved.values), state.new_empty(len(group.k) + 1, *state.shape)
+    states[0] = state
     for chunk in range(len(group.k)):
-        states[chunk] = state
-        torch.baddbmm(solved.values[chunk], solved.removed[chunk], state, alpha=-1, out=written[chunk])
-        state = torch.baddbmm(group.keeps[chunk] * state, writing[chunk], written[chunk])
-    return written, states, state
+        torch.baddbmm(solved.values[chunk], solved.removed[chunk], states[chunk], alpha=-1, out=written[chunk])
+        torch.baddbmm(group.keeps[chunk] * states[chunk], writing[chunk], written[chunk], out=states[chunk + 1])
+    return written, states[:-1], states[-1].clone()  # whoever keeps the last one keeps no others
 
 
 def _rows_of(inputs: tuple[Tensor, ...], number: int) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -244,11 +244,10 @@ def _rows_of(inputs: tuple[Tensor, ...], number: int) -> tuple[list[Tensor], Ten
     return [q, k, *others], q_scale, k_scale
 
 
-@torch.library.custom_op("omniloom::linear_attention", mutates_args=())
-def _linear_attention(
+def rule_by_chunks(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns the output [T, H, Dv] and the states before each group of chunks [G, H, Dk, Dv]."""
+    """The output [T, H, Dv] and the states before each group of chunks [G, H, Dk, Dv]."""
     out, kept = torch.empty_like(v, memory_format=torch.contiguous_format), []
     state = v.new_zeros(v.shape[1], k.shape[2], v.shape[2], dtype=torch.promote_types(v.dtype, torch.float32))
     for number, start in enumerate(range(0, v.shape[0], GROUP)):
@@ -262,10 +261,10 @@ def _linear_attention(
     return out, torch.stack(kept)
 
 
-@torch.library.custom_op("omniloom::linear_attention_backward", mutates_args=())
-def _linear_attention_backward(
+def rule_by_chunks_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, cu_seqlens: Tensor, kept: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, decay and beta."""
     inputs = (q, k, v, decay, beta)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
     state_grad = torch.zeros_like(kept[0])  # of the state after the group
@@ -282,6 +281,12 @@ def _linear_attention_backward(
     return grads[0], grads[1], grads[2], grads[3], grads[4]
 
 
+_linear_attention = torch.library.custom_op("omniloom::linear_attention", rule_by_chunks, mutates_args=())
+_linear_attention_backward = torch.library.custom_op(
+    "omniloom::linear_attention_backward", rule_by_chunks_backward, mutates_args=()
+)
+
+
 def _group_backward(
     group: _Group, state: Tensor, out_grad: Tensor, state_grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -296,13 +301,13 @@ def _group_backward(
     from_out = (group.q @ group.k.mT).mul_(group.between).mT @ out_grad
     to_state = (group.q * group.reads).mT @ out_grad
     writing = group.k * group.writes
-    written_grad, after = torch.empty_like(written), torch.empty_like(states)  # after: of the state after each chunk
+    written_grad, state_grads = torch.empty_like(written), state.new_empty(len(group.k) + 1, *state.shape)
+    state_grads[-1] = state_grad  # those before are of the states before each chunk
     for chunk in reversed(range(len(group.k))):
-        after[chunk] = state_grad
-        torch.baddbmm(from_out[chunk], writing[chunk], state_grad, out=written_grad[chunk])
-        state_grad = torch.baddbmm(
-            group.keeps[chunk] * state_grad + to_state[chunk], solved.removed[chunk].mT, written_grad[chunk], alpha=-1
-        )
+        torch.baddbmm(from_out[chunk], writing[chunk], state_grads[chunk + 1], out=written_grad[chunk])
+        kept = torch.addcmul(to_state[chunk], group.keeps[chunk], state_grads[chunk + 1])
+        torch.baddbmm(kept, solved.removed[chunk].mT, written_grad[chunk], alpha=-1, out=state_grads[chunk])
+    after = state_grads[1:]
     right_grad = solved.inverse.mT @ written_grad
     system_grad = (right_grad @ written.mT).mul_(group.earlier)  # against its direction, and before beta
     seen_grad = (out_grad @ written.mT).mul_(group.between)
@@ -324,7 +329,7 @@ def _group_backward(
         group.beta * right_grad,
         decay_grad,
         beta_grad,
-        state_grad,
+        state_grads[0],
     )
 
 
