@@ -212,7 +212,8 @@ def _bounds(values: Sequence[float], floor: float | None) -> tuple[float, float]
         low, high = min(low, floor), max(high, floor)
     if high - low <= 1e-9 * max(abs(high), abs(low)):  # alike, but for the rounding of means
         margin = abs(high) / 2 or 1.0
-        return low - (margin if floor is None or low > floor else 0), high + margin
+        below = 0.0 if low == floor else min(margin, low) if low >= 0 else margin  # figures that are never negative
+        return low - below, high + margin
     return low, high
 
 

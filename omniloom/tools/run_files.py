@@ -96,8 +96,8 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def points_of(metrics: Sequence[Line], key: str) -> list[tuple[float, float]]:
-    """(step, value) of the lines that have a number under this key."""
-    return [(float(line["step"]), float(line[key])) for line in metrics if is_number(line.get(key))]
+    """(steps done, value) of the lines that have a number under this key."""
+    return [(float(line["step"]) + 1, float(line[key])) for line in metrics if is_number(line.get(key))]
 
 
 def _read_json(path: Path, absent: Any) -> Any:

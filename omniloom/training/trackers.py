@@ -1,12 +1,14 @@
 """Experiment trackers beside TensorBoard: Weights & Biases, SwanLab, MLflow, each through its own library.
 
 Accounts, servers and offline modes are the libraries' own settings (`WANDB_MODE=offline`, `SWANLAB_MODE=offline`,
-`MLFLOW_TRACKING_URI`). A run is called by its directory.
+`MLFLOW_TRACKING_URI`, and `MLFLOW_ALLOW_FILE_STORE=true` for files on a disk). A run is called by its
+directory.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,14 +44,22 @@ def _open_swanlab(project: str, run_dir: Path, about: Mapping[str, Any]) -> Trac
 def _open_mlflow(project: str, run_dir: Path, about: Mapping[str, Any]) -> Tracker:
     import mlflow
 
-    mlflow.set_experiment(project)
-    mlflow.start_run(run_name=run_dir.name)
-    mlflow.log_dict(dict(about), "config.json")
+    try:
+        mlflow.set_experiment(project)
+        mlflow.start_run(run_name=run_dir.name)
+        mlflow.log_dict(dict(about), "config.json")
+    except mlflow.MlflowException as error:
+        raise ConfigError([f"log.mlflow: {error}"], "the configuration") from None
 
     def log(figures: Mapping[str, float], step: int) -> None:
-        mlflow.log_metrics({key.replace(":", "_"): value for key, value in figures.items()}, step=step)
+        named = {re.sub(r"[^\w.\- ]", "_", key): value for key, value in figures.items()}  # others are refused
+        mlflow.log_metrics(named, step=step, synchronous=False)  # a server that does not answer delays and ends no step
 
-    return Tracker(log=log, close=mlflow.end_run)
+    def close() -> None:
+        mlflow.flush_async_logging()
+        mlflow.end_run()
+
+    return Tracker(log=log, close=close)
 
 
 TRACKERS: Mapping[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = MappingProxyType(

@@ -391,6 +391,12 @@ def test_every_figure_has_a_curve_and_the_last_evaluation_counts(tmp_path: Path)
     assert "Evaluation: mine" in text
     assert "Evaluation: loss by modality" in text
     assert "step 20 of 400" in text
+    assert ">20\nEvaluation: mine 3<" in (run / "report.html").read_text()  # the axis counts steps that are done
+
+
+def test_a_figure_that_stays_zero_has_an_axis_from_zero() -> None:
+    svg = line_chart([Series(name="x", points=[(1.0, 0.0), (2.0, 0.0)])], label="x")
+    assert re.findall(r'text-anchor="end">([^<]*)<', svg)[0] == "0"
 
 
 def test_runs_are_compared_by_figures_curves_and_what_differs(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_figures_reach_every_tracker_that_is_named(tmp_path: Path, monkeypatch: 
     check_trackers(config)
     trackers = open_trackers(config, tmp_path, {"train": {"steps": 3}})
     log = MetricsLog(tmp_path, first_step=0, tensorboard=False, trackers=trackers)
-    log.write(replace(line(4), evaluation={"eval_wer": 0.5}))
+    log.write(replace(line(4), evaluation={"eval_wer": 0.5}, samples_of={"数据 (1)+b:c/../d": 3}))
     log.close()
     for name, begun, logged, ended in (
         ("wandb", "init", "log", "finish"),
@@ -84,10 +84,23 @@ def test_figures_reach_every_tracker_that_is_named(tmp_path: Path, monkeypatch: 
         calls = [call for call, *_ in libraries[name].calls]
         assert calls.index(begun) < calls.index(logged) < calls.index(ended)
         (found,) = [(arguments, options) for call, arguments, options in libraries[name].calls if call == logged]
-        assert found[1] == {"step": 4}
+        assert found[1]["step"] == 4
+        assert ("num_samples.数据 _1__b_c_.._d" in found[0][0]) == (name == "mlflow")  # it refuses other signs
         assert found[0][0]["eval_wer"] == 0.5
         assert "step" not in found[0][0]
         assert "mine" in json.dumps(libraries[name].calls, default=str)
+
+
+def test_what_mlflow_refuses_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library: Any = types.SimpleNamespace(MlflowException=type("MlflowException", (Exception,), {}))
+
+    def refuse(project: str) -> None:
+        raise library.MlflowException(f"no store for {project}")
+
+    library.set_experiment = refuse
+    monkeypatch.setitem(sys.modules, "mlflow", library)
+    with pytest.raises(ConfigError, match=r"log\.mlflow: no store for mine"):
+        open_trackers(LogConfig(mlflow="mine"), tmp_path, {})
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
