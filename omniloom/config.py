@@ -134,8 +134,7 @@ class DataConfig(ProcessorOptions):
 
 OWN_OPTIONS = (  # of the data section, what a data set may have of its own
     *("format", "attr", "max_samples", "split", "media_dir", "unplaced_media", "image", "video", "audio"),
-    *("template", "system", "train_on_prompt", "last_turn_only", "enable_thinking"),
-    "template_variables",
+    *("template", "template_variables", "system", "train_on_prompt", "last_turn_only", "enable_thinking"),
 )
 
 

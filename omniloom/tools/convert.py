@@ -104,16 +104,18 @@ class InFolder:
     def file(self, path: str, kind: MediaKind) -> str:
         if not path.startswith(("data:", "http://", "https://")) and not os.path.isfile(path):
             raise SampleError(kind, f"{path} does not exist")
-        is_below = path.startswith(self._folder.rstrip(os.sep) + os.sep)
-        if os.path.isabs(path) and not is_below:
-            self.outside.add(path)
-        return os.path.relpath(path, self._folder) if is_below else path
+        found = self.recording(path)
+        if os.path.isabs(found):
+            self.outside.add(found)
+        return found
 
     def data(self, content: bytes, kind: MediaKind) -> str:
         return "data:;base64," + base64.b64encode(content).decode()
 
     def recording(self, path: str) -> str:
-        return self.file(path, "audio")
+        """The name of a file that training does not read, whether it is there or not."""
+        is_below = path.startswith(self._folder.rstrip(os.sep) + os.sep)
+        return os.path.relpath(path, self._folder) if is_below else path
 
 
 Place = InFolder | SampleParts  # where a written row finds its media, and what it calls them

@@ -53,7 +53,7 @@ def _open_mlflow(project: str, run_dir: Path, about: Mapping[str, Any]) -> Track
 
     def log(figures: Mapping[str, float], step: int) -> None:
         named = {re.sub(r"[^\w.\- ]", "_", key): value for key, value in figures.items()}  # others are refused
-        mlflow.log_metrics(named, step=step, synchronous=False)  # a server that does not answer delays and ends no step
+        mlflow.log_metrics(named, step=step, synchronous=False)  # sent by a thread of MLflow's
 
     def close() -> None:
         mlflow.flush_async_logging()

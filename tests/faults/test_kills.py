@@ -196,7 +196,7 @@ def kill_workers(server: RunServer, words: list[str], folder: Path, times: int) 
 
 
 @pytest.mark.parametrize(
-    ("of_one", "of_launcher", "of_two"), [(4, 1, 1), pytest.param(21, 2, 4, marks=pytest.mark.full)], ids=["9", "30"]
+    ("of_one", "of_launcher", "of_two"), [(9, 1, 2), pytest.param(21, 2, 4, marks=pytest.mark.full)], ids=["15", "30"]
 )
 def test_kills_of_ranks_launcher_and_workers_change_nothing(
     server, words, tmp_path, record_property, of_one, of_launcher, of_two

@@ -179,11 +179,15 @@ def test_media_are_found_from_the_new_file_wherever_it_lies(folder: Path, tmp_pa
 
 
 def test_the_recording_of_codes_is_found_from_the_new_file(folder: Path, tmp_path: Path) -> None:
-    spoken = {"role": "assistant", "content": "A.", "speech": [[1, 2]], "recording": "media/a.wav"}
-    row = {"messages": [{"role": "user", "content": "?"}, spoken]}
-    for target, path in ((folder, "media/a.wav"), (tmp_path, str(folder / "media" / "a.wav"))):
-        written = convert_row(row, str(folder / "rows.json"), 1, ANYWHERE, InFolder(target))
-        assert written["messages"][1] == {**spoken, "recording": path}
+    """Or its name is, where it is not there: only `check` looks for it."""
+    for name in ("media/a.wav", "media/gone.wav"):
+        spoken = {"role": "assistant", "content": "A.", "speech": [[1, 2]], "recording": name}
+        row = {"messages": [{"role": "user", "content": "?"}, spoken]}
+        for target, path in ((folder, name), (tmp_path, str(folder / name))):
+            place = InFolder(target)
+            written = convert_row(row, str(folder / "rows.json"), 1, ANYWHERE, place)
+            assert written["messages"][1] == {**spoken, "recording": path}
+            assert not place.outside  # of media, which training reads
 
 
 def test_plain_words_stay_plain(folder: Path) -> None:
