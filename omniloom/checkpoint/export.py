@@ -17,13 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from omniloom.checkpoint.agreement import agree, attempt, rank
 from omniloom.checkpoint.files import sync_directory, write_json
-from omniloom.checkpoint.tensor_files import DTYPES, INDEX_NAME, HFCheckpoint, TensorEntry
+from omniloom.checkpoint.tensor_files import DTYPES, INDEX_NAME, HFCheckpoint, TensorEntry, bytes_of
 from omniloom.keymap import Assembly, KeyMap, listed
 
 MARKER_NAME = "omniloom_export.json"
@@ -238,9 +237,7 @@ class _Writer:
         if tensor.numel():
             with target.open("r+b") as stream:
                 stream.seek(start)
-                # as_strided, since a single element is contiguous with any stride, and keeps it in a view
-                flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
-                stream.write(flat.view(torch.uint8).numpy().data)
+                stream.write(bytes_of(tensor.contiguous()))
 
 
 def _other_files(directory: Path) -> Iterable[tuple[Path, Path]]:

@@ -236,11 +236,16 @@ def _read_box(file: IO[bytes], start: int, shape: Shape, box: Box, out: Tensor) 
             out[place : place + len(rows)] = rows[(slice(None), *(slice(low, high) for low, high in box[1:]))]
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, by as_strided: a single element counts as one with any stride."""
+    assert tensor.is_contiguous(), tensor.stride()
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
 def _fill(file: IO[bytes], start: int, out: Tensor) -> None:
     if out.numel() == 0:
         return
-    assert out.is_contiguous(), out.stride()
-    view = out.as_strided((out.numel(),), (1,)).view(torch.uint8).numpy().data  # a single element keeps any stride
+    view = bytes_of(out)
     file.seek(start)
     done = 0
     while done < len(view):

@@ -186,7 +186,8 @@ class Decoder(nn.Module):
         kept = {self.speech_layer: hidden}  # the first layer's input, until that layer has run
         last = (self.speech_layer if batch.speech.reads_hidden else 0) if speech_alone else None
         hidden, sums, counts = self.run_layers(hidden, batch, media, kept, last)
-        heard = self.gather_rows(kept[self.speech_layer])[rows.hidden_index]
+        states = kept[self.speech_layer]
+        heard = (self.gather_rows(states) if batch.speech.reads_hidden else states)[rows.hidden_index]
         if self.speech_layer == len(self.layers):  # transformers has the last state normed
             assert self.loss_head is not None
             heard = self.loss_head(heard, None, None, norm_only=True)
