@@ -339,8 +339,9 @@ class TurnFinder:
 def _plain_extents(turns: Sequence[Turn], text: str, leaves: Sequence[Leaf]) -> list[tuple[int, int]] | None:
     """Where pieces of a conversation are that are plain words, each of which `text` has once, and in order, or None.
 
-    A second rendering could say nothing else of them. Not plain are calls, reasoning, which templates leave out, and
-    words with tags (`<think>`, `[THINK]`), which templates may take for what opens or ends an answer.
+    A second rendering says nothing else of them, unless the template leaves them out and has the same words once
+    between the turns itself. Not plain are calls, reasoning, which templates leave out, and words with tags (`<think>`,
+    `[THINK]`), which templates may take for what opens or ends an answer.
     """
     extents: list[tuple[int, int]] = []
     done = 0
