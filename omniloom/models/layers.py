@@ -130,7 +130,7 @@ class Attention(nn.Module):
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             assert rotary is not None, "heads that are normed are turned too"
-            norms = HeadNorms(self.q_norm.factor, self.k_norm.factor, self.q_norm.eps, rotary)
+            norms = HeadNorms(self.q_norm.factor, self.k_norm.factor, (self.q_norm.eps, self.k_norm.eps), rotary)
         elif rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         out = self.core(q, k, v, segments, norms)  # [T, H, D]

@@ -67,12 +67,12 @@ class HeadNorms(NamedTuple):
 
     q_weight: Tensor  # [D]
     k_weight: Tensor  # [D]
-    eps: float
+    eps: tuple[float, float]  # of q and k: one number for both, traced as a symbol, breaks a second model's graph
     rotary: Rotary
 
     def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q [T, H, D], k [T, Hkv, D], normed and turned; differentiable."""
-        q, k = rms_norm(q, self.q_weight, self.eps), rms_norm(k, self.k_weight, self.eps)
+        q, k = rms_norm(q, self.q_weight, self.eps[0]), rms_norm(k, self.k_weight, self.eps[1])
         return apply_rotary(q, self.rotary), apply_rotary(k, self.rotary)
 
 
@@ -98,9 +98,9 @@ def segment_attention(
     Returns: [T, H, D]. Raises: ValueError if the kernel cannot run here.
     """
     kernel = resolve_kernel(kernel, q.device.type, q.dtype)
-    of_norms = (
-        (0.0,) if norms is None else (norms.eps, norms.q_weight, norms.k_weight, norms.rotary.cos, norms.rotary.sin)
-    )
+    of_norms: tuple[Any, ...] = ((0.0, 0.0),)
+    if norms is not None:
+        of_norms = norms.eps, norms.q_weight, norms.k_weight, norms.rotary.cos, norms.rotary.sin
     on_host = segments.bounds if npu.takes(q) else ()  # who compiles for others need not look at them
     return _Attention.apply(kernel, causal, segments.max_length, on_host, segments.cu_seqlens, q, k, v, *of_norms)
 
@@ -246,15 +246,15 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        eps: float,
+        eps: tuple[float, float],
         *norms: Tensor,
     ) -> Tensor:
         """`norms` are the weights of q and k, cosines and sines; or nothing."""
         heads = (q, k)
         if norms:
             q_weight, k_weight, cos, sin = norms
-            normed, k_scale = normalise(k, k_weight, eps)
-            heads = (turn(normalise(q, q_weight, eps)[0], cos, sin), turn(normed, cos, sin))
+            normed, k_scale = normalise(k, k_weight, eps[1])
+            heads = (turn(normalise(q, q_weight, eps[0])[0], cos, sin), turn(normed, cos, sin))
             norms = (*norms, heads[1], k_scale)  # keys are few, and made again for more than they take
         if kernel == "flash" and on_host:
             out, *kept = npu.attention(*heads, v, on_host, causal)
@@ -278,7 +278,7 @@ class _Attention(torch.autograd.Function):
         heads = (q, k)
         if norms:
             q_weight, k_weight, cos, sin, turned, k_scale = norms
-            normed, q_scale = normalise(q, q_weight, eps)
+            normed, q_scale = normalise(q, q_weight, eps[0])
             heads = (turn(normed, cos, sin), turned)
         if kernel == "flash" and on_host:
             largest, log_of_sums = kept

@@ -275,11 +275,11 @@ def run_layout(
     setup = set_up(case, parallel, memory, layouts)
     loss, router_loss = setup.step(reference.objective)
     norm = gradient_norm(setup.model.parameters(), setup.layout.device, setup.repeated).item()
-    errors, missing = {}, []
+    parameters, errors, missing = setup.parameters, {}, []
     for name, expected in reference.gradients.items():
-        if name not in setup.parameters:  # another stage's
+        if name not in parameters:  # another stage's
             continue
-        gradient = setup.parameters[name].grad
+        gradient = parameters[name].grad
         if gradient is None:
             missing.append(name)
             continue

@@ -20,14 +20,17 @@ from omniloom.data.loader import Loader
 from omniloom.data.planner import plan_all
 from omniloom.data.sources import open_sources
 from omniloom.models.fusion import OmniModel
+from omniloom.models.layers import Attention
+from omniloom.ops.attention import HeadNorms
 from omniloom.ops.linear_map import keyed_seed
+from omniloom.ops.rotary import Rotary
 from omniloom.ops.torch_operators import count_graphs
 from omniloom.parallel.fsdp import match_modules
 from omniloom.parallel.recompute import Recompute, recompute_layers
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.rows import open_rows
 from omniloom.tools.tiny import make_tiny, tiny_config
-from omniloom.types import CODE0, CODES, PackedBatch, PackPlan
+from omniloom.types import CODE0, CODES, PackedBatch, PackPlan, Segments
 from tests.device.steps import Case, Content, make_pack, open_case
 
 FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
@@ -180,3 +183,24 @@ def test_frames_of_any_number_share_the_graphs_of_a_compiled_talker(tmp_path: Pa
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert not counters["graph_break"]
     assert 0 < counter.frame_count <= 3  # experts', feed-forwards', and these again for any number of frames
+
+
+class _NormingCore(nn.Module):
+    """Norms heads itself, as a core does that exchanges them between ranks."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, norms: HeadNorms) -> Tensor:
+        q, k = norms(q, k)
+        return q + k + v
+
+
+def test_models_of_unlike_epsilons_are_compiled_in_one_process() -> None:
+    angles, segments = torch.randn(6, 4), Segments.from_lengths([6], num_bounds=2)
+    for eps in (1e-6, 1e-5, 0.1):
+        heads = {"num_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+        settings = {"biases": (False,) * 4, "qk_norm_eps": eps, "causal": True, "kernel": "eager"}
+        attention = Attention(hidden_size=16, **heads, **settings)
+        attention.core = _NormingCore()
+        rows = torch.randn(6, 16)
+        expected = attention(rows, Rotary(cos=angles.cos(), sin=angles.sin()), segments)
+        attention.compile(backend="aot_eager")
+        torch.testing.assert_close(attention(rows, Rotary(cos=angles.cos(), sin=angles.sin()), segments), expected)

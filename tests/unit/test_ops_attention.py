@@ -62,7 +62,7 @@ def test_norms_within_equal_norms_before_and_keep_one_copy_of_keys_alone(kernel,
     q, k, v = (random_heads(17, heads, 8, generator) for heads in (4, 2, 2))
     weights = [(1 + 0.1 * torch.randn(8, generator=generator)).requires_grad_(not frozen) for _ in range(2)]
     angles = torch.randn(17, 4, generator=generator)
-    norms = HeadNorms(*weights, 1e-6, Rotary(cos=angles.cos(), sin=angles.sin()))
+    norms = HeadNorms(*weights, (1e-6, 1e-6), Rotary(cos=angles.cos(), sin=angles.sin()))
     segments, kept = segments_of([5, 8, 4]), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         out = segment_attention(q, k, v, segments, causal=True, kernel=kernel, norms=norms)

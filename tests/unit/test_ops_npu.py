@@ -302,7 +302,7 @@ def test_attention_within_segments(library: TorchNPU, causal: bool, normed: bool
     inputs, norms, heads = [q, k, v], None, (q, k)
     if normed:
         weights, angles = (random(8, seed=3), random(8, seed=4)), random(11, 4, seed=5).detach()
-        norms = HeadNorms(*weights, 1e-6, Rotary(cos=angles.cos(), sin=angles.sin()))
+        norms = HeadNorms(*weights, (1e-6, 1e-6), Rotary(cos=angles.cos(), sin=angles.sin()))
         inputs += weights
         normed_heads = (norm.rms_norm_reference(x, w, 1e-6) for x, w in zip((q, k), weights, strict=True))
         heads = tuple(rotary.apply_rotary_reference(x, norms.rotary) for x in normed_heads)
