@@ -126,7 +126,7 @@ def export(
     directory: Annotated[Path, typer.Argument(help="where to write it")],
     adapter: Annotated[bool, typer.Option(help="LoRA adapters alone, as PEFT loads them; else merged")] = False,
     best: Annotated[bool, typer.Option("--best", help="the run's best checkpoint, by its checkpoint.best")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in DIRECTORY")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export in DIRECTORY")] = False,
 ) -> None:
     """Write a Hugging Face directory from a run or one of its checkpoints."""
     from omniloom.tools.export import export_checkpoint

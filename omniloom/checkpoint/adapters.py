@@ -144,7 +144,6 @@ def write_adapter(
     *,
     base_name: str,
     trained: Collection[str] = (),
-    overwrite: bool = False,
     group: ProcessGroup | None = None,
 ) -> Path:
     """Write adapters, and weights of ours in `trained` that train beside them, as PEFT loads them. Returns the folder.
@@ -153,12 +152,12 @@ def write_adapter(
     `base_name` is what others call the published model: its directory, or the hub's id.
     Weights in `trained` are saved as PEFT's `modules_to_save`, which fit the class in config.json's `architectures`.
 
-    Raises: ValueError on every rank if the directory holds something else (unless `overwrite`) or cannot be written.
+    Raises: ValueError on every rank if the directory holds something else or cannot be written.
     """
     directory = Path(directory)
     targets = adapter_targets(assemblies)
     first = rank(group) == 0
-    agree(_refusal(directory) if first and not overwrite else None, group)
+    agree(_refusal(directory) if first else None, group)
     whole = [_whole_part(assemblies[name]) for name in trained]
     tensors: dict[str, Tensor] = {}
     for part in (*_parts(adapters, targets), *whole):

@@ -41,7 +41,6 @@ def export(
     files: Mapping[str, dict[str, Any]] | None = None,
     dropped: Collection[str] = (),
     note: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
     group: ProcessGroup | None = None,
 ) -> Path:
     """Write `names` of ours, taken from `gather`, and all else of `source` into `out_dir`, atomically.
@@ -50,15 +49,15 @@ def export(
     collective, which returns the full tensor, any float dtype, on rank 0. Tensors of ours in `dropped` (cut layers) are
     left out. `files` are JSON files, by name, in place of the source's; `note` goes into the export's marker.
 
-    Raises: ValueError on every rank if `out_dir` holds something that is no earlier export (unless `overwrite`), for
-        tensors that do not fit the source, and when the disk is full; what was there before is then untouched.
+    Raises: ValueError on every rank if `out_dir` holds something that is no earlier export, for tensors that do not
+        fit the source, and when the disk is full; what was there before is then untouched.
     """
     assemblies = key_map.assemblies(source.shapes)
     plan = _plan(source, assemblies, key_map, names, dropped)
     writer = _Writer(Path(out_dir), source, plan) if rank(group) == 0 else None
     words = f"write the export {out_dir}", "; nothing there was changed"
     try:
-        fault = attempt(lambda: writer.begin(files or {}, note or {}, overwrite), *words) if writer else None
+        fault = attempt(lambda: writer.begin(files or {}, note or {}), *words) if writer else None
         agree(fault, group)
         for name in (name for name in assemblies if name in plan.places):
             tensor = gather(name)
@@ -122,11 +121,11 @@ class _Writer:
         self.previous = out_dir.parent / f".{out_dir.name}.previous"
         self.offsets: dict[str, tuple[Path, int]] = {}
 
-    def begin(self, files: Mapping[str, dict[str, Any]], note: Mapping[str, Any], overwrite: bool) -> None:
+    def begin(self, files: Mapping[str, dict[str, Any]], note: Mapping[str, Any]) -> None:
         """Check the target, copy all that was not trained, leave room for the rest."""
         if self.previous.is_dir() and not self.out_dir.exists():
             self.previous.rename(self.out_dir)  # a kill between the two renames of an earlier export
-        self._check_target(overwrite)
+        self._check_target()
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         needed = sum(entry.num_bytes for entry in self.plan.entries.values())
@@ -170,13 +169,13 @@ class _Writer:
         sync_directory(self.out_dir.parent)
         shutil.rmtree(self.previous, ignore_errors=True)
 
-    def _check_target(self, overwrite: bool) -> None:
+    def _check_target(self) -> None:
         if self.out_dir.resolve() == self.source.directory.resolve():
             raise ValueError(f"{self.out_dir} is the source of this model; export into another directory")
         if self.out_dir.exists() and not self.out_dir.is_dir():
             raise ValueError(f"{self.out_dir} is a file; export into a directory")
         held = self.out_dir.is_dir() and any(self.out_dir.iterdir())
-        if held and not overwrite and not (self.out_dir / MARKER_NAME).is_file():
+        if held and not (self.out_dir / MARKER_NAME).is_file():
             raise ValueError(f"{self.out_dir} is not empty and no earlier export; choose another directory or empty it")
 
     def _copy_other_files(self, files: Mapping[str, dict[str, Any]], note: Mapping[str, Any]) -> None:

@@ -156,14 +156,15 @@ def settle(
         known = sums.setdefault(report.index, report.weight_sums)
         # a failure reports 0, the others what it is
         sums[report.index] = {name: tuple(map(max, known[name], own)) for name, own in report.weight_sums.items()}
-    missing = [pack.index for pack in step.packs if pack.index not in sums]
+    loaded = [pack for pack in step.packs if pack.index in sums]  # empty ones need not be
+    missing = [pack.index for pack in step.packs if pack.samples and pack.index not in sums]
     assert not missing, f"no rank loaded packs {missing} of step {step.step}"
     good = {
         pack.index: [position for position in range(len(pack.samples)) if position not in failed[pack.index]]
-        for pack in step.packs
+        for pack in loaded
     }
-    scales = {pack.index: _rescale(pack, good[pack.index]) if pack_means else 1.0 for pack in step.packs}
-    samples = [pack.samples[position] for pack in step.packs for position in good[pack.index]]
+    scales = {pack.index: _rescale(pack, good[pack.index]) if pack_means else 1.0 for pack in loaded}
+    samples = [pack.samples[position] for pack in loaded for position in good[pack.index]]
     weight_sums = {TEXT: 0.0, ROUTER: float(sum(bool(positions) for positions in good.values()))}
     for index, positions in good.items():
         for name, own in sums[index].items():
@@ -171,7 +172,7 @@ def settle(
             weight_sums[name] = sum((scale * own[position] for position in positions), weight_sums.get(name, 0.0))
     agreement = StepAgreement(
         weight_sums=weight_sums,
-        bad=tuple(failed[pack.index][position] for pack in step.packs for position in sorted(failed[pack.index])),
+        bad=tuple(failed[pack.index][position] for pack in loaded for position in sorted(failed[pack.index])),
         stats=count_samples(samples),
     )
     return agreement, tuple(_blank(pack, failed[pack.index], scales.get(pack.index, 1.0)) for pack in packs)

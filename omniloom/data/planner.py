@@ -359,11 +359,16 @@ def check_pack_counts(packs_per_step: int, data_world: int) -> str | None:
     )
 
 
-def assign_packs(packs: Sequence[PackPlan], data_rank: int, data_world: int) -> tuple[PackPlan, ...]:
+def assign_packs(
+    packs: Sequence[PackPlan], data_rank: int, data_world: int, *, keep_empty: bool = False
+) -> tuple[PackPlan, ...]:
     """The packs of one data-parallel rank: every `data_world`-th, filled up with empty ones to the same count.
 
-    Empty packs that were added here have negative indexes.
+    Empty packs at the end of a step are left out where each rank would have one, but for the first, or unless
+    `keep_empty`. Empty packs that were added here have negative indexes.
     """
+    if not keep_empty:
+        packs = packs[: max((number + 1 for number, pack in enumerate(packs) if pack.samples), default=1)]
     missing = -len(packs) % data_world
     filled = [*packs, *(PackPlan(index=-1 - extra, samples=()) for extra in range(missing))]
     return tuple(filled[data_rank::data_world])

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,10 @@ class StepStream:
 
     `state_dict()` is what follows the step that was yielded last, however far loading is ahead: take it after the
     optimizer's step. With several ranks `exchange` is an all-gather of a process group of its own (not the planner's).
-    `clips_of` says which (sample, clip) pairs of a pack this rank decodes, where ranks of a group share packs; None is
-    all of them. `measure` gives what other ranks must know of a pack's media; `stage` makes this rank's packs ready for
-    the device from what all ranks measured, pack by pack, on the thread that runs ahead. Use it as a context manager,
+    `keep_empty` loads the empty packs of an epoch's last step, too. `clips_of` says which (sample, clip) pairs of a
+    pack this rank decodes, where ranks of a group share packs; None is all of them. `measure` gives what other ranks
+    must know of a pack's media; `stage` makes this rank's packs ready for the device from what all ranks measured, pack
+    by pack, on the thread that runs ahead. Use it as a context manager,
     or call `close()`.
     """
 
@@ -78,6 +80,7 @@ class StepStream:
         *,
         data_rank: int = 0,
         data_world: int = 1,
+        keep_empty: bool = False,
         exchange: Exchange | None = None,
         prefetch_packs: int = 4,
         bad_samples: BadSampleFile | None = None,
@@ -90,7 +93,7 @@ class StepStream:
             _log.warning("%s", warning)
         self._planner = planner
         self._loader = loader
-        self._data_rank, self._data_world = data_rank, data_world
+        self._assign = partial(assign_packs, data_rank=data_rank, data_world=data_world, keep_empty=keep_empty)
         self._exchange: Exchange = exchange or (lambda value: [value])
         self._bad_samples = bad_samples
         self._clips_of = clips_of
@@ -204,8 +207,7 @@ class StepStream:
             plan = None if self._stop.is_set() else self._planner.next_step()
             if plan is None:
                 return None
-            packs = assign_packs(plan.packs, self._data_rank, self._data_world)
-            pending = tuple(self._loader.submit(pack, self._clips_of(pack)) for pack in packs)
+            pending = tuple(self._loader.submit(pack, self._clips_of(pack)) for pack in self._assign(plan.packs))
         except BaseException as error:  # noqa: BLE001 - raised by the training loop
             return error
         return _Planned(plan=plan, state=self._planner.state, pending=pending)

@@ -20,12 +20,13 @@ import yaml
 from omniloom.checkpoint.files import write_json, write_text
 from omniloom.config import Config, config_to_dict, dump_config
 
+STARTS = "starts.jsonl"  # a line for each time that the run was started
 FINISHED = "finished.json"  # {"step": N}: all steps are done and all results written
 # What a run writes, checkpoints first. Not among it: the cache of extents, which is no record, and bad_samples.jsonl,
 # which a new run begins anew before its first step.
 OWN_FILES = (
     *("checkpoints", FINISHED, "stopped.json", "config.yaml", "config_until_step_*.yaml", "metrics.jsonl"),
-    *("expert_load.jsonl", "trainable.json", "starts.jsonl", "worst_rows.jsonl", "spoken_rows.jsonl"),
+    *("expert_load.jsonl", "trainable.json", STARTS, "worst_rows.jsonl", "spoken_rows.jsonl"),
     *("evaluations.jsonl", "answers", "tensorboard", "wandb", "swanlab"),
     *("nonfinite_step_*.json", "trace_rank*.json", "hf", "adapter", "report.html"),
 )
@@ -95,6 +96,10 @@ def check_all_done(run_dir: Path, config: Config, step: int) -> None:
 
 def check_start(run_dir: Path, config: Config, *, overwrite: bool) -> None:
     """Whether a run may take its first step here, or start from a checkpoint of elsewhere. Raises: ValueError."""
+    if (run_dir / "config.yaml").exists() and not is_used(run_dir) and not (run_dir / STARTS).exists():
+        raise ValueError(
+            f"{run_dir / 'config.yaml'} was written by no run, and this one would replace it; set another train.run_dir"
+        )
     resume = config.checkpoint.resume
     is_own = resume not in ("auto", "none") and _lies_in(Path(resume), run_dir)
     if overwrite:
@@ -187,12 +192,13 @@ def changes_of(path: Path, config: Config) -> list[Change]:
 
 
 def _asks_for_more(changes: list[Change], config: Config, step: int) -> bool:
-    length = {change.key: change for change in changes if change.key in ("train.steps", "train.epochs")}
+    keys = ("train.steps", "train.epochs", "train.patience")
+    length = {change.key: change for change in changes if change.key in keys}
     if not length:
         return False
     if config.train.steps is not None:
         return config.train.steps > step
-    if "train.steps" in length:  # from a number of steps to epochs: the planner knows which are more
+    if length.keys() != {"train.epochs"}:  # the planner knows which are more, or whether any were left
         return True
     return (length["train.epochs"].now or 1.0) > (length["train.epochs"].before or 1.0)
 

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-STARTS = "starts.jsonl"
+from omniloom.run.directory import STARTS
+
 PACKAGES = ("omniloom", "torch", "transformers", "safetensors", "numpy", "av")
 GIT_SECONDS = 5.0
 

@@ -155,6 +155,8 @@ class RunRecords:
             return
         for name in (FINISHED, STOPPED):  # the run goes on
             (self.run_dir / name).unlink(missing_ok=True)
+        start = describe_start(first_step, self.layout.world_size)
+        record_start(self.run_dir, start)  # by which a directory is known as a run's
         if changes := record_config(self.run_dir, self.config, first_step):
             self.say(
                 f"changed from step {first_step + 1} on: {'; '.join(map(str, changes))}; what held before is in "
@@ -168,8 +170,6 @@ class RunRecords:
             kept = {done: figures for done, figures in evaluations.items() if done <= first_step}
             write_evaluations(self.run_dir, kept)
         log = self.config.log
-        start = describe_start(first_step, self.layout.world_size)
-        record_start(self.run_dir, start)
         trackers = open_trackers(log, self.run_dir, {**config_to_dict(self.config), "start": start})
         self._log = MetricsLog(self.run_dir, first_step=first_step, tensorboard=log.tensorboard, trackers=trackers)
         self._stack.callback(self._log.close)

@@ -33,7 +33,6 @@ def export_model(
     *,
     media: TrainedMedia,
     say: Callable[[str], None],
-    overwrite: bool = False,
     group: Group = None,
 ) -> Path:
     """Write the model as transformers and vLLM load it; all of `group` alike, `gather` as in `export`.
@@ -58,7 +57,6 @@ def export_model(
         files=files,
         dropped=workshop.cut,
         note={"data": media_settings(workshop.config.data)},
-        overwrite=overwrite,
         group=group,
     )
 
@@ -80,7 +78,6 @@ def export_adapter(
     changed: Collection[str],
     gather: Callable[[str], Tensor],
     *,
-    overwrite: bool = False,
     group: Group = None,
 ) -> Path:
     """Write the adapters, and what was trained beside them, as PEFT loads them onto the published model.
@@ -100,7 +97,6 @@ def export_adapter(
         gather,
         base_name=workshop.base_name,
         trained=[name for name in changed if name not in workshop.adapter_names],
-        overwrite=overwrite,
         group=group,
     )
 
@@ -128,10 +124,8 @@ def write_results(
     if workshop.adapters and workshop.cut:
         say(f"no adapter/, since {NO_ADAPTER}; hf/ has the adapters merged in")
     elif workshop.adapters:
-        directory = export_adapter(workshop, run_dir / "adapter", changed, gather_next, overwrite=True, group=group)
+        directory = export_adapter(workshop, run_dir / "adapter", changed, gather_next, group=group)
         say(f"wrote {directory}")
     if workshop.config.checkpoint.export:
-        directory = export_model(
-            workshop, run_dir / "hf", changed, gather_next, media=media, say=say, overwrite=True, group=group
-        )
+        directory = export_model(workshop, run_dir / "hf", changed, gather_next, media=media, say=say, group=group)
         say(f"wrote {directory}")

@@ -319,6 +319,7 @@ def open_stream(
         loader,
         data_rank=layout.data_rank,
         data_world=layout.data_world,
+        keep_empty=layout.degrees.pipeline > 1,  # whose order of passes is made for the whole number
         exchange=lambda value: layout.exchange(value, "agreement"),
         prefetch_packs=workshop.config.data.prefetch_packs,
         bad_samples=bad_samples,
@@ -329,6 +330,11 @@ def open_stream(
             for pack in (packs if pool.is_alone else pool.route(packs, measured))
         ],
     )
+
+
+def options_of_row(data: DataConfig, rows: Sources, row: int) -> DataConfig:
+    """The data section as it holds for the data set of a row."""
+    return options_of(data, rows.entries[rows.find(row)[0]])
 
 
 def clips_of_rank(pack: PackPlan, layout: Layout) -> frozenset[tuple[int, int]]:

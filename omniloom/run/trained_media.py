@@ -1,13 +1,14 @@
 """What a run did to media, remembered while it trains and written into an export's processor files.
 
-Whoever serves the export reads sizes there, not in the run's config. Where several limits held (rows may set their own)
-the widest is written. Knows the fields of transformers' processors, which vLLM reads, too; reads no media.
+Whoever serves the export reads sizes there, not in the run's config. Where several limits held (rows and data
+sets may set their own) the widest is written. Knows the fields of transformers' processors, which vLLM reads, too;
+reads no media.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,22 +29,24 @@ Record = dict[str, dict[str, list[float | None]]]
 
 @dataclass(kw_only=True)
 class TrainedMedia:
-    """The limits that held for the clips of a run's samples: for each kind and option, None where the run's own did,
-    and the widest that a row set. A checkpoint holds it as JSON, by `asdict`."""
+    """The limits that held for the clips of a run's samples: for each kind and option, None where the checkpoint's own
+    did, and the widest that a row, its data set or the run set. A checkpoint holds it as JSON, by `asdict`."""
 
     limits: Record = field(default_factory=dict)
     longest_sound: int = 0  # samples
     has_sound_in_video: bool = False
 
-    def add(self, plan: StepPlan) -> None:
-        for clip in (clip for pack in plan.packs for sample in pack.samples for clip in sample.extent.clips):
+    def add(self, plan: StepPlan, options: Callable[[int], DataConfig]) -> None:
+        """Note the clips of a step. `options`: what holds for a row's data set, by the row's number."""
+        samples = (sample for pack in plan.packs for sample in pack.samples if sample.extent.clips)
+        for clip, data in ((clip, options(sample.row)) for sample in samples for clip in sample.extent.clips):
             self.longest_sound = max(self.longest_sound, clip.num_audio_samples)
             if clip.kind == "audio":
                 continue
             self.has_sound_in_video |= clip.num_audio_samples > 0
             held = self.limits.setdefault(clip.kind, {name: [] for name in WIDEST})
             for name, widest in WIDEST.items():
-                value = _asked(clip, name)
+                value = _asked(clip, name, data)
                 numbers = [number for number in held[name] if number is not None]
                 if value is None and None not in held[name]:
                     held[name] = [None, *numbers]
@@ -54,24 +57,24 @@ class TrainedMedia:
         return kind in self.limits
 
     def own(self, kind: str, name: str) -> bool:
-        """Whether some clip had the run's own limit."""
+        """Whether some clip had the checkpoint's own limit."""
         return None in self.limits[kind][name]
 
     def widest(self, kind: str, name: str, own: float | None) -> Any:
-        """The widest of the run's `own` limit, if it held for any clip, and those of rows. None: none is known."""
+        """The widest of the checkpoint's `own` limit, if it held for any clip, and the others. None: none is known."""
         values = [own if value is None else value for value in self.limits[kind][name]]
         numbers = [value for value in values if value is not None]
         return WIDEST[name](numbers) if numbers else None
 
 
-def _asked(clip: ClipGeometry, name: str) -> float | None:
+def _asked(clip: ClipGeometry, name: str, data: DataConfig) -> float | None:
     options = clip.asked
     if name in ("min_pixels", "max_pixels") and options.resized_height and options.resized_width:
         return options.resized_height * options.resized_width
     if name in ("min_frames", "max_frames") and options.num_frames is not None:
         return options.num_frames
     value: float | None = getattr(options, name)
-    return value
+    return value if value is not None else getattr(getattr(data, clip.kind), name, None)
 
 
 def processor_files(

@@ -55,7 +55,7 @@ from omniloom.run.opening import Workshop, all_parameters, build_model, build_op
 from omniloom.run.optimizer_step import OptimizerStep
 from omniloom.run.records import RunRecords
 from omniloom.run.results import write_results
-from omniloom.run.rows import open_planner, open_rows, open_run, open_stream
+from omniloom.run.rows import open_planner, open_rows, open_run, open_stream, options_of_row
 from omniloom.run.state import RunState
 from omniloom.run.step_time import Machine
 from omniloom.run.stopping import StopRequest, StopWanted, write_stopped
@@ -245,7 +245,7 @@ class Trainer:
             step = loaded.plan.step + 1
             if step % STEPS_BETWEEN_COLLECTIONS == 0:
                 self.collect_garbage()
-            self.state.media.add(loaded.plan)
+            self.state.media.add(loaded.plan, partial(options_of_row, self.config.data, self.train_rows))
             report = None
             if self.evaluation is not None and eval_every and step % eval_every == 0 and not stop:
                 report = self._evaluate(step)

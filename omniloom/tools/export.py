@@ -33,10 +33,10 @@ def export_checkpoint(
     With `adapter`, the adapters alone, as PEFT loads them; with `best`, the run's best by its `checkpoint.best`.
 
     Tensors are read one at a time, so the host never holds the whole model. Raises: ValueError for a source that holds
-    no complete checkpoint and for a target that holds something else.
+    no complete checkpoint and for a target that is not empty; with `overwrite`, one that holds no earlier export.
     """
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise ValueError(f"{directory} is not empty; choose another directory, or --overwrite replaces what is in it")
+        raise ValueError(f"{directory} is not empty; choose another one, or --overwrite an earlier export")
     if not source.exists():
         raise ValueError(f"{source} does not exist; name a run directory or one of its checkpoints/step_...")
     stored = open_stored(best_checkpoint(source) if best else source)
@@ -55,10 +55,10 @@ def export_checkpoint(
         return pack(published) if name in packed else published
 
     if adapter:
-        export_adapter(workshop, directory, changed, read, overwrite=overwrite)
+        export_adapter(workshop, directory, changed, read)
     else:
         media = TrainedMedia(**stored.extras.get("media", {}))
-        export_model(workshop, directory, changed, read, media=media, say=say, overwrite=overwrite)
+        export_model(workshop, directory, changed, read, media=media, say=say)
 
 
 def _open_source(stored: StoredCheckpoint) -> Workshop:

@@ -49,7 +49,11 @@ def test_the_best_checkpoint_is_kept_exported_and_ends_the_run(
     )
     assert best
     assert best == fourth
-    with pytest.raises(ValueError, match=r"best is not empty; choose another directory, or --overwrite"):
+    with pytest.raises(ValueError, match=r"best is not empty; choose another one, or --overwrite"):
         omniloom.export(tmp_path / "run", tmp_path / "best")
+    omniloom.export(tmp_path / "run", tmp_path / "best", overwrite=True)
+    for source in (tmp_path / "run", tmp_path):  # neither the run itself nor what lies around it is an earlier export
+        with pytest.raises(ValueError, match="is not empty and no earlier export"):
+            omniloom.export(tmp_path / "run", source, overwrite=True)
     assert run(config) == 0
     assert "nothing to do" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from omniloom.data.planner import (
     plan_all,
 )
 from omniloom.data.row_order import PlanPosition, RowOrder, shuffled_rows
-from omniloom.types import BadSample, ClipGeometry, Extent
+from omniloom.types import BadSample, ClipGeometry, Extent, PackPlan
 from tests.plan_config import plan_config
 
 
@@ -526,6 +526,17 @@ def test_packs_of_a_step_are_divided_over_data_ranks_and_filled_up_with_empty_on
     assert all(not pack.samples for part in parts for pack in part if pack.index < 0)
     warning = check_pack_counts(4, data_world)
     assert (warning is None) == (4 % data_world == 0)
+
+
+@pytest.mark.parametrize(("data_world", "num_packs"), [(1, 3), (2, 2), (4, 1)])
+def test_empty_packs_of_a_last_step_are_left_out_on_all_ranks_alike(data_world, num_packs):
+    (sample,) = make(num_rows=1, epochs=1.0).next_step().packs[0].samples
+    packs = [PackPlan(index=index, samples=(sample,) * (index < 3)) for index in range(8)]
+    parts = [assign_packs(packs, rank, data_world) for rank in range(data_world)]
+    assert {len(part) for part in parts} == {num_packs}
+    assert sum(len(pack.samples) for part in parts for pack in part) == 3
+    assert len(assign_packs(packs, 0, data_world, keep_empty=True)) == 8 // data_world
+    assert len(assign_packs(packs[3:], 0, data_world)) == 1
 
 
 def test_evaluation_plan_holds_all_rows_once_in_a_fixed_order():

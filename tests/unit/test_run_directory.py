@@ -25,6 +25,7 @@ from omniloom.run.directory import (
     remove_own_files,
     write_finished,
 )
+from omniloom.run.provenance import record_start
 from omniloom.run.trainer import run
 from omniloom.tools.tiny import make_tiny
 from omniloom.training.metrics import read_lines
@@ -106,6 +107,14 @@ def test_results_that_are_missing_are_written_by_the_config_that_trained(finishe
         check_all_done(finished, config_of(*SAME, "train.seed=1"), 10)
 
 
+def test_a_run_that_ended_early_goes_on_with_other_patience(finished: Path) -> None:
+    write_finished(finished, 6)
+    assert find_finished(finished, config_of(*SAME, "train.patience=3")) is None
+    write_finished(finished, 10)
+    with pytest.raises(ValueError, match=r"finished after step 10; .* train\.patience was None, is 3"):
+        find_finished(finished, config_of(*SAME, "train.patience=3"))
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "hf", "checkpoints/step_00000001"])
 @pytest.mark.parametrize("resume", ["none", "elsewhere/checkpoints/step_00000001"])
 def test_a_used_directory_is_not_begun_anew_without_overwriting(tmp_path: Path, name: str, resume: str) -> None:
@@ -136,6 +145,15 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -
         (tmp_path / name).write_text("x")
     remove_own_files(tmp_path)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(kept)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_config_that_no_run_wrote_is_not_replaced(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "config.yaml").write_text("# mine\ntrain: {run_dir: .}\n")
+    with pytest.raises(ValueError, match=r"config\.yaml was written by no run, .* set another train\.run_dir"):
+        check_start(tmp_path, config_of(), overwrite=overwrite)
+    record_start(tmp_path, {"time": "now"})  # which a run writes first
+    check_start(tmp_path, config_of(), overwrite=overwrite)
 
 
 @pytest.mark.parametrize("key", ["model.path", "data.train", "checkpoint.resume"])

@@ -35,14 +35,14 @@ def published(tmp_path_factory):
     return {family: make_tiny(family, root / family) for family in FAMILIES}
 
 
-def trained_on(*clips):
+def trained_on(*clips, data=DataConfig()):  # noqa: B008 - frozen
     """`clips`: kinds, or a kind with what its row asks."""
     pairs = [(clip, ClipOptions()) if isinstance(clip, str) else clip for clip in clips]
     geometries = tuple(ClipGeometry(kind=kind, num_tokens=1, asked=asked) for kind, asked in pairs)
     extent = Extent(num_tokens=1, num_loss_tokens=1, weight_sum=1.0, clips=geometries)
     sample = PlannedSample(row=0, epoch=0, extent=extent, weight_scale=1.0)
     media = TrainedMedia()
-    media.add(StepPlan(step=0, packs=(PackPlan(index=0, samples=(sample,)),), rows_planned=1))
+    media.add(StepPlan(step=0, packs=(PackPlan(index=0, samples=(sample,)),), rows_planned=1), lambda row: data)
     return TrainedMedia(**json.loads(json.dumps(asdict(media))))  # as from a checkpoint
 
 
@@ -63,7 +63,7 @@ def processor_of(directory, **options):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_resizes_images_as_training_did(published, tmp_path, family):
     data = DataConfig(image=ImageConfig(min_pixels=32 * 32, max_pixels=200 * 150))
-    exported(published[family], tmp_path / "hf", trained_on("image"), data)
+    exported(published[family], tmp_path / "hf", trained_on("image", data=data), data)
     theirs, ours = AutoImageProcessor.from_pretrained(tmp_path / "hf"), processor_of(tmp_path / "hf")
     trained = processor_of(published[family], image=data.image)
     for height, width in ((640, 480), (30, 40), (100, 900), (150, 150)):
@@ -79,7 +79,7 @@ def test_transformers_resizes_images_as_training_did(published, tmp_path, family
 def test_videos_keep_their_limits(published, tmp_path, family, pixels):
     low, high = pixels
     data = DataConfig(video=VideoConfig(min_pixels=low, max_pixels=high, fps=3.0, max_frames=24))
-    files, _ = exported(published[family], tmp_path / "hf", trained_on("video"), data)
+    files, _ = exported(published[family], tmp_path / "hf", trained_on("video", data=data), data)
     assert (files[VIDEO]["fps"], files[VIDEO]["max_frames"]) == (3.0, 24)
     trained = processor_of(published[family], video=data.video)
     again = processor_of(tmp_path / "hf", video=VideoConfig(fps=3.0, max_frames=24))
@@ -110,17 +110,23 @@ def test_sections_of_a_single_file_are_written_too(published, tmp_path):
         (source / name).unlink()
     (source / PROCESSOR).write_text(json.dumps({"image_processor": image, "video_processor": video}))
     data = DataConfig(image=ImageConfig(max_pixels=70_000), video=VideoConfig(fps=1.0, max_frames=8))
-    files, _ = exported(source, tmp_path / "hf", trained_on("image", "video"), data)
+    files, _ = exported(source, tmp_path / "hf", trained_on("image", "video", data=data), data)
     assert files.keys() == {PROCESSOR}
     assert files[PROCESSOR]["image_processor"]["size"]["longest_edge"] == 70_000
     assert files[PROCESSOR]["video_processor"]["max_frames"] == 8
     assert AutoImageProcessor.from_pretrained(tmp_path / "hf").size["longest_edge"] == 70_000
 
 
+def test_limits_of_a_data_set_are_written_where_the_run_has_others(published):
+    own, run = DataConfig(image=ImageConfig(max_pixels=40_000)), DataConfig(image=ImageConfig(max_pixels=70_000))
+    files, _ = processor_files(published["qwen3_vl"], trained_on("image", data=own), run)
+    assert files[PREPROCESSOR]["max_pixels"] == 40_000
+
+
 def test_what_was_not_trained_stays_and_videos_do_not_follow_images(published):
     source, data = published["qwen2_5_vl"], DataConfig(image=ImageConfig(max_pixels=70_000))
     assert processor_files(source, trained_on("audio"), data) == ({}, ())
-    files, _ = processor_files(source, trained_on("image"), data)
+    files, _ = processor_files(source, trained_on("image", data=data), data)
     assert files[VIDEO] == read_json(source / PREPROCESSOR)  # which transformers reads for both, until there are two
 
 
