@@ -133,6 +133,20 @@ def check_dtypes(checkpoint: HFCheckpoint, assemblies: Mapping[str, Assembly]) -
         )
 
 
+def check_twins(checkpoint: HFCheckpoint, key_map: KeyMap, assemblies: Mapping[str, Assembly]) -> None:
+    """Raises: ValueError where a tensor that config.json ties to another is stored with values of its own.
+
+    Reads both: transformers computes with such a tensor, vLLM without it.
+    """
+    for published, same_as in key_map.second_names(checkpoint.shapes).items():
+        origin = assemblies[same_as].pieces[0].published
+        if not torch.equal(checkpoint.read_slice(published), checkpoint.read_slice(origin)):
+            raise ValueError(
+                f"{checkpoint.directory}: config.json ties {published} to {origin}, but they are stored with different "
+                f"values; set tie_word_embeddings to false there, or leave {published} out of the weights"
+            )
+
+
 def local_region(tensor: Tensor) -> Box | None:
     """The region of the global tensor that this rank holds; None for a rank outside of the tensor's mesh.
 

@@ -27,6 +27,7 @@ from omniloom.checkpoint.hf import (
     HFCheckpoint,
     check_dtypes,
     check_names,
+    check_twins,
     load_model,
     open_checkpoint,
     read_tensor,
@@ -281,6 +282,7 @@ def _check_tensors(
             f"{checkpoint.directory}: {error}; download it again, or start from the checkpoint of this model"
         ) from None
     check_dtypes(checkpoint, assemblies)
+    check_twins(checkpoint, key_map, assemblies)
     return shapes
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from omniloom.checkpoint.export import MARKER_NAME, export
-from omniloom.checkpoint.hf import check_dtypes, gather_full, load_model, open_checkpoint, refuse_quantised
+from omniloom.checkpoint.hf import check_dtypes, check_twins, gather_full, load_model, open_checkpoint, refuse_quantised
 from omniloom.checkpoint.tensor_files import INDEX_NAME
 from omniloom.keymap import KeyMap, Rule, Tied
 
@@ -345,6 +345,17 @@ def test_a_published_second_copy_of_a_tied_tensor_is_trained_along(tmp_path):
     export_model(published, tmp_path / "hf", change=1.0)
     got = read_all(tmp_path / "hf")
     assert_same_bits(got["thinker.lm_head.weight"], (tensors["thinker.embed.weight"].float() + 1).bfloat16())
+
+
+def test_a_second_copy_of_a_tied_tensor_with_values_of_its_own_is_refused(tmp_path):
+    tensors = published_tensors()
+    tensors["thinker.lm_head.weight"] = tensors["thinker.embed.weight"].clone()
+    same = open_checkpoint(write_published(tmp_path / "same", tensors))
+    check_twins(same, KEY_MAP, KEY_MAP.assemblies(same.shapes))
+    tensors["thinker.lm_head.weight"][3, 1] += 1
+    other = open_checkpoint(write_published(tmp_path / "other", tensors))
+    with pytest.raises(ValueError, match=r"ties thinker\.lm_head\.weight to thinker\.embed\.weight, but .* different"):
+        check_twins(other, KEY_MAP, KEY_MAP.assemblies(other.shapes))
 
 
 def test_cut_layers_are_dropped_and_the_config_replaced(published, tmp_path):
