@@ -6,8 +6,6 @@ Gradients of every family in every layout are compared in `test_layouts.py`, cur
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import pytest
 from omniloom.tools.tiny import make_tiny
 from omniloom.training.metrics import read_lines
 from tests.media_rows import write_media_rows
+from tests.run_server import RunServer
 
 STEPS = 6
 TOLERANCE = 1e-5  # of the loss, as in test_training_ranks.py, where Qwen3-Omni is
@@ -25,26 +24,25 @@ LAYOUTS = {  # a dense family with all media, one with experts, and one with a d
 }
 
 
-def curve(model: Path, rows: Path, nproc: int, layout: tuple[str, ...]) -> list[dict]:
+def curve(server: RunServer, model: Path, rows: Path, nproc: int, layout: tuple[str, ...]) -> list[dict]:
     run_dir = rows.parent / f"{nproc}"
-    command = [
-        *(sys.executable, "-m", "omniloom.cli", "train", "--nproc", str(nproc)),
+    words = [
         *(f"model.path={model}", f"data.train={rows}", f"train.run_dir={run_dir}", f"train.steps={STEPS}"),
         *("train.packs_per_step=4", "data.pack_tokens=512", "data.workers=0", "train.learning_rate=1e-3"),
         *("data.image.max_pixels=4096", "data.video.max_pixels=4096", "model.dtype=float32", "checkpoint.every=0"),
         *("checkpoint.export=false", "log.tensorboard=false", "parallel.encoder_pool=data", *layout),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run = server.run(words, run_dir.with_suffix(".logs"), num_ranks=nproc)
+    assert set(run.wait()) == {0}, run.tail()
     return read_lines(run_dir / "metrics.jsonl")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", LAYOUTS)
-def test_four_ranks_draw_the_loss_curve_of_one(family: str, tmp_path: Path) -> None:
+def test_four_ranks_draw_the_loss_curve_of_one(server: RunServer, family: str, tmp_path: Path) -> None:
     model = make_tiny(family, tmp_path / "model")
     rows = write_media_rows(tmp_path, hears="omni" in family)
-    one, four = curve(model, rows, 1, ()), curve(model, rows, 4, LAYOUTS[family])
+    one, four = curve(server, model, rows, 1, ()), curve(server, model, rows, 4, LAYOUTS[family])
     assert one[0]["video_frames"] > 0
     assert one[0]["num_images"] > 0
     assert (one[0]["audio_seconds"] > 0) == ("omni" in family)

@@ -6,7 +6,6 @@ One job of four gloo ranks runs all layouts (`layout_worker.py`); starting proce
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from omniloom.config import ContextConfig, MemoryConfig, ParallelConfig
 from omniloom.families.registry import SPECS
 
 WORLD = 4
+CASES_AT_A_TIME = 36
 LOSS_BOUND = 1e-5  # DESIGN: rounding of float32 sums taken in another order
 GRADIENT_BOUND = 1e-4
 
@@ -196,14 +196,19 @@ Results = tuple[dict[str, Outcome], dict[str, tuple[list[float], list[float]]]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Results:
-    """Of the cases whose tests were selected."""
+    """Of the cases whose tests were selected, some at a time: threads of dozens of layouts' groups hold a rank up."""
     wanted = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}
-    cases = {name: case for name, case in make_cases().items() if name in wanted}
-    result = tmp_path_factory.mktemp("layouts") / "results.pt"
+    chosen = sorted((case for case in make_cases().items() if case[0] in wanted), key=lambda case: str(case[1][1]))
     stepping = test_layout_does_not_change_the_first_twenty_losses.__name__
     trained = TRAINED if any(item.originalname == stepping for item in request.session.items) else ()
-    run_ranks(run_job, WORLD, cases, str(result), trained)
-    return torch.load(Path(result), weights_only=False)
+    outcomes, curves = {}, {}
+    for first in range(0, len(chosen), CASES_AT_A_TIME):
+        result = tmp_path_factory.mktemp("layouts") / "results.pt"
+        run_ranks(run_job, WORLD, dict(chosen[first : first + CASES_AT_A_TIME]), str(result), trained)
+        found = torch.load(result, weights_only=False)
+        outcomes |= found[0]
+        curves |= found[1]
+    return outcomes, curves
 
 
 @pytest.mark.parametrize("name", NAMES)

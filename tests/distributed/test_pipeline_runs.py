@@ -14,13 +14,9 @@ import pytest
 from omniloom.tools.tiny import make_tiny
 from omniloom.training.metrics import read_lines
 from tests.media_rows import write_media_rows
+from tests.run_server import RunServer
 
 TOLERANCE = 1e-5  # of the loss, as in test_training_ranks.py
-
-
-def omniloom(*words: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "omniloom.cli", *words], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 LAYOUTS = {
@@ -32,7 +28,7 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, server: RunServer) -> Path:
     """Four steps in several layouts, each with a checkpoint after two; the head is the embedding."""
     folder = tmp_path_factory.mktemp("stages")
     make_tiny("qwen3_vl", folder / "model")
@@ -44,30 +40,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     ]
     for layout in ("staged", "divided", "alone"):
         if any(layout in (params.get("layout"), params.get("first")) for params in chosen):
-            train(folder, layout, layout)
+            train(server, folder, layout, layout)
     return folder
 
 
-def train(folder: Path, name: str, layout: str, *words: str) -> list[dict]:
+def train(server: RunServer, folder: Path, name: str, layout: str, *more: str) -> list[dict]:
     nproc, axes = LAYOUTS[layout]
     rows = next(path for path in folder.iterdir() if path.suffix in (".json", ".jsonl"))
-    omniloom(
-        *("train", "--nproc", str(nproc), f"model.path={folder / 'model'}", f"data.train={rows}"),
+    words = (
+        *(f"model.path={folder / 'model'}", f"data.train={rows}"),
         *(f"train.run_dir={folder / name}", "train.steps=4", "train.packs_per_step=2", "data.pack_tokens=512"),
         *("data.workers=0", "train.learning_rate=1e-3", "data.image.max_pixels=4096", "data.video.max_pixels=4096"),
-        *("model.dtype=float32", "checkpoint.every=2", "log.tensorboard=false", *axes, *words),
+        *("model.dtype=float32", "checkpoint.every=2", "log.tensorboard=false", *axes, *more),
     )
+    run = server.run(words, folder / f"{name}.logs", num_ranks=nproc)
+    assert set(run.wait()) == {0}, run.tail()
     return read_lines(folder / name / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("layout", ["staged", pytest.param("divided", marks=pytest.mark.full)])
-def test_an_export_is_the_same_bytes_as_one_rank_makes_of_the_checkpoint(folder: Path, layout: str) -> None:
-    exported, run = folder / f"{layout}_exported", folder / layout / "hf"
-    omniloom("export", str(folder / layout), str(exported))
-    files = sorted(path.name for path in run.glob("*.safetensors"))
+def test_an_export_is_the_same_bytes_as_one_rank_makes_of_the_checkpoint(
+    server: RunServer, folder: Path, layout: str
+) -> None:
+    exported, own = folder / f"{layout}_exported", folder / layout / "hf"
+    run = server.run([str(folder / layout), str(exported)], folder / "export.logs", verb="export")
+    assert run.wait() == [0], run.tail()
+    files = sorted(path.name for path in own.glob("*.safetensors"))
     assert files
     for name in files:
-        assert (exported / name).read_bytes() == (run / name).read_bytes(), name
+        assert (exported / name).read_bytes() == (own / name).read_bytes(), name
 
 
 FULL = [
@@ -80,10 +81,10 @@ FULL = [
     ("first", "second"),
     [("staged", "divided"), *(pytest.param(*pair, marks=pytest.mark.full) for pair in FULL)],
 )
-def test_a_checkpoint_goes_on_in_another_layout(folder: Path, first: str, second: str) -> None:
+def test_a_checkpoint_goes_on_in_another_layout(server: RunServer, folder: Path, first: str, second: str) -> None:
     expected = read_lines(folder / first / "metrics.jsonl")
     stored = folder / first / "checkpoints" / "step_00000002"
-    found = train(folder, f"{first}_{second}", second, f"checkpoint.resume={stored}", "checkpoint.export=false")
+    found = train(server, folder, f"{first}_{second}", second, f"checkpoint.resume={stored}", "checkpoint.export=false")
     assert [line["step"] for line in found] == [2, 3]
     for one, other in zip(expected[2:], found, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)

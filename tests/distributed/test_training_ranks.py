@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from omniloom.tools.tiny import make_tiny
@@ -32,7 +29,7 @@ MANY = [pytest.param(name, marks=pytest.mark.full if name in FULL else ()) for n
 
 
 @pytest.fixture(scope="module")
-def curves(tmp_path_factory, request) -> dict[str, list[dict]]:
+def curves(tmp_path_factory, request, server) -> dict[str, list[dict]]:
     """metrics.jsonl of every layout with a selected test, on rows one without its image and one with half of one."""
     folder = tmp_path_factory.mktemp("ranks")
     model = make_tiny("qwen3_omni", folder / "model")
@@ -48,16 +45,15 @@ def curves(tmp_path_factory, request) -> dict[str, list[dict]]:
     for name in ("1 rank", *(name for name in LAYOUTS if name in chosen - {"1 rank"})):
         nproc, extra = LAYOUTS[name]
         run_dir = folder / name.replace(" ", "_").replace(",", "")
-        command = [
-            *(sys.executable, "-m", "omniloom.cli", "train", "--nproc", str(nproc)),
+        words = [
             *(f"model.path={model}", f"data.train={rows}", f"train.run_dir={run_dir}", f"train.steps={STEPS}"),
             *("train.packs_per_step=4", "data.pack_tokens=256", "data.max_bad_fraction=0.3", "data.workers=0"),
             *("train.learning_rate=1e-3", "train.router_loss=0.02", "model.dtype=float32", "checkpoint.every=0"),
             *("data.image.max_pixels=4096", "checkpoint.export=false", "log.tensorboard=false"),
             *(f"data.eval={rows}", "train.eval_every=10", "train.eval_answers=6", "train.eval_answer_tokens=6", *extra),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout + done.stderr
+        run = server.run(words, run_dir.with_suffix(".logs"), num_ranks=nproc)
+        assert set(run.wait()) == {0}, run.tail()
         loads = {line["step"]: line["tokens"] for line in read_lines(run_dir / "expert_load.jsonl")}
         lines = read_lines(run_dir / "metrics.jsonl")
         found[name] = [line | {"expert_load": loads.get(line["step"])} for line in lines]

@@ -1,15 +1,13 @@
-"""One tiny checkpoint and one forking process for all tests of faults."""
+"""One tiny checkpoint for all tests of faults."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from omniloom.tools.tiny import make_tiny
-from tests.faults.run_server import RunServer
 
 TEXT = "thinker_config.text_config"
 
@@ -18,13 +16,6 @@ TEXT = "thinker_config.text_config"
 def checkpoint(tmp_path_factory) -> Path:
     sizes = {f"{TEXT}.num_hidden_layers": 1, f"{TEXT}.num_experts": 2, f"{TEXT}.num_experts_per_tok": 1}
     return make_tiny("qwen3_omni", tmp_path_factory.mktemp("tiny") / "model", num_words=300, overrides=sizes)
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[RunServer]:
-    server = RunServer()
-    yield server
-    server.close()
 
 
 def write_rows(path: Path, num_rows: int) -> Path:

@@ -17,7 +17,7 @@ from omniloom import cli
 from omniloom.checkpoint.stored import find_latest
 from omniloom.tools.tiny import make_tiny
 from tests.faults.conftest import TEXT
-from tests.faults.run_server import ROOT
+from tests.run_server import ROOT
 from tests.unit.media_files import write_video
 
 ROWS = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults.run_server import read_events
 from tests.faults.test_kills import with_values
 from tests.faults.test_stops import losses
+from tests.run_server import read_events
 
 
 def test_two_ranks_go_on_from_four_in_a_layout_of_their_own(server, words, tmp_path) -> None:

@@ -20,7 +20,7 @@ from omniloom.checkpoint.stored import find_latest, load_tensors
 from omniloom.exit_codes import LOST_RANK
 from omniloom.training.metrics import read_lines
 from tests.faults.conftest import write_rows
-from tests.faults.run_server import ROOT, Hook, Run, RunServer, read_events, wait_for
+from tests.run_server import ROOT, Hook, Run, RunServer, read_events, wait_for
 
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "num_tokens", "num_loss_tokens", "num_samples", "router_loss")
 NUM_ROWS = 200

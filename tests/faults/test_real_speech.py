@@ -11,9 +11,9 @@ import pytest
 from omniloom.exit_codes import LOST_RANK
 from omniloom.tools.convert_speech import convert_speech
 from omniloom.training.metrics import read_lines
-from tests.faults.run_server import Hook, RunServer
 from tests.faults.test_kills import assert_same_end
 from tests.parity.test_memorised_speech import make_codec
+from tests.run_server import Hook, RunServer
 
 MEDIA = Path(__file__).parents[3] / "shared" / "real" / "mllm_demo_data"
 RECORDINGS = ("1.mp3", "2.wav", "3.flac", "4.mp3")

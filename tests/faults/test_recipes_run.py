@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from omniloom.config import load_config
 from omniloom.tools.tiny import make_tiny
 from omniloom.training.metrics import read_lines
-from tests.faults.run_server import ROOT
 from tests.mixed_rows import write_rows
+from tests.run_server import ROOT
 
 STEPS = 2
 

@@ -22,7 +22,6 @@ from omniloom.checkpoint.dcp import RNG
 from omniloom.checkpoint.stored import find_latest, load_tensors, open_stored
 from omniloom.exit_codes import HUNG, STOPPED_EARLY
 from omniloom.training.metrics import read_lines
-from tests.faults.run_server import ROOT, Hook, read_events, wait_for
 from tests.faults.test_kills import (
     assert_each_row_once,
     assert_same_end,
@@ -30,6 +29,7 @@ from tests.faults.test_kills import (
     tensors_of,
     with_values,
 )
+from tests.run_server import ROOT, Hook, read_events, wait_for
 
 
 def losses(run_dir: Path) -> list[float]:

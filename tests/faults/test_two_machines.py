@@ -13,8 +13,8 @@ import pytest
 
 from omniloom.exit_codes import HUNG
 from omniloom.training.metrics import read_lines
-from tests.faults.run_server import ROOT, wait_for
 from tests.faults.test_kills import assert_same_end, children_of, with_values
+from tests.run_server import ROOT, wait_for
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 TIMEOUT_SECONDS = 45  # of a busy machine, too

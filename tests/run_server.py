@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 WAIT_SECONDS = 600.0  # a bound for machines with much else to do
 
 
@@ -71,7 +71,7 @@ class RunServer:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.run_server"],
+            [sys.executable, "-m", "tests.run_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -90,12 +90,13 @@ class RunServer:
         words: Sequence[str],
         folder: Path,
         *,
+        verb: str = "train",
         num_ranks: int = 1,
         hooks: Sequence[Hook] = (),
         file_bytes: int = 0,
         fsync_seconds: float = 0.0,
     ) -> Run:
-        """Start `omniloom train WORDS`; logs and events go to `folder`.
+        """Start `omniloom VERB WORDS`; logs and events go to `folder`.
 
         `file_bytes` bounds the files that it may write, `fsync_seconds` is how long its disk takes for each.
         """
@@ -110,7 +111,7 @@ class RunServer:
         for rank in range(num_ranks):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
             request = {
-                "words": ["train", *words],
+                "words": [verb, *words],
                 "environment": environment | ranks,
                 "folder": str(folder),
                 "rank": rank,
