@@ -166,6 +166,8 @@ class OptionReader:
         sections = [member for member in arguments if dataclasses.is_dataclass(member)]
         if value is None and type(None) in arguments and not sections:
             return None
+        if sections and isinstance(value, str):
+            value = _as_record(value)
         if sections and isinstance(value, Mapping):
             return self.read(sections[0], value, path)
         members = [member for member in arguments if member is not type(None)]
@@ -247,6 +249,16 @@ def split_list(text: str) -> list[str]:
         depth = max(depth + (mark in "([{") - (mark in ")]}"), 0) if not quote else depth
         items[-1] += mark
     return [_unquote(item.strip()) for item in items if item.strip()]
+
+
+def _as_record(item: str) -> Any:
+    """What `{path: a.jsonl, weight: 2}`, an item of an override's list, stands for; other text as it is."""
+    if not (item.startswith("{") and item.endswith("}") and ": " in item):
+        return item
+    try:
+        return yaml.safe_load(item)
+    except yaml.YAMLError:
+        return item
 
 
 def _unquote(item: str) -> str:

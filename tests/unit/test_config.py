@@ -13,6 +13,7 @@ from omniloom.config import (
     OTHER_TRAINERS,
     Config,
     ConfigError,
+    DataSource,
     PolicyRule,
     config_from_words,
     config_to_dict,
@@ -20,6 +21,7 @@ from omniloom.config import (
     keys_of,
     load_config,
 )
+from omniloom.options import ImageConfig
 from omniloom.tools import configuration
 
 
@@ -80,6 +82,17 @@ def test_a_key_in_the_wrong_section_names_the_right_one() -> None:
 )
 def test_bad_values_say_what_is_allowed_and_what_came(override: str, words: str) -> None:
     assert words in faults_of(*override.split(" & "))
+
+
+def test_records_of_data_sets_can_be_written_in_an_override() -> None:
+    train = load_config(
+        None, ["data.train=[{path: 'a, b.json', repeat: 2, image: {max_pixels: 9}}, {0,1}.json]"]
+    ).data.train
+    assert train[0] == DataSource(path="a, b.json", repeat=2.0, options={"image": ImageConfig(max_pixels=9)})
+    assert train[1] == "{0,1}.json"
+    assert "data.train.0.wieght: unknown key; did you mean data.train.0.weight?" in faults_of(
+        "data.train=[{path: a.json, wieght: 2}]"
+    )
 
 
 def test_a_section_left_empty_in_the_file_is_refused_and_null_on_the_command_line_removes_it(tmp_path) -> None:
