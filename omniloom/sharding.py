@@ -54,8 +54,8 @@ class ShardingPlan:
     num_key_value_heads: int = 1
     num_recurrent_heads: int = 0  # of keys, in layers with a recurrence
     num_experts: int = 0
-    num_talker_experts: int = 0  # 0: no talker is built
-    num_talker_heads: int = 0
+    num_talker_experts: int = 0
+    num_talker_heads: int = 0  # 0: no talker is built
     # forward cost of a typical sample, in any unit: of each layer of the decoder, of its embedding and of its head
     layer_costs: tuple[int, ...] = ()
     embed_cost: int = 0

@@ -312,10 +312,11 @@ class SpeechRows:
     Row i of a sample's talker shares the pack's row with row i of its text.
     """
 
-    text_ids: Tensor  # int64 [t]: the token whose projected embedding each row takes
+    text_ids: Tensor  # int64 [t]: the token whose embedding each row takes
     position_ids: Tensor  # int64 [3, t]
-    media_index: Tensor  # int64 [m]: rows that take a projected hidden state instead
-    hidden_index: Tensor  # int64 [m]: whose, as rows of the text (of the whole pack's, where ranks share it)
+    media_index: Tensor  # int64 [m]: rows of media, which take no embedding
+    state_index: Tensor  # int64 [s]: rows that take a hidden state
+    hidden_index: Tensor  # int64 [s]: whose, as rows of the text (of the whole pack's, where ranks share it)
     codec_index: Tensor  # int64 [c]: rows to which the embedding of a token of the codec is added
     codec_ids: Tensor  # int64 [c]
     frame_index: Tensor  # int64 [f]: rows to which the embeddings of a frame are added, those after what predicts it
@@ -327,7 +328,7 @@ class SpeechExample:
     """The spoken turns of one sample."""
 
     rows: SpeechRows
-    targets: Mapping[str, Targets]  # CODE0 and CODES
+    targets: Mapping[str, Targets]  # CODE0, and CODES where a frame has several codes
     segment_lengths: tuple[int, ...]
 
 
@@ -536,7 +537,7 @@ class SpeechInputs:
     """What a talker takes from the decoder of text."""
 
     text: Tensor  # [T, C]: embeddings of `SpeechRows.text_ids`
-    media: Tensor  # [m, C]: hidden states of `SpeechRows.hidden_index`
+    hidden: Tensor  # [s, C]: hidden states of `SpeechRows.hidden_index`
 
 
 @dataclass(frozen=True, kw_only=True)

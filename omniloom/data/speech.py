@@ -36,23 +36,27 @@ def read_speech(message: Mapping[str, Any], where: str, media: RowMedia) -> Spee
     return replace(speech, source=media.clip("audio", given, f"{where}.speech").media)
 
 
-def with_codes(conversation: Conversation) -> Conversation:
-    """The conversation with the codes of its spoken turns read. Raises: SampleError."""
+def with_codes(conversation: Conversation, of_recordings: str) -> Conversation:
+    """The conversation with the codes of its spoken turns read; `of_recordings` says how recordings become codes.
+
+    Raises: SampleError.
+    """
     if all(turn.speech is None or turn.speech.codes for turn in conversation.turns):
         return conversation
-    turns = tuple(_load(turn, f"messages[{index}].speech") for index, turn in enumerate(conversation.turns))
+    turns = tuple(
+        _load(turn, f"messages[{index}].speech", of_recordings) for index, turn in enumerate(conversation.turns)
+    )
     return replace(conversation, turns=turns)
 
 
-def _load(turn: Turn, where: str) -> Turn:
+def _load(turn: Turn, where: str, of_recordings: str) -> Turn:
     if turn.speech is None or turn.speech.source is None:
         return turn
-    return replace(
-        turn, speech=replace(turn.speech, source=None, codes=_as_codes(_read(turn.speech.source, where), where))
-    )
+    codes = _as_codes(_read(turn.speech.source, where, of_recordings), where)
+    return replace(turn, speech=replace(turn.speech, source=None, codes=codes))
 
 
-def _read(source: MediaSource, where: str) -> np.ndarray:
+def _read(source: MediaSource, where: str, of_recordings: str) -> np.ndarray:
     content = source.data
     if content is None:
         assert source.path is not None
@@ -66,11 +70,7 @@ def _read(source: MediaSource, where: str) -> np.ndarray:
         except OSError as error:
             raise SampleError(where, f"{source.path}: {error.strerror}") from None
     if not content.startswith(NPY_START):
-        raise SampleError(
-            where,
-            "expected codes as a list or a .npy file, got another kind of file; recordings become codes by `omniloom "
-            "convert speech ROWS OUT --codec DIR`, DIR with kyutai/mimi for published checkpoints",
-        )
+        raise SampleError(where, f"expected codes as a list or a .npy file, got another kind of file; {of_recordings}")
     try:
         found: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
@@ -79,12 +79,13 @@ def _read(source: MediaSource, where: str) -> np.ndarray:
 
 
 def _as_codes(given: Any, where: str) -> tuple[tuple[int, ...], ...]:
-    """Whole numbers [groups, frames], whatever holds them."""
+    """Whole numbers [groups, frames], whatever holds them; of [frames] there is one group."""
     wanted = "expected codes as whole numbers, a list of one length for each group [groups, frames]"
     try:
         codes = np.asarray(given)
     except ValueError:  # lists of several lengths
         raise SampleError(where, f"{wanted}, got lists of several lengths or depths") from None
+    codes = codes[None] if codes.ndim == 1 else codes
     if codes.ndim != 2 or codes.dtype.kind not in "iu" or math.prod(codes.shape) == 0:
         raise SampleError(where, f"{wanted}, got shape {list(codes.shape)} of {codes.dtype}")
     return tuple(tuple(group) for group in codes.tolist())

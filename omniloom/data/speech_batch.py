@@ -5,7 +5,7 @@ Runs in the loader's workers, behind `collate`. Knows no codec.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -40,13 +40,16 @@ def add_speech(
         text_ids=padded(lambda own: own.text_ids),
         position_ids=padded(lambda own: own.position_ids),
         media_index=moved(lambda own: own.media_index),
+        state_index=moved(lambda own: own.state_index),
         hidden_index=moved(lambda own: own.hidden_index),
         codec_index=moved(lambda own: own.codec_index),
         codec_ids=torch.cat([part.rows.codec_ids for part in parts]),
         frame_index=moved(lambda own: own.frame_index),
         frames=torch.cat([part.rows.frames for part in parts]),
     )
-    targets = {name: _join([part.targets[name] for part in parts], starts, (*scales, 1.0)) for name in (CODE0, CODES)}
+    targets = {
+        name: _join([part.targets[name] for part in parts], starts, (*scales, 1.0)) for name in parts[-1].targets
+    }
     bounds = Segments.from_lengths(segments, num_bounds=num_bounds(sum(length > 0 for length in segments)))
     speech = SpeechBatch(rows=rows, segments=bounds, is_padding=padding_rows(own, lengths))
     return replace(batch, speech=speech, targets={**batch.targets, **targets})
@@ -67,13 +70,14 @@ def _no_speech(num_code_groups: int) -> SpeechExample:
         text_ids=nothing,
         position_ids=torch.zeros(3, 0, dtype=torch.int64),
         media_index=nothing,
+        state_index=nothing,
         hidden_index=nothing,
         codec_index=nothing,
         codec_ids=nothing,
         frame_index=nothing,
         frames=no_frames,
     )
-    values: Mapping[str, Tensor] = {CODE0: nothing, CODES: no_frames}
+    values = {CODE0: nothing, **({CODES: no_frames} if num_code_groups > 1 else {})}
     targets = {
         name: Targets(token_index=nothing, weights=torch.zeros(0), values=codes) for name, codes in values.items()
     }

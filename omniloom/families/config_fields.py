@@ -31,9 +31,9 @@ class TalkerConfig:
     """Dims of a talker, named as in Hugging Face configs."""
 
     decoder: DecoderConfig
-    code_predictor: DecoderConfig
+    code_predictor: DecoderConfig | None  # None: a frame has one code
     thinker_hidden_size: int
-    projection_size: int
+    projection_size: int = 0  # between the two maps of a projection; 0: it is one map
     accept_hidden_layer: int  # which of the thinker's hidden states it reads; 0: what goes into the first layer
     tokens: SpeechTokens
 

@@ -35,7 +35,7 @@ def sample_cost(
     return -(-flops // 10**6)
 
 
-def speech_cost(decoder: DecoderConfig, predictor: DecoderConfig, turns: Sequence[tuple[int, int]]) -> int:
+def speech_cost(decoder: DecoderConfig, predictor: DecoderConfig | None, turns: Sequence[tuple[int, int]]) -> int:
     """Estimated forward FLOPs / 1e6 of spoken turns in a talker: of each its rows and, among them, its frames.
 
     The predictor takes a frame by itself, as many positions as there are codes, of which all but one have a head.
@@ -43,7 +43,8 @@ def speech_cost(decoder: DecoderConfig, predictor: DecoderConfig, turns: Sequenc
     flops = 0
     for num_rows, num_frames in turns:
         flops += decoder_flops(decoder, num_rows, num_frames + 1)
-        flops += num_frames * decoder_flops(predictor, PREDICTED_CODES + 1, PREDICTED_CODES)
+        if predictor is not None:
+            flops += num_frames * decoder_flops(predictor, PREDICTED_CODES + 1, PREDICTED_CODES)
     return -(-flops // 10**6)
 
 

@@ -15,8 +15,11 @@ def standard_sharding(config: FamilyConfig) -> ShardingPlan:
     vision, audio, text, talker = config.vision, config.audio, config.text, config.talker
     towers = ("vision",) if audio is None else ("vision", "audio")
     # every list of layers, and those of them that have experts
-    decoders = [*towers, *(("talker.decoder", "talker.code_predictor.decoder") if talker else ()), "text"]
-    routed = [*(("talker.decoder",) if talker else ()), *(("text",) if text.num_experts else ())]
+    spoken = [] if talker is None else ["talker.decoder"]
+    predicting = [] if talker is None or talker.code_predictor is None else ["talker.code_predictor.decoder"]
+    decoders = [*towers, *spoken, *predicting, "text"]
+    num_talker_experts = 0 if talker is None else talker.decoder.num_experts
+    routed = [*(spoken if num_talker_experts else ()), *(("text",) if text.num_experts else ())]
     moes = [f"{name}.layers.*.moe" for name in routed]
     tied = (("text.embed", "text.loss_head"),)  # one tensor, so one group
     return ShardingPlan(
@@ -30,7 +33,7 @@ def standard_sharding(config: FamilyConfig) -> ShardingPlan:
         router_counts=tuple(f"{moe}.reduce_counts" for moe in moes),
         attention_cores=(
             "text.layers.*.attention.core",
-            *(("talker.decoder.layers.*.attention.core",) if talker else ()),
+            *(f"{name}.layers.*.attention.core" for name in spoken),
         ),
         row_gathers=("text.gather_rows",) if talker else (),
         recurrences=("text.layers.*.attention.recurrence",) if text.delta_rule else (),
@@ -40,7 +43,7 @@ def standard_sharding(config: FamilyConfig) -> ShardingPlan:
         num_key_value_heads=text.num_key_value_heads,
         num_recurrent_heads=text.delta_rule.linear_num_key_heads if text.delta_rule else 0,
         num_experts=text.num_experts,
-        num_talker_experts=talker.decoder.num_experts if talker else 0,
+        num_talker_experts=num_talker_experts,
         num_talker_heads=talker.decoder.num_attention_heads if talker else 0,
         layer_costs=tuple(layer_flops(text, layer, TYPICAL) for layer in range(text.num_hidden_layers)),
         embed_cost=2 * TYPICAL * text.hidden_size,  # a row is copied, and its gradient added

@@ -16,7 +16,7 @@ from omniloom.families.config_fields import (
     all_demands,
     reduce_layers,
 )
-from omniloom.families.cost import sample_cost, speech_cost
+from omniloom.families.cost import sample_cost
 from omniloom.families.decoder import make_decoder
 from omniloom.families.sharding import standard_sharding
 from omniloom.keymap import KeyMap
@@ -67,6 +67,7 @@ class ModelSpec:
     make_decoder: Callable[..., Decoder] = make_decoder  # of (config.text, kernel=, rule=, loss_chunk_tokens=)
     read_talker: Callable[[ConfigSection], TalkerConfig] | None = None  # the whole file -> dims; None: it cannot train
     make_talker: Callable[..., Talker] | None = None  # of (config.talker, kernel=, loss_chunk_tokens=)
+    open_speech: Callable[[TalkerConfig, Path, Any], SpeechLayout] | None = None  # of a checkpoint and its tokenizer
     # of (config.json, new voices by name with the ones they start from)
     add_speakers: Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]] | None = None
 
@@ -158,8 +159,8 @@ class ModelSpec:
             media=media,
             towers=towers,
             speech=None
-            if (talker := config.talker) is None
-            else SpeechLayout(talker.tokens, partial(speech_cost, talker.decoder, talker.code_predictor)),
+            if config.talker is None or self.open_speech is None
+            else self.open_speech(config.talker, directory, tokenizer),
         )
 
     def sharding(self, config: FamilyConfig) -> ShardingPlan:

@@ -191,7 +191,7 @@ class Decoder(nn.Module):
         if self.speech_layer == len(self.layers):  # transformers has the last state normed
             assert self.loss_head is not None
             heard = self.loss_head(heard, None, None, norm_only=True)
-        return hidden, SpeechInputs(text=spoken, media=heard), sums, counts
+        return hidden, SpeechInputs(text=spoken, hidden=heard), sums, counts
 
     def embed_rows(self, batch: PackedBatch, media: TowerRows) -> Tensor:
         """Token embeddings, with media rows in the places of their tokens: [T, C]."""

@@ -31,7 +31,7 @@ from omniloom.sharding import ShardingPlan
 def check_plan(plan: ShardingPlan, degrees: Degrees) -> None:
     """Raises: ValueError listing every degree that this model cannot be divided by, with the ones it can."""
     faults = check_tensor(plan, degrees.tensor) if degrees.tensor > 1 else []
-    if plan.num_talker_experts:
+    if plan.num_talker_heads:
         faults += [
             f"parallel.{name}: {getattr(degrees, name)}, but a talker is not divided so yet; set it to 1"
             for name in ("tensor", "pipeline")

@@ -66,6 +66,7 @@ def _reorder_speech(speech: SpeechBatch, order: Tensor, moved: Callable[[Tensor]
         text_ids=speech.rows.text_ids[order],
         position_ids=speech.rows.position_ids[:, order],
         media_index=moved(speech.rows.media_index),
+        state_index=moved(speech.rows.state_index),
         hidden_index=moved(speech.rows.hidden_index),
         codec_index=moved(speech.rows.codec_index),
         frame_index=moved(speech.rows.frame_index),
@@ -117,20 +118,22 @@ def _slice_targets(targets: Targets, start: int, end: int) -> Targets:
 
 
 def _slice_speech(speech: SpeechBatch, start: int, end: int) -> SpeechBatch:
-    """What is read in rows `start` to `end`. The states that media rows read stay numbered by the whole pack."""
+    """What is read in rows `start` to `end`. The states that rows read stay numbered by the whole pack."""
     rows = speech.rows
 
     def mine(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         inside = (index >= start) & (index < end)
         return (index[inside] - start, *(value[inside] for value in values))
 
-    media_index, hidden_index = mine(rows.media_index, rows.hidden_index)
+    (media_index,) = mine(rows.media_index)
+    state_index, hidden_index = mine(rows.state_index, rows.hidden_index)
     codec_index, codec_ids = mine(rows.codec_index, rows.codec_ids)
     frame_index, frames = mine(rows.frame_index, rows.frames)
     own = SpeechRows(
         text_ids=rows.text_ids[start:end],
         position_ids=rows.position_ids[:, start:end],
         media_index=media_index,
+        state_index=state_index,
         hidden_index=hidden_index,
         codec_index=codec_index,
         codec_ids=codec_ids,

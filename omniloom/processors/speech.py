@@ -1,14 +1,13 @@
 """Spoken answers as rows that a talker reads and predicts: what transformers' `generate` feeds it, laid out at once.
 
-Each spoken turn is a segment of its own: the user's turns before it, nine rows that open the answer, and a row for each
-frame of codes. Owns which token, state and code each row takes; knows no file, and of the conversation only its tokens.
-
-Source: transformers, Qwen3OmniMoeForConditionalGeneration.generate, _get_talker_user_parts and
-_get_talker_assistant_parts, and prepare_inputs_for_generation of its talker.
+Each spoken turn is a segment of its own: what was said before it, rows that open the answer, and a row for each frame
+of codes. A family's `SpeechLayout` says which token, state and code each row takes; what is spoken, what it predicts
+and with which weight is said here. Knows of the conversation only its tokens.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,13 +15,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from omniloom.processors.positions import sample_positions
 from omniloom.types import CODE0, CODES, Conversation, SampleError, Speech, SpeechExample, SpeechRows, Targets
 
 NUM_HEADER = 3  # tokens that open an answer: its start, the role, the line's end
-NUM_PREFIX = 9  # rows of an answer before its first frame; the last of them predicts it
-USUAL_SPEAKER = "ethan"  # transformers' own default
-
 
 RunKind = Literal["text", "picture", "sound", "both"]
 
@@ -33,17 +28,19 @@ class SpeechTokens:
 
     turn: tuple[int, ...]  # <|im_start|>, <|im_end|>, user, assistant
     tts: tuple[int, ...]  # of text: pad, begin, end
-    prefix: tuple[int, ...]  # of the codec: nothink, think begin, think end, pad, begin
+    prefix: tuple[int, ...]  # of the codec, those that open an answer, in the family's order
     codec_eos: int
     media: tuple[int, ...]  # of text: what takes a hidden state in place of an embedding
     speakers: Mapping[str, int]  # voices by name, in lower case
+    usual_speaker: str  # transformers' own default
     num_code_groups: int
     num_codes: int  # of each codebook
     positions_per_second: float
+    of_recordings: str  # how recordings become codes, in words
 
     def voice(self, name: str, where: str) -> int:
         """The id of a voice, of the usual one where `name` is empty. Raises: SampleError about `where`."""
-        if (found := self.speakers.get((name or USUAL_SPEAKER).lower())) is None:
+        if (found := self.speakers.get((name or self.usual_speaker).lower())) is None:
             said = f"unknown speaker {name!r}" if name else "no speaker is given"
             raise SampleError(where, f"{said}; the checkpoint knows {', '.join(self.speakers) or 'none'}")
         return found
@@ -76,7 +73,7 @@ class ChatTokens:
     audio_rows: Sequence[np.ndarray]
 
 
-class SpeechLayout:
+class SpeechLayout(ABC):
     """Lays out the spoken turns of conversations for one checkpoint."""
 
     def __init__(self, tokens: SpeechTokens, cost: Callable[[Sequence[tuple[int, int]]], int]) -> None:
@@ -110,21 +107,27 @@ class SpeechLayout:
                 found.append(SpokenTurn(start=start, end=end, codes=codes, speaker=speaker, weight=weight))
         return found
 
+    @abstractmethod
     def num_rows(self, turn: SpokenTurn, chat: ChatTokens) -> int:
-        return int(self._user_rows(chat)[: turn.start].sum()) + NUM_PREFIX + turn.num_frames
+        """Of the turn's segment."""
+
+    @abstractmethod
+    def encode_turn(self, turn: SpokenTurn, chat: ChatTokens, rate: float) -> SpeechRows:
+        """The rows of a turn's segment, the last of them those of its frames; `rate` as in `encode`."""
 
     def cost(self, turns: Sequence[SpokenTurn], chat: ChatTokens) -> int:
         return self._cost([(self.num_rows(turn, chat), turn.num_frames) for turn in turns]) if turns else 0
 
     def encode(self, turns: Sequence[SpokenTurn], chat: ChatTokens, rate: float) -> SpeechExample:
         """Rows and targets of the turns, one after another; `rate` is the positions per second of the runs' blocks."""
-        parts = [self._encode_turn(turn, chat, rate) for turn in turns]
+        parts = [self.encode_turn(turn, chat, rate) for turn in turns]
         bounds = np.cumsum([0, *(len(part.text_ids) for part in parts)])
         starts, groups = bounds[:-1].tolist(), self.tokens.num_code_groups
         rows = SpeechRows(
             text_ids=_joined([part.text_ids for part in parts]),
             position_ids=torch.cat([torch.zeros(3, 0, dtype=torch.int64), *(part.position_ids for part in parts)], 1),
             media_index=_joined([part.media_index + start for part, start in zip(parts, starts, strict=True)]),
+            state_index=_joined([part.state_index + start for part, start in zip(parts, starts, strict=True)]),
             hidden_index=_joined([part.hidden_index for part in parts]),
             codec_index=_joined([part.codec_index + start for part, start in zip(parts, starts, strict=True)]),
             codec_ids=_joined([part.codec_ids for part in parts]),
@@ -139,56 +142,14 @@ class SpeechLayout:
             weights=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *weights])),
             values=_joined([torch.tensor([*turn.codes[0], self.tokens.codec_eos]) for turn in turns]),
         )
-        codes = Targets(
-            token_index=_joined([torch.from_numpy(index[:-1]) for index in predicting]),
-            weights=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(own[:-1] for own in weights)])),
-            values=rows.frames,
-        )
-        lengths = tuple(len(part.text_ids) for part in parts)
-        return SpeechExample(rows=rows, targets={CODE0: code0, CODES: codes}, segment_lengths=lengths)
-
-    def _encode_turn(self, turn: SpokenTurn, chat: ChatTokens, rate: float) -> SpeechRows:
-        pad, begin, end = self.tokens.tts
-        asked = np.flatnonzero(self._user_rows(chat)[: turn.start])
-        header, words = np.split(chat.ids[turn.start : turn.end], [NUM_HEADER])
-        opening = [*header, *[pad] * 4, begin, words[0]]
-        spoken = [*words[1:], end, *[pad] * turn.num_frames][: turn.num_frames]
-        text_ids = np.concatenate([chat.ids[asked], np.array([*opening, *spoken], np.int64)])
-        is_media = np.isin(chat.ids[asked], self.tokens.media)
-        nothink, think_begin, think_end, codec_pad, codec_begin = self.tokens.prefix
-        return SpeechRows(
-            text_ids=torch.from_numpy(text_ids),
-            position_ids=self._positions(asked, NUM_PREFIX + turn.num_frames, chat, rate),
-            media_index=torch.from_numpy(np.flatnonzero(is_media)),
-            hidden_index=torch.from_numpy(asked[is_media]),
-            codec_index=torch.arange(len(asked) + NUM_HEADER, len(asked) + NUM_PREFIX),
-            codec_ids=torch.tensor([nothink, think_begin, think_end, turn.speaker, codec_pad, codec_begin]),
-            frame_index=torch.arange(len(asked) + NUM_PREFIX, len(text_ids)),
-            frames=torch.from_numpy(turn.codes.T),
-        )
-
-    def _user_rows(self, chat: ChatTokens) -> np.ndarray:
-        """Which tokens are of turns of the user: bool [t]."""
-        im_start, _, user, _ = self.tokens.turn
-        starts = np.maximum.accumulate(np.where(chat.ids == im_start, np.arange(len(chat.ids)), 0))
-        roles = chat.ids[np.minimum(starts + 1, len(chat.ids) - 1)]
-        return np.asarray(roles == user)
-
-    def _positions(self, asked: np.ndarray, num_own: int, chat: ChatTokens, rate: float) -> torch.Tensor:
-        """As the talker's own `get_rope_index` has them. It is told nothing of sound in videos: such a clip counts like
-        text, unless pictures without sound follow it."""
-        bounds = np.cumsum([0, *(run if isinstance(run, int) else run.shape[1] for run in chat.runs)])
-        places = np.searchsorted(asked, bounds)
-        kept: list[int | np.ndarray] = []
-        followed = False
-        for number in reversed(range(len(chat.runs))):
-            run, kind, length = chat.runs[number], chat.kinds[number], int(places[number + 1] - places[number])
-            if not length or isinstance(run, int) or (kind == "both" and not followed):
-                kept.append(length)
-            else:
-                kept.append(run * np.array([[self.tokens.positions_per_second / rate], [1], [1]], np.float32))
-            followed |= length > 0 and kind == "picture"
-        return sample_positions([*reversed(kept), num_own])
+        targets, lengths = {CODE0: code0}, tuple(len(part.text_ids) for part in parts)
+        if groups > 1:
+            targets[CODES] = Targets(
+                token_index=_joined([torch.from_numpy(index[:-1]) for index in predicting]),
+                weights=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(own[:-1] for own in weights)])),
+                values=rows.frames,
+            )
+        return SpeechExample(rows=rows, targets=targets, segment_lengths=lengths)
 
     def _codes(self, speech: Speech, where: str) -> np.ndarray:
         groups = self.tokens.num_code_groups

@@ -84,7 +84,7 @@ def layouts_of(sizes: ModelSizes, gpus: int, machine: Machine) -> Iterator[Degre
     """Every layout of so many devices that model and packs can be divided by, small degrees first."""
     plan, config = sizes.plan, sizes.config
     powers = [2**n for n in range(gpus.bit_length())] + [gpus]
-    most_stages = 1 if plan.num_talker_experts else len(plan.layer_costs)  # a talker is not cut
+    most_stages = 1 if plan.num_talker_heads else len(plan.layer_costs)  # a talker is not cut
     axes = {
         "tensor": [n for n in powers if n <= machine.devices],
         "context": [n for n in powers if n <= MOST["context"]],

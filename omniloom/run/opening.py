@@ -228,6 +228,8 @@ def _add_speakers(
     """The published config.json with the voices that the run adds. Raises: ValueError where they cannot be learnt."""
     if not new:
         return config_json
+    if speaks and spec.add_speakers is None:
+        raise ValueError(f"model.new_speakers: voices of {spec.name} are not among its talker's weights; remove it")
     if not speaks or spec.add_speakers is None:
         raise ValueError("model.new_speakers: no talker trains that could learn them; set policy.talker.freeze=false")
     return spec.add_speakers(config_json, new)
@@ -262,10 +264,9 @@ def _speaks(config: Config, spec: ModelSpec, checkpoint: HFCheckpoint) -> bool:
     rules = {name: rule for name, rule in config.policy.items() if name.split(".")[0] == "talker"}
     wanting = [name for name, rule in rules.items() if rule.freeze is False or rule.lora is not None]
     if wanting and not _has_talker(spec, checkpoint):
-        why = "the checkpoint holds none"
-        if any(name.startswith("talker.") for name in checkpoint.shapes):
-            why = f"that of {spec.name} stays as it is, since what makes codes of sound for it was never published"
-        raise ValueError(f"policy.{wanting[0]}: there is no talker to train, {why}; remove the rule")
+        raise ValueError(
+            f"policy.{wanting[0]}: there is no talker to train, the checkpoint holds none; remove the rule"
+        )
     return bool(wanting)
 
 

@@ -217,7 +217,7 @@ class OpenRows:
         if self.last_answer_only:
             return _without_weights(conversation)
         if self.family.talker is not None:
-            conversation = with_codes(conversation)
+            conversation = with_codes(conversation, self.family.talker.tokens.of_recordings)
         elif any(turn.speech for turn in conversation.turns):  # a run that makes none
             turns = tuple(replace(turn, speech=None) for turn in conversation.turns)
             conversation = replace(conversation, turns=turns)

@@ -321,7 +321,9 @@ class Trainer:
             if name != TEXT or not self.model.trains_speech_alone
         }
         objective = Objective(coefficients=train.loss_coefficients, weight_sums=measured)
-        packs = _keyed_packs(loaded, train.seed, self.layout)
+        talker = self.model.talker
+        hears_words = talker is not None and talker.projection.hears_words
+        packs = _keyed_packs(loaded, train.seed, self.layout, hears_words=hears_words)
 
         def enter_pack(number: int) -> None:
             self.watchdog.enter(step, f"pack {number + 1} of {len(packs)}")
@@ -381,7 +383,7 @@ class Trainer:
         return report
 
 
-def _keyed_packs(loaded: LoadedStep, seed: int, layout: Layout) -> list[PackedBatch]:
+def _keyed_packs(loaded: LoadedStep, seed: int, layout: Layout, *, hears_words: bool) -> list[PackedBatch]:
     """This rank's packs, each with the key of its random draws."""
     packs = [
         replace(pack.batch, draw_key=keyed_seed(seed, loaded.plan.step, pack.index, layout.context_rank))
@@ -389,7 +391,7 @@ def _keyed_packs(loaded: LoadedStep, seed: int, layout: Layout) -> list[PackedBa
     ]
     if all(pack.speech is None for pack in packs):  # a model without a talker
         return packs
-    # whether a spoken turn of the step may follow media, whose hidden states it would read: the same on every rank
+    # whether a spoken turn of the step reads hidden states, as of media that it may follow: the same on every rank
     samples = (sample.extent for pack in loaded.plan.packs for sample in pack.samples)
-    reads_hidden = any(extent.clips and extent.num_code_frames for extent in samples)
+    reads_hidden = any(extent.num_code_frames and (hears_words or extent.clips) for extent in samples)
     return [replace(pack, speech=pack.speech and replace(pack.speech, reads_hidden=reads_hidden)) for pack in packs]

@@ -21,6 +21,7 @@ from omniloom.run.opening import Workshop
 from omniloom.tools.speak import FRAMES_PER_SECOND
 from omniloom.types import MediaSource, Speech
 
+VOCODER = "code2wav."
 FITS = 0.8  # own recordings are nearer than this share of the distance of others'
 NUM_BANDS, WINDOW, STEP = 40, 1024, 512  # of the spectra; samples
 
@@ -30,8 +31,9 @@ def describe_speech(workshop: Workshop, turns: Sequence[tuple[Path, Speech]], nu
 
     Raises: SampleError for a recording that cannot be read.
     """
-    if not turns:
-        return [f"speech     {num_spoken:,} rows of codes, and no recording beside them to compare their sound with"]
+    lacks = "no recording beside them" if not turns else "no vocoder here that makes sound of them"
+    if not turns or not any(name.startswith(VOCODER) for name in workshop.checkpoint.shapes):
+        return [f"speech     {num_spoken:,} rows of codes, and {lacks}: how they sound is not compared"]
     vocoder = open_vocoder(workshop.checkpoint)
     pairs = [_sounds(vocoder, recording, speech) for recording, speech in turns]
     own = float(np.mean([spectral_distance(made, real) for made, real in pairs]))
@@ -57,9 +59,8 @@ def open_vocoder(checkpoint: HFCheckpoint) -> Any:
 
     config = transformers.AutoConfig.for_model(**read_json(checkpoint.directory / "config.json"))
     vocoder = transformers.Qwen3OmniMoeCode2Wav(config.code2wav_config)
-    prefix = "code2wav."
-    names = [name for name in checkpoint.shapes if name.startswith(prefix)]
-    vocoder.load_state_dict({name.removeprefix(prefix): checkpoint.read_slice(name) for name in names})
+    names = [name for name in checkpoint.shapes if name.startswith(VOCODER)]
+    vocoder.load_state_dict({name.removeprefix(VOCODER): checkpoint.read_slice(name) for name in names})
     return vocoder.float().eval()
 
 

@@ -146,16 +146,18 @@ def score_speech(net: OmniModel, batch: PackedBatch, inputs: SpeechInputs) -> di
     Of the first codes over frames and the end of each turn, of the others over groups and frames.
     """
     assert net.talker is not None
+    assert batch.speech is not None
     hidden, states, _, _ = net.talker.run(batch, inputs)
     scores: dict[int, dict[str, object]] = {}
     for position, (low, high) in enumerate(pairwise(batch.sample_bounds)):
-        inside = {name: _between(batch.targets[name].token_index, low, high) for name in (CODE0, CODES)}
+        inside = {name: _between(batch.targets[name].token_index, low, high) for name in batch.targets}
         own = {name: _take(batch.targets[name], chosen) for name, chosen in inside.items()}
         if not own[CODE0].weights.any():
             continue
-        sums = net.talker.losses(hidden, states[inside[CODES]], own)
+        sums = net.talker.losses(hidden, None if states is None else states[inside[CODES]], own)
         means = {f"loss_{name}": float(value / own[name].weights.sum()) for name, value in sums.items()}
-        scores[position] = {**means, "num_code_frames": len(own[CODES].weights)}
+        num_frames = int(_between(batch.speech.rows.frame_index, low, high).sum())
+        scores[position] = {**means, "num_code_frames": num_frames}
     return scores
 
 

@@ -22,7 +22,6 @@ from omniloom.config import override_config
 from omniloom.data.rows import RowReader
 from omniloom.data.sources import open_sources
 from omniloom.processors.rendering import split_reasoning
-from omniloom.processors.speech import USUAL_SPEAKER
 from omniloom.run.answer_metrics import error_rates
 from omniloom.run.opening import Workshop
 from omniloom.tools.generate import (
@@ -91,10 +90,13 @@ class Speaker:
     def __init__(self, workshop: Workshop, voice: Voice, tokenizer: Any) -> None:
         """Raises: ValueError for a checkpoint without a talker, and for a voice that it does not have."""
         if workshop.family.talker is None:
-            has_none = not any(name.startswith("talker.") for name in workshop.checkpoint.shapes)
-            why = "the checkpoint holds none" if has_none else f"that of {workshop.spec.name} is not run here"
-            raise ValueError(f"--speech: there is no talker to speak, {why}; leave --speech out, or name a Qwen3-Omni")
+            raise ValueError("--speech: there is no talker to speak, the checkpoint holds none; leave --speech out")
         self._tokens = tokens = workshop.family.talker.tokens
+        if tokens.num_code_groups == 1:
+            raise ValueError(
+                f"--speech: that of {workshop.spec.name} is not run here, since transformers 5's generation leaves out "
+                "what opens its codes; leave --speech out, or name a Qwen3-Omni"
+            )
         # as transformers does by itself where the codebook is followed by 1,024 ids, as published
         others = range(tokens.num_codes, workshop.family.talker.decoder.vocab_size)
         self._suppressed = [number for number in others if number != tokens.codec_eos]
@@ -105,7 +107,7 @@ class Speaker:
 
     def say(self, prompt: Prompt, *, max_new_tokens: int, sampling: Sampling, streamer: Any = None) -> Spoken:
         """The answer to one prompt. Raises: SampleError for a voice that the checkpoint does not have."""
-        name = self._voice.speaker or (prompt.speech and prompt.speech.speaker) or USUAL_SPEAKER
+        name = self._voice.speaker or (prompt.speech and prompt.speech.speaker) or self._tokens.usual_speaker
         self._tokens.voice(name, "speaker")
         model = self._model = self._model or self._load()
         inputs = {key: on_device(value, model) for key, value in prompt.inputs.items()}

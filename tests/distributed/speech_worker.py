@@ -33,6 +33,7 @@ LOSSES = (TEXT, CODE0, CODES)
 @dataclass(frozen=True, kw_only=True)
 class Case:
     parallel: ParallelConfig
+    family: str = "qwen3_omni"
     alone: bool = False  # nothing but the talker trains
     recompute: bool = False
 
@@ -68,14 +69,14 @@ def make_packs(workshop: Workshop) -> list[PackedBatch]:
 
 
 def weight_sums(packs: list[PackedBatch]) -> dict[str, float]:
-    found = {name: float(sum(pack.targets[name].weights.sum() for pack in packs)) for name in (CODE0, CODES)}
+    found = {name: float(sum(pack.targets[name].weights.sum() for pack in packs)) for name in packs[0].targets}
     return {TEXT: float(sum(pack.loss_weights.sum() for pack in packs)), **found, "router": float(len(packs))}
 
 
 def run_case(case: Case, model_dir: Path, rows: Path, ranks: Ranks) -> Outcome:
     workshop = open_workshop(case.config(model_dir, rows))
     packs = make_packs(workshop)
-    names = LOSSES[1:] if case.alone else LOSSES
+    names = [name for name in (LOSSES[1:] if case.alone else LOSSES) if name in (TEXT, *packs[0].targets)]
     sums_of = weight_sums(packs)
     objective = Objective(
         coefficients={TEXT: 1.0, CODE0: 1.0, CODES: 0.3},
@@ -137,7 +138,9 @@ def run_job(rank: int, world_size: int, port: int, cases: dict[str, Case], folde
     )
     ranks = init_distributed(timeout_seconds=120)
     place = Path(folder)
-    outcomes = {name: run_case(case, place / "model", place / "rows.json", ranks) for name, case in cases.items()}
+    outcomes = {
+        name: run_case(case, place / case.family, place / f"{case.family}.json", ranks) for name, case in cases.items()
+    }
     if rank == 0:
         torch.save(outcomes, place / "results.pt")
     close_distributed()

@@ -20,9 +20,9 @@ from torch import Tensor
 @dataclass(frozen=True)
 class SpokenLogits:
     code0: Tensor  # float32 [F + 1, V]
-    codes: Tensor  # float32 [F, G - 1, V]
     loss_code0: Tensor
-    loss_codes: Tensor
+    codes: Tensor | None = None  # float32 [F, G - 1, V]; None, as its loss, where a frame has one code
+    loss_codes: Tensor | None = None
 
 
 def forced_speech(model: Any, inputs: dict[str, Any], answer: list[int], codes: Tensor, speaker: str) -> SpokenLogits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from omniloom.tools.tiny import make_tiny
 from omniloom.types import CODE0, CODES
 from tests.media_rows import write_media_rows
 from tests.parity.builders import assemble, published
-from tests.parity.speech_oracle import forced_speech, reference_losses
+from tests.parity.speech_oracle import SpokenLogits, forced_speech, reference_losses
 
 OPTIONS = ("model.dtype=float32", "data.workers=0", "data.pack_tokens=1024")
 TALKER = "talker_config"
@@ -103,9 +103,15 @@ def spoken_rows(folder: Path, num_groups: int, num_codes: int = 40, seed: int = 
     return path
 
 
-def oracle(directory: Path, data: Path) -> dict[str, dict[str, float]]:
+def oracle(
+    directory: Path,
+    data: Path,
+    whole: Any = transformers.Qwen3OmniMoeForConditionalGeneration,
+    forced: Callable[..., SpokenLogits] = forced_speech,
+    usual: str = "Ethan",
+) -> dict[str, dict[str, float]]:
     """What transformers' own steps say of every row, turn by turn, put together as means over all turns."""
-    model = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    model = whole.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     config = Config(model=ModelConfig(path=str(directory)), data=DataConfig(train=(str(data),)))
     source = open_sources(config.data.train, config.data)
@@ -123,14 +129,15 @@ def oracle(directory: Path, data: Path) -> dict[str, dict[str, float]]:
                 reader, replace(conversation, turns=conversation.turns[: number + 1]), str(data)
             ).inputs
             answer = tokenizer(message["content"] + "<|im_end|>", add_special_tokens=False).input_ids
-            logits = forced_speech(model, inputs, answer, codes, message.get("speaker", "Ethan"))
+            logits = forced(model, inputs, answer, codes, message.get("speaker", usual))
             frames = codes.shape[1]
-            sums = [sums[0] + (frames + 1) * float(logits.loss_code0), sums[1] + frames * float(logits.loss_codes)]
+            others = 0.0 if logits.loss_codes is None else frames * float(logits.loss_codes)
+            sums = [sums[0] + (frames + 1) * float(logits.loss_code0), sums[1] + others]
             counts = [counts[0] + frames + 1, counts[1] + frames]
         if counts[1]:
             found[row["id"]] = {
                 "loss_code0": sums[0] / counts[0],
-                "loss_codes": sums[1] / counts[1],
+                **({"loss_codes": sums[1] / counts[1]} if sums[1] else {}),
                 "num_code_frames": counts[1],
             }
     return found

@@ -89,11 +89,14 @@ def test_the_command_line_speaks_an_answer_and_a_command_hears_it(
 
 @pytest.mark.parametrize(
     ("family", "why"),
-    [("qwen3_vl", "the checkpoint holds none"), ("qwen2_5_omni", "that of qwen2_5_omni is not run here")],
+    [
+        ("qwen3_vl", "there is no talker to speak, the checkpoint holds none"),
+        ("qwen2_5_omni", "that of qwen2_5_omni is not run here"),
+    ],
 )
 def test_a_model_without_a_talker_is_refused_in_one_message(family: str, why: str, tmp_path: Path) -> None:
     other = make_tiny(family, tmp_path / "model")
-    with pytest.raises(ValueError, match=rf"--speech: there is no talker to speak, {why}"):
+    with pytest.raises(ValueError, match=f"--speech: {why}"):
         list(spoken_answers(other, "Hello", {}, Voice(target=tmp_path / "out.wav"), sampling=GREEDY))
 
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni: dims and tensor names of its thinker; talker and vocoder are carried along."""
+"""Qwen2.5-Omni: dims and tensor names. The vocoder is carried along, and so is a talker that a run does not use."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from omniloom.dims import AudioTowerConfig
 from omniloom.families.config_fields import ConfigSection, FamilyConfig, read_decoder, read_window_vision
 from omniloom.families.hf_rules import audio_layer_rules, decoder_rules, linears, window_vision_rules
 from omniloom.families.qwen2_5_omni.processor import Qwen25OmniClips
+from omniloom.families.qwen2_5_omni.talker import make_talker, open_speech, read_talker, talker_rules
 from omniloom.families.spec import OMNI, ModelSpec
 from omniloom.keymap import KeyMap
 
 CARRIED = (
-    "talker.",
     "token2wav.",
     "thinker.audio_tower.audio_bos_eos_token.",  # published, and used by nothing
 )
@@ -44,8 +44,9 @@ def key_map(config: FamilyConfig) -> KeyMap:
             *linears(audio, "audio", ends, bias=True),
             *audio_layer_rules(audio),
             *decoder_rules("thinker.model", "thinker.lm_head", config.text),
+            *(talker_rules() if config.talker is not None else ()),
         ),
-        carried=CARRIED,
+        carried=CARRIED if config.talker is not None else ("talker.", *CARRIED),
     )
 
 
@@ -57,4 +58,7 @@ SPEC = ModelSpec(
     read_parts=read_parts,
     key_map=key_map,
     clips=Qwen25OmniClips,
+    read_talker=read_talker,
+    make_talker=make_talker,
+    open_speech=open_speech,
 )

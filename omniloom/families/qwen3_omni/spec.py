@@ -13,7 +13,7 @@ from omniloom.families.hf_rules import (
     vision_rules,
 )
 from omniloom.families.qwen3_omni.processor import Qwen3OmniClips
-from omniloom.families.qwen3_omni.talker import add_speakers, make_talker, read_talker, talker_rules
+from omniloom.families.qwen3_omni.talker import add_speakers, make_talker, open_speech, read_talker, talker_rules
 from omniloom.families.spec import OMNI, ModelSpec
 from omniloom.keymap import KeyMap, Rule
 
@@ -68,5 +68,6 @@ SPEC = ModelSpec(
     clips=Qwen3OmniClips,
     read_talker=read_talker,
     make_talker=make_talker,
+    open_speech=open_speech,
     add_speakers=add_speakers,
 )

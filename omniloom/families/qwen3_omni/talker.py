@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from omniloom.families.config_fields import ConfigSection, TalkerConfig, read_decoder
+from omniloom.families.cost import speech_cost
 from omniloom.families.decoder import DecoderConfig, make_layers
 from omniloom.families.hf_rules import expert_rules, layer_rules, linears, router_rule, shared_expert_rules
+from omniloom.families.qwen3_omni.speech import Qwen3OmniSpeech
 from omniloom.keymap import Rule
-from omniloom.models.talker import CodePredictor, Projection, Talker
-from omniloom.processors.speech import SpeechTokens
+from omniloom.models.talker import CodePredictor, ProjectedRows, Projection, Talker
+from omniloom.processors.speech import SpeechLayout, SpeechTokens
 from omniloom.types import Kernel
 
 
@@ -27,9 +31,10 @@ def read_talker(config: ConfigSection) -> TalkerConfig:
         decoder_sparse_step=1,  # every layer has experts, whatever these fields say
         mlp_only_layers=(),
     )
+    code_predictor = _read_predictor(predictor)
     result = TalkerConfig(
         decoder=decoder,
-        code_predictor=_read_predictor(predictor),
+        code_predictor=code_predictor,
         thinker_hidden_size=talker.field("thinker_hidden_size"),
         projection_size=text.field("intermediate_size"),
         accept_hidden_layer=talker.field("accept_hidden_layer"),
@@ -45,7 +50,7 @@ def read_talker(config: ConfigSection) -> TalkerConfig:
         "talker_config.thinker_hidden_size is thinker_config.text_config.hidden_size": (
             result.thinker_hidden_size == thinker.section("text_config").field("hidden_size")
         ),
-        "the code predictor's hidden_size is the talker's": (result.code_predictor.hidden_size == decoder.hidden_size),
+        "the code predictor's hidden_size is the talker's": (code_predictor.hidden_size == decoder.hidden_size),
         "num_code_groups of talker_config and of its code_predictor_config are the same, and 2 or more": (
             groups == predictor.field("num_code_groups") and groups > 1
         ),
@@ -87,6 +92,9 @@ def _read_tokens(config: ConfigSection, talker: ConfigSection, num_codes: int) -
         num_code_groups=talker.field("num_code_groups"),
         num_codes=num_codes,
         positions_per_second=float(talker.field("position_id_per_seconds")),
+        usual_speaker="ethan",
+        of_recordings="recordings become codes by `omniloom convert speech ROWS OUT --codec DIR`, DIR with kyutai/mimi "
+        "for published checkpoints",
     )
 
 
@@ -139,6 +147,7 @@ def talker_rules() -> list[Rule]:
 def make_talker(config: TalkerConfig, *, kernel: Kernel, loss_chunk_tokens: int | None) -> Talker:
     """The talker on the current default device, weights not yet read."""
     decoder, predictor = config.decoder, config.code_predictor
+    assert predictor is not None
     code_predictor = CodePredictor(
         make_layers(predictor, kernel=kernel),
         num_groups=config.tokens.num_code_groups,
@@ -150,12 +159,17 @@ def make_talker(config: TalkerConfig, *, kernel: Kernel, loss_chunk_tokens: int 
     return Talker(
         make_layers(decoder, kernel=kernel),
         code_predictor,
-        projections={name: _projection(config) for name in ("text", "hidden")},
+        projection=ProjectedRows(text=_projection(config), hidden=_projection(config)),
         vocab_size=decoder.vocab_size,
+        codec_size=decoder.hidden_size,
         hidden_size=decoder.hidden_size,
         norm_eps=decoder.rms_norm_eps,
         chunk=loss_chunk_tokens,
     )
+
+
+def open_speech(config: TalkerConfig, directory: Path, tokenizer: Any) -> SpeechLayout:
+    return Qwen3OmniSpeech(config.tokens, partial(speech_cost, config.decoder, config.code_predictor))
 
 
 def _projection(config: TalkerConfig) -> Projection:

@@ -127,11 +127,10 @@ class Reading:
         try:
             tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         except (ValueError, yaml.YAMLError) as error:
-            found = " ".join(" ".join(str(error).splitlines()[:3]).split())  # what, and at which line
-            raise MigrateError(f"{path}: not valid {path.suffix[1:].upper()}: {found}") from None
+            first = str(error).splitlines()[0]
+            raise MigrateError(f"{path}: not valid {path.suffix[1:].upper()}: {first}") from None
         if not isinstance(tree, dict):
-            got = "nothing" if tree is None else f"a {type(tree).__name__}"
-            raise MigrateError(f"{path}: expected {KINDS}, got {got}")
+            raise MigrateError(f"{path}: expected {KINDS}, got a {type(tree).__name__}")
         return tree
 
     def _read_tree(self, path: Path, tree: dict[str, Any]) -> None:
