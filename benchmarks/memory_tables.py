@@ -1,15 +1,18 @@
-"""What optimizers and recompute cost in memory and time, measured on this machine's CPU: two tables of Markdown.
+"""What optimizers and recompute cost in memory and time, measured on this machine's CPU: three tables of Markdown.
 
-    python benchmarks/memory_tables.py [optimizer | recompute]
+    python benchmarks/memory_tables.py [optimizer | recompute | base]
 
 Optimizers step all weights of a random Qwen3-Omni of 20M parameters with random gradients; states on the host are
 copied, though host and device share their memory here. Recompute: forward and backward of one pack of that model with
 pictures and sound, float32. Kept are the storages that live on when the layers have run; what offloading moved is not
-among them. Each row is a process of its own; its peak is what it has resident beyond what it had before.
+among them. Each row is a process of its own; its peak is what it has resident beyond what it had before. Base: what a
+whole LoRA run of a random Qwen3-VL of 205M parameters has resident at its fullest, by what holds the frozen weights.
 """
 
 from __future__ import annotations
 
+import json
+import resource
 import sys
 import tempfile
 import time
@@ -26,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: packs are made among the tests
 
+import omniloom
 from omniloom.config import load_config
 from omniloom.parallel.device import HostCopies, choose_device
 from omniloom.parallel.fsdp import match_modules
@@ -33,6 +37,7 @@ from omniloom.parallel.optimizer import ShardedOptimizer
 from omniloom.parallel.recompute import OffloadingCall, recompute_layers
 from omniloom.run.opening import apply_policy, build_optimizer, open_workshop
 from omniloom.tools.tiny import make_tiny
+from omniloom.training.metrics import StepMetrics
 from tests.device.steps import Content, make_pack
 
 PACK_TOKENS, ROUNDS, ROOTS, CPU = 4096, 3, ("text", "vision", "audio"), torch.device("cpu")
@@ -44,6 +49,26 @@ RECOMPUTE = [
     *((how, ROOTS, False) for how in ("none", "selective", "full", 2, 3)),
     *(("full", ("text",), False), ("full", ROOTS[1:], False), ("none", (), True), ("full", ROOTS, True)),
 ]
+TRAINING = {
+    "train.steps": 2,
+    "train.packs_per_step": 1,
+    "train.learning_rate": 1e-4,
+    "memory.recompute": "full",
+    "policy.text.lora.rank": 16,
+    "data.workers": 0,
+    "log.tensorboard": False,
+}
+BASES = [("float32", "null"), ("bf16", "null"), ("float32", "nf4"), ("bf16", "nf4")]  # model.dtype, model.quantize
+MID_SIZE = {  # a decoder of 13 layers of 15.7M
+    "text_config.head_dim": 64,
+    "text_config.hidden_size": 1024,
+    "text_config.intermediate_size": 4096,
+    "text_config.num_attention_heads": 16,
+    "text_config.num_key_value_heads": 8,
+    "text_config.num_hidden_layers": 13,
+    "text_config.rope_scaling.mrope_section": [12, 10, 10],
+    "vision_config.out_hidden_size": 1024,
+}
 
 
 class Living(TorchDispatchMode):
@@ -122,6 +147,30 @@ def measure_recompute(checkpoint: str, how: str | int, parts: tuple[str, ...], o
     return [f"{how}{of}{', offloaded' if offload else ''}", *_mb(*kept, peak), f"{seconds:.2f}"]
 
 
+def make_base(folder: str) -> None:
+    make_tiny("qwen3_vl", Path(folder, "mid"), overrides=MID_SIZE, max_shard_size="100MB")
+    row = {"query": "How many words are these? " * 4, "response": "They are forty of them. " * 4}
+    Path(folder, "rows.jsonl").write_text("\n".join(json.dumps(row) for _ in range(40)))
+
+
+def measure_base(folder: str, dtype: str, quantize: str) -> list[str]:
+    model, rows, run = Path(folder, "mid"), Path(folder, "rows.jsonl"), Path(folder, f"{dtype}_{quantize}")
+    of_this = {"model.path": model, "data.train": rows, "train.run_dir": run, "data.pack_tokens": 256}
+    words = [f"{key}={value}" for key, value in {**of_this, **TRAINING}.items()]
+    before, peaks, seconds = _resident("VmRSS"), [], []
+
+    def note(metrics: StepMetrics) -> None:
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        seconds.append(metrics.step_seconds)
+
+    omniloom.train(
+        omniloom.load_config(None, [*words, f"model.dtype={dtype}", f"model.quantize={quantize}"]), on_step=note
+    )
+    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    name = dtype if quantize == "null" else f"{quantize}, the rest {dtype}"
+    return [name, *_mb(before, peaks[-1] - before, whole - before), f"{min(seconds):.2f}"]
+
+
 def measure(call: Callable[[], object]) -> tuple[float, float]:
     """Bytes that the first call has resident at its fullest beyond what was there; seconds of the fastest later one."""
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
@@ -150,6 +199,7 @@ TABLES: dict[str, tuple[str, list[tuple], Callable[..., list[str]]]] = {
         OPTIMIZERS,
         measure_optimizer,
     ),
+    "base": ("before the run, MB | training, beyond that | with the export | seconds a step", BASES, measure_base),
     "recompute": ("kept of a decoder layer, MB | vision | audio | peak, MB | seconds", RECOMPUTE, measure_recompute),
 }
 
@@ -160,8 +210,11 @@ def main() -> None:
         for name in sys.argv[1:] or TABLES:
             title, settings, how = TABLES[name]
             print(f"\n| {name} | {title} |\n{'|---' * (title.count('|') + 2)}|")
+            if name == "base":
+                pool.apply(make_base, (folder,))  # in a process of its own, whose memory counts in no row
             for setting in settings:
-                print(f"| {' | '.join(pool.apply(how, (checkpoint, *setting)))} |", flush=True)
+                where = folder if name == "base" else checkpoint
+                print(f"| {' | '.join(pool.apply(how, (where, *setting)))} |", flush=True)
 
 
 if __name__ == "__main__":

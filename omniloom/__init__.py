@@ -83,9 +83,9 @@ def generate(
     model: str | Path,
     prompt: str,
     *,
-    image: Sequence[str | Path] = (),
-    audio: Sequence[str | Path] = (),
-    video: Sequence[str | Path] = (),
+    image: str | Path | Sequence[str | Path] = (),
+    audio: str | Path | Sequence[str | Path] = (),
+    video: str | Path | Sequence[str | Path] = (),
     adapter: str | Path | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -94,13 +94,14 @@ def generate(
     seed: int = 0,
     overrides: Sequence[str] = (),
 ) -> str:
-    """The answer to a prompt about media files; at temperature 0 the greedy one. `model` may be a run.
+    """The answer to a prompt about media files, one or several; at temperature 0 the greedy one. `model` may be a run.
 
     Raises: ValueError.
     """
     from omniloom.tools.generate import Sampling, answers
 
-    media = {"image": image, "audio": audio, "video": video}
+    given = {"image": image, "audio": audio, "video": video}
+    media = {kind: [files] if isinstance(files, str | Path) else files for kind, files in given.items()}
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "overrides": overrides, "adapter": adapter}
     (line,) = answers(model, prompt, media, **options)

@@ -318,6 +318,8 @@ def plan(
 
         show_layouts(words or [], gpus, memory, nodes)
         return
+    if memory is not None or nodes is not None:
+        raise ValueError("--memory and --nodes rank layouts: say with them how many devices there are, as --gpus 8")
     from omniloom.tools.preview import show_plan
 
     show_plan(words or [], steps)

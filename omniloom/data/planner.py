@@ -425,4 +425,4 @@ def _changes(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 def _describe_bad(bad: tuple[BadSample, ...], fault: str) -> str:
     first = "".join(f"\n  {row.file}:{row.line}: {row.field}: {row.reason}" for row in bad[:3])
     more = f"\n  and {len(bad) - 3} more of this window" if len(bad) > 3 else ""
-    return f"{fault}:{first}{more}"
+    return f"{fault}{':' * bool(bad)}{first}{more}"

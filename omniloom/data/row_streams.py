@@ -98,6 +98,11 @@ def open_stream_of(source: DataSource, data: DataConfig, part: str | None) -> Ro
     is_local = Path(source.path).exists() or source.path == "-"
     if not is_local and not data.allow_urls:
         raise ValueError(f"{source.path} is not of this machine; save it to a file, or set data.allow_urls=true")
+    if source.stream and Path(source.path).is_file():
+        raise ValueError(
+            f"{source.path}: stream: true is for a name or folder that the package datasets opens, and this is a file; "
+            "leave stream out, since a file is never read whole"
+        )
     part = source.part or part
     num_pieces = 1
     if source.stream:

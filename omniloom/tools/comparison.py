@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
+
+import yaml
 
 from omniloom.checkpoint.files import write_text
 from omniloom.run.answer_metrics import is_lower_better
@@ -78,8 +81,16 @@ def _differences(files: Sequence[RunFiles]) -> Table:
     """Keys whose values are not the same in all configs, with the value in each."""
     trees = [flat(run.config) for run in files]
     keys = sorted({key for tree in trees for key in tree if key != "train.run_dir"})
-    rows = [[key, *("" if tree.get(key) is None else str(tree[key]) for tree in trees)] for key in keys]
+    rows = [[key, *("" if tree.get(key) is None else _as_written(tree[key]) for tree in trees)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _as_written(value: object) -> str:
+    """As a config file has it, on one line."""
+    if not isinstance(value, list | dict | bool):
+        return str(value)
+    written = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
+    return written.removesuffix("\n").removesuffix("\n...")
 
 
 def _charts(files: Sequence[RunFiles], names: Sequence[str]) -> list[Chart]:

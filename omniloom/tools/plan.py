@@ -5,6 +5,7 @@ Prints what `run/layouts.py` ranks. Reads the checkpoint's headers alone: no wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -27,7 +28,7 @@ ASSUMED = (
 
 def show_layouts(words: Sequence[str], gpus: int, memory_gib: float | None, nodes: int | None) -> None:
     """Print the layouts of so many devices, best first. Raises: ValueError where none fits, with what would."""
-    if memory_gib is None or memory_gib <= 0:
+    if memory_gib is None or not 0 < memory_gib < math.inf:
         raise ValueError(f"--memory: expected the GiB of each device, as 80, got {memory_gib}")
     if nodes is not None and (nodes < 1 or gpus % nodes):
         raise ValueError(f"--nodes: expected a divisor of --gpus {gpus}, got {nodes}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,16 @@ def test_faults_of_a_dict_are_named_by_their_keys() -> None:
     with pytest.raises(ValueError, match=r"2 faults in the configuration:\n  - .*trian.*did you mean train\?"):
         omniloom.train({"trian": {}, "train": {"steps": 0}})
     assert omniloom.load_config({"train": {"steps": 3}}, ["train.seed=4"]).train.seed == 4
+
+
+def test_one_path_is_as_good_as_a_list_of_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Sequence[str | Path]]] = []
+
+    def answers(model: str, prompt: str, media: dict[str, Sequence[str | Path]], **options: object) -> list[dict]:
+        asked.append(media)
+        return [{"answer": "yes"}]
+
+    monkeypatch.setattr("omniloom.tools.generate.answers", answers)
+    for image in ("cat.png", Path("cat.png"), ["cat.png"]):
+        assert omniloom.generate("model", "what?", image=image) == "yes"
+    assert [[str(path) for path in media["image"]] for media in asked] == [["cat.png"]] * 3

@@ -278,6 +278,15 @@ def test_resuming_after_any_step_continues_with_the_same_batches(inline_steps):
             assert [summary(step) for step in stream] == inline_steps[done:]
 
 
+def test_a_step_larger_than_the_data_loads_its_filled_packs_alone():
+    with make_stream(Loader(open_rows, workers=0), epochs=1.0, packs_per_step=1000) as stream:
+        (step,) = stream
+    filled = [pack for pack in step.plan.packs if pack.samples]
+    assert len(step.plan.packs) == 1000
+    assert [pack.index for pack in step.packs] == [pack.index for pack in filled]
+    assert step.agreement.stats.num_samples == sum(len(pack.samples) for pack in filled) - len(step.agreement.bad)
+
+
 def test_close_leaves_no_process_behind():
     stream = make_stream(loader := Loader(open_rows, workers=2), epochs=50.0)
     next(stream)

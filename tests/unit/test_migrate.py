@@ -230,7 +230,7 @@ def test_the_files_of_every_guide_give_a_config_that_trains(guide: str, project:
     words = write(files)
     text = migrate([*words, *(["rows=data/rows.json"] if "patch" in guide else [])])
     tree = yaml.safe_load(text)
-    for degree in ("expert", "tensor", "pipeline", "pipeline_layers"):  # one rank here, where they had sixteen
+    for degree in ("expert", "tensor", "pipeline"):  # one rank here, where they had sixteen
         tree.get("parallel", {}).pop(degree, None)
     tree["model"]["dtype"] = "float32"
     tree["data"] |= {"pack_tokens": 256, "workers": 0}
@@ -248,9 +248,19 @@ def test_a_ring_and_ulysses_beside_it_are_kept(project: Path) -> None:
 
 
 def test_a_list_of_layers_by_stage_is_kept(project: Path) -> None:
-    tree = yaml.safe_load(migrate(write(GUIDES["qwen2_5_omni"][1])))
+    files = {**GUIDES["qwen2_5_omni"][1]}
+    tree = yaml.safe_load(migrate(write(files)))
     assert tree["parallel"]["tensor"] == 4
+    assert "pipeline_layers" not in tree["parallel"]  # of a pipeline that is off
+    files["finetune.sh"] = SCRIPT.replace("pipeline-model-parallel-size 1", "pipeline-model-parallel-size 2")
+    tree = yaml.safe_load(migrate(write(files)))
     assert tree["parallel"]["pipeline_layers"] == [11, 17]
+
+
+def test_ranks_that_share_a_sample_are_counted_once(project: Path) -> None:
+    flags = "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --micro-batch-size 3 --train-iters 1"
+    tree = yaml.safe_load(migrate(write({"run.sh": f"torchrun --nproc_per_node 16 pretrain.py {flags}\n"})))
+    assert tree["train"]["packs_per_step"] == 6
 
 
 def test_every_line_says_where_it_came_from(project: Path) -> None:
@@ -308,7 +318,9 @@ def test_what_only_a_shell_could_tell_is_asked_for(project: Path) -> None:
         ("a.json", '{"x": 1}', "are of none"),
         ("a.json", "[1]", "got a list"),
         ("a.json", "{", "not valid JSON"),
-        ("a.yaml", "a: [", "not valid YAML"),
+        ("a.yaml", "", "got nothing"),
+        ("a.yaml", "a:\n\t- b", "not valid YAML: .* line 2"),
+        ("a.sh", "torchrun x.py --train-iters 3 --lr abc", "--lr: expected a number, got 'abc'"),
         ("a.sh", "echo hello", "starts no training"),
         ("a.sh", "torchrun --nproc_per_node 2 x.py --fp16 --train-iters 3", "fp16 is not offered"),
         ("a.sh", "torchrun x.py --train-iters 3 --lr-decay-style WSD", "expected one of cosine, linear, constant"),

@@ -401,13 +401,20 @@ def test_a_figure_that_stays_zero_has_an_axis_from_zero() -> None:
 
 def test_runs_are_compared_by_figures_curves_and_what_differs(tmp_path: Path) -> None:
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", num_lines=50)
-    config = load_config({"model": {"path": "some/model"}, "train": {"steps": NUM_STEPS, "learning_rate": 0.125}})
+    config = load_config(
+        {
+            "model": {"path": "some/model"},
+            "train": {"steps": NUM_STEPS, "learning_rate": 0.125},
+            "data": {"train": ["a.json"]},
+        }
+    )
     (two / "config.yaml").write_text(dump_config(config))
     path = write_comparison([one, two], tmp_path / "page.html")
     page = Page(path.read_text())
     text = re.sub(r"\s+", " ", " ".join(filter(None, page.texts)))
     assert "2 runs one two" in text
     assert "train.learning_rate 1e-05 0.125" in text
+    assert "data.train [] [a.json]" in text  # as a config has it
     assert "train.steps" not in text
     assert "going, step 50 of 400" in text
     assert "script" not in page.tags

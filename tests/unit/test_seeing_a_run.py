@@ -7,12 +7,14 @@ import json
 import logging
 import sys
 import types
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from omniloom.cli import _hush_libraries
 from omniloom.config import ConfigError, LogConfig, load_config
 from omniloom.run.provenance import describe_start, record_start
 from omniloom.run.records import count_warnings
@@ -119,6 +121,17 @@ def test_how_a_run_was_made_is_a_line_for_each_start(tmp_path: Path, monkeypatch
     assert starts[0]["command"] == "omniloom train 'my config.yaml'"
     assert starts[0]["versions"]["torch"]
     assert starts[0]["git_commit"] is None
+
+
+def test_warnings_of_libraries_do_not_reach_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")  # which the command line leaves as it is
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        _hush_libraries()
+        for module in ("torch", "torch.nn.functional", "transformers.modeling_utils", "torchlike", "omniloom.data"):
+            warnings.warn_explicit("words", UserWarning, module, 1, module=module, registry={})
+    assert [warning.filename for warning in seen] == ["torchlike", "omniloom.data"]
 
 
 def test_warnings_of_ours_are_counted_and_still_shown(capsys: pytest.CaptureFixture[str]) -> None:

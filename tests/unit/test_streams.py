@@ -255,11 +255,20 @@ def test_what_a_stream_cannot_do_is_said_before_the_run(tmp_path: Path) -> None:
         config_of(tmp_path, "data.stream_shards=0")
 
 
-@pytest.mark.parametrize(("text", "fault"), [("[\n{}\n]\n", "it begins as an array"), ("", "ended after 0 rows")])
+@pytest.mark.parametrize(
+    ("text", "fault"), [("[\n{}\n]\n", "it begins as an array"), ("", "ended after 0 rows, none of use$")]
+)
 def test_a_stream_of_no_use_is_refused(tmp_path: Path, text: str, fault: str) -> None:
     (tmp_path / "0.jsonl").write_text(text)
     with pytest.raises((ValueError, PlanError), match=fault):
         drain(open_streams(f"file://{tmp_path}/0.jsonl", tmp_path), options())
+
+
+def test_a_file_is_not_taken_for_the_name_of_a_data_set(tmp_path: Path) -> None:
+    (tmp_path / "0.jsonl").write_text("{}\n")
+    source = DataSource(path=str(tmp_path / "0.jsonl"), stream=True)
+    with pytest.raises(ValueError, match=r"0\.jsonl: stream: true is for .* this is a file; leave stream out"):
+        open_sources([source], spill=tmp_path / "spill")
 
 
 # ---------------------------------------------------------------------------------------- whole runs

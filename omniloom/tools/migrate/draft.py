@@ -112,7 +112,7 @@ class Draft:
             return reader(value)
         except (TypeError, ValueError) as error:
             known = ", ".join(map(str, error.args)) if isinstance(error, ValueError) else "another kind of value"
-            self._not_usable(replace(setting, value=value), "a number" if known.startswith("could not") else known)
+            self._not_usable(replace(setting, value=value), known)
         return usual
 
     def product(self, *names: str) -> int:
@@ -164,6 +164,11 @@ class Draft:
                 f"{known.value!r} and {value!r}; keep one"
             )
 
+    def drop(self, key: str, why: str) -> None:
+        """Leave one of our keys out after all, if it is set."""
+        if (entry := self.entries.pop(key, None)) is not None:
+            self.needless.append((Setting(name=key, value=None, origin=", ".join(entry.origins)), why))
+
     def apply(self, rules: Rules) -> None:
         """Deal with every setting that a rule knows."""
         rest = []
@@ -210,7 +215,7 @@ class Draft:
             self._not_usable(setting, known)
 
     def _not_usable(self, setting: Setting, expected: str) -> None:
-        hint = ""
+        hint, expected = "", "a number" if expected.startswith("could not convert") else expected
         if isinstance(setting.value, str) and is_open(setting.value):
             hint = (
                 "; only a running shell could tell it, so give NAME=VALUE behind the files or write it into the script"

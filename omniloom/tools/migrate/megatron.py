@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from omniloom.tools.migrate.draft import Draft, Setting, read_rules
+from omniloom.tools.migrate.draft import Draft, read_rules
 from omniloom.tools.migrate.readers import Value, files, switch, whole
 
 MEGATRON_DEFAULTS = {  # where they differ from ours
@@ -45,9 +45,10 @@ def migrate_megatron(
     draft.apply(read_rules("megatron"))
     draft.put_warmup_share("lr_warmup_fraction", "lr_warmup_ratio")
     _evaluation(draft)
-    if any(key.startswith("policy.text.lora") for key in draft.entries) and "policy.text.freeze" in draft.entries:
-        frozen = Setting(name="freeze", value=None, origin=", ".join(draft.entries.pop("policy.text.freeze").origins))
-        draft.needless.append((frozen, "adapters train in place of the weights"))
+    if any(key.startswith("policy.text.lora") for key in draft.entries):
+        draft.drop("policy.text.freeze", "adapters train in place of the weights")
+    if "parallel.pipeline" not in draft.entries:
+        draft.drop("parallel.pipeline_layers", "it holds under pipeline parallelism alone, which is off")
     if uses_megatron:
         draft.put_defaults(defaults, whose)
 
@@ -63,7 +64,8 @@ def _batch(draft: Draft) -> None:
     if draft.num_ranks is None:
         note = "for each rank: the files do not say how many; multiply by the number of data-parallel ranks"
     else:
-        sharing = ("ulysses_parallel_size", "context_parallel_size", "tensor_parallel_size", "ring_attention_size")
+        sharing = ("ulysses_parallel_size", "context_parallel_size", "tensor_parallel_size", "ring_attention_size",
+                   "tensor_model_parallel_size", "pipeline_model_parallel_size")  # fmt: skip
         ranks = max(draft.num_ranks // draft.product(*sharing), 1)
     draft.put("train.packs_per_step", ranks * draft.product(*(one.name for one in parts)), parts, note)
 

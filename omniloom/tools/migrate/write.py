@@ -127,10 +127,11 @@ class Reading:
         try:
             tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         except (ValueError, yaml.YAMLError) as error:
-            first = str(error).splitlines()[0]
-            raise MigrateError(f"{path}: not valid {path.suffix[1:].upper()}: {first}") from None
+            found = " ".join(" ".join(str(error).splitlines()[:3]).split())  # what, and at which line
+            raise MigrateError(f"{path}: not valid {path.suffix[1:].upper()}: {found}") from None
         if not isinstance(tree, dict):
-            raise MigrateError(f"{path}: expected {KINDS}, got a {type(tree).__name__}")
+            got = "nothing" if tree is None else f"a {type(tree).__name__}"
+            raise MigrateError(f"{path}: expected {KINDS}, got {got}")
         return tree
 
     def _read_tree(self, path: Path, tree: dict[str, Any]) -> None:
