@@ -50,7 +50,7 @@ RECOMPUTE = [
     *(("full", ("text",), False), ("full", ROOTS[1:], False), ("none", (), True), ("full", ROOTS, True)),
 ]
 TRAINING = {
-    "train.steps": 2,
+    "train.steps": 1,
     "train.packs_per_step": 1,
     "train.learning_rate": 1e-4,
     "memory.recompute": "full",
@@ -58,7 +58,7 @@ TRAINING = {
     "data.workers": 0,
     "log.tensorboard": False,
 }
-BASES = [("float32", "null"), ("bf16", "null"), ("float32", "nf4"), ("bf16", "nf4")]  # model.dtype, model.quantize
+BASES = [("float32", "null"), ("float32", "nf4"), ("bf16", "null"), ("bf16", "nf4")]  # model.dtype, model.quantize
 MID_SIZE = {  # a decoder of 13 layers of 15.7M
     "text_config.head_dim": 64,
     "text_config.hidden_size": 1024,
@@ -149,13 +149,13 @@ def measure_recompute(checkpoint: str, how: str | int, parts: tuple[str, ...], o
 
 def make_base(folder: str) -> None:
     make_tiny("qwen3_vl", Path(folder, "mid"), overrides=MID_SIZE, max_shard_size="100MB")
-    row = {"query": "How many words are these? " * 4, "response": "They are forty of them. " * 4}
+    row = {"query": "How many?", "response": "They are forty."}
     Path(folder, "rows.jsonl").write_text("\n".join(json.dumps(row) for _ in range(40)))
 
 
 def measure_base(folder: str, dtype: str, quantize: str) -> list[str]:
     model, rows, run = Path(folder, "mid"), Path(folder, "rows.jsonl"), Path(folder, f"{dtype}_{quantize}")
-    of_this = {"model.path": model, "data.train": rows, "train.run_dir": run, "data.pack_tokens": 256}
+    of_this = {"model.path": model, "data.train": rows, "train.run_dir": run, "data.pack_tokens": 32}
     words = [f"{key}={value}" for key, value in {**of_this, **TRAINING}.items()]
     before, peaks, seconds = _resident("VmRSS"), [], []
 

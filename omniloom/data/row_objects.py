@@ -112,6 +112,10 @@ def _box(points: Any, unit: BoxUnit, of: Mapping[str, Any], field: str) -> Box:
     )
     if not numbers or len(points) < 2 or len(points) % 2:
         raise SampleError(field, f"expected [x, y] or [x1, y1, x2, y2], got {points!r:.60}")
+    if len(points) == 4 and (points[0] > points[2] or points[1] > points[3]):
+        raise SampleError(
+            field, f"expected the left top and the right bottom corner as [x1, y1, x2, y2], got {list(points)}"
+        )
     named = [(kind, of[key]) for kind, keys in _CLIPS.items() for key in keys if of.get(key) is not None]
     if len(named) > 1:
         raise SampleError(field, f"a box is of one image or one video, got {' and '.join(kind for kind, _ in named)}")

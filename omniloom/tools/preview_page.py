@@ -16,6 +16,7 @@ import numpy as np
 
 from omniloom.config import config_from_words
 from omniloom.data.loader import Loader
+from omniloom.data.planner import PlanError
 from omniloom.data.rows import RowReader, clips_of
 from omniloom.data.sources import Sources
 from omniloom.processors.chat import ChatProcessor
@@ -49,13 +50,21 @@ View = dict[str, Any]
 
 
 def write_page(words: Sequence[str], page: Path, num_rows: int) -> None:
-    """Write the page of the first rows and packs. Raises: ValueError as training would before its first step."""
+    """Write the page of the first rows and packs, or of what keeps training from making any.
+
+    Raises: ValueError for a config or checkpoint that training would refuse.
+    """
     config = config_from_words(words)
     workshop, source, _ = open_run(config)
     reader = open_rows(workshop, source, cache=False)()
     rows = [_view_row(reader, source, row) for row in range(min(num_rows, len(source)))]
+    packs, fault = list[View](), ""
+    try:
+        packs = _view_packs(workshop, source)
+    except PlanError as error:  # what is wrong with rows is to be seen here, too
+        fault = str(error)
     text = template("preview.html.jinja").render(
-        model=config.model.path, rows=rows, num_rows=len(source), packs=_view_packs(workshop, source)
+        model=config.model.path, rows=rows, num_rows=len(source), packs=packs, fault=fault
     )
     page.write_text(text, encoding="utf-8")
     print(f"wrote {page}")

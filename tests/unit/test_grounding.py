@@ -75,6 +75,10 @@ def test_placeholders_without_objects_and_objects_without_placeholders_are_left_
         ({"ref": ["a"] * 3, "bbox": BOXES[:1]}, r"2 <bbox> and 3 <ref-object> in the text but 1 boxes and 3 names"),
         ({"ref": ["a"], "bbox": BOXES}, r"3 <ref-object> in the text but 2 boxes and 1 names"),
         ({**LISTS, "bbox": [[1, 2, 3], [1, 2]]}, r"objects\.bbox\[0\]: expected \[x, y\] or .*got \[1, 2, 3\]"),
+        (
+            {**LISTS, "bbox": [[30, 2, 20, 9], [1, 2]]},
+            r"objects\.bbox\[0\]: expected the left top and the right bottom",
+        ),
         ({**LISTS, "bbox_type": "norm"}, r"bbox_type: unknown kind 'norm'; did you mean norm1"),
         ({**LISTS, "image_id": [0, 1]}, r"a box is of image 1 \(from 0\), the row has 1 images"),
         ({**LISTS, "image_id": ["a"]}, r"which image it is of: expected a number, from 0, got 'a'"),

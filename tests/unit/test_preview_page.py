@@ -76,6 +76,19 @@ def test_the_page_is_whole_and_needs_no_other_file(page) -> None:
     assert "<b>disc</b>" not in text, "what rows say is text, not markup"
 
 
+def test_rows_are_shown_where_training_would_stop_for_them(page, tmp_path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"query": "<image>", "response": "r", "images": ["missing.png"]}\n')
+    write_page(
+        [f"model.path={page.parent / 'model'}", f"data.train={tmp_path}/rows.jsonl", "data.workers=0"],
+        tmp_path / "p.html",
+        1,
+    )
+    found = Page((tmp_path / "p.html").read_text())
+    faults = [text for _, _, text in (*found.all("div", "fault"), *found.all("p", "fault"))]
+    assert len(faults) == 2
+    assert all("missing.png" in fault for fault in faults)
+
+
 def test_tokens_are_coloured_by_weight_and_tell_their_place(page) -> None:
     rows = page.read_text().split('<section class="card row">')[1:]
     assert len(rows) == 5
