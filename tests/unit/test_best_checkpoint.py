@@ -13,6 +13,7 @@ from omniloom.run.best import read_evaluations
 from omniloom.run.trainer import run
 from omniloom.tools.tiny import make_tiny
 
+RUN = "my run: ü, #1"  # a directory may be called anything
 SCORES = "values = iter([0.2, 0.9, 0.5, 0.4, 0.3])\n\n\ndef quality(rows):\n    return next(values)\n"
 
 
@@ -30,30 +31,30 @@ def test_the_best_checkpoint_is_kept_exported_and_ends_the_run(
             *("train.steps=20", "train.packs_per_step=1", "train.learning_rate=1e-2", "train.eval_every=2"),
             *("train.eval_answers=1", "train.eval_answer_tokens=2", f"train.eval_metrics={tmp_path}/mine.py:quality"),
             *("checkpoint.best=eval_quality", "checkpoint.keep=1", "train.patience=2", "log.tensorboard=false"),
-            *(f"train.run_dir={tmp_path / 'run'}", "checkpoint.every=0"),
+            *(f"train.run_dir={tmp_path / RUN}", "checkpoint.every=0"),
         ],
     )
     assert run(config) == 0
     said = capsys.readouterr().out
     assert "ended after step 8: eval_quality was no better than after 4" in said
     assert "evaluation after step 4: " in said
-    found = {step: figures["eval_quality"] for step, figures in read_evaluations(tmp_path / "run").items()}
+    found = {step: figures["eval_quality"] for step, figures in read_evaluations(tmp_path / RUN).items()}
     assert found == {2: 0.2, 4: 0.9, 6: 0.5, 8: 0.4}
-    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    kept = sorted(path.name for path in (tmp_path / RUN / "checkpoints").glob("step_*"))
     assert kept == ["step_00000004", "step_00000008"]
-    assert read_json(tmp_path / "run" / "finished.json")["step"] == 8
-    omniloom.export(tmp_path / "run", tmp_path / "best", best=True)
-    omniloom.export(tmp_path / "run" / "checkpoints" / kept[0], tmp_path / "fourth")
+    assert read_json(tmp_path / RUN / "finished.json")["step"] == 8
+    omniloom.export(tmp_path / RUN, tmp_path / "best", best=True)
+    omniloom.export(tmp_path / RUN / "checkpoints" / kept[0], tmp_path / "fourth")
     best, fourth = (
         [path.read_bytes() for path in sorted((tmp_path / name).glob("*.safetensors"))] for name in ("best", "fourth")
     )
     assert best
     assert best == fourth
     with pytest.raises(ValueError, match=r"best is not empty; choose another one, or --overwrite"):
-        omniloom.export(tmp_path / "run", tmp_path / "best")
-    omniloom.export(tmp_path / "run", tmp_path / "best", overwrite=True)
-    for source in (tmp_path / "run", tmp_path):  # neither the run itself nor what lies around it is an earlier export
+        omniloom.export(tmp_path / RUN, tmp_path / "best")
+    omniloom.export(tmp_path / RUN, tmp_path / "best", overwrite=True)
+    for source in (tmp_path / RUN, tmp_path):  # neither the run itself nor what lies around it is an earlier export
         with pytest.raises(ValueError, match="is not empty and no earlier export"):
-            omniloom.export(tmp_path / "run", source, overwrite=True)
+            omniloom.export(tmp_path / RUN, source, overwrite=True)
     assert run(config) == 0
     assert "nothing to do" in capsys.readouterr().out
