@@ -6,7 +6,7 @@ Optimizers step all weights of a random Qwen3-Omni of 20M parameters with random
 copied, though host and device share their memory here. Recompute: forward and backward of one pack of that model with
 pictures and sound, float32. Kept are the storages that live on when the layers have run; what offloading moved is not
 among them. Each row is a process of its own; its peak is what it has resident beyond what it had before. Base: what a
-whole LoRA run of a random Qwen3-VL of 205M parameters has resident at its fullest, by what holds the frozen weights.
+whole LoRA run of a random Qwen3-VL of 210M parameters has resident at its fullest, by what holds the frozen weights.
 """
 
 from __future__ import annotations
