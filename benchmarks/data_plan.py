@@ -1,6 +1,7 @@
 """What planning costs and gives: start-up and memory of large files, fill and cost spread of packs, later epochs' rate.
 
     OMP_NUM_THREADS=1 python benchmarks/data_plan.py [ROWS ...]
+    OMP_NUM_THREADS=1 python benchmarks/data_plan.py --shards [SAMPLES]
 
 Times are of this process's CPU alone, so that a busy machine changes them little; memory is the peak of a process that
 does nothing else. Costs are those of Qwen3-Omni-30B-A3B's own sizes.
@@ -8,10 +9,13 @@ does nothing else. Costs are those of Qwen3-Omni-30B-A3B's own sizes.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import resource
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -20,12 +24,13 @@ import numpy as np
 from PIL import Image
 
 from omniloom.config import DataConfig, load_config
+from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner
 from omniloom.data.sources import open_sources
 from omniloom.families.cost import sample_cost
 from omniloom.families.registry import find_spec
 from omniloom.run.opening import open_workshop
-from omniloom.run.rows import open_rows
+from omniloom.run.rows import open_planner, open_rows, open_run
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import ClipGeometry, Extent, PlannedSample
 from tests.parity.published_configs import PUBLISHED
@@ -136,7 +141,75 @@ def later_epochs(folder: Path, num_pictures: int = 48) -> dict[str, float]:
     return found
 
 
+# ---------------------------------------------------------------------------------------- tar shards
+
+SHARD_SAMPLES, PICTURE_EVERY = 10_000, 50
+
+
+def write_shards(folder: Path, num_samples: int) -> None:
+    """Text rows without an index beside them, of which one in fifty has a picture of 64 x 64."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 80, 40)).save(buffer, "jpeg")
+    folder.mkdir()
+    for first in range(0, num_samples, SHARD_SAMPLES):
+        with tarfile.open(folder / f"{first:08d}.tar", "w") as tar:
+            for number in range(first, min(first + SHARD_SAMPLES, num_samples)):
+                seen = number % PICTURE_EVERY == 0
+                row = {"query": f"{'<image>' * seen}What is {number}?", "response": f"It is {number}."}
+                parts = {"json": json.dumps(row | ({"images": ["0.jpg"]} if seen else {})).encode()}
+                for suffix, data in {**parts, **({"0.jpg": buffer.getvalue()} if seen else {})}.items():
+                    member = tarfile.TarInfo(f"{number:08d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+
+def shard_tree(folder: Path) -> dict[str, dict[str, object]]:
+    data = {"train": [str(folder / "shards")], "pack_tokens": 4096, "workers": 0, "scratch": str(folder / "scratch")}
+    return {"model": {"path": str(folder / "model")}, "data": data}
+
+
+def measure_loader(folder: Path) -> None:
+    """Print the resident memory of a process that plans and loads an epoch of shards and does nothing else."""
+    workshop, rows, _ = open_run(load_config(shard_tree(folder) | {"train": {"epochs": 1, "packs_per_step": 4}}))
+    loader, seen, start = Loader(open_rows(workshop, rows, cache=False), workers=0), 0, time.process_time()
+    planner = open_planner(workshop, rows, loader.measure)
+    marks = [share for share in (1_000, 25_000, 50_000, 75_000, len(rows)) if share <= len(rows)]
+    while (step := planner.next_step()) is not None:
+        for pack in loader.load_in_order(step.packs):
+            assert not pack.bad
+        seen += sum(len(pack.samples) for pack in step.packs)
+        while marks and seen >= marks[0]:
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            seconds = time.process_time() - start
+            print(json.dumps({"samples": marks.pop(0), "resident_mb": resident / 1e6, "cpu_seconds": seconds}))
+    planner.close()
+    loader.close()
+
+
+def over_shards(folder: Path, num_samples: int) -> None:
+    write_shards(folder / "shards", num_samples)
+    make_tiny("qwen3_vl", folder / "model")
+    train = shard_tree(folder)["data"] | {"train": json.dumps([str(folder / "shards")])}
+    words = [f"data.{name}={value}" for name, value in train.items()]
+    words += [f"model.path={folder / 'model'}", "model.dtype=float32", "train.steps=1", "checkpoint.export=false"]
+    for name in ("first", "again"):  # with the index that the first has made
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+        run = ["-m", "omniloom.cli", "train", *words, f"train.run_dir={folder / name}"]
+        subprocess.run([sys.executable, *run], check=True, capture_output=True)
+        after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - start
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        print(f"a run of one step, {name}: {wall:.1f} s, {cpu:.1f} s of the processor", flush=True)
+    subprocess.run([sys.executable, __file__, "--load-shards", str(folder)], check=True)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--load-shards"]:
+        measure_loader(Path(sys.argv[2]))
+        return
+    if sys.argv[1:2] == ["--shards"]:
+        with tempfile.TemporaryDirectory() as directory:
+            over_shards(Path(directory), int(sys.argv[2]) if sys.argv[2:] else 100_000)
+        return
     if sys.argv[1:2] == ["--start"]:
         measure_start(sys.argv[2])
         return

@@ -2,6 +2,7 @@
 
     python benchmarks/plan_tables.py > docs/planning_tables.md       # some minutes
     python benchmarks/plan_tables.py --only 4B
+    python benchmarks/plan_tables.py --counted                       # the table of docs/planning.md
 
 Nothing is measured: each cell is the first of the layouts that `omniloom plan --gpus N --memory GIB` would rank, for a
 step of 65,536 tokens a device, or one pack where that is more. Checkpoints here have headers and no bytes.
@@ -10,6 +11,7 @@ step of 65,536 tokens a device, or one pack where that is more. Checkpoints here
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,10 +21,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: headers lie among the tests
 
+from benchmarks.op_stream import PACK_TOKENS, RANKS, ROWS, Row
 from omniloom.config import Config
+from omniloom.parallel.degrees import Degrees
 from omniloom.run.footprint import ModelSizes
 from omniloom.run.layouts import Candidate, list_candidates, order_of
-from omniloom.run.step_time import Clock, Machine
+from omniloom.run.step_time import Clock, Machine, StepTime
 from tests.device.cases import FROZEN_TOWERS, LORA
 from tests.device.steps import Case, open_case
 
@@ -87,10 +91,41 @@ def with_packs(config: Config, length: int, packs: int) -> Config:
     return replace(config, data=data, train=train)
 
 
+def show_counted() -> None:
+    """Step times against what `benchmarks/op_stream.py` counted: of whole models, or, of the rest, of two layers."""
+    results = Path(__file__).parent / "results"
+    whole, small = (
+        {row["name"]: row for row in json.loads((results / f"op_stream_{name}.json").read_text())["rows"]}
+        for name in ("after", "small")
+    )
+    print("| step | layers | counted, s | plan, s | plan / counted | MFU counted | MFU of plan |")
+    print("|---|---|---|---|---|---|---|")
+    for row in ROWS:
+        counted = whole.get(row.name, small[row.name])
+        machine, time = Machine(), planned(row, two_layers=row.name not in whole)
+        layers = "two of each part" if row.name not in whole else str(row.layers.get("text") or "all")
+        cells = (f"{counted['seconds']:.3f}", f"{time.seconds:.3f}", f"{time.seconds / counted['seconds']:.2f}",
+                 f"{counted['mfu']:.1%}", f"{time.utilisation(machine):.1%}")  # fmt: skip
+        print("| " + " | ".join((row.name, layers, *cells)) + " |", flush=True)
+
+
+def planned(row: Row, *, two_layers: bool) -> StepTime:
+    layers = dict.fromkeys(WHOLE, 2) if two_layers else {**WHOLE, **row.layers}
+    case = Case(model=row.model, layers=layers, world_size=RANKS, policy=row.policy, pack_tokens=PACK_TOKENS,
+                memory={"recompute": row.recompute})  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        opened = open_case(case, Path(directory))
+        return Clock(ModelSizes(opened), Machine()).step(Degrees(shard=RANKS), opened.config.memory)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="models whose name holds this")
+    parser.add_argument("--counted", action="store_true", help="step times against those of the counted op stream")
     options = parser.parse_args()
+    if options.counted:
+        show_counted()
+        return
     print("# What models take, by estimate\n")
     print(
         "Made by `python benchmarks/plan_tables.py`; what is assumed and how exact it is: [planning.md](planning.md). "

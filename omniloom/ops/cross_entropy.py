@@ -92,13 +92,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dtype = parts[0].dtype if any(wanted) else None
             sums, logits_grad = _of_logits(logits, labels[rows, None], weights[rows, None], join_vocabulary, dtype)
             loss += sums
-            if logits_grad is None:
-                continue
             for part, head, input_grad, head_grad in zip(parts, heads, grads[::2], grads[1::2], strict=True):
-                if input_grad is not None:
+                if logits_grad is not None and input_grad is not None:
                     torch.mm(logits_grad, head, out=input_grad[rows])
-                if head_grad is not None:
+                if logits_grad is not None and head_grad is not None:
                     multiply_wide(logits_grad.T, part, head_grad)
+            del logits, logits_grad  # the next chunk's take their place
         ctx.grads, ctx.dtypes = grads, [factor.dtype for factor in factors]
         return loss
 

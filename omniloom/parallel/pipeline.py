@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, permutations
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -25,6 +25,7 @@ from omniloom.config import ParallelConfig
 from omniloom.parallel.degrees import Degrees
 from omniloom.parallel.fsdp import set_all_reduce, shard_root
 from omniloom.parallel.mesh import Layout
+from omniloom.parallel.staging import map_tensors
 from omniloom.sharding import ShardingPlan
 from omniloom.types import ROUTER, TEXT, LossTerms, PackedBatch, TowerRows
 
@@ -196,6 +197,7 @@ class _Mail:
         rows = rows.contiguous()
         assert rows.shape == self._like.shape, f"rows {list(rows.shape)}, expected {list(self._like.shape)}"
         group = self._group(self._layout.pipeline_rank, target)
+        self._sent = [each for each in self._sent if not _is_over(each[1])]  # rows of a step's every pack add up
         work = dist.isend(rows, group=group, group_dst=target)
         self._sent.append((rows, work))  # gloo and NCCL read it until the work is done
 
@@ -231,6 +233,15 @@ class _Mail:
         for _, work in self._sent:
             if work is not None:
                 work.wait()
+
+
+def _is_over(work: dist.Work | None) -> bool:
+    """Raises: RuntimeError where it failed."""
+    if work is not None and not work.is_completed():
+        return False
+    if work is not None:
+        work.wait()
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,11 +313,11 @@ class Pipeline:
                     set_all_reduce(self.stages[stage].modules(), pack == len(packs) - 1)
                 self._backward(stage, pack, pending.pop((stage, pack)), mail)
             else:
-                made = self._forward(stage, pack, packs[pack], mail)
-                terms[pack].append(made[1])
+                arrived, made = self._forward(stage, pack, packs[pack], mail)
+                # rows and the graph of the sums would hold the pack until the step is over
+                terms[pack].append(replace(map_tensors(made, Tensor.detach), hidden=None))
                 last = stage == self.num_stages - 1
-                left = share_of(made[1]) if last else _handed(made[1])
-                pending[stage, pack] = _Pending(arrived=made[0], left=left)
+                pending[stage, pack] = _Pending(arrived=arrived, left=share_of(made) if last else _handed(made))
         self._sum_tied(mail)
         mail.close()
         return [self.whole_terms(own) for own in terms]

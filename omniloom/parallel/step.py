@@ -21,7 +21,7 @@ from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.fsdp import set_all_reduce
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.pipeline import Pipeline
-from omniloom.parallel.staging import to_device
+from omniloom.parallel.staging import map_tensors, to_device
 from omniloom.types import LossTerms, PackedBatch, TowerRows
 
 
@@ -115,8 +115,10 @@ def _decode_in_turn(
     """Forward and backward through the whole decoder."""
     terms = []
     for batch, leaves in inputs:
-        terms.append(model.decode(batch, leaves))
-        objective.of_pack(terms[-1]).backward()
+        made = model.decode(batch, leaves)
+        objective.of_pack(made).backward()
+        # the graph of the sums would hold the head's gradient of each pack until the step is over
+        terms.append(map_tensors(made, Tensor.detach))
     return terms
 
 

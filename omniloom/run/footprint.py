@@ -31,6 +31,7 @@ from omniloom.parallel.degrees import Degrees
 from omniloom.parallel.fsdp import is_named
 from omniloom.parallel.optimizer import state_bytes
 from omniloom.parallel.pipeline import layer_owners
+from omniloom.parallel.recompute import Recompute, recompute_layers
 from omniloom.parallel.shares import local_shape, stages_of
 from omniloom.parallel.staging import list_tensors, map_tensors
 from omniloom.processors.tower_batches import audio_batch, vision_batch
@@ -128,6 +129,7 @@ class ModelSizes:
         self._owners = lru_cache(maxsize=None)(partial(layer_owners, self.plan))
         self._fixed = lru_cache(maxsize=None)(self._sum_fixed)
         self._working = lru_cache(maxsize=None)(self._sum_working)
+        self.tower_keeps = lru_cache(maxsize=None)(self._tower_keeps)
 
     def num_parameters(self, *, trains: bool = False) -> int:
         """Of the whole model, or what of it trains."""
@@ -163,15 +165,25 @@ class ModelSizes:
         each = enumerate(zip(self.kept, self.plan.layer_costs, self.plan.routed_layers, strict=True))
         return [first.setdefault(kind, layer) for layer, kind in each]
 
-    @cached_property
-    def tower_kept(self) -> dict[str, float]:
-        """Bytes that autograd keeps of each tower for a token of its media, if it trains."""
-        family, found = self.workshop.family, dict[str, float]()
-        if (tower := self.model.vision) is not None:
-            found["vision"] = self.wider * count_vision(tower, family.vision, self.plan.patches_per_row)
-        if (tower := self.model.audio) is not None:
-            found["audio"] = self.wider * count_audio(tower, family.audio)
-        return found
+    def _tower_keeps(self, name: str, how: Recompute, offloads: bool) -> float:
+        """Bytes that autograd keeps of a tower that trains for a token of its media, on the device."""
+        tower: Any = getattr(self.model, name)
+        vision, audio = self.workshop.family.vision, self.workshop.family.audio
+        usual = tower.call
+        recompute_layers(tower, "full" if offloads else how, routes=False)
+        if name == "vision":
+            kept = count_vision(tower, vision, self.plan.patches_per_row)
+            rows, width, heads = self.plan.patches_per_row * vision.depth, vision.hidden_size, vision.num_heads
+        else:
+            kept = count_audio(tower, audio)
+            rows, width, heads = audio.pool * audio.encoder_layers, audio.d_model, audio.encoder_attention_heads
+        tower.call = usual
+        of_rows = rows * width * COUNTED_DTYPE.itemsize
+        if offloads:  # the layers' inputs too
+            kept -= of_rows
+        if how == "selective":  # keeps what attention returns, on the device and out of autograd's sight
+            kept += of_rows + 4.0 * rows * heads
+        return self.wider * kept
 
     @property
     def wider(self) -> float:
@@ -222,7 +234,7 @@ class ModelSizes:
 
     def _of_stage(self, degrees: Degrees, memory: MemoryConfig, stage: int) -> Footprint:
         parameters, gradients, states, largest_states = self._fixed(degrees, stage)
-        working = self._working(degrees, stage) + self._loss(degrees, memory, stage)
+        working = self._working(degrees, stage) + self.loss_bytes(degrees, memory, stage) + self._media(degrees, stage)
         if self.config.parallel.cpu_offload:
             parameters = gradients = states = 0.0
         elif memory.offload_optimizer:
@@ -234,21 +246,35 @@ class ModelSizes:
 
     def _activations(self, degrees: Degrees, memory: MemoryConfig, stage: int) -> tuple[float, float]:
         """What waits for backward on a rank of a stage, and what one layer works with."""
+        media = self.config.data.pack_tokens / 2 / (degrees.sharers * degrees.pipeline) * self._at_once(degrees)
+        of_towers = [self.tower_bytes(name, media, degrees, memory) for name in self.trained_towers]
+        here = [layer for layer, owner in enumerate(self.owners(degrees)) if owner == stage]
+        tokens = self.config.data.pack_tokens / degrees.context
+        of_layer = max(self.layer_bytes(layer, tokens, degrees) for layer in here)
+        return self.layers_keep(degrees, memory, stage) + max(of_towers, default=0.0), of_layer
+
+    def _at_once(self, degrees: Degrees) -> int:
+        """Packs whose media are encoded in one call."""
+        return packs_of_rank(self.config, degrees) if degrees.pipeline > 1 else 1
+
+    def layers_keep(self, degrees: Degrees, memory: MemoryConfig, stage: int) -> float:
+        """What waits for backward of the decoder's layers on a rank of a stage, of all packs that are under way."""
         tokens = self.config.data.pack_tokens / degrees.context
         here = [layer for layer, owner in enumerate(self.owners(degrees)) if owner == stage]
-        kept = of_layer = 0.0
+        kept = 0.0
         for (layer, again), count in self.kinds(here, memory).items():
-            whole = self.layer_bytes(layer, tokens, degrees)
-            kept += count * self._waiting(layer, tokens, degrees, memory, whole if not again else None)
-            of_layer = max(of_layer, whole)
-        packs = packs_of_rank(self.config, degrees)
-        kept *= min(packs, packs_in_flight(degrees, stage))
-        media, family = self.config.data.pack_tokens / 2 / (degrees.sharers * degrees.pipeline), self.workshop.family
-        of_towers = [0.0]
-        for name in self.trained_towers if degrees.pipeline == 1 else ():
-            depth = family.vision.depth if name == "vision" else family.audio.encoder_layers
-            of_towers.append(self.tower_kept[name] / (1 if self.recompute(name, memory) == "none" else depth))
-        return kept + media * max(of_towers), of_layer
+            whole = None if again else self.layer_bytes(layer, tokens, degrees)
+            kept += count * self._waiting(layer, tokens, degrees, memory, whole)
+        if stage < degrees.pipeline - 1:  # the rows that were handed on
+            kept += degrees.stages_per_rank * tokens / degrees.tensor * self.kept[0].row
+        return kept * min(packs_of_rank(self.config, degrees), packs_in_flight(degrees, stage))
+
+    def tower_bytes(self, name: str, rows: float, degrees: Degrees, memory: MemoryConfig) -> float:
+        """What waits for backward of a tower that makes so many rows in a call, 0 where it does not train."""
+        if name not in self.trained_towers:
+            return 0.0
+        how = self.recompute(name, memory, degrees.pipeline)
+        return rows * self.tower_keeps(name, how, memory.offload_activations)
 
     def layer_bytes(self, layer: int, tokens: float, degrees: Degrees) -> float:
         """What autograd keeps of a layer that is not recomputed."""
@@ -288,10 +314,11 @@ class ModelSizes:
         moved = self.kept[layer].row + (8.0 * text.num_experts_per_tok if routed else 0.0)
         return own_tokens * (saved + (0.0 if memory.offload_activations else moved))
 
-    def recompute(self, root: str, memory: MemoryConfig) -> Any:
+    def recompute(self, root: str, memory: MemoryConfig, pipeline: int = 1) -> Recompute:
         rule = self.config.policy.get(root)
         own = None if rule is None else rule.recompute
-        return memory.recompute if own is None else "full" if own else "none"
+        usual: Recompute = memory.recompute if root == "text" or pipeline == 1 else "full"
+        return usual if own is None else "full" if own else "none"
 
     def _sum_working(self, degrees: Degrees, stage: int) -> float:
         """Gathered weights of the blocks at work and on their way, and the gradients that are being reduced."""
@@ -315,13 +342,27 @@ class ModelSizes:
         gathered = ahead * max(blocks.values()) if self.config.parallel.reshard_after_forward is not False else total
         return gathered + max(trained.values())
 
-    def _loss(self, degrees: Degrees, memory: MemoryConfig, stage: int) -> float:
+    def _media(self, degrees: Degrees, stage: int) -> float:
+        """Pixels of what is encoded here, rows of media on their way to the tokens here, and their gradients."""
+        vision, rows = self.workshop.family.vision, self.config.data.pack_tokens / 2 / degrees.sharers
+        if self.model.vision is None:
+            return 0.0
+        readers = [0, *self.owners(degrees)][: 1 + len(vision.deepstack_visual_indexes)]
+        of_row = readers.count(stage) * (2 if self.trained_towers else 1) * self.kept[0].row
+        if degrees.sharers * degrees.pipeline > 1:  # as they leave the tower, and as they arrive
+            of_row += len(readers) / degrees.pipeline * self.kept[0].row
+        return (
+            self._at_once(degrees) * rows * (of_row + self.plan.patches_per_row * vision.patch_dim / degrees.pipeline)
+        )
+
+    def loss_bytes(self, degrees: Degrees, memory: MemoryConfig, stage: int) -> float:
         """Logits of a chunk, the rows that have a loss, and the head's gradient in float32."""
         if stage < degrees.pipeline - 1:
             return 0.0
         text, element = self.workshop.family.text, self.workshop.compute_dtype.itemsize
         vocab = math.ceil(text.vocab_size / degrees.tensor)
-        rows = self.config.data.pack_tokens / 2 / degrees.context
+        own, answer = self.config.data.pack_tokens / degrees.sharers, self.config.data.pack_tokens / NUM_SAMPLES / 2
+        rows = degrees.tensor * max(own / 2, min(own, answer))  # of a rank whose tokens lie in an answer, of each alike
         chunk = memory.loss_chunk_tokens
         chunk = choose_chunk_tokens(vocab, "cuda") if chunk == "auto" else chunk
         of_head = [weight for weight in self.weights if weight.name.startswith("text.loss_head.head.")] or [

@@ -41,6 +41,7 @@ FAST: Mapping[str, Case] = MappingProxyType(
             memory=FULL,
             num_packs=4,
         ),
+        "selective": Case(model="Qwen3-VL-4B", memory={"recompute": "selective", "loss_chunk_tokens": 1024}),
         "offloaded": Case(model="Qwen3-VL-4B", world_size=8, memory=OFFLOADED, train={"optimizer_states": "8bit"}),
     }
 )
@@ -59,6 +60,14 @@ SLOW: Mapping[str, Case] = MappingProxyType(
             for world in (128, 512)
         },
         "tensor8": Case(model=OMNI, world_size=8, rank=3, parallel={"tensor": 8}, memory=FULL, evaluates=True),
+        "lora": Case(model=OMNI, world_size=8, policy=LORA),
+        "interleaved": Case(
+            model="Qwen3-VL-4B",
+            layers={"text": 4, "vision": 2},
+            world_size=2,
+            parallel={"pipeline": 2, "pipeline_schedule": "interleaved", "pipeline_layers": [1, 1, 1, 1]},
+            num_packs=4,
+        ),
         "tensor": Case(model="Qwen3-VL-4B", world_size=8, rank=3, parallel={"tensor": 4}),
         "context": Case(model=OMNI, world_size=8, rank=3, parallel={"context": 8}),
         "experts_over_tensor": Case(model=OMNI, world_size=8, rank=3, parallel={"tensor": 8, "expert": 8}),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 from omniloom.config import load_config
 from omniloom.data.collate import collate
@@ -31,7 +33,7 @@ from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import build_layout
 from omniloom.parallel.pipeline import Pipeline
-from omniloom.parallel.staging import list_tensors, stage
+from omniloom.parallel.staging import stage
 from omniloom.parallel.step import Objective, evaluate, run_packs
 from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.run.opening import Workshop, build_model, build_optimizer, open_workshop
@@ -66,7 +68,9 @@ class Outcome:
     states: frozenset[torch.dtype]
     devices: frozenset[str]
     num_trained: int
-    kept: float  # bytes that autograd keeps of a pack in the layers of the decoder, where nothing is recomputed
+    live: Mapping[str, int]  # bytes by part at their most, of all packs that were at work
+    rows: Mapping[str, int]  # that each tower made in a call
+    stage: int  # of the pipeline
 
 
 # ---------------------------------------------------------------------------------------- opening
@@ -187,7 +191,8 @@ def run_case(
     degrees = resolve_degrees(config.parallel, case.world_size, packs_per_step=config.train.packs_per_step)
     with one_of(case.world_size, case.rank, device) as ranks, _imagined_members(degrees):
         local_tokens = case.pack_tokens // degrees.sharers
-        record = Record(device=device, rows=local_tokens * family.text.num_experts_per_tok, on_op=on_op)
+        live = LiveBytes(on_op)
+        record = Record(device=device, rows=local_tokens * family.text.num_experts_per_tok, on_op=live)
         layout = build_layout(degrees, ranks)
         pool = EncoderPool(layout, workshop.spec.sharding(family), config.parallel.encoder_pool)
         with record:
@@ -203,10 +208,8 @@ def run_case(
                 weight_sums={"text": 1.0, "router": float(case.num_packs)},
             )
             _follow(model, record)
-            kept = KeptOfLayers(model.text.call)
-            if not case.memory:
-                model.text.call = kept
-            on_pack = partial(setattr, record, "pack")
+            live.watch(model)
+            on_pack = partial(live.begin, record)
             pipeline = None
             if degrees.pipeline > 1:
                 plan = workshop.spec.sharding(family)
@@ -231,36 +234,119 @@ def run_case(
         states=frozenset(state.dtype for state in states),
         devices=frozenset(tensor.device.type for tensor in (*gradients, *states) if tensor is not None and tensor.ndim),
         num_trained=len(gradients),
-        kept=kept.num_bytes / case.num_packs,
+        live=live.most,
+        rows=live.rows,
+        stage=layout.pipeline_rank,
     )
 
 
-class KeptOfLayers(nn.Module):
-    """In place of a call of layers: adds up what autograd keeps of them, weights and what all are given left out."""
+class LiveBytes:
+    """What parts of a step made on the device and is still there, whoever holds it; FSDP's buffers left out.
 
-    def __init__(self, call: nn.Module) -> None:
+    `most` are bytes by part: of `layers` (of the decoder, with their inputs) after any of them, of `towers` after the
+    last, of `loss` after any operation. What a part returns is left out until the next pack is begun.
+    """
+
+    def __init__(self, on_op: Callable[..., None] | None) -> None:
+        """`on_op` hears of each operation too."""
+        self.on_op = on_op
+        self.most: dict[str, int] = {"layers": 0, "towers": 0, "loss": 0}
+        self.rows: dict[str, int] = {}  # that each tower made
+        self._part: str | None = None
+        self._made: dict[str, dict[int, StorageWeakRef]] = {part: {} for part in self.most}
+        self._returned: set[int] = set()
+
+    def watch(self, model: OmniModel) -> None:
+        """Before the model's parts are copied for stages, which share them."""
+        model.text.call = WatchedCall(model.text.call, self)
+        parts = {"vision": model.vision, "audio": model.audio, "loss": model.text.loss_head}
+        for name, part in parts.items():
+            if part is not None:
+                part.register_forward_pre_hook(partial(self._enter_part, name), prepend=True)
+                part.register_forward_hook(partial(self._leave_part, name))
+
+    def _enter_part(self, name: str, module: nn.Module, inputs: Any) -> None:
+        self._part = "loss" if name == "loss" else "towers"
+        if name == "vision" and any(parameter.requires_grad for parameter in module.parameters()):
+            self._add("towers", inputs[0].patches)  # where they are pixels, the tower makes what it keeps of them
+
+    def _leave_part(self, name: str, module: nn.Module, inputs: Any, out: Any) -> None:
+        if name != "loss":
+            rows = [out] if isinstance(out, Tensor) else [out[0], *out[1]]
+            self.rows[name] = rows[0].shape[0]
+            if name == "audio":  # whole chunks, valid or not
+                chunks, _, frames = inputs[0].features.shape
+                self.rows[name] = chunks * module.config.num_tokens(frames)
+            self.leave("towers", rows)
+        self._part = None
+
+    def enter(self, part: str, given: Tensor) -> None:
+        self._part = part
+        self._add(part, given)
+
+    def leave(self, part: str, returned: Sequence[Tensor]) -> None:
+        """What was `returned` may be kept all the same, by what takes it."""
+        self._returned |= {tensor.untyped_storage()._cdata for tensor in returned}
+        own = {tensor.untyped_storage()._cdata for tensor in returned} if part == "layers" else self._returned
+        self.most[part] = max(self.most[part], self._sum(part, own))
+        self._part = None
+
+    def begin(self, record: Record, pack: int) -> None:
+        """A pack's forward or backward."""
+        record.pack = pack
+        self.most["layers"] = max(self.most["layers"], self._sum("layers", set()))
+
+    def __call__(self, record: Record, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        if self.on_op is not None:
+            self.on_op(record, func, args, kwargs, out)
+        part = self._part
+        if part is None or func.is_view or _asked_by_fsdp():
+            return
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        for tensor in (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
+            if tensor.device == record.device and tensor.untyped_storage()._cdata not in known:
+                self._add(part, tensor)
+        if part == "loss":
+            self.most[part] = max(self.most[part], self._sum(part, set()))
+
+    def _add(self, part: str, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._made[part][storage._cdata] = StorageWeakRef(storage)
+
+    def _sum(self, part: str, left_out: set[int]) -> int:
+        made = {key: ref for key, ref in self._made[part].items() if not ref.expired()}
+        self._made[part] = made
+        return sum(
+            torch.UntypedStorage._new_with_weak_ptr(ref.cdata).nbytes()
+            for key, ref in made.items()
+            if key not in left_out
+        )
+
+
+class WatchedCall(nn.Module):
+    """Around a call of the decoder's layers."""
+
+    def __init__(self, call: nn.Module, live: LiveBytes) -> None:
         super().__init__()
-        self.call, self.num_bytes = call, 0
-        self._alive: list[Tensor] = []  # so that no storage's place is given to another
+        self.call, self.live = call, live
 
-    def forward(self, index: int, layer: nn.Module, *inputs: object) -> Any:
-        shared = {tensor.untyped_storage()._cdata for tensor in list_tensors(inputs[1:])}
-        found: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            self._alive.append(tensor)
-            storage = tensor.untyped_storage()
-            weights = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in layer.parameters())
-            if storage._cdata not in shared and all(
-                weight.untyped_storage()._cdata != storage._cdata for weight in weights
-            ):
-                found[storage._cdata] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = self.call(index, layer, *inputs)
-        self.num_bytes += sum(found.values())
+    def forward(self, index: int, layer: nn.Module, *inputs: Any) -> Any:
+        self.live.enter("layers", inputs[0])
+        out = self.call(index, layer, *inputs)
+        self.live.leave("layers", out[:1])
         return out
+
+
+def _asked_by_fsdp() -> bool:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if "_fully_shard" in frame.f_code.co_filename:
+            return True
+        if frame.f_code.co_name in ("run_packs", "_call_impl"):
+            break
+        frame = frame.f_back
+    return False
 
 
 def _check_same(staged: Any, wanted: Any) -> None:
@@ -287,17 +373,18 @@ def _enter(record: Record, phase: str, *_: Any) -> None:
 
 @contextlib.contextmanager
 def _imagined_members(degrees: Degrees) -> Iterator[None]:
-    """The other ranks say what this one says, of stages of their own; flash attention is at hand."""
-    gather, resolve = dist.all_gather_object, attention.resolve_kernel
+    """The other ranks say what this one says, of stages of their own, and what is sent has arrived; flash attention is
+    at hand."""
+    gather, send, resolve = dist.all_gather_object, dist.isend, attention.resolve_kernel
 
     def all_gather_object(gathered: list[Any], value: Any, group: Any = None) -> None:
         if isinstance(value, dict):  # what is known of stages, by their number
             value = {stage: known for stage in range(degrees.num_stages) for known in list(value.values())[:1]}
         gathered[:] = [value] * len(gathered)
 
-    dist.all_gather_object = all_gather_object
+    dist.all_gather_object, dist.isend = all_gather_object, lambda *_, **__: None
     attention.resolve_kernel = lambda kernel, _, dtype: resolve(kernel, "cuda", dtype)
     try:
         yield
     finally:
-        dist.all_gather_object, attention.resolve_kernel = gather, resolve
+        dist.all_gather_object, dist.isend, attention.resolve_kernel = gather, send, resolve

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import product
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, _get_1f1b_rank_ops
 
 from benchmarks.bubbles import busiest_over_mean, formula, idle_share
 from omniloom.families.registry import find_spec
 from omniloom.parallel.apply import check_plan
 from omniloom.parallel.degrees import Degrees
-from omniloom.parallel.pipeline import layer_owners, order_of, split_layers
+from omniloom.parallel.pipeline import _Mail, layer_owners, order_of, split_layers
 from omniloom.sharding import ShardingPlan
 from tests.parity.published_configs import PUBLISHED
 
@@ -103,3 +106,23 @@ def test_a_list_of_stages_that_does_not_fit_is_refused_with_one_that_does(layers
 def test_fewer_layers_than_stages_are_refused() -> None:
     with pytest.raises(ValueError, match="3 layers do not make 4 stages; choose at most 3"):
         check_plan(plan_of(3), Degrees(pipeline=4))
+
+
+def test_rows_that_have_arrived_are_not_kept_until_the_step_is_over(monkeypatch) -> None:
+    works: list[SimpleNamespace] = []
+
+    def isend(*_: object, **__: object) -> SimpleNamespace:
+        works.append(SimpleNamespace(is_completed=lambda: False, wait=lambda: None))
+        return works[-1]
+
+    monkeypatch.setattr("torch.distributed.isend", isend)
+    layout: Any = SimpleNamespace(pipeline_rank=0, upward=object(), downward=object())
+    mail, sent = _Mail(layout, torch.zeros(2, 3), {}), []
+    for pack in range(3):
+        rows = torch.zeros(2, 3)
+        sent.append(weakref.ref(rows))
+        mail.send(rows, 1)
+        del rows
+        if pack == 0:
+            works[0].is_completed = lambda: True
+    assert [rows() is not None for rows in sent] == [False, True, True]

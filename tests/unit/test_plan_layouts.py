@@ -107,7 +107,7 @@ def test_activations_are_within_a_tenth_of_what_autograd_keeps(family, tmp_path)
     layers = sum(sizes.layer_bytes(layer, 1024, Degrees()) for layer in range(len(sizes.kept)))
     assert layers == pytest.approx(sum(kept.values()), rel=0.1)
     visual = batch.vision.token_index.shape[0]
-    assert sizes.tower_kept["vision"] * visual == pytest.approx(of_towers, rel=0.1)
+    assert sizes.tower_keeps("vision", "none", False) * visual == pytest.approx(of_towers, rel=0.1)
 
 
 def test_each_axis_takes_its_part_off_what_a_device_holds(tiny) -> None:
@@ -227,6 +227,7 @@ def test_a_plan_says_what_of_a_talker_is_not_counted(tiny, capsys) -> None:
     ("gpus", "memory", "nodes", "message"),
     [
         (8, None, None, r"--memory: expected the GiB of each device"),
+        (8, float("nan"), None, r"--memory: expected the GiB of each device, as 80, got nan"),
         (8, 80.0, 3, r"--nodes: expected a divisor of --gpus 8, got 3"),
         (2, 1e-3, None, r"no layout of 2 devices fits; the smallest takes [\d.]+ GiB \(.*\); 64 devices of this size"),
         (2, 1e-4, None, r"no layout of 2 devices fits; .*\); use larger devices"),
