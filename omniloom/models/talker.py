@@ -202,7 +202,7 @@ class Talker(nn.Module):
         """
         code0, head = targets[CODE0], self.head.as_map(draw_key)
         sums = {CODE0: self.cross_entropy(hidden[code0.token_index], head, code0.values, code0.weights)}
-        if self.code_predictor is not None:
+        if self.code_predictor is not None and states is not None:
             codes = targets[CODES]
             sums[CODES] = self.code_predictor.loss(states, codes.values, codes.weights, draw_key)
         return sums
