@@ -672,7 +672,7 @@ def test_ranks_that_stop_early_at_different_speeds_all_end():
         begin = time.monotonic()
 
         def body(stream, num_steps=num_steps):
-            time.sleep(0.2 * stream._data_rank)
+            time.sleep(0.2 * stream._assign.keywords["data_rank"])
             return [next(stream).plan.step for _ in range(num_steps)]
 
         assert run_ranks(3, body, packs_per_step=3, window=16, epochs=4.0) == [list(range(num_steps))] * 3
@@ -684,7 +684,7 @@ def test_a_rank_that_cannot_load_stops_all_with_its_reason():
         pass
 
     def body(stream):
-        if stream._data_rank == 1:
+        if stream._assign.keywords["data_rank"] == 1:
 
             def submit(plan, decode_clips=None):
                 raise Defect("a bug in a processor")

@@ -168,7 +168,7 @@ def test_check_tells_what_is_legal_and_seldom_meant(words, tmp_path, capsys) -> 
 
 def test_check_tells_of_boxes_outside_their_image(words, tmp_path, capsys) -> None:
     Image.new("RGB", (80, 40)).save(tmp_path / "a.png")
-    boxes = [[0, 0, 80, 40], [10, 10, 90, 20], [30, 5, 10, 20], [79, 39]]
+    boxes = [[0, 0, 80, 40], [10, 10, 90, 20], [10, 5, 30, 41], [79, 39]]
     for number, box in enumerate(boxes):
         row = {"query": "<image>", "response": f"{number} <bbox>", "images": ["a.png"], "objects": {"bbox": [box]}}
         with (tmp_path / "boxes.jsonl").open("a") as file:

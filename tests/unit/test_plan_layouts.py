@@ -229,7 +229,7 @@ def test_a_plan_says_what_of_a_talker_is_not_counted(tiny, capsys) -> None:
         (8, None, None, r"--memory: expected the GiB of each device"),
         (8, float("nan"), None, r"--memory: expected the GiB of each device, as 80, got nan"),
         (8, 80.0, 3, r"--nodes: expected a divisor of --gpus 8, got 3"),
-        (2, 1e-3, None, r"no layout of 2 devices fits; the smallest takes [\d.]+ GiB \(.*\); 64 devices of this size"),
+        (2, 1e-3, None, r"no layout of 2 devices fits; the smallest takes [\d.]+ GiB \(.*\); 128 devices of this size"),
         (2, 1e-4, None, r"no layout of 2 devices fits; .*\); use larger devices"),
         (7, 80.0, None, r"--gpus 7: no layout of so many ranks divides model and packs; train.packs_per_step is 1"),
     ],

@@ -358,7 +358,7 @@ def test_speech_stays_with_its_answer_in_written_shards(tmp_path: Path) -> None:
     shards = open_sources((str(tmp_path / "written"),))
     for number in range(2):
         row, file, line = shards.read_row(number)
-        answer = with_codes(parse_row(row, file=file, line=line, options=DataConfig())).turns[1]
+        answer = with_codes(parse_row(row, file=file, line=line, options=DataConfig()), "").turns[1]
         assert answer.speech == Speech(codes=((1, 2, 3), (4, 5, 6)))
 
 
