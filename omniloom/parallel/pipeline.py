@@ -318,6 +318,7 @@ class Pipeline:
                 terms[pack].append(replace(map_tensors(made, Tensor.detach), hidden=None))
                 last = stage == self.num_stages - 1
                 pending[stage, pack] = _Pending(arrived=arrived, left=share_of(made) if last else _handed(made))
+                del arrived, made  # not to be alive with the next pack's
         self._sum_tied(mail)
         mail.close()
         return [self.whole_terms(own) for own in terms]

@@ -119,6 +119,7 @@ def _decode_in_turn(
         objective.of_pack(made).backward()
         # the graph of the sums would hold the head's gradient of each pack until the step is over
         terms.append(map_tensors(made, Tensor.detach))
+        del made  # not to be alive with the next pack's
     return terms
 
 

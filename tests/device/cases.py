@@ -86,7 +86,7 @@ SLOW: Mapping[str, Case] = MappingProxyType(
         "windows": Case(model="Qwen2.5-VL-3B", layers={"text": 2, "vision": 9}, memory=FULL, evaluates=True),
         "hybrid_experts_512": Case(model=OMNI, world_size=512, rank=511, parallel={"replicate": 2, "expert": 128}),
         "context_experts_512": Case(
-            model=OMNI, world_size=512, rank=100, parallel={"context": 8, "expert": 8}, memory=FULL
+            model=OMNI, world_size=512, rank=101, parallel={"context": 8, "expert": 8}, memory=FULL
         ),
         **{
             f"tiny_{family}": Case(model=family, pack_tokens=1024, memory=FULL, evaluates=True)
