@@ -381,7 +381,12 @@ class ModelSizes:
 
 def count_layer(text: Decoder, layer: nn.Module, plan: ShardingPlan) -> dict[str, float]:
     """As `count_kept`, of a layer of the decoder, for a token, in COUNTED_DTYPE."""
-    tokens = COUNTED_TOKENS
+    once, twice = (_count_rows(text, layer, plan, times * COUNTED_TOKENS) for times in (1, 2))
+    # not of tokens, and left out: what is made of the weights, as of adapters on experts
+    return {where: (num_bytes - once[where]) / COUNTED_TOKENS for where, num_bytes in twice.items()}
+
+
+def _count_rows(text: Decoder, layer: nn.Module, plan: ShardingPlan, tokens: int) -> dict[str, float]:
     with torch.device("meta"):
         hidden = torch.empty(tokens, plan.hidden_size, dtype=COUNTED_DTYPE, requires_grad=True)
         rotary = text.rotary(torch.empty(3, tokens, dtype=torch.int64))
@@ -392,9 +397,8 @@ def count_layer(text: Decoder, layer: nn.Module, plan: ShardingPlan) -> dict[str
         module for name, module in layer.named_modules(prefix=prefix)
         if is_named(name, [pattern.replace("*", "0", 1) for pattern in plan.tensor.regions])
     ]  # fmt: skip
-    found = count_kept(layer, regions, lambda: layer(hidden, rotary, segments, padding, None),
-                       apart=[*list_tensors(rotary), bounds, padding])  # fmt: skip
-    return {where: num_bytes / tokens for where, num_bytes in found.items()}
+    return count_kept(layer, regions, lambda: layer(hidden, rotary, segments, padding, None),
+                      apart=[*list_tensors(rotary), bounds, padding])  # fmt: skip
 
 
 def count_vision(tower: nn.Module, dims: VisionTowerConfig, patches_per_row: int) -> float:
