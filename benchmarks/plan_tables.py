@@ -27,7 +27,7 @@ from omniloom.parallel.degrees import Degrees
 from omniloom.run.footprint import ModelSizes
 from omniloom.run.layouts import Candidate, list_candidates, order_of
 from omniloom.run.step_time import Clock, Machine, StepTime
-from tests.device.cases import FROZEN_TOWERS, LORA
+from tests.device.cases import LORA
 from tests.device.steps import Case, open_case
 
 GIB, TOKENS_PER_DEVICE = 2**30, 65536
@@ -49,7 +49,7 @@ MODELS = (
     Model(name="Qwen3-VL-8B, full", model="Qwen3-VL-8B", devices=(1, 8)),
     Model(name="Qwen2.5-Omni-7B, full", model="Qwen2.5-Omni-7B", devices=(1, 8)),
     Model(name="Qwen3-Omni-30B-A3B, LoRA", model="Qwen3-Omni-30B-A3B", devices=(1, 8, 16, 64), policy=LORA),
-    Model(name="Qwen3-Omni-30B-A3B, decoder", model="Qwen3-Omni-30B-A3B", devices=(1, 8, 16, 64), policy=FROZEN_TOWERS),
+    Model(name="Qwen3-Omni-30B-A3B, full", model="Qwen3-Omni-30B-A3B", devices=(1, 8, 16, 64)),
     Model(name="Qwen3-VL-235B-A22B, decoder", model="Qwen3-VL-235B-A22B", devices=(64, 128, 512),
           policy={"vision": {"freeze": True}}),
 )  # fmt: skip
