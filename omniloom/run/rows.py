@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -332,9 +333,10 @@ def open_stream(
     )
 
 
-def options_of_row(data: DataConfig, rows: Sources, row: int) -> DataConfig:
-    """The data section as it holds for the data set of a row."""
-    return options_of(data, rows.entries[rows.find(row)[0]])
+def options_by_row(data: DataConfig, rows: Sources) -> Callable[[int], DataConfig]:
+    """Of a row's number the data section as it holds for its data set."""
+    held = [options_of(data, entry) for entry in rows.entries]
+    return lambda row: held[rows.find(row)[0]]
 
 
 def clips_of_rank(pack: PackPlan, layout: Layout) -> frozenset[tuple[int, int]]:

@@ -55,7 +55,7 @@ from omniloom.run.opening import Workshop, all_parameters, build_model, build_op
 from omniloom.run.optimizer_step import OptimizerStep
 from omniloom.run.records import RunRecords
 from omniloom.run.results import write_results
-from omniloom.run.rows import open_planner, open_rows, open_run, open_stream, options_of_row
+from omniloom.run.rows import open_planner, open_rows, open_run, open_stream, options_by_row
 from omniloom.run.state import RunState
 from omniloom.run.step_time import Machine
 from omniloom.run.stopping import StopRequest, StopWanted, write_stopped
@@ -151,6 +151,7 @@ class Trainer:
         config = workshop.config
         self.config, self.layout, self.workshop = config, layout, workshop
         self.run_dir, self.train_rows = Path(config.train.run_dir), train_rows
+        self.options_of_row = options_by_row(config.data, train_rows)
         if config.train.deterministic:
             stack.enter_context(only_deterministic(layout.device))
         timeout_seconds = config.train.step_timeout_seconds
@@ -245,7 +246,7 @@ class Trainer:
             step = loaded.plan.step + 1
             if step % STEPS_BETWEEN_COLLECTIONS == 0:
                 self.collect_garbage()
-            self.state.media.add(loaded.plan, partial(options_of_row, self.config.data, self.train_rows))
+            self.state.media.add(loaded.plan, self.options_of_row)
             report = None
             if self.evaluation is not None and eval_every and step % eval_every == 0 and not stop:
                 report = self._evaluate(step)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,17 @@ import pytest
 import torch
 import transformers
 
-from omniloom.config import Config, DataConfig, ModelConfig, PolicyRule
-from omniloom.data.loader import Loader
-from omniloom.data.planner import plan_all
+from omniloom.config import Config, DataConfig, ModelConfig
 from omniloom.data.sources import open_sources
-from omniloom.parallel.apply import materialize
-from omniloom.run.opening import load_weights, open_workshop
+from omniloom.run.opening import open_workshop
 from omniloom.run.rows import open_rows
 from omniloom.tools.generate import read_prompt
 from omniloom.tools.score import score_rows
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import CODE0, CODES
 from tests.media_rows import write_media_rows
-from tests.parity.builders import assemble, published
 from tests.parity.speech_oracle import SpokenLogits, forced_speech, reference_losses
+from tests.parity.speech_steps import load_pack
 
 OPTIONS = ("model.dtype=float32", "data.workers=0", "data.pack_tokens=1024")
 TALKER = "talker_config"
@@ -163,49 +159,18 @@ def test_gradients_of_speech_equal_those_of_transformers_modules(tmp_path: Path)
     data = tmp_path / "few.json"
     rows = json.loads(spoken_rows(tmp_path, 6).read_text())
     data.write_text(json.dumps([rows[6], rows[2]]))
-    policy = {name: PolicyRule(freeze=False) for name in ("talker", "text", "lm_head", "vision", "audio")}
-    config = Config(
-        model=ModelConfig(path=str(directory), dtype="float32"),
-        data=DataConfig(train=(str(data),), pack_tokens=2048),
-        policy=policy,
-    )
-    workshop, source = open_workshop(config), open_sources(config.data.train, config.data)
-    with closing(Loader(open_rows(workshop, source, cache=False), workers=0)) as loader:
-        packs, _ = plan_all(num_rows=2, pack_tokens=2048, measure=loader.measure, locate=source.locate)
-        (loaded,) = loader.load_in_order(packs)
-    with torch.device("meta"):
-        model = workshop.build()
-    materialize(model, "cpu")
-    load_weights(workshop, model)
-    sums = model(loaded.batch).sums
+    pack = load_pack(directory, data)
+    sums = pack.model(pack.batch).sums
     (sums[CODE0] + 0.3 * sums[CODES]).backward()
 
     reference = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    reader, totals = open_rows(workshop, source, cache=False)().readers[0], torch.zeros(2)
-    for index, row in enumerate(json.loads(data.read_text())):
-        conversation = reader.parse(*source.read_row(index))
-        for number, message in enumerate(row["messages"]):
-            if "speech" in message:
-                turns = conversation.turns[: number + 1]
-                inputs = read_prompt(reader, replace(conversation, turns=turns), str(data)).inputs
-                inputs.pop("use_audio_in_video", None)
-                answer = tokenizer(message["content"] + "<|im_end|>", add_special_tokens=False).input_ids
-                code0, codes = reference_losses(
-                    reference, inputs, answer, torch.tensor(message["speech"]), message["speaker"]
-                )
-                (code0 + 0.3 * codes).backward()
-                totals += torch.tensor([float(code0.detach()), float(codes.detach())])
+    totals = torch.zeros(2)
+    for message, inputs, answer in pack.answers():
+        inputs.pop("use_audio_in_video", None)
+        codes_given = torch.tensor(message["speech"])
+        code0, codes = reference_losses(reference, inputs, answer, codes_given, message["speaker"])
+        (code0 + 0.3 * codes).backward()
+        totals += torch.tensor([float(code0.detach()), float(codes.detach())])
     torch.testing.assert_close(torch.stack([sums[CODE0], sums[CODES]]).detach(), totals, rtol=1e-5, atol=0)
-    gradients = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in reference.named_parameters()
-    }
-    wanted = assemble(workshop.key_map, published(reference, gradients))
-    largest = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
-    for name, parameter in model.named_parameters():
-        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        error = (found - wanted[name]).norm()
-        # below the floor are gradients that vanish in exact arithmetic
-        assert error <= 1e-4 * max(wanted[name].norm(), 1e-3 * largest), name
-    assert wanted["text.layers.0.moe.experts.down"].norm() > 0  # the hidden states' gradient reaches the thinker
+    # the hidden states' gradient reaches the thinker
+    pack.assert_gradients_of(reference, nonzero="text.layers.0.moe.experts.down")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
-from dataclasses import replace
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from omniloom.config import Config, DataConfig, ModelConfig, PolicyRule
-from omniloom.data.loader import Loader
-from omniloom.data.planner import plan_all
-from omniloom.data.sources import open_sources
-from omniloom.parallel.apply import materialize
-from omniloom.run.opening import load_weights, open_workshop
-from omniloom.run.rows import open_rows
-from omniloom.tools.generate import read_prompt
 from omniloom.tools.score import score_rows
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import CODE0
-from tests.parity.builders import assemble, published
 from tests.parity.speech_oracle import SpokenLogits
+from tests.parity.speech_steps import load_pack
 from tests.parity.test_speech import OPTIONS, oracle, spoken_rows
 
 WHOLE = transformers.Qwen2_5OmniForConditionalGeneration
@@ -179,47 +170,17 @@ def test_gradients_of_one_codebook_equal_those_of_transformers(tmp_path: Path) -
     rows = json.loads(rows_of(tmp_path).read_text())
     data = tmp_path / "few.json"
     data.write_text(json.dumps([rows[6], rows[5]]))
-    policy = {name: PolicyRule(freeze=False) for name in ("talker", "text", "lm_head", "vision", "audio")}
-    config = Config(
-        model=ModelConfig(path=str(directory), dtype="float32"),
-        data=DataConfig(train=(str(data),), pack_tokens=2048),
-        policy=policy,
-    )
-    workshop, source = open_workshop(config), open_sources(config.data.train, config.data)
-    with closing(Loader(open_rows(workshop, source, cache=False), workers=0)) as loader:
-        packs, bad = plan_all(num_rows=2, pack_tokens=2048, measure=loader.measure, locate=source.locate)
-        (loaded,) = loader.load_in_order(packs)
-    assert not bad
-    with torch.device("meta"):
-        model = workshop.build()
-    materialize(model, "cpu")
-    load_weights(workshop, model)
-    found = model(loaded.batch).sums[CODE0]
+    pack = load_pack(directory, data)
+    found = pack.model(pack.batch).sums[CODE0]
     found.backward()
 
     reference = WHOLE.from_pretrained(directory, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    reader, total = open_rows(workshop, source, cache=False)().readers[0], torch.zeros(())
-    for index, row in enumerate(json.loads(data.read_text())):
-        conversation = reader.parse(*source.read_row(index))
-        for number, message in enumerate(row["messages"]):
-            if "speech" in message:
-                turns = conversation.turns[: number + 1]
-                inputs = read_prompt(reader, replace(conversation, turns=turns), str(data)).inputs
-                answer = tokenizer(message["content"] + "<|im_end|>", add_special_tokens=False).input_ids
-                voice = reference.speaker_map[message["speaker"].capitalize()]["bos_token"]
-                loss = reference_loss(reference, inputs, answer, message["speech"][0], voice)
-                loss.backward()
-                total += loss.detach()
+    total = torch.zeros(())
+    for message, inputs, answer in pack.answers():
+        voice = reference.speaker_map[message["speaker"].capitalize()]["bos_token"]
+        loss = reference_loss(reference, inputs, answer, message["speech"][0], voice)
+        loss.backward()
+        total += loss.detach()
     torch.testing.assert_close(found.detach(), total, rtol=1e-5, atol=0)
-    gradients = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in reference.named_parameters()
-    }
-    wanted = assemble(workshop.key_map, published(reference, gradients))
-    largest = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
-    for name, parameter in model.named_parameters():
-        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        # below the floor are gradients that vanish in exact arithmetic
-        assert (own - wanted[name]).norm() <= 1e-4 * max(wanted[name].norm(), 1e-3 * largest), name
-    assert wanted["text.layers.0.mlp.down_proj.weight"].norm() > 0  # the states' gradient reaches the thinker
+    # the states' gradient reaches the thinker
+    pack.assert_gradients_of(reference, nonzero="text.layers.0.mlp.down_proj.weight")
