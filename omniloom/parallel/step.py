@@ -102,7 +102,7 @@ def run_packs(
                 set_all_reduce(model.modules(), number == len(packs) - 1)
             terms += _forward_backward(model, [batch], layout, pool, decode)
     for name, value in (item for own in terms for item in own.sums.items()):
-        sums[name] += value.detach()
+        sums[name] += value
     return LossTerms(sums=sums, expert_counts=torch.stack([own.expert_counts for own in terms]).sum(dim=0))
 
 
@@ -119,7 +119,6 @@ def _decode_in_turn(
         objective.of_pack(made).backward()
         # the graph of the sums would hold the head's gradient of each pack until the step is over
         terms.append(map_tensors(made, Tensor.detach))
-        del made  # not to be alive with the next pack's
     return terms
 
 

@@ -3,6 +3,7 @@ missed."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from tests.media_rows import write_media_rows
 from tests.run_server import RunServer
 
 TOLERANCE = 1e-5  # of the loss, as in test_training_ranks.py
+INTERLEAVED = ("parallel.pipeline_schedule=interleaved", "parallel.stages_per_rank=2")
 
 
 LAYOUTS = {
@@ -89,6 +91,26 @@ def test_a_checkpoint_goes_on_in_another_layout(server: RunServer, folder: Path,
     for one, other in zip(expected[2:], found, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_a_step_larger_than_the_data_takes_the_passes_that_its_schedule_is_made_for(
+    server: RunServer, tmp_path: Path
+) -> None:
+    model = make_tiny("qwen3_vl", tmp_path / "model", overrides={"text_config.num_hidden_layers": 4})
+    rows = [{"query": f"What is {number}?", "response": f"It is {number}."} for number in range(5)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))  # a pack each, where rounds are of two packs
+    losses = []
+    for nproc, axes in ((1, ()), (2, ("parallel.pipeline=2", *INTERLEAVED))):
+        words = [
+            *(f"model.path={model}", f"data.train={tmp_path / 'rows.json'}", f"train.run_dir={tmp_path / str(nproc)}"),
+            *("model.modalities=[text]", "model.dtype=float32", "train.steps=1", "train.packs_per_step=6"),
+            *("data.workers=0", "data.pack_tokens=32", "checkpoint.every=0", "checkpoint.export=false"),
+            *("log.tensorboard=false", *axes),
+        ]
+        run = server.run(words, tmp_path / f"{nproc}.logs", num_ranks=nproc)
+        assert set(run.wait()) == {0}, run.tail()
+        losses += [line["loss"] for line in read_lines(tmp_path / str(nproc) / "metrics.jsonl")]
+    assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE)
 
 
 BODY = """
