@@ -10,10 +10,14 @@ the decoder at 2048 tokens being 1: were the cost exact and every product equall
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: published configs lie among the tests
 
 from omniloom.data.collate import collate
 from omniloom.families.cost import sample_cost

@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: published configs lie among the tests
+
 from omniloom.config import DataConfig, load_config
 from omniloom.data.loader import Loader
 from omniloom.data.planner import Planner

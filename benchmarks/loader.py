@@ -33,6 +33,8 @@ from PIL import Image
 from transformers import Qwen2Tokenizer, WhisperFeatureExtractor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: media files are made among the tests
+
 from omniloom.data.media_decode import decode_clip
 from omniloom.data.media_files import MediaLimits
 from omniloom.data.media_headers import read_header
