@@ -71,9 +71,7 @@ class EvaluationReport:
 
     def describe(self, step: int) -> str:
         """One line for the screen, after so many steps."""
-        figures = ", ".join(
-            f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for name, value in self.figures().items()
-        )
+        figures = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in self.figures().items())
         bad = f"{self.num_bad} of {self.num_rows} held-out rows could not be read (see bad_samples.jsonl)"
         if TEXT not in self.losses:
             return f"evaluation after step {step} measured nothing: {bad}, the others have no loss weight"

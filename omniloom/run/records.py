@@ -84,6 +84,7 @@ class RunRecords:
         self._log: MetricsLog | None = None
         self._start = time.monotonic()
         self._totals = {"samples": 0, "tokens": 0}  # of this start
+        self._trained = ""  # what, in words
         self._num_warnings = 0
         self.compiles = config.memory.compile is True  # whether there are graphs to count
         if layout.is_first:
@@ -96,7 +97,7 @@ class RunRecords:
 
     def phase(self, words: str) -> None:
         """What begins now, with the time since the start."""
-        self.say(f"{clock(time.monotonic() - self._start)}  {words}")
+        self._screen.phase(f"{clock(time.monotonic() - self._start)}  {words}")
 
     def measured(self, done: int, total: int) -> None:
         """Rows that have been measured, until the first step is done."""
@@ -125,7 +126,10 @@ class RunRecords:
         evaluations = read_evaluations(self.run_dir) if self.layout.is_first else {}
         samples, tokens = self._totals["samples"], self._totals["tokens"]
         seconds = time.monotonic() - self._start
-        self.say(f"trained {samples:,} rows, {tokens:,} tokens, in {clock(seconds)}; {step} steps done")
+        self.say(
+            f"trained {self._trained} of {self.config.model.path} on {samples:,} rows, {tokens:,} tokens, "
+            f"in {clock(seconds)}; {step} steps done"
+        )
         if evaluations:
             last = list(evaluations)[-1]
             words = f"evaluation: eval_loss {evaluations[last].get('eval_loss', math.nan):.4f} after step {last}"
@@ -163,6 +167,10 @@ class RunRecords:
                 f"config_until_step_{first_step:08d}.yaml"
             )
         table = trainable_table(policies, {name: math.prod(shape_of(weight)) for name, weight in parameters.items()})
+        trained = [row for row in table if row.num_trainable]
+        self._trained = f"{sum(row.num_trainable for row in trained):,} parameters" + (
+            " of adapters" if all(row.lora_rank is not None for row in trained) else ""
+        )
         write_json(self.run_dir / "trainable.json", [asdict(row) for row in table])
         for words in (*about, *table_lines(table)):
             self.say(words)

@@ -196,7 +196,7 @@ class SpikeDetector:
 
 
 class Screen:
-    """Progress for people: a bar with ETA on a terminal, plain lines elsewhere. Silent on ranks other than 0."""
+    """Progress for people: lines, and on a terminal a bar with the ETA below them. Silent on ranks other than 0."""
 
     def __init__(self, *, enabled: bool, total_steps: int | None, every: int) -> None:
         self._enabled = enabled
@@ -208,7 +208,8 @@ class Screen:
         if enabled and sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn
 
-            self._bar = Progress(BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+            columns = BarColumn(bar_width=24), TextColumn("{task.fields[text]}")
+            self._bar = Progress(*columns, transient=True)
             self._task = self._bar.add_task("train", total=1.0, text="")
             self._bar.start()
 
@@ -216,7 +217,8 @@ class Screen:
         if not self._enabled:
             return
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            # soft: a terminal wraps a long line itself, so that a command in it can be copied
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
@@ -224,21 +226,29 @@ class Screen:
         """Show a finished step. `progress` is the share of the run that is over, for the ETA under epochs."""
         if not self._enabled:
             return
-        text = f"step {metrics.step + 1}" + (f"/{self._total}" if self._total else "") + f"  {progress:.0%}"
-        text += "" if metrics.epoch is None else f"  epoch {metrics.epoch:.2f}"
+        done = f"step {metrics.step + 1}" + (f"/{self._total}" if self._total else "") + f"  {progress:.0%}"
+        eta = f"  eta {self._eta(progress, time.monotonic())}"
+        text = done + ("" if metrics.epoch is None else f"  epoch {metrics.epoch:.2f}")
         text += (
             f"  loss {'none' if metrics.loss is None else f'{metrics.loss:.4f}'}  norm {metrics.grad_norm:.3f}  "
             f"lr {metrics.learning_rate:.2e}  {metrics.step_seconds:.2f} s  "
-            f"{metrics.tokens_per_second:,.0f} tok/s  wait {100 * metrics.data_wait_fraction:.0f}%  "
+            f"{metrics.tokens_per_second:,.0f} tok/s  "
             f"memory {metrics.peak_memory_bytes / 2**30:.1f} GiB"
         )
+        if metrics.data_wait_fraction >= 0.01:
+            text += f"  wait {metrics.data_wait_fraction:.0%}"
         if metrics.num_bad_samples:
             text += f"  bad {metrics.num_bad_samples}"
-        text += f"  eta {self._eta(progress, time.monotonic())}"
+        if metrics.step % self._every == 0:
+            self.say(text + eta)
         if self._bar is not None:
-            self._bar.update(self._task, completed=progress, text=text)
-        elif metrics.step % self._every == 0:
-            print(text, flush=True)
+            self._bar.update(self._task, completed=progress, text=done + eta)
+
+    def phase(self, text: str) -> None:
+        """Say what begins now; what the bar said is over."""
+        self.say(text)
+        if self._bar is not None:
+            self._bar.update(self._task, text="")
 
     def progress(self, what: str, done: int, total: int, of: str) -> None:
         """How far something is that takes long: in place on a terminal, elsewhere on lines that become ever fewer."""

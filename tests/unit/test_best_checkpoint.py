@@ -38,6 +38,7 @@ def test_the_best_checkpoint_is_kept_exported_and_ends_the_run(
     said = capsys.readouterr().out
     assert "ended after step 8: eval_quality was no better than after 4" in said
     assert "evaluation after step 4: " in said
+    assert f" parameters of {tmp_path / 'model'} on " in said
     found = {step: figures["eval_quality"] for step, figures in read_evaluations(tmp_path / RUN).items()}
     assert found == {2: 0.2, 4: 0.9, 6: 0.5, 8: 0.4}
     kept = sorted(path.name for path in (tmp_path / RUN / "checkpoints").glob("step_*"))

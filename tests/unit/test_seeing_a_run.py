@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.machinery
+import io
 import json
 import logging
+import re
 import sys
 import types
 import warnings
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from omniloom.cli import _hush_libraries
 from omniloom.config import ConfigError, LogConfig, load_config
@@ -32,6 +35,31 @@ def test_a_line_tells_time_epoch_share_and_memory(capsys: pytest.CaptureFixture[
     assert "memory 3.0 GiB" in said
     assert said.endswith("eta ?\n")
     assert clock(3723.9) == "1:02:03"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_of_80_columns_has_each_step_and_below_it_a_bar_with_the_eta(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr("rich._console", Console(file=terminal, width=80, force_terminal=True))
+    screen = Screen(enabled=True, total_steps=10000, every=1)
+    screen.progress("measured", 7, 7, "rows")
+    screen.phase("0:00:02  loading weights of " + "a/" * 40)
+    screen.step(replace(line(7), epoch=0.5), progress=0.25)
+    screen.step(replace(line(8), epoch=0.5), progress=0.5)
+    screen.close()
+    said = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.getvalue())
+    assert "a/" * 40 in said  # as it is, for a terminal to wrap
+    assert "step 8/10000  25%  epoch 0.50  loss" in said
+    assert "step 9/10000  50%  epoch 0.50  loss" in said
+    assert re.search(r"━ step 9/10000  50%  eta 0:00:00", said)  # within the width
+    assert "measured" not in said[said.index("loading weights") :]
 
 
 def test_long_phases_say_how_far_they_are_on_ever_fewer_lines(
