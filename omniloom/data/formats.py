@@ -7,6 +7,7 @@ row says is kept whole: text beside tool calls, the order of parallel calls, rea
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -31,6 +32,7 @@ _ROLES: dict[str, _TurnKind] = {
     "gpt": "assistant",
     "tool": "tool",
     "tool_response": "tool",
+    "function": "tool",
     "observation": "tool",
     "tool_call": "tool_call",
     "function_call": "tool_call",
@@ -49,6 +51,11 @@ _DIALOGUE_KEYS = ("messages", "conversations", "conversation")
 _PAIR_KEYS = ("instruction", "prompt", "input", "output", "query", "response", "history")
 _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios", "use_audio_in_video")
 _ROW_KEYS = {*_DIALOGUE_KEYS, *_PAIR_KEYS, *_MEDIA_KEYS, "objects", "tools", "system", "id", "weight"}
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_CALL_KEYS = ("tool_calls", "function_call")
+_WEIGHT_KEYS = ("loss", "loss_scale", "weight")
+_SAID_KEYS = ("role", "from", "content", "value", "tool_call_id", "speech", "speaker", "recording")
+_TURN_KEYS = {*_REASONING_KEYS, *_CALL_KEYS, *_WEIGHT_KEYS, *_SAID_KEYS}
 _LARGEST_WEIGHT = 1e30  # sums of them stay within float32
 
 
@@ -90,8 +97,18 @@ def describe_format(row: Mapping[str, Any], options: DataConfig) -> str:
     present = [str(key) for key, value in row.items() if value is not None and key != PARTS]
     read = [key for key in present if key in _ROW_KEYS or key in renamed]
     ignored = [key for key in present if key not in read]
+    turns = _of_json(_find(row, options.attr.messages, *_DIALOGUE_KEYS))
+    messages = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list | tuple) else []
+    if of_turns := sorted({key for message in messages for key in _unread(message, options.attr)}):
+        ignored.append(f"{'and ' * bool(ignored)}of turns {', '.join(of_turns)}")
     line = f"format {name} ({'detected' if set_by_hand is None else 'set by data.format'}), read from {', '.join(read)}"
     return line + (f"; not read: {', '.join(ignored)}" if ignored else "")
+
+
+def _unread(message: Mapping[str, Any], names: FieldNames) -> list[str]:
+    """What has something in a turn and is not read."""
+    known = {*_TURN_KEYS, names.role_tag, names.content_tag}
+    return [str(key) for key, value in message.items() if value is not None and key not in known]
 
 
 def _format_of(options: DataConfig) -> str | None:
@@ -258,7 +275,7 @@ class _TurnReader:
             where = f"messages[{index}]"
             kind = self._kind(message, where)
             weight = _turn_weight(message, where)
-            content = _find(message, self._names.content_tag, "content", "value")
+            content = self._content(message, where)
             speech = self._speech(message, kind, where)
             if kind == "user" or kind == "system":
                 turns += self._said(kind, content, where, weight)
@@ -274,6 +291,15 @@ class _TurnReader:
                 turns.append(Turn(role=role, parts=parts, weight=weight, speech=speech))
             previous = kind
         return turns
+
+    def _content(self, message: Mapping[str, Any], where: str) -> Any:
+        """Raises: SampleError where what is said stands under a name that nothing reads."""
+        content = _find(message, self._names.content_tag, "content", "value")
+        if content is None and _find(message, *_REASONING_KEYS, *_CALL_KEYS) is None:
+            if unread := ", ".join(_unread(message, self._names)):
+                reason = f"nothing there, but under {unread}; data.attr.content_tag names the key of what is said"
+                raise SampleError(f"{where}.content", reason)
+        return content
 
     def _speech(self, message: Mapping[str, Any], kind: _TurnKind, where: str) -> Speech | None:
         if message.get("speech") is None and message.get("speaker") is None:
@@ -292,7 +318,9 @@ class _TurnReader:
     def _kind(self, message: Mapping[str, Any], where: str) -> _TurnKind:
         role = _find(message, self._names.role_tag, "role", "from")
         if not isinstance(role, str) or role not in self._roles:
-            raise SampleError(f"{where}.role", f"unknown role {role!r}; known roles: {', '.join(sorted(self._roles))}")
+            known = ", ".join(sorted(self._roles))
+            hint = "data.attr.user_tag, assistant_tag and so on name others"
+            raise SampleError(f"{where}.role", f"unknown role {role!r}; known roles: {known}; {hint}")
         return self._roles[role]
 
     def _said(self, role: Role, content: Any, where: str, weight: float | None) -> list[Turn]:
@@ -317,13 +345,14 @@ class _TurnReader:
 
     def _assistant(self, message: Mapping[str, Any], content: Any, where: str) -> list[Part]:
         parts: list[Part] = []
-        reasoning = _find(message, "reasoning_content", "reasoning")
+        reasoning = _find(message, *_REASONING_KEYS)
         if reasoning is not None:
             if not isinstance(reasoning, str):
-                raise SampleError(f"{where}.reasoning_content", f"expected text, got {str(reasoning)[:60]!r}")
+                key = _key(message, *_REASONING_KEYS)
+                raise SampleError(f"{where}.{key}", f"expected text, got {str(reasoning)[:60]!r}")
             parts.append(Part(kind="reasoning", text=reasoning))
         parts += _content(content, where, self._media)
-        calls = _find(message, "tool_calls", "function_call")
+        calls = _find(message, *_CALL_KEYS)
         if calls is not None and calls != []:
             parts += self._media.calls(parse_tool_calls(calls, f"{where}.tool_calls"))
         return parts
@@ -417,11 +446,8 @@ def _refuse_half_characters(conversation: Conversation) -> None:
 
 
 def _turn_weight(message: Mapping[str, Any], where: str) -> float | None:
-    loss, scale = message.get("loss"), message.get("loss_scale")
-    if loss is None and scale is None:
-        return None
-    weight = 1.0 if loss is None else _weight_number(loss, f"{where}.loss")
-    return weight * (1.0 if scale is None else _weight_number(scale, f"{where}.loss_scale"))
+    given = [_weight_number(message[key], f"{where}.{key}") for key in _WEIGHT_KEYS if message.get(key) is not None]
+    return math.prod(given) if given else None
 
 
 def _weight_number(value: Any, where: str) -> float:

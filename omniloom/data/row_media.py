@@ -126,6 +126,8 @@ class RowMedia:
                 front += [self.next_clip(kind) for _ in range(num_clips)]
             elif num_taken != num_clips:
                 way = "" if num_taken else ", or set data.unplaced_media=front to put them before the first question"
+                if not num_clips:
+                    way = ', or where it is only a word, give contents as blocks: [{"type": "text", "text": ...}]'
                 raise SampleError(
                     f"{kind}s",
                     f"{num_taken} <{kind}> placeholder{'s' * (num_taken != 1)} in the text but {num_clips} "

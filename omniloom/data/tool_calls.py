@@ -24,7 +24,7 @@ def parse_tools(value: Any, field: str = "tools") -> tuple[str, ...]:
         if not value.strip():
             return ()
         value = _load(value, field)
-    if value is None:
+    if value is None or value == {}:
         return ()
     if isinstance(value, Mapping):
         value = [value]

@@ -167,6 +167,14 @@ def test_the_detected_mapping_reads_as_one_line():
     assert describe_format({"talk": []}, options) == "format messages (set by data.format), read from talk"
 
 
+def test_what_turns_hold_and_nothing_reads_is_said_too():
+    turns = [{"from": "human", "value": "q", "mask": 1, "id": None}, {"from": "gpt", "value": "a", "loss_mask": 0}]
+    line = describe_format({"id": 1, "conversations": turns, "src": "x"}, DataConfig())
+    assert line.endswith("read from id, conversations; not read: src, and of turns loss_mask, mask")
+    attr = FieldNames(role_tag="who", content_tag="said")
+    assert "not read" not in describe_format({"messages": [{"who": "user", "said": "q"}]}, DataConfig(attr=attr))
+
+
 def test_alpaca_and_query_put_history_and_input_where_they_belong():
     row = {"instruction": "i", "input": "more", "output": "o", "history": [["q1", "a1"], ["q2", "a2"]], "system": "s"}
     assert [(role, parts[0][1]) for role, parts in words(parse(row))] == [
@@ -326,7 +334,13 @@ def test_tools_are_read_in_every_spelling(spelling):
     assert parse({"messages": [ANSWER], "tools": tools}).tools == (WRAPPED,) * (1 if spelling == "one" else 2)
 
 
-@pytest.mark.parametrize("tools", [None, "", "[]", [], "  "])
+def test_results_under_the_name_of_openais_first_calls_are_those_of_tools():
+    call = {"role": "assistant", "content": None, "function_call": json.loads(CALL)}
+    turns = parse({"messages": [call, {"role": "function", "name": "get_weather", "content": "21"}, ANSWER]}).turns
+    assert [turn.role for turn in turns] == ["assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize("tools", [None, "", "[]", [], "  ", {}, "{}"])
 def test_no_tools_means_none_and_brings_no_system_turn(tools):
     conversation = parse({"messages": [ANSWER], "tools": tools})
     assert conversation.tools == ()
@@ -366,6 +380,7 @@ def test_anthropic_results_become_tool_turns_in_order_beside_what_the_user_says(
     "message",
     [
         {"content": "yes", "reasoning_content": "hm\nhm"},
+        {"content": "yes", "thinking": "hm\nhm"},
         {"content": [{"type": "thinking", "thinking": "hm\nhm"}, {"type": "text", "text": "yes"}]},
     ],
 )
@@ -384,17 +399,18 @@ def test_think_tags_are_text_which_the_chat_template_may_take_for_reasoning():
         assert turns[0].parts == (Part(kind="text", text=text),)
 
 
-def test_loss_and_loss_scale_weight_turns_of_every_role():
+def test_loss_loss_scale_and_weight_weigh_turns_of_every_role():
     messages = [
         {"role": "system", "content": "s", "loss": True},
         {"role": "user", "content": "u", "loss": 1},
         {"role": "assistant", "content": "a", "loss": False},
         {"role": "tool", "content": "t", "loss_scale": 0.5},
         {"role": "assistant", "content": "a", "loss": True, "loss_scale": 2.0},
-        {"role": "assistant", "content": "a", "loss": None},
+        {"role": "assistant", "content": "a", "loss": None, "weight": None},
+        {"role": "assistant", "content": "a", "weight": 0},
     ]
     conversation = parse({"messages": messages, "weight": 0.25})
-    assert [turn.weight for turn in conversation.turns] == [1.0, 1.0, 0.0, 0.5, 2.0, None]
+    assert [turn.weight for turn in conversation.turns] == [1.0, 1.0, 0.0, 0.5, 2.0, None, 0.0]
     assert conversation.weight == 0.25
     for bad in (-1, "yes", float("nan"), float("inf")):
         assert "messages[0].loss: expected" in failure({"messages": [{**ANSWER, "loss": bad}]})
@@ -439,7 +455,9 @@ def test_unbalanced_placeholders_name_both_counts():
         "images: 2 <image> placeholders in the text but 1 image in the row"
     )
     assert "videos: 0 <video> placeholders in the text but 2 videos" in failure(user_row("q", videos=["a", "b"]))
-    assert "audios: 1 <audio> placeholder in the text but 0 audios" in failure(user_row("<audio>"))
+    reason = failure(user_row("<audio>"))
+    assert "audios: 1 <audio> placeholder in the text but 0 audios" in reason
+    assert """, or where it is only a word, give contents as blocks: [{"type": "text", "text": ...}]""" in reason
 
 
 def test_clips_without_a_placeholder_go_before_the_first_question_where_asked_for():
@@ -662,6 +680,9 @@ def test_urls_are_refused_unless_allowed():
         ({"messages": "hi"}, "expected a list of turns"),
         ({"messages": ["hi"]}, "messages[0]: expected an object"),
         ({"messages": [{"role": "narrator", "content": "a"}]}, "messages[0].role: unknown role 'narrator'; known"),
+        ({"messages": [{"role": "User", "content": "a"}]}, "data.attr.user_tag, assistant_tag and so on name others"),
+        ({"messages": [{"role": "user", "text": "a", "content": None}, ANSWER]}, "messages[0].content: nothing there"),
+        ({"messages": [ANSWER, {"role": "tool", "output": "a"}]}, "but under output; data.attr.content_tag names"),
         ({"messages": [{"content": "a"}]}, "unknown role None"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant answer"),
         ({"messages": [{"role": "assistant", "content": ""}]}, "no assistant answer"),
