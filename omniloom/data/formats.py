@@ -295,11 +295,12 @@ class _TurnReader:
     def _content(self, message: Mapping[str, Any], where: str) -> Any:
         """Raises: SampleError where what is said stands under a name that nothing reads."""
         content = _find(message, self._names.content_tag, "content", "value")
-        if content is None and _find(message, *_REASONING_KEYS, *_CALL_KEYS) is None:
-            if unread := ", ".join(_unread(message, self._names)):
-                reason = f"nothing there, but under {unread}; data.attr.content_tag names the key of what is said"
-                raise SampleError(f"{where}.content", reason)
-        return content
+        if content is not None or _find(message, *_REASONING_KEYS, *_CALL_KEYS) is not None:
+            return content
+        if unread := ", ".join(_unread(message, self._names)):
+            reason = f"nothing there, but under {unread}; data.attr.content_tag names the key of what is said"
+            raise SampleError(f"{where}.content", reason)
+        return None
 
     def _speech(self, message: Mapping[str, Any], kind: _TurnKind, where: str) -> Speech | None:
         if message.get("speech") is None and message.get("speaker") is None:
