@@ -215,7 +215,7 @@ def decode_audio(source: MediaSource, limits: MediaLimits, *, num_samples: int |
             kind,
             f"{name_of(file)}: {num_samples} samples were planned by its header, {len(waveform)} can be decoded",
         )
-    return np.pad(waveform, (0, max(0, num_samples - len(waveform))))[:num_samples]
+    return _fit(waveform, num_samples)
 
 
 def _used_chunks(
@@ -323,5 +323,10 @@ def _resample(chunks: Iterator[tuple[int, np.ndarray]], new_rate: int) -> np.nda
     if stream is not None:
         out.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
     waveform = np.concatenate(out)
-    length = resampled_length(count, rate, new_rate)
-    return np.pad(waveform, (0, max(0, length - len(waveform))))[:length]
+    return _fit(waveform, resampled_length(count, rate, new_rate))
+
+
+def _fit(waveform: np.ndarray, length: int) -> np.ndarray:
+    """The first `length` samples, silence where there are fewer."""
+    missing = length - len(waveform)
+    return np.pad(waveform, (0, missing)) if missing > 0 else waveform[:length]

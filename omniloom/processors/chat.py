@@ -7,6 +7,7 @@ media file: headers and decoded arrays are handed in. Used by loader workers and
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -105,7 +106,7 @@ class ChatProcessor:
             num_tokens=num_tokens,
             num_loss_tokens=num_loss_tokens,
             weight_sum=float(weights.sum(dtype=np.float64)),
-            num_patches=sum(int(np.prod(clip.grid_thw)) for clip in clips if clip.grid_thw),
+            num_patches=sum(math.prod(clip.grid_thw) for clip in clips if clip.grid_thw),
             num_audio_frames=sum(clip.num_mel_frames for clip in clips),
             cost=cost,
             tower_cost=cost - speech_cost - self.towers.cost(len(tokens.ids), num_loss_tokens, ()),
@@ -137,7 +138,8 @@ class ChatProcessor:
         Raises: SampleError where the decoded arrays are not of the planned size.
         """
         tokens, weights = self._label(conversation, clips)
-        labels = np.where(weights > 0, np.append(tokens.ids[1:], IGNORE_LABEL), IGNORE_LABEL)
+        labels = np.full_like(tokens.ids, IGNORE_LABEL)
+        np.copyto(labels[:-1], tokens.ids[1:], where=weights[:-1] > 0)
         vision: list[VisionClip] = []
         audio: list[AudioClip] = []
         longest = max((clip.num_mel_frames for clip in clips), default=0)
@@ -207,7 +209,8 @@ class ChatProcessor:
     def _label(self, conversation: Conversation, clips: Sequence[ClipGeometry]) -> tuple[ChatTokens, np.ndarray]:
         """The tokens, and weights float32 [t] of the labels: position i predicts token i + 1."""
         tokens = self._tokenize(self.renderer.render(self._write_boxes(conversation, clips)), conversation, clips)
-        weights = np.append(tokens.weights[1:], np.float32(0)) * np.float32(conversation.weight)
+        weights = np.zeros_like(tokens.weights)
+        np.multiply(tokens.weights[1:], conversation.weight, out=weights[:-1])
         if not weights.any():
             raise SampleError("messages", "nothing to train on: no assistant turn with a weight above 0")
         return tokens, weights

@@ -27,21 +27,22 @@ def sample_positions(runs: Sequence[int | np.ndarray], *, past_time: bool = True
     Qwen2_5_VLModel.get_rope_index.
     """
     first_axis = 0 if past_time else 1
-    start = np.float32(0)
-    parts = [np.zeros((3, 0), np.float32)]
-    for run in runs:
-        block = text_block(run) if isinstance(run, int) else run
-        if block.shape[1]:
-            parts.append(block + start)
+    lengths = [run if isinstance(run, int) else run.shape[1] for run in runs]
+    positions = np.empty((3, sum(lengths)), np.float32)
+    start, done = 0.0, 0
+    for run, length in zip(runs, lengths, strict=True):
+        if length:
+            placed = positions[:, done : done + length]
+            np.add(np.arange(run, dtype=np.float32) if isinstance(run, int) else run, start, out=placed)
             # The last token, not the block, as published: sound shorter than a frame is wide ends before the frame
             # does. In a picture the last token is the largest on every axis.
-            start = parts[-1][first_axis:, -1].max() + np.float32(1)
-    return torch.from_numpy(np.floor(np.concatenate(parts, axis=1)).astype(np.int64))
+            start, done = max(placed[first_axis:, -1].tolist()) + 1, done + length
+    return torch.from_numpy(np.floor(positions, out=positions).astype(np.int64))
 
 
 def text_block(num_tokens: int) -> np.ndarray:
     """Block float32 [3, num_tokens] of tokens in a row: text, and sound, which runs like text."""
-    return np.broadcast_to(np.arange(num_tokens, dtype=np.float32), (3, num_tokens))
+    return np.arange(num_tokens, dtype=np.float32)[None].repeat(3, axis=0)
 
 
 def vision_block(
@@ -53,10 +54,10 @@ def vision_block(
     Source: transformers, Qwen3OmniMoePreTrainedModelForConditionalGeneration.get_llm_pos_ids_for_vision.
     """
     num_grids, rows, columns = grid_thw[0], grid_thw[1] // merge, grid_thw[2] // merge
-    shape = (num_grids, rows, columns)
     time = np.arange(num_grids, dtype=np.float32) * np.float32(seconds_per_grid) * np.float32(positions_per_second)
-    axes = (time[:, None, None], np.arange(rows)[None, :, None], np.arange(columns)[None, None, :])
-    return np.stack([np.broadcast_to(axis, shape).reshape(-1) for axis in axes]).astype(np.float32)
+    block = np.empty((3, num_grids, rows, columns), np.float32)
+    block[0], block[1], block[2] = time[:, None, None], np.arange(rows)[:, None], np.arange(columns)
+    return block.reshape(3, -1)
 
 
 def merge_by_time(video_times: np.ndarray, num_audio: int) -> np.ndarray:
