@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py [RESULT.md]
 
-A row is a question about one clip and a short answer. Two things are timed, ours and theirs in turns, so that a busy
-machine slows both: *features* are header, planned size, decoding and what the tower reads (theirs: decoding, then the
-image processor or the feature extractor); a *row* adds its tokens (theirs: chat template, placeholders, tokenizer; ours
-twice, since a row is measured for the plan before it is encoded, and with labels, weights and positions). transformers'
-video processors need torchvision, which is not asked for here, so that videos have no figure of theirs. With
-megatron-energon installed, its loader's time to read and decode these clips from shards, without features and tokens.
+A row is a question about one clip and a short answer. XX are header, planned size, decoding and what the tower reads
+(theirs: decoding, then the image processor or the feature extractor); a *row* adds its tokens (theirs: chat template,
+placeholders, tokenizer; ours twice, since a row is measured for the plan before it is encoded, and with labels, weights
+and positions). *Libraries* is what both leave to the same ones: decoding, resizing, resampling, Fourier transforms, and
+nothing around them. transformers' video processors need torchvision, which is not asked for here, so that videos have
+no figure of theirs. With megatron-energon installed, its loader's time to read and decode these clips from shards,
+without features and tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 import wave
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,10 +44,11 @@ from omniloom.families.registry import find_spec
 from omniloom.options import ProcessorOptions
 from omniloom.processors.chat import ChatProcessor
 from omniloom.tools.tiny import make_tiny
-from omniloom.types import Conversation, MediaKind, MediaSource, Part, Turn
+from omniloom.types import ClipGeometry, Conversation, MediaKind, MediaSource, Part, Turn
 from tests.unit.media_files import tone, write_audio, write_video
 
-ROUNDS = 25
+ROUNDS = 15
+ROWS = 6  # of one kind in a turn
 LIMITS = MediaLimits()
 QUESTION, ANSWER = "What is this?", "An answer of a few words."
 
@@ -71,10 +74,19 @@ class Ours:
         turns = (Turn(role="user", parts=(clip, asked)), Turn(role="assistant", parts=(answer,)))
         return Conversation(id="i", source="s", turns=turns)
 
+    def plan(self, case: Case) -> ClipGeometry:
+        header = read_header(MediaSource(path=str(case.path)), case.kind, LIMITS)
+        (clip,) = self.processor.geometry(self.row_of(case), (header,))
+        return clip
+
+    def size(self, case: Case) -> tuple[int, int]:
+        """Planned width and height of a picture."""
+        _, height, width = self.plan(case).grid_thw or (0, 0, 0)
+        patch = self.processor.towers.vision.patch_size
+        return width * patch, height * patch
+
     def features(self, case: Case) -> Any:
-        row = self.row_of(case)
-        source = MediaSource(path=str(case.path))
-        (clip,) = self.processor.geometry(row, (read_header(source, case.kind, LIMITS),))
+        clip, source = self.plan(case), MediaSource(path=str(case.path))
         return self.processor.towers.features(clip, decode_clip(source, clip, LIMITS))
 
     def row(self, case: Case) -> Any:
@@ -113,6 +125,28 @@ class Theirs:
             count = self.audio_tokens(found["input_features"].shape[-1])
         pad = self.pads[case.kind]
         return found, self.tokenizer(text.replace(pad, pad * count))
+
+
+def call_libraries(sizes: dict[Path, tuple[int, int]], case: Case) -> None:
+    """What no way from file to features of these libraries goes without; `sizes` are those planned for pictures."""
+    if case.kind == "image":
+        picture = Image.open(case.path)
+        picture.load()
+        if picture.size != sizes[case.path]:
+            picture.resize(sizes[case.path], resample=Image.Resampling.BICUBIC)
+        return
+    num_samples, rate = int(case.amount * 16000), 16000
+    if case.path.suffix == ".wav":
+        with wave.open(str(case.path)) as file:
+            num_samples, rate = file.getnframes(), file.getframerate()
+            file.readframes(num_samples)
+    else:
+        with av.open(str(case.path)) as container:
+            num_samples = sum(frame.samples for frame in container.decode(audio=0))
+            rate = container.streams.audio[0].sample_rate
+    mono = np.zeros(num_samples, np.float32)
+    mono = mono if rate == 16000 else soxr.resample(mono, rate, 16000, quality="HQ")
+    torch.stft(torch.from_numpy(mono), 400, 160, window=torch.hann_window(400), return_complex=True)
 
 
 def load_sound(path: Path) -> np.ndarray:
@@ -156,20 +190,16 @@ def write_cases(folder: Path) -> list[Case]:
     return cases
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def measure(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Milliseconds of process time, the median over rounds in which each has its turn."""
+def measure(works: dict[str, Callable[[Case], object]], cases: list[Case]) -> dict[str, float]:
+    """Milliseconds of process time a row, medians over rounds in which each work has its turn with the same rows."""
     times: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + 2):
+    for number in range(ROUNDS + 2):
         for name, work in works.items():
-            spent = seconds_of(work)
+            start = time.process_time()
+            for case in cases:
+                work(case)
             if number >= 2:
-                times[name].append(1000 * spent)
+                times[name].append(1000 * (time.process_time() - start) / len(cases))
     return {name: median(spent) for name, spent in times.items()}
 
 
@@ -197,12 +227,13 @@ def of_energon(folder: Path, cases: list[Case]) -> float | None:
         str(folder / "shards"), worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0),
         batch_size=None, shuffle_buffer_size=None, max_samples_per_sequence=None, repeat=False, task_encoder=encoder,
     )  # fmt: skip
-    return 1000 * seconds_of(lambda: list(energon.get_loader(dataset))) / len(rows)
+    start = time.process_time()
+    list(energon.get_loader(dataset))
+    return 1000 * (time.process_time() - start) / len(rows)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_tiny("qwen3_omni", folder / "model")
@@ -210,15 +241,17 @@ def main() -> None:
         spec = find_spec(config_json)
         processor = spec.make_processor(model, spec.read_config(config_json), ProcessorOptions())
         ours, theirs, cases = Ours(processor), Theirs(model, processor), write_cases(folder)
-        for case in cases:
-            works = {"ours": lambda case=case: ours.features(case), "our row": lambda case=case: ours.row(case)}
-            if case.kind != "video":
-                works |= {
-                    "theirs": lambda case=case: theirs.features(case),
-                    "their row": lambda case=case: theirs.row(case),
-                }
-            tokens = len(ours.row(case).input_ids)
-            found.append({"case": case.name, "tokens": tokens, "amount": case.amount, **measure(works, ROUNDS)})
+        own = {"ours": ours.features, "our row": ours.row}
+        compared = [case for case in cases if case.kind != "video"]
+        libraries = partial(call_libraries, {case.path: ours.size(case) for case in compared})
+        both = own | {"theirs": theirs.features, "their row": theirs.row, "libraries": libraries}
+        rows = {case.name: (both, [case] * ROWS) for case in compared}
+        rows |= {"mixed": (both, compared)}
+        rows |= {case.name: (own, [case] * ROWS) for case in cases if case.kind == "video"}
+        found = []
+        for name, (works, turn) in rows.items():
+            tokens = sum(len(ours.row(case).input_ids) for case in turn) / len(turn)
+            found.append({"case": name, "tokens": tokens, "amount": turn[0].amount, **measure(works, turn)})
         energon = of_energon(folder, cases)
     print(report(found, energon))
     if sys.argv[1:]:
@@ -227,20 +260,18 @@ def main() -> None:
 
 def report(found: list[dict[str, Any]], energon: float | None) -> str:
     out = io.StringIO()
-    line = "| {} | {} | {} | {} | {} | {} | {} | {} | {} |\n".format
-    out.write(
-        line("media", "features, ms", "theirs", "ratio", "row, ms", "theirs", "ratio", "tokens/s", "MP or s of sound/s")
-    )
-    out.write(line(*["---"] * 9))
-    both = [row for row in found if "theirs" in row]
-    names = ("ours", "theirs", "our row", "their row", "tokens", "amount")
-    mean = {key: sum(row[key] for row in both) / len(both) for key in names} | {"case": "those above, mixed"}
-    for row in [*both, mean, *(row for row in found if "theirs" not in row)]:
+    head = ("media", "features, ms", "theirs", "ratio", "libraries", "row, ms", "theirs", "ratio", "tokens/s")
+    head += ("MP or s of sound/s",)
+    line = f"|{' {} |' * len(head)}\n".format
+    out.write(line(*head))
+    out.write(line(*["---"] * len(head)))
+    for row in found:
         cells = []
         for mine, other in (("ours", "theirs"), ("our row", "their row")):
             ratio = row.get(other, math.nan) / row[mine]
             cells += [f"{row[mine]:.2f}", f"{row.get(other, math.nan):.2f}", f"{ratio:.2f}"]
-        amount = f"{1000 * row['amount'] / row['our row']:.1f}" if row is not mean else ""
+        cells.insert(3, f"{row.get('libraries', math.nan):.2f}")
+        amount = f"{1000 * row['amount'] / row['our row']:.1f}" if row["case"] != "mixed" else ""
         out.write(line(row["case"], *cells, f"{1000 * row['tokens'] / row['our row']:,.0f}", amount).replace("nan", ""))
     if energon is not None:
         out.write(f"\nmegatron-energon reads and decodes a sample of the mix in {energon:.2f} ms\n")

@@ -180,11 +180,11 @@ def log_mel(
     if samples.shape[0] <= n_fft // 2:
         samples = torch.nn.functional.pad(samples, (0, n_fft // 2 + 1 - samples.shape[0]))
     spectrum = torch.stft(samples, n_fft, hop_length, window=torch.hann_window(n_fft), return_complex=True)
-    squares = torch.view_as_real(spectrum.T[:num_frames]).square().flatten(1).T  # real and imaginary parts in turns
+    squares = torch.view_as_real(spectrum.T[:num_frames]).square_().flatten(1).T  # real and imaginary parts in turns
     bands = _mel_bands(num_mel_bins, sampling_rate, n_fft)
     power = torch.cat([filters @ squares[first:end] for first, end, filters in bands])
     spectrogram = power.clamp_(min=1e-10).log10_()
-    return torch.maximum(spectrogram, spectrogram.max() - 8.0).add_(4.0).div_(4.0)
+    return spectrogram.clamp_(min=spectrogram.max() - 8.0).add_(4.0).div_(4.0)
 
 
 @lru_cache(maxsize=4)
