@@ -40,7 +40,9 @@ def measure(name: str, rounds: int) -> None:
     model = spec.build(family).requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(0, 0.02)
-    cost = partial(sample_cost, family.text, family.vision, family.audio)
+
+    def cost(num_tokens: int, num_loss_tokens: int, clips: tuple[ClipGeometry, ...]) -> int:
+        return sum(sample_cost(family.text, family.vision, family.audio, num_tokens, num_loss_tokens, clips))
 
     def batch_of(num_tokens: int, grid: tuple[int, int, int] | None = None, frames: int = 0) -> PackedBatch:
         vision, audio = (), ()

@@ -92,7 +92,7 @@ def draw_extents(num_rows: int) -> list[Extent]:
             grids = int(rng.integers(4, 40))
             clips = [ClipGeometry(kind="video", num_tokens=grids * 88, grid_thw=(grids, 16, 22))]
         tokens += sum(clip.num_tokens for clip in clips)
-        cost = sample_cost(family.text, family.vision, family.audio, tokens, tokens // 4, clips)
+        cost = sum(sample_cost(family.text, family.vision, family.audio, tokens, tokens // 4, clips))
         found.append(Extent(num_tokens=tokens, num_loss_tokens=tokens // 4, weight_sum=1.0, cost=cost, clips=()))
     return found
 

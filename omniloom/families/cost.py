@@ -24,15 +24,15 @@ def sample_cost(
     num_tokens: int,
     num_loss_tokens: int,
     clips: Sequence[ClipGeometry],
-) -> int:
-    """Estimated forward FLOPs / 1e6 of one sample in decoder and towers."""
-    flops = decoder_flops(text, num_tokens, num_loss_tokens)
+) -> tuple[int, int]:
+    """Estimated forward FLOPs / 1e6 of one sample in the decoder and in the towers."""
+    flops = 0
     for clip in clips:
         if clip.grid_thw:
             flops += vision_flops(vision, clip.grid_thw)
         if clip.num_mel_frames and audio is not None:
             flops += audio_flops(audio, clip.num_mel_frames)
-    return -(-flops // 10**6)
+    return -(-decoder_flops(text, num_tokens, num_loss_tokens) // 10**6), -(-flops // 10**6)
 
 
 def speech_cost(decoder: DecoderConfig, predictor: DecoderConfig | None, turns: Sequence[tuple[int, int]]) -> int:
@@ -50,17 +50,19 @@ def speech_cost(decoder: DecoderConfig, predictor: DecoderConfig | None, turns: 
 
 def decoder_flops(config: DecoderConfig, num_tokens: int, num_loss_tokens: int) -> int:
     """One sample of `num_tokens` through all layers, and the head for the tokens that have a loss."""
-    layers = sum(layer_flops(config, layer, num_tokens) for layer in range(config.num_hidden_layers))
+    layers = sum(count * _kind_flops(config, kind, num_tokens) for kind, count in config.layer_kinds.items())
     return layers + 2 * num_loss_tokens * config.hidden_size * config.vocab_size
 
 
 def layer_flops(config: DecoderConfig, layer: int, num_tokens: int) -> int:
     """One sample through one layer."""
-    hidden = config.hidden_size
-    mixing = (
-        delta_rule_flops(config, num_tokens) if layer in config.delta_layers else attention_flops(config, num_tokens)
-    )
-    if not config.is_moe(layer):
+    return _kind_flops(config, (layer in config.delta_layers, config.is_moe(layer)), num_tokens)
+
+
+def _kind_flops(config: DecoderConfig, kind: tuple[bool, bool], num_tokens: int) -> int:
+    (has_delta_rule, is_moe), hidden = kind, config.hidden_size
+    mixing = delta_rule_flops(config, num_tokens) if has_delta_rule else attention_flops(config, num_tokens)
+    if not is_moe:
         return mixing + 2 * num_tokens * 3 * hidden * config.intermediate_size
     widths = config.moe_intermediate_size * config.num_experts_per_tok + config.shared_expert_intermediate_size
     experts = 3 * widths + config.num_experts  # and the router

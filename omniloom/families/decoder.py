@@ -5,9 +5,10 @@ A family with layers of other kinds hands its own `make_layer` to `make_decoder`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from torch import nn
 
@@ -77,6 +78,11 @@ class DecoderConfig:
     def is_moe(self, layer: int) -> bool:
         sparse = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
         return sparse and layer not in self.mlp_only_layers
+
+    @cached_property
+    def layer_kinds(self) -> Counter[tuple[bool, bool]]:
+        """How many layers there are of each kind: (has a delta rule, is a mixture of experts)."""
+        return Counter((layer in self.delta_layers, self.is_moe(layer)) for layer in range(self.num_hidden_layers))
 
     @property
     def num_moe_layers(self) -> int:

@@ -95,12 +95,12 @@ class ChatProcessor:
         clips = self.geometry(conversation, headers) if clips is None else clips
         tokens, weights = self._label(conversation, clips)
         num_loss_tokens = int(np.count_nonzero(weights))
-        cost = self.towers.cost(len(tokens.ids), num_loss_tokens, clips)
+        decoder_cost, tower_cost = self.towers.cost(len(tokens.ids), num_loss_tokens, clips)
         num_tokens, speech_cost, frames = len(tokens.ids), 0, []
         if self.speech is not None and (turns := self.speech.turns(conversation, tokens)):
             # speech has rows beside those of text: what has more of them says how many
             num_tokens = max(num_tokens, sum(self.speech.num_rows(turn, tokens) for turn in turns))
-            cost += (speech_cost := self.speech.cost(turns, tokens))
+            speech_cost = self.speech.cost(turns, tokens)
             frames = [turn.num_frames for turn in turns]
         return Extent(
             num_tokens=num_tokens,
@@ -108,8 +108,8 @@ class ChatProcessor:
             weight_sum=float(weights.sum(dtype=np.float64)),
             num_patches=sum(math.prod(clip.grid_thw) for clip in clips if clip.grid_thw),
             num_audio_frames=sum(clip.num_mel_frames for clip in clips),
-            cost=cost,
-            tower_cost=cost - speech_cost - self.towers.cost(len(tokens.ids), num_loss_tokens, ()),
+            cost=decoder_cost + tower_cost + speech_cost,
+            tower_cost=tower_cost,
             speech_cost=speech_cost,
             num_code_labels=sum(frames) + len(frames),
             num_code_frames=sum(frames),

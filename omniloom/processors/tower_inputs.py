@@ -37,7 +37,7 @@ from omniloom.types import (
 )
 
 Features = tuple[Tensor | None, Tensor | None]  # patches and log-mel frames of a clip
-Cost = Callable[[int, int, Sequence[ClipGeometry]], int]
+Cost = Callable[[int, int, Sequence[ClipGeometry]], tuple[int, int]]
 ASKED_SIZE_TOKENS = (4, 16384)  # least and most of a picture whose size a row asks for. Source: qwen-vl-utils
 
 
@@ -53,7 +53,7 @@ class TowerInputs:
         settings: ExtractorSettings,
         options: ProcessorOptions,
     ) -> None:
-        """`cost`: estimated forward FLOPs / 1e6 of tokens, tokens with a loss, and clips, in decoder and towers."""
+        """`cost`: estimated forward FLOPs / 1e6 of tokens, tokens with a loss and clips: in the decoder, in towers."""
         self.vision = vision
         self.audio = audio
         self.cost = cost
