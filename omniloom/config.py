@@ -182,6 +182,10 @@ class TrainConfig:
         """By the loss's name, what multiplies its mean in the objective."""
         return {"text": 1.0, "router": self.router_loss, "code0": 1.0, "codes": self.codes_loss}
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation follows so many steps, whatever comes then."""
+        return bool(self.eval_every and step) and step % self.eval_every == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -137,6 +138,10 @@ class OptionReader:
                 if isinstance(limits, Range) and found is not None and (words := limits.broken_by(found)):
                     self.faults.append(f"{path}: expected {words}, got {found!r}")
             return found
+        if isinstance(value, os.PathLike):  # a comma in it divides nothing
+            value = [os.fspath(value)] if origin is tuple else os.fspath(value)
+        elif hasattr(value, "tolist"):  # NumPy's numbers and arrays
+            value = value.tolist()
         if origin in (typing.Union, types.UnionType):
             return self._read_union(kind, value, path)
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):

@@ -22,6 +22,7 @@ from omniloom.checkpoint.agreement import Group, agree, attempt, gather, rank
 
 _log = logging.getLogger(__name__)
 SIGHT_SECONDS = 3.0  # that a network file system is given to show a new file on another node
+LOCK = "run.lock"
 _NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL))
 
 
@@ -35,7 +36,7 @@ def run_lock(run_dir: str | Path) -> Iterator[None]:
 
     Raises: ValueError naming the holder if another process has the directory, or if it cannot be written.
     """
-    path = Path(run_dir) / "run.lock"
+    path = Path(run_dir) / LOCK
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +54,21 @@ def run_lock(run_dir: str | Path) -> Iterator[None]:
             yield
         finally:  # the lock goes with the stream; the file stays, since removing it would race with the next run
             stream.truncate(0)
+
+
+def is_held(run_dir: str | Path) -> bool | None:
+    """Whether another process has the lock of a run directory; None where that cannot be known.
+
+    Not to be asked by the process that holds it, whose lock ends when any of its files on it is closed.
+    """
+    try:
+        with (Path(run_dir) / LOCK).open(encoding="utf-8") as stream:
+            fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        return True if error.filename is None else None  # a file that cannot be opened has its name in the error
+    except OSError:
+        return None
+    return False
 
 
 def _take(stream: IO[str], path: Path) -> None:

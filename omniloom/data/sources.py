@@ -65,9 +65,14 @@ class Sources:
         return tuple(found)
 
     @property
+    def streams(self) -> list[StreamRows]:
+        """The parts whose number of rows is not known."""
+        return [part for part in self.parts if isinstance(part, StreamRows)]
+
+    @property
     def described_size(self) -> str:
         """How many rows there are, for the log."""
-        streams = [part for part in self.parts if isinstance(part, StreamRows)]
+        streams = self.streams
         others = len(self) - sum(map(len, streams))
         said = [f"{others:,} rows"] if others or not streams else []
         if streams:

@@ -207,6 +207,7 @@ class RunRecords:
             for name, megaflops in work.by_component(sample.extent for sample in samples).items()
         }
         mfu = sum(shares.values())
+        passes = loaded.plan.rows_planned / len(rows) if train.steps else loaded.progress * (train.epochs or 1.0)
         return StepMetrics(
             step=loaded.plan.step,
             loss=figures.loss,
@@ -223,7 +224,7 @@ class RunRecords:
             step_seconds=seconds,
             pack_fill=stats.num_tokens / (len(loaded.plan.packs) * self.config.data.pack_tokens),
             num_bad_samples=len(loaded.bad),
-            epoch=loaded.plan.rows_planned / len(rows) if train.steps else loaded.progress * (train.epochs or 1.0),
+            epoch=None if rows.streams else passes,
             other_losses={name: loss for name, loss in figures.losses.items() if name != TEXT},
             expert_imbalance=figures.expert_imbalance,
             evaluation=None if report is None else report.figures(),

@@ -154,8 +154,7 @@ class Trainer:
         self.options_of_row = options_by_row(config.data, train_rows)
         if config.train.deterministic:
             stack.enter_context(only_deterministic(layout.device))
-        timeout_seconds = config.train.step_timeout_seconds
-        self.watchdog = stack.enter_context(Watchdog(layout.ranks, timeout_seconds=timeout_seconds))
+        self.watchdog = stack.enter_context(Watchdog(layout.ranks, timeout_seconds=config.train.step_timeout_seconds))
         self.records = RunRecords(config, layout, workshop.compute_dtype, train_rows, stack, on_step)
         self.stop = stack.enter_context(StopRequest(config.train.time_limit_minutes, self.records.say))
         torch.manual_seed(config.train.seed)
@@ -216,6 +215,7 @@ class Trainer:
         if overwrite and self.layout.is_first:
             remove_own_files(self.run_dir)
         before = self.layout.exchange(read_evaluations(self.run_dir, self.first_step))[0]
+        self.was_evaluated = self.first_step in before
         self.best = BestSteps(self.config, before)
         self.state.saver.kept_steps = self.best.kept
         self.records.begin(self.first_step, about, policies, self.state.parameters)
@@ -233,12 +233,16 @@ class Trainer:
 
     def run(self) -> int:
         """Loop until the run is over, or until a signal or the time limit asks to stop."""
-        every, eval_every = self.config.checkpoint.every, self.config.train.eval_every
+        every, is_evaluated_after = self.config.checkpoint.every, self.config.train.evaluates_after
         step = self.saved_step = self.first_step
         report: EvaluationReport | None = None  # of an evaluation after the last step
         if any(self.layout.exchange(self.stop.reason)):  # while the run was opened
             return self._leave_early(step)
         self.stop.start_clock()
+        if self.evaluation is not None and is_evaluated_after(step) and not self.was_evaluated:
+            report = self._evaluate(step)  # which a signal kept from being made, or a new train.eval_every asks for
+            if report is None:
+                return self._leave_early(step)
         self.watchdog.enter(step, "waiting for data")
         for loaded in () if self.best.is_exhausted else self.stream:
             with self.profile.step(loaded.plan.step):
@@ -248,7 +252,7 @@ class Trainer:
                 self.collect_garbage()
             self.state.media.add(loaded.plan, self.options_of_row)
             report = None
-            if self.evaluation is not None and eval_every and step % eval_every == 0 and not stop:
+            if self.evaluation is not None and is_evaluated_after(step) and not stop:
                 report = self._evaluate(step)
                 stop = report is None
             self.records.step(figures, loaded, self.work, report)
@@ -315,12 +319,9 @@ class Trainer:
     def _step(self, loaded: LoadedStep) -> tuple[StepFigures, bool]:
         """One optimizer step. Returns its figures and whether any rank was asked to stop. Raises: NonFiniteError."""
         start, train, step = time.perf_counter(), self.config.train, loaded.plan.step
-        # a text that only the talker reads has no loss
-        measured = {
-            name: weight
-            for name, weight in loaded.agreement.weight_sums.items()
-            if name != TEXT or not self.model.trains_speech_alone
-        }
+        measured = dict(loaded.agreement.weight_sums)
+        if self.model.trains_speech_alone:  # a text that only the talker reads has no loss
+            measured.pop(TEXT, None)
         objective = Objective(coefficients=train.loss_coefficients, weight_sums=measured)
         talker = self.model.talker
         hears_words = talker is not None and talker.projection.hears_words

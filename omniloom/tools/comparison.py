@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from omniloom.checkpoint.files import write_text
+from omniloom.checkpoint.run_lock import is_held
 from omniloom.run.answer_metrics import is_lower_better
 from omniloom.run.directory import flat
 from omniloom.tools.charts import TONES, Chart, Series, fmt, line_chart
@@ -58,7 +59,7 @@ def _figures(files: Sequence[RunFiles], names: Sequence[str], now: float) -> Tab
     headings = ["run", "state", "loss", *(title_of(key) for key in keys), "tokens per second", "peak memory"]
     rows = []
     for name, run in zip(names, files, strict=True):
-        state, detail = state_of(run, now)
+        state, detail = state_of(run, now, is_held(run.directory))
         losses = [value for _, value in points_of(run.metrics, "loss")]
         tail = fmt(statistics.fmean(losses[-max(1, len(losses) // 50) :])) if losses else ""
         speed = [value for _, value in points_of(run.metrics, "tokens_per_second")]

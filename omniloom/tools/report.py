@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from omniloom.checkpoint.files import write_text
+from omniloom.checkpoint.run_lock import is_held
 from omniloom.config import Config
 from omniloom.run.trainer import run as run_training
 from omniloom.tools.charts import TONES, Chart, Figure, Series, duration, fmt, heat_map, line_chart, percent
@@ -51,14 +52,16 @@ class SampleCard:
     media: tuple[Thumbnail | str, ...]  # a thumbnail, or the name of a file that could not be read
 
 
-def write_report(run: str | Path) -> Path:
+def write_report(run: str | Path, *, is_going: bool | None = None) -> Path:
     """Draw `report.html` in a run directory and return its path.
 
+    `is_going`: whether the run goes on, which its own process knows; None where its lock is to be asked.
     Raises: ValueError if `run` is no directory or holds neither `config.yaml` nor `metrics.jsonl`.
     """
     files = open_run_files(Path(run))
     path = Path(run) / "report.html"
-    write_text(path, render(files, now=time.time()))
+    is_going = is_held(run) if is_going is None else is_going
+    write_text(path, render(files, now=time.time(), is_going=is_going))
     return path
 
 
@@ -75,9 +78,9 @@ def open_run_files(run: Path) -> RunFiles:
     return files
 
 
-def render(files: RunFiles, *, now: float) -> str:
-    """The whole page as HTML text; `now` (seconds since the epoch) tells a going run from a stopped one."""
-    state, state_detail = state_of(files, now)
+def render(files: RunFiles, *, now: float, is_going: bool | None) -> str:
+    """The whole page as HTML text; see `state_of`."""
+    state, state_detail = state_of(files, now, is_going)
     charts, others = _charts(files.metrics)
     return template("report.html.jinja").render(
         title=files.directory.resolve().name,
@@ -133,11 +136,11 @@ def train_with_report(
     """`run.trainer.run`, its report drawn while it goes on and when it ends, in whatever way."""
     run_dir, next_time, has_begun = Path(config.train.run_dir), 0.0, False
 
-    def draw() -> None:
+    def draw(*, is_going: bool) -> None:
         nonlocal next_time
         start = time.monotonic()
         try:
-            write_report(run_dir)
+            write_report(run_dir, is_going=is_going)
         except OSError as error:  # a page is no reason to end a run
             print(f"warning: {run_dir / 'report.html'} cannot be drawn: {error}; try omniloom report {run_dir} later")
         next_time = time.monotonic() + max(REDRAW_SECONDS, (time.monotonic() - start) / REDRAW_SHARE)
@@ -146,14 +149,14 @@ def train_with_report(
         nonlocal has_begun
         has_begun = True
         if time.monotonic() > next_time:
-            draw()
+            draw(is_going=True)
         if on_step is not None:
             on_step(metrics)
 
     def end(run_dir: Path) -> None:
         nonlocal has_begun
         has_begun = False  # nothing more is to be drawn
-        write_report(run_dir)
+        write_report(run_dir, is_going=False)
         if on_end is not None:
             on_end(run_dir)
 
@@ -161,23 +164,28 @@ def train_with_report(
         return run_training(config, step, end, overwrite=overwrite)
     finally:
         if has_begun:  # a signal, the time limit, or an error
-            draw()
+            draw(is_going=False)
 
 
-def state_of(files: RunFiles, now: float) -> tuple[str, str]:
-    """(finished | going | stopped | not started, one line of detail)."""
+def state_of(files: RunFiles, now: float, is_going: bool | None) -> tuple[str, str]:
+    """(finished | going | stopped | not started, one line of detail) at `now`, in seconds since the epoch.
+
+    `is_going`: whether the run's process lives; where that is not known (None) silence tells.
+    """
     if not files.metrics or files.written is None:
         return "not started", "no step has been logged"
     done = int(files.metrics[-1]["step"]) + 1
     total = files.option("train", "steps")
     detail = f"step {done:,} of {total:,}" if is_number(total) else f"step {done:,}"
-    if files.is_finished or files.is_exported or (is_number(total) and done >= total):
+    if files.is_finished or (not is_going and (files.is_exported or (is_number(total) and done >= total))):
         return "finished", detail
     idle = now - files.written
     if files.stopped:
         when = str(files.stopped.get("time", ""))[:16].replace("T", " ")
         return "stopped", f"{detail}, by {files.stopped.get('reason')}" + (f" at {when}" if when else "")
-    if idle > IDLE_SECONDS:
+    if is_going is False:
+        return "stopped", f"{detail}, its process has ended"
+    if is_going is None and idle > IDLE_SECONDS:
         return "stopped", f"{detail}, silent for {duration(idle)}"
     recent = [value for _, value in points_of(files.metrics[-50:], "step_seconds")]
     if not is_number(total) or not recent:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -165,6 +166,23 @@ def test_numbers_may_come_in_every_spelling() -> None:
     )
     assert (config.train.learning_rate, config.train.steps, config.train.betas) == (1e-4, 1000, (0.8, 0.9))
     assert config.log.profile == (3, 5)
+
+
+def test_a_dict_may_hold_paths_and_numbers_of_numpy() -> None:
+    rows = Path("a,b.json")  # a comma in a path divides nothing
+    config = load_config(
+        {
+            "model": {"path": Path("m")},
+            "data": {"train": rows, "eval": [rows, {"path": rows}], "shuffle": np.bool_(False), "media_dir": Path("x")},
+            "train": {"steps": np.int32(4), "learning_rate": np.float64(1e-3), "betas": np.array([0.5, 0.75])},
+        }
+    )
+    assert (config.model.path, config.data.media_dir, config.data.shuffle) == ("m", "x", False)
+    assert config.data.train == ("a,b.json",)
+    assert config.data.eval == ("a,b.json", DataSource(path="a,b.json"))
+    assert (config.train.steps, config.train.learning_rate, config.train.betas) == (4, 1e-3, (0.5, 0.75))
+    with pytest.raises(ConfigError, match=r"train\.steps: expected a whole number, got 1\.5"):
+        load_config({"train": {"steps": np.float32(1.5)}})
 
 
 def test_a_file_whose_name_holds_an_equals_sign_is_a_file(tmp_path, monkeypatch) -> None:

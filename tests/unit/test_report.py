@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -242,6 +243,25 @@ def test_a_silent_unfinished_run_is_said_to_have_stopped(tmp_path: Path) -> None
     assert "silent for 60 min" in text
 
 
+def test_a_run_is_going_as_long_as_its_process_holds_the_directory(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_lines=100)
+    (run / "hf").mkdir()
+    (run / "hf" / "config.json").write_text("{}")  # of the end from which it goes on
+    hold = f"import sys\nfrom omniloom.checkpoint.run_lock import run_lock\nwith run_lock({str(run)!r}):\n"
+    hold += "    print(flush=True)\n    sys.stdin.read()\n"
+    process = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    write_report(run)
+    assert "going step 100 of 400" in re.sub(r"\s+", " ", " ".join(read_page(run).texts))
+    process.kill()
+    process.communicate()
+    (run / "hf" / "config.json").unlink()
+    write_report(run)
+    told = re.sub(r"\s+", " ", " ".join(read_page(run).texts))
+    assert "stopped step 100 of 400, its process has ended" in told
+
+
 def test_words_from_data_are_shown_as_text(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     attack = "<script>alert(1)</script>"
@@ -429,7 +449,7 @@ def test_the_report_is_drawn_while_a_run_goes_on_and_when_it_breaks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir, drawn, clock = tmp_path / "run", [], [0.0]
-    monkeypatch.setattr(report, "write_report", lambda run: drawn.append(clock[0]))
+    monkeypatch.setattr(report, "write_report", lambda run, is_going: drawn.append((clock[0], is_going)))
     monkeypatch.setattr(report.time, "monotonic", lambda: clock[0])
 
     def train(config, on_step, on_end, *, overwrite: bool) -> int:
@@ -441,7 +461,7 @@ def test_the_report_is_drawn_while_a_run_goes_on_and_when_it_breaks(
     config = load_config(None, [f"train.run_dir={run_dir}"])
     with pytest.raises(ValueError, match="broken"):
         report.train_with_report(config)
-    assert drawn == [10, 80, 150, 190]  # a minute apart, and when it broke
+    assert drawn == [(10, True), (80, True), (150, True), (190, False)]  # a minute apart, and when it broke
     monkeypatch.setattr(report, "run_training", lambda config, on_step, on_end, *, overwrite: on_end(run_dir) or 0)
     assert report.train_with_report(config) == 0
     assert len(drawn) == 5
@@ -450,7 +470,7 @@ def test_the_report_is_drawn_while_a_run_goes_on_and_when_it_breaks(
 def test_a_page_that_cannot_be_drawn_does_not_end_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(run: Path) -> Path:
+    def full(run: Path, *, is_going: bool) -> Path:
         raise OSError(28, "No space left on device")
 
     def train(config: Any, on_step: Any, on_end: Any, *, overwrite: bool) -> int:

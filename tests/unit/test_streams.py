@@ -28,6 +28,7 @@ from omniloom.data.spilled_rows import BLOCK_ROWS, StreamFeed
 from omniloom.run.trainer import run
 from omniloom.tools.convert import convert_file
 from omniloom.tools.tiny import make_tiny
+from omniloom.training.metrics import read_lines
 from omniloom.types import Extent, StepPlan
 from tests.plan_config import plan_config
 from tests.unit.test_planner import Rendezvous
@@ -328,6 +329,9 @@ def test_the_same_rows_give_the_same_losses_from_any_storage(stored: dict[str, s
     kinds = ("rows.jsonl", "rows.parquet", "shards", "stream")
     losses = {kind: train(stored, tmp_path / kind, kind) for kind in kinds}
     assert all(losses[kind] == losses["rows.jsonl"] for kind in kinds)
+    epochs = {kind: read_lines(tmp_path / kind / "metrics.jsonl")[-1].get("epoch") for kind in kinds}
+    assert epochs.pop("stream") is None  # nobody knows how long it is
+    assert all(epochs.values())
 
 
 def test_a_run_on_a_stream_goes_on_exactly_and_with_other_workers(stored: dict[str, str], tmp_path: Path) -> None:
