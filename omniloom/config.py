@@ -256,7 +256,9 @@ class MemoryConfig:
     offload_activations: Annotated[bool, "keep activations in host memory until backward"] = False
     offload_optimizer: Annotated[bool, "keep the optimizer's states in host memory between steps"] = False
     loss_chunk_tokens: Annotated[Count | Literal["auto"], "tokens whose logits are held at once"] = "auto"
-    compile: Annotated[bool | Literal["auto"], "compile the blocks; auto: on CPU, in runs of over 20 minutes"] = False
+    compile: Annotated[
+        bool | Literal["auto"], "compile the blocks; auto: on CPU with a C++ compiler, in runs of over 20 minutes"
+    ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ Public functions around them keep more for backward than is needed, or hide what
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -26,6 +27,5 @@ def varlen() -> Any:
 
 def count_graphs() -> int:
     """Graphs that this process has compiled so far."""
-    from torch._dynamo.utils import counters  # slow to import, and there wherever something was compiled
-
-    return int(counters["stats"]["unique_graphs"])
+    dynamo = sys.modules.get("torch._dynamo.utils")  # slow to import, and there wherever something was compiled
+    return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])

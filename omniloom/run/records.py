@@ -86,7 +86,6 @@ class RunRecords:
         self._totals = {"samples": 0, "tokens": 0}  # of this start
         self._trained = ""  # what, in words
         self._num_warnings = 0
-        self.compiles = config.memory.compile is True  # whether there are graphs to count
         if layout.is_first:
             stack.enter_context(count_warnings(self._count_warning))
         self._spikes = SpikeDetector()
@@ -218,7 +217,7 @@ class RunRecords:
             mfu=mfu,
             mfu_of_nominal=mfu * self._peak_flops / self._nominal_flops if self._nominal_flops else None,
             mfu_parts=shares,
-            compiled_graphs=count_graphs() if self.compiles else None,
+            compiled_graphs=count_graphs() or None,
             data_wait_fraction=loaded.data_wait_seconds / seconds,
             peak_memory_bytes=figures.peak_memory_bytes,
             step_seconds=seconds,

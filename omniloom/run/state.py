@@ -118,14 +118,18 @@ class RunState:
         self._say(f"resumed after step {stored.step} from {stored.directory}")
         return stored.step
 
-    def save(self, step: int, data: Mapping[str, Any]) -> None:
-        """Write a checkpoint, in the background where the config says so; `data` is the position in it."""
+    def save(self, step: int, data: Mapping[str, Any], *, compiled: bool) -> None:
+        """Write a checkpoint, in the background where the config says so.
+
+        `data`: the position in it; `compiled`: whether blocks were compiled on the way (`memory.compile: auto`).
+        """
         if self._workshop.config.memory.offload_optimizer:
             synchronize(self._device)  # states that are still on their way to the host
         state = dcp.model_state({name: self._here[name] for name in self.changed if name in self._here})
         if self._settings.save_optimizer:
             state |= dcp.optimizer_state(self._here, self._optimizer)
-        self.saver.save(step, state | dcp.rng_state(), {"data": data, "media": asdict(self.media), **self._own})
+        extras = {"data": data, "media": asdict(self.media), "compiled": compiled, **self._own}
+        self.saver.save(step, state | dcp.rng_state(), extras)
 
     def _check(self, stored: StoredCheckpoint) -> None:
         """What a checkpoint does not keep must be as it was."""

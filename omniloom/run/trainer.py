@@ -186,7 +186,7 @@ class Trainer:
         self.pipeline: Pipeline | None = None
         if layout.degrees.pipeline > 1:
             self.pipeline = Pipeline(self.model, layout, plan, self.config.parallel, workshop.compute_dtype)
-        self.late_compile = LateCompile(self.config, layout, self.model, plan)
+        self.late_compile = LateCompile(self.config, layout, self.model, plan, self.records.say)
         self.optimizer_step = OptimizerStep(
             layout=layout,
             settings=self.config.train,
@@ -212,6 +212,7 @@ class Trainer:
         self.watchdog.enter(0, "loading weights")
         self.records.phase(f"loading weights of {self.workshop.checkpoint.directory}")
         self.first_step = self.state.load(stored)
+        self.late_compile.go_on(stored)
         if overwrite and self.layout.is_first:
             remove_own_files(self.run_dir)
         before = self.layout.exchange(read_evaluations(self.run_dir, self.first_step))[0]
@@ -256,9 +257,7 @@ class Trainer:
                 report = self._evaluate(step)
                 stop = report is None
             self.records.step(figures, loaded, self.work, report)
-            if says := self.late_compile.after_step(loaded.progress):
-                self.records.say(says)
-                self.records.compiles = True
+            self.late_compile.after_step(loaded.progress)
             if stop or (every and step % every == 0) or step in self.best.kept:
                 self._save(step)
             if stop:
@@ -352,7 +351,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self.watchdog.enter(step, "checkpoint")
-        self.state.save(step, self.stream.state_dict())
+        self.state.save(step, self.stream.state_dict(), compiled=self.late_compile.is_on)
         self.saved_step = step
         self.planner.release(self.stream.state)
 
