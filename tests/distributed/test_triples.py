@@ -10,7 +10,6 @@ import pytest
 import torch
 from layout_worker import Case, Outcome, run_job
 from rank_jobs import run_ranks
-from test_layouts import GRADIENT_BOUND, LOSS_BOUND
 from test_pipeline import DEEP, INTERLEAVED
 from tiny_omni import Dims, random_dims
 
@@ -64,11 +63,4 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
 def test_products_of_axes_do_not_change_loss_norm_or_any_gradient(
     outcomes: dict[str, Outcome], name: str, record_property
 ) -> None:
-    outcome = outcomes[name]
-    record_property("loss error", outcome.loss_error)
-    record_property("gradient error", outcome.worst[0])
-    assert not outcome.missing, f"no gradient at all for {outcome.missing[:3]}"
-    assert outcome.loss_error < LOSS_BOUND
-    assert outcome.router_error < LOSS_BOUND
-    assert outcome.norm_error < LOSS_BOUND
-    assert outcome.worst[0] < GRADIENT_BOUND, outcome.worst
+    outcomes[name].check(record_property)

@@ -121,7 +121,9 @@ def test_a_run_that_compiled_on_its_way_resumes_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compiling, "LONG_RUN_SECONDS", 0.0)
-    (tmp_path / "rows.json").write_text(json.dumps([{"query": f"q{n}", "response": f"r{n} " * (n + 1)} for n in range(9)]))
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"query": f"q{n}", "response": f"r{n} " * (n + 1)} for n in range(9)])
+    )
     tree: dict[str, Any] = {
         "model": {"path": str(make_tiny("qwen3_vl_moe", tmp_path / "model")), "dtype": "float32"},
         "data": {"train": [str(tmp_path / "rows.json")], "workers": 0, "pack_tokens": 64},
