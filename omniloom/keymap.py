@@ -202,14 +202,15 @@ class KeyMap:
                 faults.append(str(error))
         if faults:
             raise ValueError("tensors do not fit the model family: " + listed(faults, "; "))
-        for second in self._tied.values():
+        for second in self.tied.values():
             if second.same_as in assemblies and second.ours not in assemblies:
                 source = assemblies[second.same_as]
                 assemblies[second.ours] = replace(source, ours=second.ours)
         return assemblies
 
     @property
-    def _tied(self) -> dict[str, Tied]:
+    def tied(self) -> dict[str, Tied]:
+        """Second names of tensors, as `canonical_name` has them."""
         return {canonical_name(rule.published): rule for rule in self.rules if isinstance(rule, Tied)}
 
     def _group(self, shapes: Iterable[str]) -> tuple[dict[tuple[Rule, str], _Members], list[str]]:
@@ -221,7 +222,7 @@ class KeyMap:
                 templates.setdefault(_signature(template), []).append((template, rule, part))
         groups: dict[tuple[Rule, str], _Members] = {}
         unknown, faults = [], []
-        carried, tied = tuple(map(canonical_name, self.carried)), self._tied
+        carried, tied = tuple(map(canonical_name, self.carried)), self.tied
         for name in shapes:
             canonical = canonical_name(name)
             fitting = [
@@ -244,7 +245,7 @@ class KeyMap:
 
     def second_names(self, shapes: Mapping[str, Shape]) -> dict[str, str]:
         """Published names in `shapes` that repeat another tensor, each with the name of ours that it repeats."""
-        tied = self._tied
+        tied = self.tied
         return {name: tied[found].same_as for name in shapes if (found := canonical_name(name)) in tied}
 
     def published_names(self, ours: str) -> tuple[str, ...]:

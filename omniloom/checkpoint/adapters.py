@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
@@ -29,7 +29,7 @@ from omniloom.checkpoint.files import read_json, write_text
 from omniloom.checkpoint.hf import local_region
 from omniloom.checkpoint.tensor_files import DTYPES, HFCheckpoint, TensorEntry, read_header
 from omniloom.config import LoraConfig
-from omniloom.keymap import Assembly, Shape, canonical_name, listed
+from omniloom.keymap import Assembly, Shape, Tied, canonical_name, listed
 from omniloom.types import Adapter
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -97,6 +97,11 @@ class _Part:
     parameter: str
     layout: str = "same"  # experts_a and experts_b: PEFT's of stacked experts; else a piece's
 
+    @property
+    def is_added(self) -> bool:
+        """Whether it belongs to an adapter, rather than being a weight that trained beside them."""
+        return ".lora_" in self.key
+
     def to_peft(self, tensor: Tensor) -> Tensor:
         if self.layout == "experts_a":  # [E, r, in] -> [E r, in]
             return tensor.flatten(0, 1)
@@ -142,6 +147,7 @@ def write_adapter(
     adapters: Collection[Adapter],
     gather: Callable[[str], Tensor],
     *,
+    tied: Mapping[str, Tied],
     base_name: str,
     trained: Collection[str] = (),
     group: ProcessGroup | None = None,
@@ -149,26 +155,25 @@ def write_adapter(
     """Write adapters, and weights of ours in `trained` that train beside them, as PEFT loads them. Returns the folder.
 
     Called by all ranks of `group` alike: `gather(name)` may be a collective and gives the full tensor on rank 0.
-    `base_name` is what others call the published model: its directory, or the hub's id.
-    Weights in `trained` are saved as PEFT's `modules_to_save`, which fit the class in config.json's `architectures`.
-
+    `base_name` is what others call the published model: its directory, or the hub's id. Weights in `trained` are
+    PEFT's `modules_to_save`, which fit the class in config.json's `architectures`; second names in `tied` (of `KeyMap`)
+    have them, too, for else PEFT leaves the head of an embedding as published.
     Raises: ValueError on every rank if the directory holds something else or cannot be written.
     """
     directory = Path(directory)
     targets = adapter_targets(assemblies)
     first = rank(group) == 0
     agree(_refusal(directory) if first else None, group)
-    whole = [_whole_part(assemblies[name]) for name in trained]
+    whole = _whole_parts(assemblies, trained, tied)
     tensors: dict[str, Tensor] = {}
     for part in (*_parts(adapters, targets), *whole):
         full = gather(part.parameter)
         if first:
-            key, values = (part.key, full) if part not in whole else _as_published(part, full, assemblies, source)
+            key, values = (part.key, full) if part.is_added else _as_published(part, full, assemblies, source)
             tensors[key] = part.to_peft(values).clone(memory_format=torch.contiguous_format)
     fault = None
     if first:
-        modules_to_save = sorted({part.key.rpartition(".")[0] for part in whole})
-        config = _peft_config(base_name, config_json, adapters, targets, modules_to_save)
+        config = _peft_config(base_name, config_json, adapters, targets) | _saved_modules(whole, tied)
         work = partial(_write, directory, config, tensors, fingerprint(source))
         fault = attempt(work, f"write the adapter {directory}")
     agree(fault, group)
@@ -205,7 +210,6 @@ def _peft_config(
     config_json: Mapping[str, Any],
     adapters: Collection[Adapter],
     targets: Mapping[str, Target],
-    modules_to_save: list[str],
 ) -> dict[str, Any]:
     """The file's content. Where adapters differ, the most frequent rank and alpha are the default, others patterns."""
     names = {adapter.base: _name_in_config(targets[adapter.base], targets) for adapter in adapters}
@@ -237,8 +241,15 @@ def _peft_config(
         "target_parameters": sorted(parameters) or None,
         "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != rank_default},
         "alpha_pattern": {re.escape(name): alpha for name, alpha in alphas.items() if alpha != alpha_default},
-        "modules_to_save": modules_to_save or None,
     }
+
+
+def _saved_modules(whole: Sequence[_Part], tied: Mapping[str, Tied]) -> dict[str, Any]:
+    """What the file's content says of weights that trained beside adapters."""
+    modules = sorted({part.key.rpartition(".")[0] for part in whole if part.key not in tied})
+    return {"modules_to_save": modules or None} | (
+        {"ensure_weight_tying": True} if any(part.key in tied for part in whole) else {}
+    )
 
 
 def _name_in_config(target: Target, targets: Mapping[str, Target]) -> str:
@@ -388,13 +399,14 @@ def load_adapter(
     parameters: Mapping[str, Tensor],
     assemblies: Mapping[str, Assembly],
     adapters: Collection[Adapter],
+    tied: Mapping[str, Tied],
 ) -> None:
     """Fill adapters, and weights that were trained beside them, from a PEFT adapter; plain or DTensor, no collectives.
 
     Raises: ValueError unless the adapter has exactly the tensors, shapes and scalings of `adapters`.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    for name, values in adapter_values(stored, shapes, assemblies, adapters):
+    for name, values in adapter_values(stored, shapes, assemblies, adapters, tied):
         fill(parameters[name], values)
 
 
@@ -403,16 +415,30 @@ def adapter_values(
     shapes: Mapping[str, Shape],
     assemblies: Mapping[str, Assembly],
     adapters: Collection[Adapter],
+    tied: Mapping[str, Tied],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of an adapter by our parameter's name, in its shape. Raises: as `load_adapter`."""
+    """Every tensor of an adapter by our parameter's name, in its shape; `tied` as `KeyMap.tied`.
+
+    Raises: as `load_adapter`.
+    """
     assemblies = {name: assembly for name, assembly in assemblies.items() if name in shapes}
     targets = adapter_targets(assemblies)
     parts = {_canonical(part.key): part for part in _parts(adapters, targets)}
-    whole = {part.key: part for part in map(_whole_part, assemblies.values())}
-    parts |= {name: whole[name] for name in stored.entries if name in whole}  # modules_to_save
+    seconds = {rule.ours: rule.same_as for rule in tied.values()}  # of a pipeline's last stage, a copy of its own
+    whole = {part.key: part for part in map(_whole_part, assemblies.values()) if part.parameter not in seconds}
+    saved = {name: whole[name] for name in stored.entries if name in whole}  # modules_to_save
+    first = {part.parameter: name for name, part in saved.items()}
+    there = {name: rule.same_as for name, rule in tied.items() if name in stored.entries}
+    again = {name: first[same_as] for name, same_as in there.items() if same_as in first}
+    parts |= saved | {name: saved[other] for name, other in again.items()}
     _check_fit(stored, parts, shapes, targets, adapters)
     for name, part in parts.items():
-        yield part.parameter, part.from_peft(stored.tensor(name), shapes[part.parameter])
+        values = part.from_peft(stored.tensor(name), shapes[part.parameter])
+        if name in again and not torch.equal(values, stored.tensor(again[name])):
+            found = f"{stored.directory} has two values for {part.parameter}, one of them as {name}"
+            raise ValueError(f"model.adapter: {found}; the model ties them, so that it cannot go on from this adapter")
+        yield part.parameter, values
+        yield from ((second, values) for second, same in seconds.items() if same == part.parameter and second in shapes)
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:
@@ -438,6 +464,13 @@ def _canonical(key: str) -> str:
 def name_in_memory(assembly: Assembly) -> str:
     """Of transformers' parameter that holds a weight of ours alone, less what its classes do not share."""
     return _whole_part(assembly).key
+
+
+def _whole_parts(assemblies: Mapping[str, Assembly], trained: Collection[str], tied: Mapping[str, Tied]) -> list[_Part]:
+    """What trained beside adapters, and then its second names."""
+    parts = [_whole_part(assemblies[name]) for name in trained]
+    seconds = [(name, part) for name, rule in tied.items() for part in parts if part.parameter == rule.same_as]
+    return [*parts, *(replace(part, key=name) for name, part in seconds)]
 
 
 def _whole_part(assembly: Assembly) -> _Part:

@@ -400,4 +400,4 @@ def load_weights(workshop: Workshop, model: OmniModel, parameters: Mapping[str, 
             parameters[adapter.lora_b].zero_()
     fill_magnitudes(parameters, adapters)
     if workshop.adapter is not None:
-        load_adapter(workshop.adapter, parameters, workshop.assemblies, adapters)
+        load_adapter(workshop.adapter, parameters, workshop.assemblies, adapters, workshop.key_map.tied)

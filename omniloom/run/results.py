@@ -95,6 +95,7 @@ def export_adapter(
         workshop.assemblies,
         workshop.adapters,
         gather,
+        tied=workshop.key_map.tied,
         base_name=workshop.base_name,
         trained=[name for name in changed if name not in workshop.adapter_names],
         group=group,

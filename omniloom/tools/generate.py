@@ -182,7 +182,8 @@ def add_adapter(model: Any, workshop: Workshop) -> None:
     assert workshop.adapter is not None
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in workshop.build().named_parameters()}
-    values = dict(adapter_values(workshop.adapter, shapes, workshop.assemblies, workshop.adapters))
+    tied = workshop.key_map.tied
+    values = dict(adapter_values(workshop.adapter, shapes, workshop.assemblies, workshop.adapters, tied))
     held = dict(model.named_parameters())
 
     def find(name: str) -> torch.nn.Parameter:

@@ -198,6 +198,7 @@ def _as_peft(workshop: Workshop, values: dict[str, Tensor], scratch: Path) -> di
         workshop.assemblies,
         workshop.adapters,
         lambda name: values[name],
+        tied=workshop.key_map.tied,
         base_name="tiny",
     )
     return {_key(name): value for name, value in safetensors.torch.load_file(scratch / "values" / TENSORS_NAME).items()}
@@ -324,6 +325,34 @@ def test_peft_loads_what_trained_beside_the_adapter_onto_the_published_class(tmp
     }.items():
         expected = parameters[ours].to(torch.bfloat16).float()  # the published dtype
         assert torch.equal(loaded[place.format(theirs)], expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_a_tied_embedding_trained_beside_the_adapter_is_the_head_in_peft_too(tmp_path: Path, family: str) -> None:
+    import transformers
+
+    make_tiny(family, tmp_path / "tiny", size="tiny", seed=1)
+    policy = {"text": PolicyRule(lora=LoraConfig(rank=4)), "text.embed": PolicyRule(freeze=False)}
+    config = Config(model=ModelConfig(path=str(tmp_path / "tiny"), dtype="float32"), policy=policy)
+    workshop = open_workshop(config)
+    parameters = dict(build(workshop, spread=0.1).named_parameters())
+    changed = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    export_adapter(workshop, tmp_path / "adapter", changed, gather_full(parameters))
+
+    model_class = getattr(transformers, CLASSES[family][0])
+    loaded = load_peft(model_class.from_pretrained(tmp_path / "tiny", dtype=torch.float32), tmp_path / "adapter")
+    embedding = parameters["text.embed.weight"].to(torch.bfloat16).float()  # the published dtype
+    for merged in (loaded.base_model.model, loaded.merge_and_unload()):
+        assert torch.equal(merged.get_input_embeddings().weight, embedding)
+        assert torch.equal(merged.get_output_embeddings().weight, embedding)
+
+    goes_on = replace(config, model=replace(config.model, adapter=str(tmp_path / "adapter")))
+    assert torch.equal(dict(build(open_workshop(goes_on)).named_parameters())["text.embed.weight"], embedding)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter" / TENSORS_NAME)
+    tensors["base_model.model.lm_head.weight"][0] += 1
+    safetensors.torch.save_file(tensors, tmp_path / "adapter" / TENSORS_NAME)
+    with pytest.raises(ValueError, match=r"two values for text\.embed\.weight, one of them as lm_head\.weight"):
+        build(open_workshop(goes_on))
 
 
 CLASSES = {
