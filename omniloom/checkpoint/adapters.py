@@ -57,15 +57,23 @@ class Target:
         return module if self.parameter is None else f"{module}.{self.parameter}"
 
     @property
-    def keys(self) -> tuple[str, ...]:
+    def is_head(self) -> bool:
+        """Of a thinker: it alone is called in memory as published."""
+        return self.published.startswith("thinker.") and self.published.endswith(f".{canonical_name(self.published)}")
+
+    def keys(self, *, has_experts: bool) -> tuple[str, ...]:
         """In an adapter's file: published names where PEFT maps them onto several classes, else those in memory.
 
-        PEFT takes `thinker.` off, but undoes that where nothing else changes: the head goes under both.
+        PEFT takes `thinker.` off, but undoes that where nothing else changes: the head goes under both. Onto the whole
+        of an omni model it maps only where there are experts, for whose sake transformers has a mapping: others go
+        under their names in its memory, too.
         """
         name = canonical_name(self.published)
         if not self.published.startswith("thinker."):
             return (name,)
-        return (self.published, name) if self.published.endswith(f".{name}") else (self.published,)
+        if self.is_head:
+            return (self.published, name)
+        return (self.published,) if has_experts else (self.published, f"thinker.{name}")
 
 
 def adapter_targets(assemblies: Mapping[str, Assembly]) -> dict[str, Target]:
@@ -122,13 +130,14 @@ class _Part:
 def _parts(adapters: Collection[Adapter], targets: Mapping[str, Target]) -> list[_Part]:
     """All tensors of an adapter, by their keys in its file."""
     modules = Counter(targets[adapter.base].published for adapter in adapters)
+    has_experts = any(target.parameter for target in targets.values())
     parts = []
     for adapter in adapters:
         target = targets[adapter.base]
         layouts = ("same", "same") if target.parameter is None else ("experts_a", "experts_b")
         # PEFT wraps the module once per parameter; the first in the module's order is the inner one
         inner = ".base_layer" if modules[target.published] > 1 and target.parameter == "gate_up_proj" else ""
-        for stem in (f"{PREFIX}{key}{inner}" for key in target.keys):
+        for stem in (f"{PREFIX}{key}{inner}" for key in target.keys(has_experts=has_experts)):
             parts.append(_Part(key=f"{stem}.lora_A.weight", parameter=adapter.lora_a, layout=layouts[0]))
             parts.append(_Part(key=f"{stem}.lora_B.weight", parameter=adapter.lora_b, layout=layouts[1]))
             if adapter.magnitude is not None:
@@ -236,7 +245,7 @@ def _peft_config(
         "target_modules": sorted(set(names.values()) - parameters),
         # the talker has a list of modules called lm_head
         "exclude_modules": r"talker\.code_predictor\.lm_head"
-        if any(len(targets[a.base].keys) > 1 for a in adapters)
+        if any(targets[adapter.base].is_head for adapter in adapters)
         else None,
         "target_parameters": sorted(parameters) or None,
         "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != rank_default},
