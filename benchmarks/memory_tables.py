@@ -6,7 +6,7 @@ Optimizers step all weights of a random Qwen3-Omni of 20M parameters with random
 copied, though host and device share their memory here. Recompute: forward and backward of one pack of that model with
 pictures and sound, float32. Kept are the storages that live on when the layers have run; what offloading moved is not
 among them. Each row is a process of its own; its peak is what it has resident beyond what it had before. Base: what a
-whole LoRA run of a random Qwen3-VL of 210M parameters has resident at its fullest, by what holds the frozen weights.
+whole LoRA run of a random Qwen3-VL of 411M parameters has resident at its fullest, by what holds the frozen weights.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ TRAINING = {
     "log.tensorboard": False,
 }
 BASES = [("float32", "null"), ("float32", "nf4"), ("bf16", "null"), ("bf16", "nf4")]  # model.dtype, model.quantize
-MID_SIZE = {  # a decoder of 13 layers of 15.7M
+MID_SIZE = {  # a decoder of 26 layers of 15.7M
     "text_config.head_dim": 64,
     "text_config.hidden_size": 1024,
     "text_config.intermediate_size": 4096,
     "text_config.num_attention_heads": 16,
     "text_config.num_key_value_heads": 8,
-    "text_config.num_hidden_layers": 13,
+    "text_config.num_hidden_layers": 26,
     "text_config.rope_scaling.mrope_section": [12, 10, 10],
     "vision_config.out_hidden_size": 1024,
 }

@@ -6,6 +6,8 @@ or the end of the input leaves. Every answer reads the whole conversation anew, 
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -99,6 +101,7 @@ class Talk:
         return True
 
     def _attach(self, kind: str, path: str) -> None:
+        path = path if Path(path).is_file() else _as_in_a_shell(path)
         if path.startswith(("http://", "https://")) or Path(path).is_file():
             self._media[kind].append(path)
         else:
@@ -135,6 +138,15 @@ class Talk:
         path.write_bytes(wav_file(spoken.waveform, spoken.rate))
         self._write(f"[{path}, {len(spoken.waveform) / spoken.rate:.1f} s]\n")
         return spoken.text
+
+
+def _as_in_a_shell(path: str) -> str:
+    """A path without quotes and backslashes, as terminals paste a file that is dropped there, and with its home."""
+    try:
+        (path,) = shlex.split(path)
+    except ValueError:  # it has a blank without quotes, or half of a pair
+        return path
+    return os.path.expanduser(path)
 
 
 def _typed() -> Iterator[str]:

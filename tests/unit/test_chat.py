@@ -57,7 +57,7 @@ def test_a_run_is_its_newest_model_with_its_settings_of_media(run_dir: Path) -> 
 def test_turns_media_and_settings_reach_the_model_which_is_loaded_once(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Image.fromarray(picture(0, 40, 40)).save(tmp_path / "a.png")
+    Image.fromarray(picture(0, 40, 40)).save(tmp_path / "a b.png")
     asked: list[Prompt] = []
     answer, loads = chat_module.answer, []
     load = chat_module.load
@@ -68,7 +68,7 @@ def test_turns_media_and_settings_reach_the_model_which_is_loaded_once(
         return answer(model, tokenizer, prompts, **options)
 
     monkeypatch.setattr(chat_module, "answer", note)
-    lines = ["hello", f"/image {tmp_path / 'a.png'}", "what is <image>?", "/reset"]
+    lines = ["hello", f"/image '{tmp_path / 'a b.png'}'", "what is <image>?", "/reset"]
     lines += ["/audio none.wav", "again", "/quit", "x"]
     pieces: list[str] = []
     chat(run_dir, {}, lines=lines, write=pieces.append, max_new_tokens=4, sampling=GREEDY)
