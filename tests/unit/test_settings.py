@@ -88,15 +88,22 @@ def test_a_small_clip_norm_is_what_reaches_the_optimizer(train: Train, tmp_path:
     assert moments.norm().item() / (1 - BETAS[0]) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_epsilon_is_what_small_gradients_are_divided_by(train: Train, model: Path, tmp_path: Path) -> None:
-    train("train.epsilon=0.5")
+@pytest.mark.parametrize(
+    ("optimizer", "ours", "published"),
+    [
+        ("adamw", "layers.0.attention.o_proj.weight", "layers.0.self_attn.o_proj.weight"),
+        ("muon", "embed.weight", "embed_tokens.weight"),  # which is no matrix to it
+    ],
+)
+def test_epsilon_is_what_small_gradients_are_divided_by(
+    train: Train, model: Path, tmp_path: Path, optimizer: str, ours: str, published: str
+) -> None:
+    train("train.epsilon=0.5", f"train.optimizer={optimizer}")
     tensors = stored(tmp_path / "run", 1)
-    second = states(tensors, "exp_avg_sq")
-    name = "text.layers.0.attention.o_proj.weight"
-    published = {name: tensor for file in model.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    before = published["model.language_model.layers.0.self_attn.o_proj.weight"].float()
+    weights = {name: tensor for file in model.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    before, name = weights[f"model.language_model.{published}"].float(), f"text.{ours}"
     gradient = states(tensors, "exp_avg")[name] / (1 - BETAS[0])
-    root = (second[name] / (1 - BETAS[1])).sqrt()
+    root = (states(tensors, "exp_avg_sq")[name] / (1 - BETAS[1])).sqrt()
     torch.testing.assert_close(before - tensors[f"model.{name}"], RATE * gradient / (root + 0.5), rtol=1e-3, atol=1e-7)
 
 
