@@ -45,7 +45,7 @@ from omniloom.families.config_fields import FamilyConfig
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, materialize
-from omniloom.parallel.collectives import group_of
+from omniloom.parallel.collectives import group_of, send_rows
 from omniloom.parallel.degrees import Degrees, resolve_degrees
 from omniloom.parallel.device import peak_memory_bytes, synchronize
 from omniloom.parallel.encoder_pool import EncoderPool
@@ -57,7 +57,11 @@ from omniloom.parallel.segments import ATTENTION_SCALE
 from omniloom.parallel.step import Objective, encode_share, run_packs
 
 WORLD = 4
-RING = {"ring_attention": ring_attention, "ring_attention_backward": ring_attention_backward}
+OPENED = {
+    "ring_attention": ring_attention,
+    "ring_attention_backward": ring_attention_backward,
+    "all_to_all_rows": send_rows,
+}
 MIB = 2**20
 FLOAT_BYTES = 4
 
@@ -111,9 +115,9 @@ class SentBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.partition("::")[2]
-        if name in RING:  # an operation as a whole, whose messages are else not seen
+        if name in OPENED:  # an operation as a whole, whose messages are else not seen
             with self:
-                return RING[name](*args, **(kwargs or {}))
+                return OPENED[name](*args, **(kwargs or {}))
         if func.namespace == "c10d":
             self._count(name, args)
         elif func.namespace == "_c10d_functional" and name not in ("wait_tensor", "_wrap_tensor_autograd"):

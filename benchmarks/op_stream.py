@@ -130,7 +130,7 @@ GATHERS = {"index", "index_select", "embedding", "gather"}  # of a table no more
 SCATTERS = {"index_put_", "index_add", "index_copy", "index_add_", "index_copy_", "scatter_", "scatter_add_"}
 WRITES_ONLY = {"copy_", "fill_", "zero_"}
 FREE = ("empty", "new_empty", "detach", "device", "is_pinned", "_unsafe_view", "set_", "resize_", "lift_fresh")
-COLLECTIVES = ("allgather", "reduce_scatter", "alltoall", "allreduce", "broadcast")
+COLLECTIVES = ("allgather", "reduce_scatter", "alltoall", "all_to_all", "allreduce", "broadcast")
 
 
 class Meter:

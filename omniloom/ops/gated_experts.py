@@ -169,6 +169,9 @@ def _through_activation(inner_grad: Tensor, wide: Tensor, weight: Tensor | None)
     if weight is not None:
         weight_grad = torch.linalg.vecdot(inner_grad, inner)
         inner_grad = inner_grad.mul_(weight)
+    if torch.compiler.is_compiling():  # fuses what is written, and takes no `out` with gaps
+        wide_grad = torch.cat([torch.ops.aten.silu_backward(inner_grad * up, gate), inner_grad * active], dim=-1)
+        return wide_grad, inner, weight_grad
     wide_grad = torch.empty_like(wide)
     gate_grad, up_grad = wide_grad.chunk(2, dim=-1)
     torch.mul(inner_grad, active, out=up_grad)

@@ -55,8 +55,8 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _multiply_groups(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """PyTorch's grouped product, which it can trace for a compiler in bfloat16 alone."""
-    if torch.compiler.is_compiling() and left.dtype != torch.bfloat16:
+    """PyTorch's grouped product, which it traces for a compiler in bfloat16 alone, and of known numbers of rows."""
+    if torch.compiler.is_compiling():
         return _opaque_grouped_mm(left, right, offsets)
     return F.grouped_mm(left, right, offs=offsets)
 

@@ -6,6 +6,7 @@ Public functions around them keep more for backward than is needed, or hide what
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ def varlen() -> Any:
     import torch.nn.attention.varlen
 
     return torch.ops.torch_attn
+
+
+def compile_module(module: torch.nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Have a module compiled when it is next called. Integers that it reads from tensors become sizes in its graph."""
+    import torch._dynamo.config  # slow to import
+
+    torch._dynamo.config.capture_scalar_outputs = True  # else the graph ends there
+    module.compile(backend=backend)
 
 
 def count_graphs() -> int:

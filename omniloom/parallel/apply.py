@@ -6,7 +6,7 @@ no module class is named here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import gcd
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from omniloom.config import MemoryConfig, ParallelConfig
+from omniloom.ops.torch_operators import compile_module
 from omniloom.parallel.context import GatherRows, UlyssesCore, UlyssesRecurrence, check_heads
 from omniloom.parallel.degrees import Degrees
 from omniloom.parallel.device import HostCopies
@@ -97,7 +98,7 @@ def apply_parallelism(
         _divide_experts(model, layout.expert.get_group(), plan)
     _keep_less(model, layout, plan, memory, recompute or {})
     if memory.compile is True:
-        compile_blocks(model, plan)
+        compile_blocks(model, plan.blocks)
     shard_parameters(model, layout, plan, parallel, compute_dtype)
 
 
@@ -149,10 +150,10 @@ def _keep_less(
             model.set_submodule(name, OffloadingCall(model.get_submodule(name), copies))
 
 
-def compile_blocks(model: nn.Module, plan: ShardingPlan) -> None:
-    """Have each block compiled when it is next called."""
-    for name in match_modules(model, plan.blocks):
-        model.get_submodule(name).compile()
+def compile_blocks(model: nn.Module, blocks: Sequence[str], backend: str | Callable[..., Any] = "inductor") -> None:
+    """Have each block that these patterns name compiled when it is next called."""
+    for name in match_modules(model, blocks):
+        compile_module(model.get_submodule(name), backend)
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:

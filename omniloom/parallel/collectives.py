@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,35 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class _AllToAllRows(torch.autograd.Function):
-    """Rows out by `send`, in by `receive`; the gradient takes the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return exchange_rows(rows, send, receive, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return exchange_rows(gradient, ctx.receive, ctx.send, ctx.group), None, None, None
-
-
-def exchange_rows(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """As `all_to_all_rows`, outside autograd."""
-    received = rows.new_empty((sum(receive), *rows.shape[1:]))
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
-    return received
-
-
-def all_to_all_rows(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send the first `send[0]` rows to rank 0 of `group`, the next to rank 1, ...; differentiable.
+def exchange_rows(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Send the first `send[0]` rows to rank 0 of `group`, the next to rank 1, ...; no gradient passes.
 
     `rows` [sum(send), ...] local; returns [sum(receive), ...], the rows from rank 0 first. Collective over `group`.
     """
-    assert sum(send) == rows.shape[0], f"splits {send} do not add up to {rows.shape[0]} rows"
-    if group.size() == 1:
-        return rows
-    return _AllToAllRows.apply(rows, send, receive, group)
+    received = rows.new_empty((sum(receive), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=group)
+    return received
 
 
 def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -185,15 +165,57 @@ def group_of(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
 
 
-def exchange_sizes(counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[int], list[int]]:
+def send_rows(rows: Tensor, sizes: Tensor, num_rows: int, returns: bool, group_name: str) -> Tensor:
+    """As `all_to_all_rows`, outside autograd."""
+    send, receive = reversed(sizes.tolist()) if returns else sizes.tolist()
+    assert (sum(send), sum(receive)) == (rows.shape[0], num_rows), f"splits {send}, {receive} of {rows.shape[0]} rows"
+    return exchange_rows(rows, send, receive, group_of(group_name))
+
+
+_all_to_all_rows = torch.library.custom_op("omniloom::all_to_all_rows", send_rows, mutates_args=())
+
+
+@_all_to_all_rows.register_fake
+def _(rows: Tensor, sizes: Tensor, num_rows: int, returns: bool, group_name: str) -> Tensor:
+    return rows.new_empty(num_rows, *rows.shape[1:])
+
+
+class _AllToAllRows(torch.autograd.Function):  # the way back is cheaper here than as the operation's own
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: Tensor, num_rows: int, returns: bool, group_name: str) -> Tensor:
+        ctx.num_rows, ctx.returns, ctx.group_name = rows.shape[0], returns, group_name
+        ctx.save_for_backward(sizes)
+        return torch.ops.omniloom.all_to_all_rows(rows, sizes, num_rows, returns, group_name)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (sizes,) = ctx.saved_tensors
+        passed = torch.ops.omniloom.all_to_all_rows(gradient, sizes, ctx.num_rows, not ctx.returns, ctx.group_name)
+        return passed, None, None, None, None
+
+
+def all_to_all_rows(
+    rows: Tensor, sizes: Tensor, num_rows: int, group: dist.ProcessGroup, *, returns: bool = False
+) -> Tensor:
+    """Rows out by `sizes[0]` and in by `sizes[1]`, or the way back; the gradient takes the other one.
+
+    rows local, those for rank 0 of `group` first -> [num_rows, ...], those from rank 0 first; sizes int64 [2, n] on the
+    host, as `exchange_sizes` gives them. Collective over `group`: one all-to-all.
+    """
+    if group.size() == 1:
+        return rows
+    return _AllToAllRows.apply(rows, sizes, num_rows, returns, group.group_name)
+
+
+def exchange_sizes(counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, int]:
     """Tell the ranks of `group` how many rows they will get: the one wait of the host in a layer with experts.
 
-    counts int64 [n, E / n], row r for rank r -> the same from each rank, rows to send to each, rows to receive from
-    each. Collective over `group`: one all-to-all.
+    counts int64 [n, E / n], row r for rank r -> the same from each rank; on the host, int64 [2, n], rows to send to
+    each and rows to receive from each; and how many these are in all. Collective over `group`: one all-to-all.
     """
     here, sizes = torch.ops.omniloom.exchange_sizes(counts, group.group_name)
-    send, receive = sizes.tolist()
-    return here, send, receive
+    (num_rows,) = sizes[1].sum(0, keepdim=True).tolist()
+    return here, sizes, num_rows
 
 
 def sum_over_group(counts: Tensor, group: dist.ProcessGroup) -> Tensor:

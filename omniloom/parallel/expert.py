@@ -38,13 +38,14 @@ class ExpertDispatch(nn.Module):
         """hidden [T, C] local, expert_index and expert_weights [T, K] -> weighted sums [T, C]."""
         num_copies = expert_index.shape[1]
         order, inverse, counts = sort_by_group(expert_index.flatten(), self.num_experts)
-        here, send, receive = exchange_sizes(counts.view(self.group.size(), -1), self.group)
-        rows = all_to_all_rows(gather_copies(hidden, order, inverse, num_copies), send, receive, self.group)
+        here, sizes, num_rows = exchange_sizes(counts.view(self.group.size(), -1), self.group)
+        rows = all_to_all_rows(gather_copies(hidden, order, inverse, num_copies), sizes, num_rows, self.group)
         local_expert = torch.arange(here.shape[1], device=hidden.device).repeat(here.shape[0])
-        local_expert = local_expert.repeat_interleave(here.flatten(), output_size=sum(receive))
+        local_expert = local_expert.repeat_interleave(here.flatten(), output_size=num_rows)
         gathered, scattered, local_counts = sort_by_group(local_expert, here.shape[1])
         computed = experts(permute_rows(rows, gathered, scattered), local_counts.cumsum(0).to(torch.int32))
-        rows = all_to_all_rows(permute_rows(computed, scattered, gathered), receive, send, self.group)
+        computed = permute_rows(computed, scattered, gathered)
+        rows = all_to_all_rows(computed, sizes, order.shape[0], self.group, returns=True)
         return combine_copies(rows, expert_weights, order, inverse)
 
 

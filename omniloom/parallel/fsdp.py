@@ -10,14 +10,16 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from math import prod
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+# without a public name: what its public `shard_placement_fn` may return
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 from omniloom.config import ParallelConfig
@@ -44,19 +46,16 @@ def shard_parameters(
     """Shard every parameter of `model` in place; afterwards all are DTensors. Collective over all ranks.
 
     Parameters are gathered in `compute_dtype`, gradients reduced in float32. Experts go to `layout.expert` and
-    `layout.expert_fsdp`, towers to `layout.tower_fsdp`, everything else to `layout.fsdp`. Roots that the model was
-    built without are passed over, and a decoder that is only a rank's stages, each of which is a root (`shard_root`).
+    `layout.expert_fsdp`, towers to `layout.tower_fsdp`, everything else to `layout.fsdp`. Experts are gathered with
+    their block: a hook within it would break a compiled one. Roots that the model was built without are passed over,
+    and a decoder that is only a rank's stages, each of which is a root (`shard_root`).
     """
     # nothing to gather, cast or offload: parameters stay plain, which saves a twentieth of a step of small models
     if layout.world_size == 1 and compute_dtype == torch.float32 and not parallel.cpu_offload:
         return
     modules = dict(model.named_modules())
-    wrap = partial(_wrap, layout=layout, parallel=parallel, compute_dtype=compute_dtype)
-    if layout.expert is not None or layout.tensor is not None:
-        for name in match_modules(model, plan.experts):
-            if layout.expert is not None:
-                _divide_experts(modules[name], layout.expert)
-            wrap([modules[name]], layout.expert_fsdp)
+    experts = _experts_apart(model, layout, plan)
+    wrap = partial(_wrap, layout=layout, parallel=parallel, compute_dtype=compute_dtype, experts=experts)
     decoder = plan.roots[-1]
     if compute_dtype != torch.float32:
         for name in match_modules(model, plan.wide):
@@ -91,6 +90,17 @@ def shard_root(
     _set_prefetch(blocks, parallel.prefetch)
 
 
+def _experts_apart(model: nn.Module, layout: Layout, plan: ShardingPlan) -> frozenset[nn.Parameter]:
+    """The parameters of experts, divided, where they are sharded over another mesh than what is around them."""
+    if layout.expert is None and layout.tensor is None:
+        return frozenset()
+    modules = [model.get_submodule(name) for name in match_modules(model, plan.experts)]
+    if layout.expert is not None:
+        for experts in modules:
+            _divide_experts(experts, layout.expert)
+    return frozenset(parameter for experts in modules for parameter in experts.parameters())
+
+
 def _divide_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
     """Leave each expert-parallel rank `E / expert` consecutive experts of every stacked parameter."""
     for key, parameter in list(experts.named_parameters(recurse=False)):
@@ -109,18 +119,25 @@ def divide_parameter(parameter: nn.Parameter, mesh: DeviceMesh, placement: Place
 
 
 def _wrap(
-    modules: list[nn.Module], mesh: DeviceMesh, *, layout: Layout, parallel: ParallelConfig, compute_dtype: torch.dtype
+    modules: list[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    layout: Layout,
+    parallel: ParallelConfig,
+    compute_dtype: torch.dtype,
+    experts: frozenset[nn.Parameter] = frozenset(),
 ) -> FSDPModule:
-    """One all-gather over `mesh` for all parameters of `modules` that no earlier call took."""
-    num_shards = mesh.size(mesh.ndim - 1)
-    # of one rank there are no groups; `resolve_degrees` has refused what divides no other mesh
-    reshard = parallel.reshard_after_forward if num_shards > 1 else True
+    """One all-gather over `mesh` for all parameters of `modules` that no earlier call took, and one for `experts`."""
+    has_experts = any(parameter in experts for module in modules for parameter in module.parameters())
+    meshes = [mesh, *([layout.expert_fsdp] if has_experts else [])]
+    # of one rank there are no groups, nor beside it; `resolve_degrees` has refused what divides no other mesh
+    reshard = parallel.reshard_after_forward if min(map(_num_shards, meshes)) > 1 else True
     low = None if compute_dtype == torch.float32 else compute_dtype
     sharded = fully_shard(
         modules if len(modules) > 1 else modules[0],
         mesh=mesh,
         reshard_after_forward=reshard,
-        shard_placement_fn=partial(_choose_placement, num_shards),
+        shard_placement_fn=_Placements(_num_shards(mesh), experts, meshes[-1]),
         # inputs stay as they are: loss weights must not be rounded to bfloat16
         mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy(pin_memory=layout.device.type != "cpu")
@@ -131,6 +148,23 @@ def _wrap(
     first.set_gradient_divide_factor(1.0)
     first.set_force_sum_reduction_for_comms(True)
     return first
+
+
+def _num_shards(mesh: DeviceMesh) -> int:
+    return mesh.size(mesh.ndim - 1)
+
+
+class _Placements:
+    """How each parameter of a module is sharded: over the module's own mesh, or, one of `experts`, over `mesh`."""
+
+    def __init__(self, num_shards: int, experts: frozenset[nn.Parameter], mesh: DeviceMesh) -> None:
+        self.num_shards, self.experts, self.mesh = num_shards, experts, mesh
+        self.axes = HSDPMeshInfo(mesh, 1, 0) if mesh.ndim == 2 else FSDPMeshInfo(mesh, 0)
+
+    def __call__(self, parameter: nn.Parameter) -> Any:
+        if parameter not in self.experts:
+            return _choose_placement(self.num_shards, parameter)
+        return ShardPlacementResult(_choose_placement(_num_shards(self.mesh), parameter), self.axes)
 
 
 def _choose_placement(num_shards: int, parameter: nn.Parameter) -> Shard:
@@ -156,19 +190,12 @@ def choose_dim(shape: Sequence[int], cuts: Sequence[int], num_shards: int) -> in
 
 
 def _set_prefetch(blocks: list[FSDPModule], depth: int) -> None:
-    """Gather the parameters of the next `depth` blocks while one computes, in both directions.
-
-    Experts that are sharded by themselves come with their block. In forward they are asked for before it starts: later
-    the host waits for the router, and the device for what the host has not asked for.
-    """
+    """Gather the parameters of the next `depth` blocks while one computes, in both directions."""
     if depth == 0:
         return
-    within = [cast(nn.Module, block).modules() for block in blocks]
-    parts = [[module for module in modules if isinstance(module, FSDPModule)] for modules in within]
     for index, block in enumerate(blocks):
-        following, earlier = parts[index + 1 : index + 1 + depth], parts[max(index - depth, 0) : index]
-        block.set_modules_to_forward_prefetch([*parts[index][1:], *chain(*following)])
-        block.set_modules_to_backward_prefetch(list(chain(*reversed(earlier))))
+        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + depth])
+        block.set_modules_to_backward_prefetch(blocks[max(index - depth, 0) : index][::-1])
 
 
 def set_all_reduce(modules: Iterable[nn.Module], enabled: bool) -> None:

@@ -5,8 +5,7 @@ Recompute takes the place of the calls of layers, so that modules and parameter 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -14,7 +13,6 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import (
@@ -50,27 +48,15 @@ class RecomputingCall(nn.Module):
         if index % self.every:
             return layer(*inputs)
         # dropout is keyed by pack and module, never by global random state, so none needs to be kept
-        contexts = partial(_contexts, self.saved, layer) if self.saved else noop_context_fn
-        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        policy = partial(_save_named, self.saved)
+        contexts = partial(create_selective_checkpoint_contexts, policy) if self.saved else noop_context_fn
+        call = partial(_call_with_view, layer)
+        return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def _contexts(
-    saved: Sequence[str], layer: nn.Module
-) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """What surrounds the forward pass of a layer, and its repetition."""
-    forward, again = create_selective_checkpoint_contexts(partial(_save_named, saved))
-    return forward, _after_gathering(layer, again)
-
-
-@contextmanager
-def _after_gathering(layer: nn.Module, again: AbstractContextManager[Any]) -> Iterator[None]:
-    """Gather the experts within `layer` first: torch refuses what a repetition does and the forward pass did not, where
-    they were gathered before the layer began."""
-    for module in layer.modules():
-        if module is not layer and isinstance(module, FSDPModule):
-            module.unshard()
-    with again:
-        yield
+def _call_with_view(layer: nn.Module, hidden: Tensor, *others: object) -> Any:
+    """FSDP gives a layer a view of its rows, but not the layer's repetition, which would be compiled for itself."""
+    return layer(hidden.view_as(hidden), *others)
 
 
 def _save_named(

@@ -66,7 +66,7 @@ class LateCompile:
         self._steps_left = 0
         faults = [fault for fault in self._layout.exchange(compiler_fault()) if fault is not None]
         if not faults:
-            compile_blocks(self._model, self._plan)
+            compile_blocks(self._model, self._plan.blocks)
             self.is_on = True
             self._say(f"compiling the model's blocks, {why} (memory.compile: auto)")
         elif fault := max(faults):

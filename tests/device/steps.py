@@ -134,6 +134,21 @@ class Content:
     answer: float = 0.5  # share of each sample that has a loss
 
 
+def unlike_contents(count: int) -> list[Content]:
+    """Of unlike packs: of other numbers of samples, sizes of pictures, lengths of sounds and of answers."""
+    sides = (4, 8, 6, 12)
+    return [
+        Content(
+            num_samples=1 + number % 3,
+            grid=(1 + number % 2, sides[number % 4], sides[number // 4 % 4]),
+            pictures=number % 2 if number else 0,
+            mel_frames=(0, 60, 130)[number % 3],
+            answer=0.1 + 0.04 * number,
+        )
+        for number in range(count)
+    ]
+
+
 def make_pack(family: Any, pack_tokens: int, content: Content) -> PackedBatch:
     """A pack as a worker would load it, on the host; its values mean nothing."""
     length = (pack_tokens - 64) // content.num_samples  # some padding at the end

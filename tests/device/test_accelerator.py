@@ -107,7 +107,7 @@ def test_what_is_offloaded_goes_to_pinned_memory_and_comes_back(step, name):
 
 
 @each_step
-def test_no_expert_is_gathered_only_after_the_host_has_waited_for_its_layer(step):
+def test_no_layer_is_gathered_only_after_the_host_has_waited_for_its_layer(step):
     assert step["late_gathers"] == 0
 
 

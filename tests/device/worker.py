@@ -39,7 +39,7 @@ def main(kind: str, out: str, *names: str) -> None:
 
 
 def late_gathers(record: Record) -> int:
-    """Experts' weights that were asked for only after the host had waited for their own layer's sizes, in a forward.
+    """Layers' weights that were asked for only after the host had waited for their own layer's sizes, in a forward.
 
     The device is idle then: nothing is queued for it while the weights are on their way.
     """
@@ -51,8 +51,8 @@ def late_gathers(record: Record) -> int:
                 continue
             if event.kind == "wait":
                 num_waits += 1
-            elif event.kind == "gather" and event.where.endswith("moe.experts"):
-                late += num_waits > int(event.where.split(".")[-3])
+            elif event.kind == "gather" and event.where.startswith("layers."):
+                late += num_waits > int(event.where.split(".")[1])
     return late
 
 

@@ -24,7 +24,7 @@ from omniloom.families.registry import spec_named
 from omniloom.families.spec import ModelSpec
 from omniloom.models.fusion import OmniModel
 from omniloom.ops.linear_map import keyed_seed
-from omniloom.parallel.apply import apply_parallelism, materialize
+from omniloom.parallel.apply import apply_parallelism, compile_blocks, materialize
 from omniloom.parallel.degrees import Degrees, resolve_degrees
 from omniloom.parallel.device import HostCopies
 from omniloom.parallel.encoder_pool import EncoderPool
@@ -281,8 +281,7 @@ def set_up(case: Case, parallel: ParallelConfig, memory: MemoryConfig, layouts: 
     settings = {"parallel": parallel, "memory": replace(memory, compile=False), "compute_dtype": torch.float32}
     apply_parallelism(model, layout, plan, **settings)
     if memory.compile is True:  # graphs as for a compiler, which would take minutes to build them; of the decoder alone
-        for name in match_modules(model, plan.blocks[-1:]):
-            model.get_submodule(name).compile(backend="aot_eager")
+        compile_blocks(model, plan.blocks[-1:], "aot_eager")
     if memory.offload_activations:  # what a run on the CPU leaves out
         for name in match_modules(model, plan.layer_calls):
             call = OffloadingCall(model.get_submodule(name), HostCopies(layout.device), least_bytes=0)

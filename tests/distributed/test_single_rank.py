@@ -111,7 +111,7 @@ def test_a_policy_recomputes_its_root_and_no_other(layout: Layout, tmp_path) -> 
 def test_the_blocks_are_compiled_where_the_config_says_so(layout: Layout, tmp_path, monkeypatch) -> None:
     make_tiny("qwen3_vl", tmp_path / "model")
     compiled: list[torch.nn.Module] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, backend: compiled.append(module))
     for word, among in (("memory.compile=false", False), ("memory.compile=true", True)):
         model, _ = build_model(open_workshop(load_config(None, [f"model.path={tmp_path / 'model'}", word])), layout)
         blocks = [*model.vision.layers.children(), *model.text.layers.children()]

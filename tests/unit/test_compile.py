@@ -25,13 +25,14 @@ from omniloom.ops.attention import HeadNorms
 from omniloom.ops.linear_map import keyed_seed
 from omniloom.ops.rotary import Rotary
 from omniloom.ops.torch_operators import count_graphs
+from omniloom.parallel.apply import compile_blocks
 from omniloom.parallel.fsdp import match_modules
 from omniloom.parallel.recompute import Recompute, recompute_layers
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.rows import open_rows
 from omniloom.tools.tiny import make_tiny, tiny_config
 from omniloom.types import CODE0, CODES, PackedBatch, PackPlan, Segments
-from tests.device.steps import Case, Content, make_pack, open_case
+from tests.device.steps import Case, make_pack, open_case, unlike_contents
 
 FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
 LORA = {"text": {"lora": {"rank": 4, "dropout": 0.3}}, "vision": {"lora": {"rank": 4, "dropout": 0.3}}}
@@ -57,21 +58,6 @@ MATRIX = [
 MATRIX += [Setting(family=family, evaluates=True) for family in FAMILIES]
 MATRIX += [Setting(family=family, backend="inductor") for family in ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")]
 SAMPLE = Setting(family="qwen3_omni", recompute="full", lora=True)
-
-
-def contents() -> list[Content]:
-    """Of unlike packs: of other numbers of samples, sizes of pictures, lengths of sounds and of answers."""
-    sides = (4, 8, 6, 12)
-    return [
-        Content(
-            num_samples=1 + number % 3,
-            grid=(1 + number % 2, sides[number % 4], sides[number // 4 % 4]),
-            pictures=number % 2 if number else 0,
-            mel_frames=(0, 60, 130)[number % 3],
-            answer=0.1 + 0.04 * number,
-        )
-        for number in range(NUM_PACKS)
-    ]
 
 
 def build(workshop: Workshop) -> OmniModel:
@@ -109,15 +95,15 @@ def test_unlike_packs_share_two_graphs_without_a_break(setting: Setting, tmp_pat
         policy.pop("lm_head", None)
     workshop = open_case(Case(model=setting.family, pack_tokens=PACK_TOKENS, policy=policy), tmp_path)
     model, plan = build(workshop), workshop.spec.sharding(workshop.family)
-    packs = [make_pack(workshop.family, PACK_TOKENS, content) for content in contents()]
+    packs = [make_pack(workshop.family, PACK_TOKENS, content) for content in unlike_contents(NUM_PACKS)]
     for number, pack in enumerate(packs):
         object.__setattr__(pack, "draw_key", keyed_seed(number))
     expected = None if setting.evaluates else gradients(model, packs[0])
     for root in plan.roots:
         recompute_layers(model.get_submodule(root), setting.recompute, routes=bool(plan.experts) and root == "text")
     backends = {root: CompileCounterWithBackend(setting.backend) for root in plan.roots}
-    for name in match_modules(model, plan.blocks):
-        model.get_submodule(name).compile(backend=backends[name.split(".")[0]])
+    for root, backend in backends.items():
+        compile_blocks(model, [block for block in plan.blocks if block.startswith(f"{root}.")], backend)
     if expected is not None:
         for found, wanted in zip(gradients(model, packs[0]), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

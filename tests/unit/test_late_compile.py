@@ -47,7 +47,7 @@ def says_of(
     )
     monkeypatch.setattr(compiling, "compiler_fault", lambda: "of this rank")
     model, compiled = nn.ModuleDict({"text": nn.ModuleList([nn.Linear(1, 1)])}), []
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr(nn.Module, "compile", lambda module, backend: compiled.append(module))
     plan: Any = SimpleNamespace(blocks=("text.*",))
     said: dict[int, str] = {}
     step = -1
