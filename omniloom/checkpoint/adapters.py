@@ -437,15 +437,13 @@ def adapter_values(
     whole = {part.key: part for part in map(_whole_part, assemblies.values()) if part.parameter not in seconds}
     saved = {name: whole[name] for name in stored.entries if name in whole}  # modules_to_save
     first = {part.parameter: name for name, part in saved.items()}
-    there = {name: rule.same_as for name, rule in tied.items() if name in stored.entries}
-    again = {name: first[same_as] for name, same_as in there.items() if same_as in first}
-    parts |= saved | {name: saved[other] for name, other in again.items()}
+    again = {name: first[rule.same_as] for name, rule in tied.items() if rule.same_as in first}
+    parts |= saved | {name: saved[other] for name, other in again.items() if name in stored.entries}
     _check_fit(stored, parts, shapes, targets, adapters)
+    for name, other in again.items():
+        _check_tied(stored, name, other, parts[other].parameter)
     for name, part in parts.items():
         values = part.from_peft(stored.tensor(name), shapes[part.parameter])
-        if name in again and not torch.equal(values, stored.tensor(again[name])):
-            found = f"{stored.directory} has two values for {part.parameter}, one of them as {name}"
-            raise ValueError(f"model.adapter: {found}; the model ties them, so that it cannot go on from this adapter")
         yield part.parameter, values
         yield from ((second, values) for second, same in seconds.items() if same == part.parameter and second in shapes)
 
@@ -489,6 +487,21 @@ def _whole_part(assembly: Assembly) -> _Part:
         return _Part(key=target.name, parameter=assembly.ours)
     piece = assembly.pieces[0]
     return _Part(key=canonical_name(piece.published), parameter=assembly.ours, layout=piece.reshape)
+
+
+def _check_tied(stored: StoredAdapter, second: str, first: str, parameter: str) -> None:
+    """Raises: ValueError where two names of one weight of the model are two weights in the adapter."""
+    if second not in stored.entries:
+        is_two = stored.base is None  # omniloom once wrote the first alone
+        found = f"{parameter} without {second}, which peft leaves as published"
+    else:
+        is_two = not torch.equal(stored.tensor(first), stored.tensor(second))
+        found = f"two values for {parameter}, one of them as {second}"
+    if is_two:
+        raise ValueError(
+            f"model.adapter: {stored.directory} has {found}, where the model has one weight for both; merge it by peft "
+            "and take the merged model as model.path"
+        )
 
 
 def _check_fit(

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from omniloom.checkpoint.adapters import CONFIG_NAME, TENSORS_NAME, adapter_targets, write_adapter
+from omniloom.checkpoint.adapters import CONFIG_NAME, NOTE_NAME, TENSORS_NAME, adapter_targets, write_adapter
 from omniloom.checkpoint.hf import gather_full
 from omniloom.config import Config, LoraConfig, ModelConfig, PolicyRule
 from omniloom.keymap import canonical_name
@@ -352,6 +352,14 @@ def test_a_tied_embedding_trained_beside_the_adapter_is_the_head_in_peft_too(tmp
     tensors["base_model.model.lm_head.weight"][0] += 1
     safetensors.torch.save_file(tensors, tmp_path / "adapter" / TENSORS_NAME)
     with pytest.raises(ValueError, match=r"two values for text\.embed\.weight, one of them as lm_head\.weight"):
+        build(open_workshop(goes_on))
+    del tensors["base_model.model.lm_head.weight"]
+    safetensors.torch.save_file(tensors, tmp_path / "adapter" / TENSORS_NAME)
+    build(open_workshop(goes_on))  # as it was written once
+    (tmp_path / "adapter" / NOTE_NAME).unlink()
+    with pytest.raises(
+        ValueError, match=r"text\.embed\.weight without lm_head\.weight, which peft leaves as published"
+    ):
         build(open_workshop(goes_on))
 
 
