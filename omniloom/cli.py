@@ -27,7 +27,7 @@ ConfigWords = Annotated[
     list[str] | None, typer.Argument(help="a YAML file, then dotted overrides", metavar="[CONFIG] [A.B=C]...")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="dotted overrides, e.g. train.steps=100", metavar="[A.B=C]...")
+    list[str] | None, typer.Argument(help="dotted overrides, e.g. data.video.fps=4", metavar="[A.B=C]...")
 ]
 AdapterDir = Annotated[str | None, typer.Option("--adapter", help="a PEFT adapter, to be put on the model")]
 Nproc = Annotated[int | None, typer.Option("--nproc", help="ranks to start here; under torchrun leave it out")]
@@ -124,7 +124,7 @@ def score(
 def export(
     source: Annotated[Path, typer.Argument(help="a run, or one of its checkpoints/step_...")],
     directory: Annotated[Path, typer.Argument(help="where to write it")],
-    adapter: Annotated[bool, typer.Option(help="LoRA adapters alone, as PEFT loads them; else merged")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="LoRA adapters alone, as PEFT loads them")] = False,
     best: Annotated[bool, typer.Option("--best", help="the run's best checkpoint, by its checkpoint.best")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export in DIRECTORY")] = False,
 ) -> None:

@@ -117,12 +117,22 @@ class DataConfig(ProcessorOptions):
     unplaced_media: Annotated[
         Literal["error", "front"], "clips without a placeholder; front puts them before the first question"
     ] = "error"
-    pack_tokens: Annotated[Count, "tokens of a pack; a sample is never cut"] = 8192
-    window: Annotated[Count, "rows planned together"] = 2048
-    overlong: Annotated[Literal["drop", "shrink", "error"], "samples longer than a pack"] = "drop"
-    max_bad_fraction: Annotated[Share, "share of bad rows in a window beyond which the run stops"] = 0.05
-    workers: Annotated[CountOrZero, "loader processes per rank"] = 2
-    prefetch_packs: Annotated[Count, "packs loaded ahead"] = 4
+    pack_tokens: Annotated[
+        Count, "tokens of a pack; a sample is never cut. Less where memory is short, more where rows are longer"
+    ] = 8192
+    window: Annotated[Count, "rows planned together; more fill packs better, and the first step waits for them"] = 2048
+    overlong: Annotated[
+        Literal["drop", "shrink", "error"],
+        "samples longer than a pack are listed as bad (drop), have their media made smaller (shrink), or end the "
+        "run (error)",
+    ] = "drop"
+    max_bad_fraction: Annotated[
+        Share, "share of bad rows in a window beyond which the run stops; raise it to go on without known ones"
+    ] = 0.05
+    workers: Annotated[CountOrZero, "loader processes per rank; more where the screen shows that steps wait"] = 2
+    prefetch_packs: Annotated[
+        Count, "packs loaded ahead, in host memory; more where rows take unequally long to load"
+    ] = 4
     stream_shards: Annotated[Count, "readers of a stream that has several files; ranks share them"] = 8
     shuffle: Annotated[bool, "draw rows in random order, by train.seed"] = True
     cache: Annotated[str | None, "a folder for decoded media, read by later epochs and runs; null keeps none"] = None
@@ -152,23 +162,42 @@ class TrainConfig:
     run_dir: Annotated[str, "directory of the run"] = "runs/train"
     steps: Annotated[Count | None, "optimizer steps; one epoch where neither steps nor epochs is set"] = None
     epochs: Annotated[Positive | None, "passes over the rows, in place of steps"] = None
-    packs_per_step: Annotated[Count, "packs of an optimizer step, on all ranks together"] = 8
-    learning_rate: Annotated[Positive, "peak, after the warm-up"] = 1e-5
+    packs_per_step: Annotated[
+        Count, "packs of an optimizer step, on all ranks together: with data.pack_tokens the global batch"
+    ] = 8
+    learning_rate: Annotated[Positive, "peak, after the warm-up; LoRA takes some ten times that of full training"] = (
+        1e-5
+    )
     min_learning_rate: Annotated[NotNegative, "where the schedule ends"] = 0.0
     warmup_steps: Annotated[CountOrZero, "steps of linear growth at the start"] = 0
     schedule: Annotated[Literal["constant", "linear", "cosine"], "of the learning rate after the warm-up"] = "cosine"
     optimizer: Annotated[Literal["adamw", "muon"], "muon: for the matrices of layers, and adamw for the rest"] = "adamw"
-    optimizer_states: Annotated[OptimizerStates, "of its moments; float32 is as wide as the weights"] = "float32"
+    optimizer_states: Annotated[
+        OptimizerStates, "of its moments; float32 is as wide as the weights, bf16 and 8bit are for want of memory"
+    ] = "float32"
     betas: Annotated[tuple[Decay, Decay], "AdamW's; the first is Muon's momentum, too"] = (0.9, 0.95)
     epsilon: Annotated[Positive, "AdamW's"] = 1e-8
     weight_decay: Annotated[NotNegative, "AdamW's and Muon's"] = 0.0
     clip_norm: Annotated[NotNegative, "largest gradient norm; 0 does not clip, and still measures"] = 1.0
-    loss: Annotated[Literal["token", "sample", "sqrt", "batch"], "what a token weighs"] = "token"
-    router_loss: Annotated[NotNegative, "coefficient of the experts' load-balancing loss"] = 0.0
+    loss: Annotated[
+        Literal["token", "sample", "sqrt", "batch"],
+        "what a token weighs: 1 (token), or the tokens of a sample 1 together (sample) or the root of their number "
+        "(sqrt), or those of a pack 1 together (batch); sample or sqrt where long answers drown short ones, batch "
+        "to repeat a trainer that takes the mean of micro-batch means",
+    ] = "token"
+    router_loss: Annotated[
+        NotNegative,
+        "coefficient of the experts' load-balancing loss; raise it where the report shows experts that get ever "
+        "fewer tokens",
+    ] = 0.0
     codes_loss: Annotated[NotNegative, "coefficient of the codes of speech beside each frame's first"] = 0.3
-    nonfinite: Annotated[Literal["stop", "skip"], "what a step does whose loss or gradient is not finite"] = "stop"
+    nonfinite: Annotated[
+        Literal["stop", "skip"], "a step whose loss or gradient is not finite ends the run (stop) or is left out (skip)"
+    ] = "stop"
     seed: Annotated[int, "of order, adapters and dropout"] = 0
-    deterministic: Annotated[bool, "only deterministic kernels"] = False
+    deterministic: Annotated[
+        bool, "only deterministic kernels, which are slower; to compare runs bit by bit on an accelerator"
+    ] = False
     eval_every: Annotated[CountOrZero, "steps between evaluations; 0 is only at the end"] = 0
     eval_answers: Annotated[CountOrZero, "held-out rows to answer, greedily, at each evaluation"] = 0
     eval_answer_tokens: Annotated[Count, "tokens of an answer at most"] = 64
@@ -189,11 +218,11 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    rank: Annotated[Count, "of every adapter"] = 16
+    rank: Annotated[Count, "of every adapter; more can learn more, and takes more memory"] = 16
     alpha: Annotated[Positive, "scaling is alpha / rank"] = 32.0
     dropout: Annotated[Decay, "before the adapter"] = 0.0
-    rslora: Annotated[bool, "scaling is alpha / sqrt(rank)"] = False
-    dora: Annotated[bool, "train magnitudes as well"] = False
+    rslora: Annotated[bool, "scaling is alpha / sqrt(rank), which suits high ranks"] = False
+    dora: Annotated[bool, "train magnitudes of the weights' rows as well, slower"] = False
     dtype: Annotated[Dtype, "of the adapters and their optimizer states"] = "float32"
     modules: Annotated[
         tuple[str, ...] | None,
@@ -227,10 +256,19 @@ class ParallelConfig:
     ] = "given"
     replicate: Annotated[Count, "copies of the sharded model"] = 1
     shard: Annotated[Count | Literal["auto"], "ranks that share parameters; auto is all that are left"] = "auto"
-    tensor: Annotated[Count, "ranks that divide each matrix"] = 1
-    context: Annotated[Count | ContextConfig, "ranks that divide a pack's tokens; a number is those of ulysses"] = 1
-    expert: Annotated[Count, "ranks that divide the experts"] = 1
-    pipeline: Annotated[Count, "ranks that divide the layers"] = 1
+    tensor: Annotated[
+        Count, "ranks that divide each matrix; within a machine, where a layer is too large for a device"
+    ] = 1
+    context: Annotated[
+        Count | ContextConfig,
+        "ranks that divide a pack's tokens, where packs are too long for a device; a number is those of ulysses",
+    ] = 1
+    expert: Annotated[
+        Count, "ranks that divide the experts; where gathering all experts of a layer takes too long or does not fit"
+    ] = 1
+    pipeline: Annotated[
+        Count, "ranks that divide the layers; across machines, where parameters do not fit or links are slow"
+    ] = 1
     pipeline_layers: Annotated[tuple[CountOrZero, ...] | None, "layers of each stage; null is balanced by cost"] = None
     pipeline_schedule: Annotated[Literal["1f1b", "interleaved"], "order of packs through the stages"] = "1f1b"
     stages_per_rank: Annotated[Count, "stages of each pipeline rank under pipeline_schedule=interleaved"] = 2
@@ -252,9 +290,17 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    recompute: Annotated[Recompute | Count, "activations computed anew; n is every n-th block"] = "none"
-    offload_activations: Annotated[bool, "keep activations in host memory until backward"] = False
-    offload_optimizer: Annotated[bool, "keep the optimizer's states in host memory between steps"] = False
+    recompute: Annotated[
+        Recompute | Count,
+        "activations computed anew in backward: selective, then full, where memory is short, none where it is not; "
+        "n is every n-th block",
+    ] = "none"
+    offload_activations: Annotated[
+        bool, "keep activations in host memory until backward; where full recompute is not enough"
+    ] = False
+    offload_optimizer: Annotated[
+        bool, "keep the optimizer's states in host memory between steps; where they do not fit the device"
+    ] = False
     loss_chunk_tokens: Annotated[Count | Literal["auto"], "tokens whose logits are held at once"] = "auto"
     compile: Annotated[
         bool | Literal["auto"], "compile the blocks; auto: on CPU with a C++ compiler, in runs of over 20 minutes"
@@ -272,10 +318,12 @@ class CheckpointConfig:
     keep_best: Annotated[Count, "checkpoints that are kept for checkpoint.best, beside the newest"] = 1
     resume: Annotated[str, "auto, none, or a checkpoint directory"] = "auto"
     export: Annotated[bool, "write hf/ at the end"] = True
-    save_optimizer: Annotated[bool, "checkpoints hold the optimizer's states"] = True
+    save_optimizer: Annotated[
+        bool, "checkpoints hold the optimizer's states; false is smaller, and nothing goes on exactly from them"
+    ] = True
     load_optimizer: Annotated[bool, "go on with the checkpoint's optimizer states"] = True
     load_rng: Annotated[bool, "go on with the checkpoint's random generators"] = True
-    asynchronous: Annotated[bool, "write checkpoints while training goes on"] = False
+    asynchronous: Annotated[bool, "write checkpoints while training goes on, from a copy in host memory"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -498,7 +546,7 @@ class _ConfigReader(OptionReader):
                 fields[key] = self.read(hints[key], item, f"{path}{key}")
                 continue
             elsewhere = [name for name, *_ in keys_of() if name.rpartition(".")[2] == key]
-            hint = _of_other_trainers(str(key)) or suggest(str(key), hints, among="known here:", before=path)
+            hint = of_other_trainers(str(key)) or suggest(str(key), hints, among="known here:", before=path)
             if elsewhere and "did you mean" not in hint:
                 hint = f"; did you mean {elsewhere[0]}?"
             self.faults.append(f"{path}{key}: unknown {'key' if path else 'section'}{hint}")
@@ -507,7 +555,7 @@ class _ConfigReader(OptionReader):
         return kind(**fields)
 
 
-def _of_other_trainers(name: str) -> str:
+def of_other_trainers(name: str) -> str:
     """What to say of a name that LLaMA-Factory, ms-swift, transformers or Megatron have; empty for others."""
     tree = yaml.safe_load(OTHER_TRAINERS.read_text(encoding="utf-8"))
     name = name.replace("-", "_")

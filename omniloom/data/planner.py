@@ -341,8 +341,15 @@ def _judge(
     if num_rows < options.window:  # too few for a verdict of their own: a tail, or the first of a run
         num_bad, num_rows = position.bad_in_epoch + num_bad, num_read
     if num_bad > options.max_bad_fraction * num_rows:
-        share = f"{num_bad} of {num_rows} rows are bad, more than data.max_bad_fraction="
-        raise PlanError(_describe_bad(bad, share + f"{options.max_bad_fraction:g} allows"), bad)
+        raise PlanError(
+            _describe_bad(
+                bad,
+                f"{num_bad} of {num_rows} rows are bad, more than data.max_bad_fraction={options.max_bad_fraction:g} "
+                f"allows; correct them, {'raise data.pack_tokens for the long ones, ' * bool(overlong)}or leave them "
+                "out (omniloom check --write-excludes, data.exclude)",
+            ),
+            bad,
+        )
 
 
 # ---------------------------------------------------------------------------------------- around the planner

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -309,7 +310,7 @@ def _write_excludes(
             record = {"source": file, "row": of_file, "line": int(source.locate(number)[1]), "reason": reason}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
-    print(f"excludes   {len(lines):,} rows written to {path}: set data.exclude={path}")
+    print(f"excludes   {len(lines):,} rows written to {path}: set {shlex.quote(f'data.exclude={path}')}")
 
 
 # ---------------------------------------------------------------------------------------- the plan

@@ -12,7 +12,7 @@ from typing import Any, get_origin
 import torch
 import yaml
 
-from omniloom.config import ConfigError, keys_of
+from omniloom.config import ConfigError, keys_of, of_other_trainers
 from omniloom.families.registry import SPECS
 from omniloom.families.spec import ModelSpec
 from omniloom.options import describe_type, members_of
@@ -60,15 +60,16 @@ def keys() -> Iterator[Key]:
 def describe(name: str | None) -> str:
     """The keys of a section, one key, or the whole tree, with types, defaults and words. Raises: ConfigError."""
     found = [key for key in keys() if name is None or key.name == name or key.name.startswith(f"{name}.")]
+    found = found or [key for key in keys() if f".{name}." in f"{key.name}."]  # a part of a name
     if not found:
-        hint = suggest(str(name), [key.name for key in keys()], among="")
+        hint = of_other_trainers(str(name)) or suggest(str(name), [key.name for key in keys()], among="")
         raise ConfigError([f"{name}: no such section or key{hint}"], "the command line")
     return "\n".join(_paragraph(key) for key in found if not key.is_section or key.words or key.name == name)
 
 
 def _paragraph(key: Key) -> str:
     default = f"; default {_as_yaml(key.default)}" if key.has_value else ""
-    words = textwrap.fill(key.words, 96, initial_indent="    ", subsequent_indent="    ")
+    words = textwrap.fill(key.words, 80, initial_indent="    ", subsequent_indent="    ")
     return f"{key.name}: {key.type}{default}" + (f"\n{words}" if key.words else "")
 
 

@@ -199,6 +199,14 @@ def test_every_key_says_in_a_line_what_it_does() -> None:
         assert len(texts) == 1 or has_keys, path
 
 
+@pytest.mark.parametrize("key", ["data.overlong", "train.loss", "train.nonfinite", "memory.recompute"])
+def test_a_key_that_chooses_among_ways_tells_them_apart(key: str) -> None:
+    kind, words = configuration.describe(key).split("; default", 1)
+    choices = re.findall(r"\b(?!or\b)[a-z]+\b", kind.partition(": ")[2].partition(" or a ")[0])
+    assert len(choices) > 1
+    assert all(choice in words.partition("\n")[2] for choice in choices)
+
+
 def test_a_saved_config_reads_back_equal(tmp_path) -> None:
     config = load_config(None, ["train.steps=7", "policy.vision.freeze=true", "parallel.shard=2", "data.train=a"])
     (tmp_path / "config.yaml").write_text(dump_config(config))
@@ -274,9 +282,12 @@ def test_the_page_of_all_keys_is_the_one_in_docs() -> None:
 
 
 def test_a_section_and_a_key_are_described() -> None:
-    assert configuration.describe("train.loss") == (
-        "train.loss: token or sample or sqrt or batch; default token\n    what a token weighs"
-    )
+    described = configuration.describe("train.loss").splitlines()
+    assert described[0] == "train.loss: token or sample or sqrt or batch; default token"
+    assert max(map(len, described)) <= 80
+    assert "policy.*.lora.rank: " in configuration.describe("lora")
+    with pytest.raises(ConfigError, match=r"cutoff_len: no such section or key; here it is data\.pack_tokens"):
+        configuration.describe("cutoff_len")
     assert "memory.recompute: " in configuration.describe("memory")
     with pytest.raises(ConfigError, match=r"no such section or key; did you mean train\.loss"):
         configuration.describe("train.los")
