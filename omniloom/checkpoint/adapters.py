@@ -293,6 +293,14 @@ class StoredAdapter:
     entries: dict[str, TensorEntry]
     base: str | None  # fingerprint of the model it was trained on, where we wrote it
 
+    def without(self, assemblies: Collection[Assembly], others: tuple[str, ...] = ()) -> StoredAdapter:
+        """Less what belongs to these weights, and to modules whose names begin with one of `others`."""
+        targets = adapter_targets({assembly.ours: assembly for assembly in assemblies})
+        modules = (*(f"{canonical_name(target.published)}." for target in targets.values()), *others)
+        whole = set(map(name_in_memory, assemblies))
+        kept = (name for name in self.entries if name not in whole and not name.startswith(modules))
+        return replace(self, entries={name: self.entries[name] for name in kept})
+
     def tensor(self, name: str) -> Tensor:
         with safetensors.safe_open(self.entries[name].file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(self.entries[name].name)

@@ -211,7 +211,7 @@ def open_workshop(
     if workshop.new_voices and not workshop.policies(list(built))[VOICES].trainable:
         raise ValueError("model.new_speakers: voices are rows of talker.codec_embed; set its freeze: false in policy")
     _check_adapter(workshop, adapter_decides=adapter_decides)
-    return workshop
+    return _without_unbuilt(workshop) if adapter_decides else workshop
 
 
 def _check_adapter(workshop: Workshop, *, adapter_decides: bool) -> None:
@@ -252,7 +252,16 @@ def model_of_run(path: str) -> str:
 def without_talker(workshop: Workshop) -> Workshop:
     """The same, but for a talker that nothing needs, which then is not built."""
     talker = tuple(name for name in workshop.assemblies if name.startswith("talker."))
-    return replace(workshop, family=replace(workshop.family, talker=None), unbuilt=(*workshop.unbuilt, *talker))
+    return _without_unbuilt(
+        replace(workshop, family=replace(workshop.family, talker=None), unbuilt=(*workshop.unbuilt, *talker))
+    )
+
+
+def _without_unbuilt(workshop: Workshop) -> Workshop:
+    """The same, less what its adapter has for what is not built: nothing asks for it, where the adapter decides."""
+    unbuilt = [workshop.assemblies[name] for name in workshop.unbuilt if name in workshop.assemblies]
+    others = ("talker.",) if workshop.family.talker is None else ()
+    return replace(workshop, adapter=workshop.adapter and workshop.adapter.without(unbuilt, others))
 
 
 def _has_talker(spec: ModelSpec, checkpoint: HFCheckpoint) -> bool:

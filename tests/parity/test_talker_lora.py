@@ -95,3 +95,14 @@ def test_peft_finds_the_adapter_of_a_talker_and_merges_what_we_export(tmp_path: 
     assert adapted_losses == pytest.approx(by_peft, rel=1e-5)
     assert exported == pytest.approx(by_peft, rel=3e-3)  # bfloat16, as published
     assert base != pytest.approx(by_peft, rel=3e-2)
+
+    # where nothing is spoken, the talker and what it has learnt are left out
+    silent = tmp_path / "silent.jsonl"
+    silent.write_text(json.dumps({"query": "Which?", "response": "It is 1."}) + "\n")
+    scored = [losses(omniloom.score(where, silent, OPTIONS, adapter=own)[0]) for where, own in
+              ((model, adapter), (tmp_path / "merged", None))]  # fmt: skip
+    assert scored[0] == pytest.approx(scored[1], rel=1e-5)
+    quiet = whole.from_pretrained(model, dtype=torch.float32)
+    add_adapter(quiet, open_model(model, DataConfig(), adapter))
+    for name, weight in quiet.thinker.named_parameters():
+        torch.testing.assert_close(weight, expected[f"thinker.{name}"], rtol=1e-5, atol=1e-6)

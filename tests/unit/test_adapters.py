@@ -81,6 +81,15 @@ def test_scores_with_an_adapter_are_those_of_the_merged_model(folder: Path, fini
     assert rounding < 0.05 * effect  # the merged weights are bfloat16, as published
 
 
+def test_adapters_of_a_tower_that_is_not_built_are_left_out_of_scores(folder: Path, finished: Path) -> None:
+    (folder / "words.jsonl").write_text(json.dumps({"query": "Which?", "response": "It is 1."}))
+    (whole,), (text,) = (
+        score_rows(folder / "model", folder / "words.jsonl", [*SCORED, *words], adapter=str(finished / "adapter"))[0]
+        for words in ([], ["model.modalities=text"])
+    )
+    assert text == whole
+
+
 def test_answers_with_an_adapter_are_those_of_the_merged_model(folder: Path, finished: Path) -> None:
     def ask(model: Path, adapter: str | None = None) -> list[str]:
         return [line["answer"] for line in answers(model, data=rows, max_new_tokens=4, adapter=adapter)]
