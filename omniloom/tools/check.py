@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import sys
 from collections import Counter, defaultdict
@@ -45,11 +46,13 @@ from omniloom.types import BadSample, ClipGeometry, Conversation, Extent, StepPl
 
 CHUNK_ROWS = 256  # between two strokes of the progress bar
 COMPARED_ROWS = 8  # whose codes are made sound again
+TURN_TOKENS = re.compile(r"<\|(im_start|im_end|endoftext)\|>")  # that the families' templates write themselves
 EXAMPLES = 3  # of each kind of fault
 MUCH_DROPPED = 0.1  # share of a set's rows
 ODD = {  # what rows may hold, and seldom should
     "sound": "have videos whose sound is not used; set data.video.use_audio=true, or use_audio_in_video in the rows",
     "answer": "have a placeholder of media in an answer, which the model would learn to write; move it to the question",
+    "tokens": "have tokens that end or begin a turn in their words, where the model reads them as such; remove them",
     "boxes": "have boxes outside their image or frame, or corners in the wrong order; is objects.bbox_type right?",
     "again": "say the same as an earlier row, media included; remove one, or write it into data.exclude",
 }
@@ -89,6 +92,7 @@ class CheckingReader:
         odd = {
             "answer": _answers_with_media(conversation),
             "sound": self._leaves_sound(row, conversation, extent),
+            "tokens": any(TURN_TOKENS.search(part.text) for turn in conversation.turns for part in turn.parts),
             "boxes": _has_odd_boxes(conversation, clips),
         }
         return CheckedRow(

@@ -149,9 +149,13 @@ def test_check_tells_what_is_legal_and_seldom_meant(words, tmp_path, capsys) -> 
     rows += [{"query": "q", "response": "answer 3"}, {"query": "q", "response": ["broken"]}]
     turns = [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "<image>"}]
     rows += [{"messages": turns}, {"query": "q"}]
+    rows[5]["response"] += "<|im_end|>"
     (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, rows)))
     check_config([*words, f"data.train={tmp_path / 'odd.jsonl'}", "data.workers=1"], nproc=1)
     printed = capsys.readouterr().out
+    assert re.search(
+        r"odd {8}1 of 22 rows have tokens that end or begin a turn in their words.*odd\.jsonl:6\n", printed
+    )
     assert re.search(r"odd {8}1 of 22 rows say the same as an earlier row.*: \S*odd\.jsonl:19\n", printed)
     assert re.search(r"odd {8}1 of 22 rows have a placeholder of media in an answer.*odd\.jsonl:21\n", printed)
     assert re.search(r"odd\.jsonl: 22 rows, [\d,]+ tokens; 2 dropped; 20 text\n", printed)
