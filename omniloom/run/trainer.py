@@ -166,7 +166,8 @@ class Trainer:
         about = describe_run(workshop, layout, self.model, train_rows)
         stored = self._find_start(overwrite)
         bad_file = self.run_dir / "bad_samples.jsonl"
-        bad_samples = BadSampleFile(bad_file, train_rows.origin, anew=overwrite) if layout.is_first else None
+        is_anew = stored is None and Path(config.data.exclude or "").resolve() != bad_file.resolve()
+        bad_samples = BadSampleFile(bad_file, train_rows.origin, anew=is_anew) if layout.is_first else None
         self.evaluation = None if eval_rows is None else Evaluation(workshop, layout, eval_rows, bad_file, stack)
         self.stream = stack.enter_context(open_stream(workshop, self.planner, loader, layout, self.pool, bad_samples))
         self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json")

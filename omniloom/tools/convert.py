@@ -35,7 +35,7 @@ def convert_file(kind: str, source: Path, target: Path, overrides: Sequence[str]
     bytes unchanged, and the source may have any format.
     Returns the number of rows written, a line for each that was left out (a missing file among the reasons), and how
     many files lie outside of the target's folder, which training reads under `data.allow_outside_media_dir` alone.
-    Raises: ValueError for an unknown format and for a target that exists.
+    Raises: ValueError for an unknown format, for a target that exists, and where no row can be written.
     """
     if kind not in ("auto", SHARDS, *FORMATS):
         known = (SHARDS, *FORMATS)
@@ -49,6 +49,7 @@ def convert_file(kind: str, source: Path, target: Path, overrides: Sequence[str]
             return *_convert_rows(source, options, SampleParts, shards.add), 0
     options = replace(options, format=cast(Format, kind))
     folder = InFolder(target.parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("x", encoding="utf-8") as file:
         done = _convert_rows(
             source,
@@ -56,6 +57,9 @@ def convert_file(kind: str, source: Path, target: Path, overrides: Sequence[str]
             lambda: folder,
             lambda written, _: file.write(json.dumps(written, ensure_ascii=False) + "\n"),
         )
+    if not done[0]:
+        target.unlink()  # which would refuse the next attempt
+        raise ValueError(f"none of the {len(done[1])} rows can be written: {done[1][0]}")
     return *done, len(folder.outside)
 
 

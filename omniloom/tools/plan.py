@@ -54,14 +54,23 @@ def show_layouts(words: Sequence[str], gpus: int, memory_gib: float | None, node
     for candidate in fitting[:SHOWN]:
         print(_line(candidate, machine))
     if config.parallel.layout == "given":
-        degrees = resolve_degrees(config.parallel, gpus, packs_per_step=config.train.packs_per_step)
-        time = Clock(sizes, machine).step(degrees, config.memory)
-        given = Candidate(degrees=degrees, memory=config.memory, footprint=sizes.footprint(degrees), time=time)
-        verdict = "as configured" if given.fits(memory_gib * GIB) else "as configured, which does not fit"
-        print(f"{_line(given, machine)}  ({verdict})")
+        print(_as_configured(sizes, gpus, memory_gib, machine))
     print(f"\n{len(found) - len(fitting)} of {len(found)} layouts do not fit. The first sends, GB a step and device:")
     print("           " + (", ".join(f"{axis} {sent / 1e9:,.2f}" for axis, sent in fitting[0].time.sent.items())
                            or "nothing"))  # fmt: skip
+
+
+def _as_configured(sizes: ModelSizes, gpus: int, memory_gib: float, machine: Machine) -> str:
+    """The line of the layout that the config asks for, or why so many ranks cannot have it."""
+    config = sizes.config
+    try:
+        degrees = resolve_degrees(config.parallel, gpus, packs_per_step=config.train.packs_per_step)
+    except ValueError as error:
+        return f"as configured it does not run: {error}"
+    time = Clock(sizes, machine).step(degrees, config.memory)
+    given = Candidate(degrees=degrees, memory=config.memory, footprint=sizes.footprint(degrees), time=time)
+    verdict = "as configured" if given.fits(memory_gib * GIB) else "as configured, which does not fit"
+    return f"{_line(given, machine)}  ({verdict})"
 
 
 def _line(candidate: Candidate, machine: Machine) -> str:

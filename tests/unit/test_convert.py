@@ -203,3 +203,11 @@ def test_nothing_is_overwritten_and_formats_are_named(folder: Path) -> None:
         convert_file("llava", folder / "here.json", folder / "here.json")
     with pytest.raises(ValueError, match=r"unknown format 'lava'; did you mean llava\?"):
         convert_file("lava", folder / "here.json", folder / "out.jsonl")
+
+
+def test_rows_of_another_format_leave_no_file_behind(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"query": "q", "response": "r"}\n')
+    out = tmp_path / "new" / "out.jsonl"
+    with pytest.raises(ValueError, match=r"none of the 1 rows can be written: .*rows\.jsonl:1: conversations: "):
+        convert_file("llava", tmp_path / "rows.jsonl", out)
+    assert convert_file("query_response", tmp_path / "rows.jsonl", out)[0] == 1

@@ -94,3 +94,20 @@ def test_held_out_rows_of_no_use_are_said_before_training_and_listed(tmp_path: P
     assert str(told.value).endswith("All are listed in bad_samples.jsonl of the run directory.")
     assert len((tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_rows_that_were_bad_for_a_start_that_failed_are_not_those_of_the_run(tmp_path: Path, model: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [None, None])
+    words = [
+        *(f"model.path={model}", f"data.train={rows}", "data.workers=0", "train.packs_per_step=1", "train.steps=1"),
+        *(f"train.run_dir={tmp_path / 'run'}", "checkpoint.export=false", "log.tensorboard=false"),
+    ]
+    listed = tmp_path / "run" / "bad_samples.jsonl"
+    with pytest.raises(ValueError, match="smaller than every sample"):
+        run(load_config(None, [*words, "data.pack_tokens=8"]))
+    assert len(read_lines(listed)) == 2
+    with pytest.raises(ValueError, match="expected at least one row"):  # a file that says which rows to leave out stays
+        run(load_config(None, [*words, f"data.exclude={tmp_path / 'run' / '..' / 'run' / listed.name}"]))
+    assert len(read_lines(listed)) == 2
+    assert run(load_config(None, words)) == 0
+    assert not read_lines(listed)

@@ -217,6 +217,14 @@ def test_plan_shows_layouts_with_the_keys_that_come_to_them(tiny, capsys) -> Non
     assert "speech" not in printed
 
 
+def test_a_plan_shows_what_runs_where_the_config_itself_does_not(tiny, capsys) -> None:
+    words = [f"model.path={tiny.config.model.path}", "data.pack_tokens=1024", "train.packs_per_step=2"]
+    show_layouts(words, 8, 80.0, None)
+    printed = capsys.readouterr().out
+    assert "as configured it does not run: train.packs_per_step: 2 packs cannot feed 8 data-parallel ranks" in printed
+    assert "GB a step and device:" in printed
+
+
 def test_a_plan_says_what_of_a_talker_is_not_counted(tiny, capsys) -> None:
     words = [f"model.path={tiny.config.model.path}", "data.pack_tokens=1024", "policy.talker.freeze=false"]
     show_layouts(words, 1, 80.0, None)
