@@ -442,8 +442,7 @@ def adapter_values(
     targets = adapter_targets(assemblies)
     parts = {_canonical(part.key): part for part in _parts(adapters, targets)}
     seconds = {rule.ours: rule.same_as for rule in tied.values()}  # of a pipeline's last stage, a copy of its own
-    whole = {part.key: part for part in map(_whole_part, assemblies.values()) if part.parameter not in seconds}
-    saved = {name: whole[name] for name in stored.entries if name in whole}  # modules_to_save
+    saved = saved_weights(stored, assemblies, tied)
     first = {part.parameter: name for name, part in saved.items()}
     again = {name: first[rule.same_as] for name, rule in tied.items() if rule.same_as in first}
     parts |= saved | {name: saved[other] for name, other in again.items() if name in stored.entries}
@@ -454,6 +453,15 @@ def adapter_values(
         values = part.from_peft(stored.tensor(name), shapes[part.parameter])
         yield part.parameter, values
         yield from ((second, values) for second, same in seconds.items() if same == part.parameter and second in shapes)
+
+
+def saved_weights(
+    stored: StoredAdapter, assemblies: Mapping[str, Assembly], tied: Mapping[str, Tied]
+) -> dict[str, _Part]:
+    """The weights that trained beside an adapter (`modules_to_save`), by their names in its file."""
+    seconds = {rule.ours for rule in tied.values()}
+    whole = {part.key: part for part in map(_whole_part, assemblies.values()) if part.parameter not in seconds}
+    return {name: whole[name] for name in stored.entries if name in whole}
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:

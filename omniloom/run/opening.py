@@ -21,6 +21,7 @@ from omniloom.checkpoint.adapters import (
     fill_magnitudes,
     load_adapter,
     open_adapter,
+    saved_weights,
 )
 from omniloom.checkpoint.files import read_json
 from omniloom.checkpoint.hf import (
@@ -111,6 +112,14 @@ class Workshop:
     def adapter_names(self) -> frozenset[str]:
         """The parameters of all adapters."""
         return frozenset(name for adapter in self.adapters for name in adapter.names)
+
+    @cached_property
+    def replaced(self) -> frozenset[str]:
+        """The weights that the adapter with which LoRA starts has in place of the published ones, trained or not."""
+        if self.adapter is None:
+            return frozenset()
+        saved = saved_weights(self.adapter, self.assemblies, self.key_map.tied)
+        return frozenset(part.parameter for part in saved.values())
 
     def build(self) -> OmniModel:
         """The model with its adapters, not parallel, on the current default device, weights undefined."""

@@ -69,7 +69,9 @@ class RunState:
         self.parameters = dict(parameters)
         self._here = {name: parameter for name, parameter in parameters.items() if not parameter.is_meta}
         # what differs from the published weights
-        self.changed = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        self.changed = [
+            name for name, parameter in self.parameters.items() if parameter.requires_grad or name in workshop.replaced
+        ]
         self.media = TrainedMedia()
         self._own = _own_record(workshop, policies)
         self.saver = dcp.Saver(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from omniloom.checkpoint.adapters import CONFIG_NAME, NOTE_NAME, TENSORS_NAME, fingerprint
+from omniloom.checkpoint.adapters import CONFIG_NAME, NOTE_NAME, PREFIX, TENSORS_NAME, fingerprint
 from omniloom.checkpoint.dcp import MODEL, OPTIMIZER
 from omniloom.checkpoint.hf import open_checkpoint
 from omniloom.checkpoint.stored import find_latest
@@ -79,6 +79,20 @@ def test_scores_with_an_adapter_are_those_of_the_merged_model(folder: Path, fini
         sum(abs(one["loss"] - two["loss"]) for one, two in zip(own, other, strict=True)) for other in (merged, plain)
     )
     assert rounding < 0.05 * effect  # the merged weights are bfloat16, as published
+
+
+def test_what_trained_beside_an_earlier_adapter_stays_in_results_where_it_is_frozen_now(
+    folder: Path, finished: Path
+) -> None:
+    words = (f"model.adapter={finished / 'adapter'}", "policy.vision.merger.freeze=true", "train.steps=1")
+    again = train(folder, "again", *words)
+    before, after = (load_file(run_dir / "adapter" / TENSORS_NAME) for run_dir in (finished, again))
+    beside = [name for name in before if ".lora_" not in name]
+    assert beside
+    assert all(torch.equal(after[name], before[name]) for name in beside)
+    shards = (again / "hf").glob("*.safetensors")
+    merged = {canonical_name(name): value for shard in shards for name, value in load_file(shard).items()}
+    assert all(torch.equal(merged[canonical_name(name.removeprefix(PREFIX))], before[name]) for name in beside)
 
 
 def test_adapters_of_a_tower_that_is_not_built_are_left_out_of_scores(folder: Path, finished: Path) -> None:
