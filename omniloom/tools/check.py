@@ -314,7 +314,8 @@ def _write_excludes(
             record = {"source": file, "row": of_file, "line": int(source.locate(number)[1]), "reason": reason}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
-    print(f"excludes   {len(lines):,} rows written to {path}: set {shlex.quote(f'data.exclude={path}')}")
+    use = f": set {shlex.quote(f'data.exclude={path}')}" if lines else ""
+    print(f"excludes   {len(lines):,} rows written to {path}{use}")
 
 
 # ---------------------------------------------------------------------------------------- the plan
