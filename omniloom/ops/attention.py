@@ -260,9 +260,8 @@ class _Attention(torch.autograd.Function):
             out, *kept = npu.attention(*heads, v, on_host, causal)
         elif kernel in ("flash", "flash3"):
             window = [-1, 0] if causal else [-1, -1]
-            out, *kept = torch_operators.varlen()._varlen_attn(
-                *heads, v, bounds, bounds, longest, longest, causal, None, window, enable_gqa=True
-            )
+            attend, _ = torch_operators.varlen()
+            out, *kept = attend(*heads, v, bounds, bounds, longest, longest, causal, None, window)
         else:
             out, *kept = (_cpu_attention if kernel == "sdpa" else _eager_attention)(*heads, v, bounds, causal)
         ctx.save_for_backward(q, k, v, bounds, out, *kept, *norms)
@@ -289,7 +288,8 @@ class _Attention(torch.autograd.Function):
         elif kernel in ("flash", "flash3"):
             window = [-1, 0] if causal else [-1, -1]
             log_sums, random = kept
-            grads = torch_operators.varlen()._varlen_attn_backward(
+            _, attend_backward = torch_operators.varlen()
+            grads = attend_backward(
                 grad, *heads, v, out, log_sums, bounds, bounds, longest, longest, causal, random, None, window
             )
         else:

@@ -28,9 +28,9 @@ def attend(
         heads = [_head_first(x) for x in (q, k, v)]
         out, log_sums = torch_operators.cpu_attention(*heads, 0.0, False)
         return out[0].transpose(0, 1).to(q.dtype), log_sums[0].transpose(0, 1)
-    out, log_sums, _ = torch_operators.varlen()._varlen_attn(
-        *(q, k, v, *_flash_bounds(q, k, bounds, longest), bounds is not None, None, _window(bounds)), enable_gqa=True
-    )
+    forward, _ = torch_operators.varlen()
+    of_blocks = _flash_bounds(q, k, bounds, longest)
+    out, log_sums, _ = forward(q, k, v, *of_blocks, bounds is not None, None, _window(bounds))
     return out, log_sums.T
 
 
@@ -60,9 +60,11 @@ def attend_backward(
         return q_grad, k_grad, v_grad
     random = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
     of_blocks = _flash_bounds(q, k, bounds, longest)
-    return torch_operators.varlen()._varlen_attn_backward(
+    _, backward = torch_operators.varlen()
+    grads: tuple[Tensor, Tensor, Tensor] = backward(
         *inputs, by_head, *of_blocks, bounds is not None, random, None, _window(bounds)
     )
+    return grads
 
 
 def join(out: Tensor, log_sums: Tensor, part: Tensor, part_sums: Tensor) -> None:

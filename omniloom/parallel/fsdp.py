@@ -17,9 +17,6 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-
-# without a public name: what its public `shard_placement_fn` may return
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 from omniloom.config import ParallelConfig
@@ -159,12 +156,15 @@ class _Placements:
 
     def __init__(self, num_shards: int, experts: frozenset[nn.Parameter], mesh: DeviceMesh) -> None:
         self.num_shards, self.experts, self.mesh = num_shards, experts, mesh
-        self.axes = HSDPMeshInfo(mesh, 1, 0) if mesh.ndim == 2 else FSDPMeshInfo(mesh, 0)
 
     def __call__(self, parameter: nn.Parameter) -> Any:
         if parameter not in self.experts:
             return _choose_placement(self.num_shards, parameter)
-        return ShardPlacementResult(_choose_placement(_num_shards(self.mesh), parameter), self.axes)
+        # what `shard_placement_fn` may return has no public name, and PyTorch 2.11 lacks it
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+
+        axes = HSDPMeshInfo(self.mesh, 1, 0) if self.mesh.ndim == 2 else FSDPMeshInfo(self.mesh, 0)
+        return ShardPlacementResult(_choose_placement(_num_shards(self.mesh), parameter), axes)
 
 
 def _choose_placement(num_shards: int, parameter: nn.Parameter) -> Shard:

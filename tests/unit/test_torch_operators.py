@@ -10,6 +10,7 @@ from omniloom.ops import torch_operators
 from omniloom.ops.torch_operators import count_graphs
 from omniloom.parallel.collectives import group_of
 
+varlen, varlen_backward = torch_operators.varlen()
 SCHEMAS = {
     torch_operators.rms_norm: "(Tensor input, int[] normalized_shape, Tensor? weight, float? eps) -> (Tensor, Tensor)",
     torch_operators.rms_norm_backward: "(Tensor grad_out, Tensor input, int[] normalized_shape, Tensor rstd, "
@@ -19,12 +20,12 @@ SCHEMAS = {
     torch_operators.cpu_attention_backward: "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, "
     "Tensor logsumexp, float dropout_p, bool is_causal, *, Tensor? attn_mask=None, float? scale=None) -> "
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-    torch_operators.varlen()._varlen_attn: "(Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, "
+    varlen.func: "(Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, "
     "Tensor? cu_seq_k, SymInt max_q, SymInt max_k, bool is_causal=False, float? scale=None, "
     "SymInt[]? window_size=None, "
     "bool enable_gqa=False, Tensor? seqused_k=None, Tensor? block_table=None, SymInt? num_splits=None) -> "
     "(Tensor, Tensor, Tensor)",
-    torch_operators.varlen()._varlen_attn_backward: "(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
+    varlen_backward: "(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
     "Tensor out, Tensor lse, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k, bool is_causal, "
     "Tensor rng_state, float? scale=None, SymInt[]? window_size=None) -> (Tensor, Tensor, Tensor)",
 }
