@@ -99,7 +99,7 @@ def _view(
     """Grid and lines on one y axis; with `log` the y are logarithms."""
     low_y, high_y = _bounds([y for item in series for y in _extremes(item)], floor)
     scale = _byte_unit(high_y)[0] if unit == "bytes" and not log else 1.0  # round numbers of MiB, not of bytes
-    ticks = [tick * scale for tick in _ticks(low_y / scale, high_y / scale, 4, whole=log)]
+    ticks = [tick * scale for tick in _ticks(low_y / scale, high_y / scale, 4, whole=log or unit == "count")]
     low_y, high_y = ticks[0], ticks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -224,7 +224,7 @@ def _ticks(low: float, high: float, wanted: int, *, whole: bool = False) -> list
     if whole:
         step = max(1.0, round(step))
     first = math.floor(low / step)
-    count = math.ceil(round(high / step - first, 6))
+    count = max(1, math.ceil(round(high / step - first, 6)))
     return [(first + index) * step for index in range(count + 1)]
 
 

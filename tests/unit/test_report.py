@@ -549,3 +549,8 @@ def test_the_page_prints_to_a_few_sheets(full_run: Path, tmp_path: Path) -> None
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     num_pages = len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
     assert 2 <= num_pages <= 10
+
+
+def test_a_count_has_ticks_at_whole_numbers() -> None:
+    svg = line_chart([Series(name="x", points=[(1.0, 1.0), (30.0, 1.0)])], label="x", unit="count", floor=0.0)
+    assert re.findall(r'text-anchor="end">([^<]*)<', svg)[:2] == ["0", "1"]
