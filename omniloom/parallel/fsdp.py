@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -157,14 +157,20 @@ class _Placements:
     def __init__(self, num_shards: int, experts: frozenset[nn.Parameter], mesh: DeviceMesh) -> None:
         self.num_shards, self.experts, self.mesh = num_shards, experts, mesh
 
+    @cached_property
+    def axes(self) -> Any:
+        """One object for all parameters, as FSDP wants it."""
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
+
+        return HSDPMeshInfo(self.mesh, 1, 0) if self.mesh.ndim == 2 else FSDPMeshInfo(self.mesh, 0)
+
     def __call__(self, parameter: nn.Parameter) -> Any:
         if parameter not in self.experts:
             return _choose_placement(self.num_shards, parameter)
         # what `shard_placement_fn` may return has no public name, and PyTorch 2.11 lacks it
-        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+        from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
 
-        axes = HSDPMeshInfo(self.mesh, 1, 0) if self.mesh.ndim == 2 else FSDPMeshInfo(self.mesh, 0)
-        return ShardPlacementResult(_choose_placement(_num_shards(self.mesh), parameter), axes)
+        return ShardPlacementResult(_choose_placement(_num_shards(self.mesh), parameter), self.axes)
 
 
 def _choose_placement(num_shards: int, parameter: nn.Parameter) -> Shard:
