@@ -140,8 +140,8 @@ class Planner:
         self._position = from_json(PlanPosition, record["position"])
         self._steps = tuple(from_json(StepPlan, step) for step in record["steps"])
         if (feed := self._feed) is not None:  # blocks that are not there, as in another directory, are read once more
-            planned = _planned_rows(self.state)
-            self._ranks.share(lambda: feed.spill(planned, ()), "read its streams")
+            planned, cursors = _planned_rows(self.state), self._position.cursors
+            self._ranks.share(lambda: feed.spill(planned, cursors), "read its streams")
 
     def release(self, state: PlannerState) -> None:
         """A checkpoint was written of this state: what no checkpoint needs of streams may go."""

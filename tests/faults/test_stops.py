@@ -231,7 +231,8 @@ def test_a_loss_far_above_the_usual_is_warned_of(server, words, tmp_path) -> Non
 
 
 def test_asynchronous_saving_holds_the_run_for_less_than_a_step(server, words, tmp_path) -> None:
-    words = with_values(words, train__steps="31", train__packs_per_step="6", checkpoint__every="6")
+    # the steps between two checkpoints take longer than to write one, on a fast machine too
+    words = with_values(words, train__steps="41", train__packs_per_step="6", checkpoint__every="20")
     held, steps = {}, []
     for asynchronous in ("true", "false"):
         folder = tmp_path / asynchronous

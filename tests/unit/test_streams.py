@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from omniloom.config import Config, ConfigError, DataConfig, DataSource, load_config
@@ -114,6 +114,7 @@ def rows_of(steps: list[StepPlan]) -> list[int]:
     legs=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 12)), max_size=4),
     loses_blocks=st.booleans(),
 )
+@example([129, 59, 38, 173], 4, True, [(1, 5), (2, 4), (1, 1), (1, 4)], True)  # rows planned behind a last block
 @settings(max_examples=10, deadline=None, phases=[Phase.explicit, Phase.generate])
 def test_any_ranks_killed_at_any_step_plan_each_row_of_a_stream_once_and_the_same_packs(
     sizes: list[int], shards: int, shuffle: bool, legs: list[tuple[int, int]], loses_blocks: bool
