@@ -85,9 +85,18 @@ SLOW: Mapping[str, Case] = MappingProxyType(
         "experts_of_vl": Case(model=VL_MOE, world_size=8, parallel={"expert": 8}, memory=FULL, evaluates=True),
         "windows": Case(model="Qwen2.5-VL-3B", layers={"text": 2, "vision": 9}, memory=FULL, evaluates=True),
         "hybrid_experts_512": Case(model=OMNI, world_size=512, rank=511, parallel={"replicate": 2, "expert": 128}),
-        "context_experts_512": Case(
-            model=OMNI, world_size=512, rank=101, parallel={"context": 8, "expert": 8}, memory=FULL
-        ),
+        "experts_512": Case(model=OMNI, world_size=512, rank=300, parallel={"expert": 8}, memory=FULL),
+        **{
+            f"context_experts_{world}": Case(
+                model=OMNI, world_size=world, rank=rank, parallel={"context": 8, "expert": 8}, memory=FULL
+            )
+            for world, rank in ((8, 5), (64, 13), (512, 101))  # whose part of a pack has its share of answers
+        },
+        **{
+            f"{name}_{world}": Case(model="Qwen3-VL-4B", world_size=world, rank=world - 2, num_packs=2, parallel=axes)
+            for name, axes in (("fsdp", {}), ("hsdp", {"replicate": 4}))
+            for world in (64, 512)
+        },
         **{
             f"tiny_{family}": Case(model=family, pack_tokens=1024, memory=FULL, evaluates=True)
             for family in (
