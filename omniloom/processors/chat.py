@@ -244,7 +244,9 @@ class ChatProcessor:
         for kind, of_kind in numbers.items():
             num_places = sum(self._pad_kinds[match[0]] == kind for match in found)
             if num_places != len(of_kind):
-                self._refuse_places(conversation, kind, len(of_kind), num_places)
+                _refuse_places(
+                    conversation, self._pad_pattern, f"{num_places} places for the row's {len(of_kind)}", kind
+                )
         pieces, order, moved, done = [], [], [], 0
         for match in found:
             order.append(number := numbers[self._pad_kinds[match[0]]].pop(0))
@@ -255,13 +257,6 @@ class ChatProcessor:
             done = match.end() + len(held)
             moved.append((match.start(), len(words) - (done - match.start())))
         return "".join([*pieces, text[done:]]), order, moved
-
-    def _refuse_places(self, conversation: Conversation, kind: str, num_clips: int, num_places: int) -> None:
-        for turn in conversation.turns:
-            for part in turn.parts:
-                if match := self._pad_pattern.search(part.text):
-                    raise SampleError("messages", f"the text holds {match[0]}, which stands for media; remove it")
-        raise SampleError(f"{kind}s", f"the chat template writes {num_places} places for the row's {num_clips}")
 
     def _expand(
         self, ids: np.ndarray, weights: np.ndarray, clips: Sequence[ClipGeometry], order: Sequence[int]
@@ -295,6 +290,14 @@ class ChatProcessor:
             vision_rows=[np.concatenate(rows) for rows in vision_rows],
             audio_rows=[np.concatenate(rows) for rows in audio_rows],
         )
+
+
+def _refuse_places(conversation: Conversation, pads: re.Pattern[str], found: str, kind: str) -> None:
+    for turn in conversation.turns:
+        for part in turn.parts:
+            if match := pads.search(part.text):
+                raise SampleError("messages", f"the text holds {match[0]}, which stands for media; remove it")
+    raise SampleError(f"{kind}s", f"the chat template writes {found}")
 
 
 def media_parts(conversation: Conversation) -> tuple[Part, ...]:

@@ -128,7 +128,7 @@ class ModelSizes:
         self.local = lru_cache(maxsize=None)(self._local)
         self._owners = lru_cache(maxsize=None)(partial(layer_owners, self.plan))
         self._fixed = lru_cache(maxsize=None)(self._sum_fixed)
-        self._working = lru_cache(maxsize=None)(self._sum_working)
+        self._working = lru_cache(maxsize=None)(partial(_working_bytes, self))
         self.tower_keeps = lru_cache(maxsize=None)(self._tower_keeps)
 
     def num_parameters(self, *, trains: bool = False) -> int:
@@ -234,7 +234,9 @@ class ModelSizes:
 
     def _of_stage(self, degrees: Degrees, memory: MemoryConfig, stage: int) -> Footprint:
         parameters, gradients, states, largest_states = self._fixed(degrees, stage)
-        working = self._working(degrees, stage) + self.loss_bytes(degrees, memory, stage) + self._media(degrees, stage)
+        working = (
+            self._working(degrees, stage) + self.loss_bytes(degrees, memory, stage) + _media_bytes(self, degrees, stage)
+        )
         if self.config.parallel.cpu_offload:
             parameters = gradients = states = 0.0
         elif memory.offload_optimizer:
@@ -246,14 +248,14 @@ class ModelSizes:
 
     def _activations(self, degrees: Degrees, memory: MemoryConfig, stage: int) -> tuple[float, float]:
         """What waits for backward on a rank of a stage, and what one layer works with."""
-        media = self.config.data.pack_tokens / 2 / (degrees.sharers * degrees.pipeline) * self._at_once(degrees)
+        media = self.config.data.pack_tokens / 2 / (degrees.sharers * degrees.pipeline) * self.at_once(degrees)
         of_towers = [self.tower_bytes(name, media, degrees, memory) for name in self.trained_towers]
         here = [layer for layer, owner in enumerate(self.owners(degrees)) if owner == stage]
         tokens = self.config.data.pack_tokens / degrees.context
         of_layer = max(self.layer_bytes(layer, tokens, degrees) for layer in here)
         return self.layers_keep(degrees, memory, stage) + max(of_towers, default=0.0), of_layer
 
-    def _at_once(self, degrees: Degrees) -> int:
+    def at_once(self, degrees: Degrees) -> int:
         """Packs whose media are encoded in one call."""
         return packs_of_rank(self.config, degrees) if degrees.pipeline > 1 else 1
 
@@ -320,41 +322,6 @@ class ModelSizes:
         usual: Recompute = memory.recompute if root == "text" or pipeline == 1 else "full"
         return usual if own is None else "full" if own else "none"
 
-    def _sum_working(self, degrees: Degrees, stage: int) -> float:
-        """Gathered weights of the blocks at work and on their way, and the gradients that are being reduced."""
-        element, ahead = self.workshop.compute_dtype.itemsize, 1 + self.config.parallel.prefetch
-        blocks, trained = dict[str, float](), dict[str, float]()
-        inner, total = degrees.shard * degrees.sharers, 0.0
-        for weight in self.weights:
-            shape, count = self.local(weight, degrees, stage)
-            if not count:
-                continue
-            root = weight.name.split(".")[0]
-            routed = is_named(weight.name.rpartition(".")[0], self.plan.experts)
-            shards = inner // (degrees.expert if routed else degrees.tensor)
-            if root != self.plan.roots[-1]:
-                shards = inner * degrees.pipeline
-            size = weight.numbers(min(math.prod(shape) * shards, math.prod(weight.shape)))
-            block = ".".join(weight.name.split(".")[: 3 if weight.layers else 2])
-            blocks[block] = blocks.get(block, 0.0) + size * element
-            trained[block] = trained.get(block, 0.0) + weight.trains * size * (element + REDUCED_BYTES)
-            total += count * size * element
-        gathered = ahead * max(blocks.values()) if self.config.parallel.reshard_after_forward is not False else total
-        return gathered + max(trained.values())
-
-    def _media(self, degrees: Degrees, stage: int) -> float:
-        """Pixels of what is encoded here, rows of media on their way to the tokens here, and their gradients."""
-        vision, rows = self.workshop.family.vision, self.config.data.pack_tokens / 2 / degrees.sharers
-        if self.model.vision is None:
-            return 0.0
-        readers = [0, *self.owners(degrees)][: 1 + len(vision.deepstack_visual_indexes)]
-        of_row = readers.count(stage) * (2 if self.trained_towers else 1) * self.kept[0].row
-        if degrees.sharers * degrees.pipeline > 1:  # as they leave the tower, and as they arrive
-            of_row += len(readers) / degrees.pipeline * self.kept[0].row
-        return (
-            self._at_once(degrees) * rows * (of_row + self.plan.patches_per_row * vision.patch_dim / degrees.pipeline)
-        )
-
     def loss_bytes(self, degrees: Degrees, memory: MemoryConfig, stage: int) -> float:
         """Logits of a chunk, the rows that have a loss, and the head's gradient in float32."""
         if stage < degrees.pipeline - 1:
@@ -374,6 +341,41 @@ class ModelSizes:
             + 2 * rows * text.hidden_size * element
             + trains * vocab * text.hidden_size * 4.0
         )
+
+
+def _working_bytes(sizes: ModelSizes, degrees: Degrees, stage: int) -> float:
+    """Gathered weights of the blocks at work and on their way, and the gradients that are being reduced."""
+    element, ahead = sizes.workshop.compute_dtype.itemsize, 1 + sizes.config.parallel.prefetch
+    blocks, trained = dict[str, float](), dict[str, float]()
+    inner, total = degrees.shard * degrees.sharers, 0.0
+    for weight in sizes.weights:
+        shape, count = sizes.local(weight, degrees, stage)
+        if not count:
+            continue
+        root = weight.name.split(".")[0]
+        routed = is_named(weight.name.rpartition(".")[0], sizes.plan.experts)
+        shards = inner // (degrees.expert if routed else degrees.tensor)
+        if root != sizes.plan.roots[-1]:
+            shards = inner * degrees.pipeline
+        size = weight.numbers(min(math.prod(shape) * shards, math.prod(weight.shape)))
+        block = ".".join(weight.name.split(".")[: 3 if weight.layers else 2])
+        blocks[block] = blocks.get(block, 0.0) + size * element
+        trained[block] = trained.get(block, 0.0) + weight.trains * size * (element + REDUCED_BYTES)
+        total += count * size * element
+    gathered = ahead * max(blocks.values()) if sizes.config.parallel.reshard_after_forward is not False else total
+    return gathered + max(trained.values())
+
+
+def _media_bytes(sizes: ModelSizes, degrees: Degrees, stage: int) -> float:
+    """Pixels of what is encoded here, rows of media on their way to the tokens here, and their gradients."""
+    vision, rows = sizes.workshop.family.vision, sizes.config.data.pack_tokens / 2 / degrees.sharers
+    if sizes.model.vision is None:
+        return 0.0
+    readers = [0, *sizes.owners(degrees)][: 1 + len(vision.deepstack_visual_indexes)]
+    of_row = readers.count(stage) * (2 if sizes.trained_towers else 1) * sizes.kept[0].row
+    if degrees.sharers * degrees.pipeline > 1:  # as they leave the tower, and as they arrive
+        of_row += len(readers) / degrees.pipeline * sizes.kept[0].row
+    return sizes.at_once(degrees) * rows * (of_row + sizes.plan.patches_per_row * vision.patch_dim / degrees.pipeline)
 
 
 # ---------------------------------------------------------------------------------------- counting

@@ -67,3 +67,11 @@ def test_the_training_core_runs_with_torch_numpy_and_safetensors_alone() -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_class_is_longer_than_250_lines() -> None:
+    classes = (
+        node for path in FILES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
+    )
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in classes}
+    assert {name: length for name, length in lengths.items() if length > 250} == {}
