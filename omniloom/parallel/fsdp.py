@@ -7,7 +7,7 @@ Knows modules by the names in the plan only. Runs before parameters have memory 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from math import prod
@@ -158,19 +158,18 @@ class _Placements:
         self.num_shards, self.experts, self.mesh = num_shards, experts, mesh
 
     @cached_property
-    def axes(self) -> Any:
-        """One object for all parameters, as FSDP wants it."""
-        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
+    def on_mesh(self) -> Callable[[Shard], Any]:
+        """Puts a placement onto `mesh`, which has one object for all parameters, as FSDP wants it."""
+        # what `shard_placement_fn` may return has no public name, and PyTorch 2.11 lacks it
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
-        return HSDPMeshInfo(self.mesh, 1, 0) if self.mesh.ndim == 2 else FSDPMeshInfo(self.mesh, 0)
+        axes = HSDPMeshInfo(self.mesh, 1, 0) if self.mesh.ndim == 2 else FSDPMeshInfo(self.mesh, 0)
+        return partial(ShardPlacementResult, mesh_info=axes)
 
     def __call__(self, parameter: nn.Parameter) -> Any:
-        if parameter not in self.experts:
-            return _choose_placement(self.num_shards, parameter)
-        # what `shard_placement_fn` may return has no public name, and PyTorch 2.11 lacks it
-        from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
-
-        return ShardPlacementResult(_choose_placement(_num_shards(self.mesh), parameter), self.axes)
+        if parameter in self.experts:
+            return self.on_mesh(_choose_placement(_num_shards(self.mesh), parameter))
+        return _choose_placement(self.num_shards, parameter)
 
 
 def _choose_placement(num_shards: int, parameter: nn.Parameter) -> Shard:

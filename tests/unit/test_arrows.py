@@ -69,6 +69,13 @@ def test_the_training_core_runs_with_torch_numpy_and_safetensors_alone() -> None
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_private_module_of_torch_is_imported_at_once(path: Path) -> None:
+    """Another release may lack it, for layouts that have no use for it too."""
+    found = {name for name in top_level_imports(ast.parse(path.read_text())) if name.split(".")[0] == "torch"}
+    assert not {name for name in found if any(part.startswith("_") for part in name.split(".")[:-1])}
+
+
 def test_no_class_is_longer_than_250_lines() -> None:
     classes = (
         node for path in FILES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
