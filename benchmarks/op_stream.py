@@ -190,7 +190,7 @@ class Meter:
         elif name == "_grouped_mm":
             left, right = args[:2]
             kind, flops = "grouped", 2.0 * left.shape[0] * left.shape[1] * right.shape[-1]
-        elif "attn" in name or "flash_attention" in name:
+        elif "flash_attention" in name:
             kind, flops, idle = self._attention(name, args)
         seconds = max(moved / roofline.bandwidth, roofline.least_seconds)
         if flops:
@@ -205,7 +205,7 @@ class Meter:
         tensors = [each for each in args if isinstance(each, Tensor)]
         q, bounds = tensors[int(backward)], next(each for each in tensors if each.dtype == torch.int32)
         lengths = self.segments[q.shape[0], bounds.shape[0]]
-        causal = any(isinstance(each, list) and list(each) == [-1, 0] for each in args)
+        causal = any(each is True for each in args)
         flops = 4.0 * q.shape[1] * q.shape[2] * sum(length**2 for length in lengths) * (0.5 if causal else 1.0)
         rows = self.roofline.attention_rows
         used = sum(-(-length // rows) for length in lengths)

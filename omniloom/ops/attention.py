@@ -231,6 +231,52 @@ def _eager_scores(q: Tensor, k: Tensor, start: int, cu_seqlens: Tensor, causal: 
     return scores.masked_fill_(~_allowed(queries, keys, cu_seqlens, causal), -torch.inf)
 
 
+# ---------------------------------------------------------------------------------------- flash on CUDA
+
+
+@torch.library.custom_op("omniloom::flash_attention", mutates_args=())
+def _flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bounds: Tensor,
+    k_bounds: Tensor,
+    q_longest: int,
+    k_longest: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the output [T, H, D] and the log of each softmax's denominator, float32 [H, T]."""
+    bounds = (q_bounds, k_bounds, q_longest, k_longest)
+    out, log_sums, *_ = torch_operators.flash_attention(q, k, v, *bounds, 0.0, causal, False, **_window(causal))
+    return out, log_sums
+
+
+@torch.library.custom_op("omniloom::flash_attention_backward", mutates_args=())
+def _flash_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    q_bounds: Tensor,
+    k_bounds: Tensor,
+    q_longest: int,
+    k_longest: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    bounds, random = (q_bounds, k_bounds, q_longest, k_longest), torch.zeros(2, dtype=torch.uint64, device=q.device)
+    of_dropout = (0.0, causal, random, torch.empty(0, device=q.device))  # that there is not
+    q_grad, k_grad, v_grad = torch_operators.flash_attention_backward(
+        grad, q, k, v, out, log_sums, *bounds, *of_dropout, **_window(causal)
+    )
+    return q_grad, k_grad, v_grad
+
+
+def _window(causal: bool) -> dict[str, int]:
+    return {"window_size_left": -1, "window_size_right": 0 if causal else -1}
+
+
 # ---------------------------------------------------------------------------------------- all kernels
 
 
@@ -259,9 +305,7 @@ class _Attention(torch.autograd.Function):
         if kernel == "flash" and on_host:
             out, *kept = npu.attention(*heads, v, on_host, causal)
         elif kernel in ("flash", "flash3"):
-            window = [-1, 0] if causal else [-1, -1]
-            attend, _ = torch_operators.varlen()
-            out, *kept = attend(*heads, v, bounds, bounds, longest, longest, causal, None, window)
+            out, *kept = _flash_attention(*heads, v, bounds, bounds, longest, longest, causal)
         else:
             out, *kept = (_cpu_attention if kernel == "sdpa" else _eager_attention)(*heads, v, bounds, causal)
         ctx.save_for_backward(q, k, v, bounds, out, *kept, *norms)
@@ -286,12 +330,7 @@ class _Attention(torch.autograd.Function):
                 grad.contiguous(), q_heads, k_heads, v, out, largest, log_of_sums, on_host, causal
             )
         elif kernel in ("flash", "flash3"):
-            window = [-1, 0] if causal else [-1, -1]
-            log_sums, random = kept
-            _, attend_backward = torch_operators.varlen()
-            grads = attend_backward(
-                grad, *heads, v, out, log_sums, bounds, bounds, longest, longest, causal, random, None, window
-            )
+            grads = _flash_attention_backward(grad, *heads, v, out, *kept, bounds, bounds, longest, longest, causal)
         else:
             operation = _cpu_attention_backward if kernel == "sdpa" else _eager_attention_backward
             grads = operation(grad.contiguous(), *heads, v, out, *kept, bounds, causal)
@@ -317,3 +356,7 @@ for _operation in (_cpu_attention, _eager_attention):
     _operation.register_fake(_fake_attention)
 for _operation in (_cpu_attention_backward, _eager_attention_backward):
     _operation.register_fake(_fake_attention_backward)
+_flash_attention.register_fake(
+    lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32))
+)
+_flash_attention_backward.register_fake(lambda _, q, k, v, *__: tuple(map(torch.empty_like, (q, k, v))))

@@ -28,9 +28,8 @@ def attend(
         heads = [_head_first(x) for x in (q, k, v)]
         out, log_sums = torch_operators.cpu_attention(*heads, 0.0, False)
         return out[0].transpose(0, 1).to(q.dtype), log_sums[0].transpose(0, 1)
-    forward, _ = torch_operators.varlen()
     of_blocks = _flash_bounds(q, k, bounds, longest)
-    out, log_sums, _ = forward(q, k, v, *of_blocks, bounds is not None, None, _window(bounds))
+    out, log_sums = torch.ops.omniloom.flash_attention(q, k, v, *of_blocks, bounds is not None)
     return out, log_sums.T
 
 
@@ -58,13 +57,8 @@ def attend_backward(
         parts = torch_operators.cpu_attention_backward(*map(_head_first, inputs), by_head[None], 0.0, False)
         q_grad, k_grad, v_grad = (part[0].transpose(0, 1) for part in parts)
         return q_grad, k_grad, v_grad
-    random = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
     of_blocks = _flash_bounds(q, k, bounds, longest)
-    _, backward = torch_operators.varlen()
-    grads: tuple[Tensor, Tensor, Tensor] = backward(
-        *inputs, by_head, *of_blocks, bounds is not None, random, None, _window(bounds)
-    )
-    return grads
+    return torch.ops.omniloom.flash_attention_backward(*inputs, by_head, *of_blocks, bounds is not None)
 
 
 def join(out: Tensor, log_sums: Tensor, part: Tensor, part_sums: Tensor) -> None:
@@ -94,7 +88,3 @@ def _flash_bounds(q: Tensor, k: Tensor, bounds: Tensor | None, longest: int) -> 
     if bounds is not None:
         return bounds, bounds, longest, longest
     return _whole(len(q), q.device), _whole(len(k), k.device), len(q), len(k)
-
-
-def _window(bounds: Tensor | None) -> list[int]:
-    return [-1, -1] if bounds is None else [-1, 0]

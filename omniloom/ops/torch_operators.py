@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache, partial
-from typing import Any
 
 import torch
 
@@ -16,19 +14,11 @@ rms_norm = torch.ops.aten._fused_rms_norm
 rms_norm_backward = torch.ops.aten._fused_rms_norm_backward
 cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+flash_attention = (
+    torch.ops.aten._flash_attention_forward
+)  # of packed segments, with fewer heads of keys than of queries
+flash_attention_backward = torch.ops.aten._flash_attention_backward
 foreach_norm = torch._foreach_norm
-
-
-@cache
-def varlen() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Flash attention of packed segments, forward and backward, which takes fewer heads of keys than of queries."""
-    # imported here: the module loads CUDA-only pieces that a CPU run has no use for
-    import torch.nn.attention.varlen
-
-    forward, backward = torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
-    # PyTorch 2.11 takes such heads unasked
-    asks = any(argument.name == "enable_gqa" for argument in forward.default._schema.arguments)
-    return partial(forward, enable_gqa=True) if asks else forward, backward
 
 
 def compile_module(module: torch.nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -32,7 +32,7 @@ OFFLOAD_MIN_BYTES = 2**20  # smaller tensors cost more to move than they free
 # Operations by their names, or parts of them. A router's choice, and what ranks told each other of it, is never made
 # anew: two choices that differ in the last bit would send rows to different experts, and asking again costs a wait.
 ROUTING = ("aten.topk.default", "omniloom.exchange_sizes.default", "omniloom.sum_over_group.default")
-COSTLY = ("attention", "varlen_attn", "grouped_mm", "routed_experts")  # what most of a layer's time goes to
+COSTLY = ("attention", "grouped_mm", "routed_experts")  # what most of a layer's time goes to
 
 
 class RecomputingCall(nn.Module):

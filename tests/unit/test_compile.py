@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from omniloom.ops.torch_operators import count_graphs
 from omniloom.parallel.apply import compile_blocks
 from omniloom.parallel.fsdp import match_modules
 from omniloom.parallel.recompute import Recompute, recompute_layers
+from omniloom.parallel.staging import map_tensors
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.rows import open_rows
 from omniloom.tools.tiny import make_tiny, tiny_config
@@ -122,6 +123,27 @@ def test_unlike_packs_share_two_graphs_without_a_break(setting: Setting, tmp_pat
     if setting.lora:
         kinds["vision"] = 2  # its first layer, below which nothing trains, has no gradient to hand on
     assert all(0 < graphs[root] <= 2 * kind for root, kind in kinds.items()), graphs
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=() if each == SAMPLE.family else pytest.mark.full) for each in FAMILIES]
+)
+def test_blocks_on_an_accelerator_are_one_graph_too(
+    family: str, lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On `meta`, which takes the branches of accelerators and computes nothing."""
+    monkeypatch.setattr("omniloom.ops.attention.resolve_kernel", lambda *_: "flash")
+    workshop = open_case(Case(model=family, pack_tokens=PACK_TOKENS, policy=LORA if lora else {}), tmp_path)
+    with torch.device("meta"):
+        model = workshop.build().to(torch.bfloat16)
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_blocks(model, workshop.spec.sharding(workshop.family).blocks, counter)
+    pack = replace(make_pack(workshop.family, PACK_TOKENS, unlike_contents(2)[1]), draw_key=1)
+    model(map_tensors(pack, lambda tensor: tensor.to("meta"))).sums["text"].backward()
+    assert counter.frame_count > 0
+    assert not counters["graph_break"]
 
 
 def spoken_packs(folder: Path) -> tuple[Workshop, list[PackedBatch]]:

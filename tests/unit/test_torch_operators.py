@@ -10,7 +10,6 @@ from omniloom.ops import torch_operators
 from omniloom.ops.torch_operators import count_graphs
 from omniloom.parallel.collectives import group_of
 
-varlen, varlen_backward = torch_operators.varlen()
 SCHEMAS = {
     torch_operators.rms_norm: "(Tensor input, int[] normalized_shape, Tensor? weight, float? eps) -> (Tensor, Tensor)",
     torch_operators.rms_norm_backward: "(Tensor grad_out, Tensor input, int[] normalized_shape, Tensor rstd, "
@@ -20,14 +19,15 @@ SCHEMAS = {
     torch_operators.cpu_attention_backward: "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, "
     "Tensor logsumexp, float dropout_p, bool is_causal, *, Tensor? attn_mask=None, float? scale=None) -> "
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-    varlen.func: "(Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, "
-    "Tensor? cu_seq_k, SymInt max_q, SymInt max_k, bool is_causal=False, float? scale=None, "
-    "SymInt[]? window_size=None, "
-    "bool enable_gqa=False, Tensor? seqused_k=None, Tensor? block_table=None, SymInt? num_splits=None) -> "
-    "(Tensor, Tensor, Tensor)",
-    varlen_backward: "(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
-    "Tensor out, Tensor lse, Tensor cu_seq_q, Tensor cu_seq_k, SymInt max_q, SymInt max_k, bool is_causal, "
-    "Tensor rng_state, float? scale=None, SymInt[]? window_size=None) -> (Tensor, Tensor, Tensor)",
+    torch_operators.flash_attention: "(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, "
+    "SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None, "
+    "SymInt? window_size_left=None, SymInt? window_size_right=None, Tensor? seqused_k=None, Tensor? alibi_slopes=None, "
+    "Tensor? block_table=None, int? num_splits=None) -> (Tensor output, Tensor softmax_logsumexp, Tensor rng_state, "
+    "Tensor unused, Tensor debug_attn_mask)",
+    torch_operators.flash_attention_backward: "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, "
+    "Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, "
+    "bool is_causal, Tensor rng_state, Tensor unused, *, float? scale=None, SymInt? window_size_left=None, "
+    "SymInt? window_size_right=None) -> (Tensor, Tensor, Tensor)",
 }
 
 
