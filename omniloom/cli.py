@@ -381,7 +381,7 @@ def _hush_libraries() -> None:
 def _end(error: Exception, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr)
+    print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
     sys.exit(code)
 
 

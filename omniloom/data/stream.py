@@ -36,6 +36,7 @@ from omniloom.types import BadSample, LoadedPack, PackedBatch, PackPlan, StepPla
 
 _log = logging.getLogger(__name__)
 _JOIN_SECONDS = 30.0
+Attempt = Callable[[Callable[[], Any]], Any]  # does work whose failure ends the run when that costs nothing
 LISTED = "All are listed in bad_samples.jsonl of the run directory."
 
 
@@ -107,6 +108,7 @@ class StepStream:
         self._thread: threading.Thread | None = None
         self._head: tuple[_Ready | BaseException | None] | None = None  # what `prepare` has waited for
         self._ended = False
+        self.failed_alone = False  # whether `next` raised what the other ranks were not told, since one may be gone
 
     def __iter__(self) -> Iterator[LoadedStep]:
         return self
@@ -123,7 +125,7 @@ class StepStream:
             next(self)
 
     def __next__(self) -> LoadedStep:
-        """The next step. Raises: StopIteration; PlanError and RuntimeError, the same on every rank."""
+        """The next step. Raises: StopIteration; PlanError and RuntimeError, on every rank unless `failed_alone`."""
         if self._ended:
             raise StopIteration
         if self._thread is None:
@@ -196,7 +198,7 @@ class StepStream:
             try:
                 outcome = self._agree_on(ahead.popleft())
             except BaseException as error:  # noqa: BLE001 - raised by the training loop
-                outcome = error
+                outcome, self.failed_alone = error, True
             self._put(outcome)
             if not isinstance(outcome, tuple):
                 return
@@ -233,8 +235,10 @@ class StepStream:
             gathered = gather(self._exchange, reports, failure=failure)
         except RanksStopped as stopped:
             at_end = item is None and stopped.wanted
+            self.failed_alone = stopped.wanted and not at_end
             return cause if cause is not None else None if at_end else stopped
         except RuntimeError as broken:  # the exchange itself: a rank is gone
+            self.failed_alone = True
             return cause or broken
         assert isinstance(item, _Planned)
         agreement, kept = settle(item.plan, packs, gathered, pack_means=self._planner.config.train.loss == "batch")
@@ -289,9 +293,16 @@ class BadSampleFile:
     `origin` gives data set and number of a row, as `data.exclude` takes them: this file can be given to it.
     """
 
-    def __init__(self, path: str | Path, origin: Callable[[int], tuple[str, int]], *, anew: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        origin: Callable[[int], tuple[str, int]],
+        attempt: Attempt = lambda work: work(),
+        *,
+        anew: bool = False,
+    ) -> None:
         self._path = Path(path)
-        self._origin = origin
+        self._origin, self._attempt = origin, attempt
         self._known: set[tuple[str, int, int]] = set()
         if anew:
             self._path.unlink(missing_ok=True)
@@ -319,5 +330,8 @@ class BadSampleFile:
             record |= {name: getattr(row, name) for name in ("file", "line", "field", "reason", "epoch")}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         if lines:
-            with self._path.open("a", encoding="utf-8") as handle:
-                handle.write("".join(lines))
+            self._attempt(partial(self._write, "".join(lines)))
+
+    def _write(self, text: str) -> None:
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(text)

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import re
+import traceback
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
@@ -59,7 +60,7 @@ def compare_answers(rows: Sequence[Row], own: Iterable[tuple[str, Metric]] = ())
     if boxes:
         found["eval_iou"] = _mean(_mean_iou(wanted, answered) for wanted, answered in boxes)
     for name, metric in own:
-        found |= _own_figures(name, metric(rows))
+        found |= _own_figures(name, _call(name, metric, rows))
     return found
 
 
@@ -174,9 +175,11 @@ def _load_metric(name: str) -> Metric:
         raise ValueError(f"train.eval_metrics: expected module:function or file.py:function, got {name!r}")
     try:
         module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except (ImportError, OSError) as error:
+    except Exception as error:  # a user's module may raise anything
+        kind = "" if isinstance(error, ImportError | OSError) else f"{type(error).__name__}: "
         raise ValueError(
-            f"train.eval_metrics: {name}: {error}; name a module that Python imports here, or a file: my_metrics.py:wer"
+            f"train.eval_metrics: {name}: {kind}{error}; name a module that Python imports here, or "
+            "a file: my_metrics.py:wer"
         ) from error
     metric = getattr(module, function, None)
     if not callable(metric):
@@ -194,6 +197,15 @@ def _load_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _call(name: str, metric: Metric, rows: Sequence[Row]) -> object:
+    try:
+        return metric(rows)
+    except Exception as error:  # a user's function may raise anything
+        frames = traceback.extract_tb(error.__traceback__)[1:2]  # the metric itself, not what it calls
+        where = "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in frames)
+        raise ValueError(f"train.eval_metrics: {name} failed: {type(error).__name__}: {error}{where}") from error
 
 
 def _own_figures(name: str, given: object) -> dict[str, float]:

@@ -49,8 +49,8 @@ class BestSteps:
             return
         if self.name not in figures:
             raise ValueError(
-                f"checkpoint.best: {self.name} was not measured after step {step}, which is saved; this evaluation "
-                f"has {', '.join(figures) or 'no figure'}. Name one of them, and the same command goes on"
+                f"checkpoint.best: {self.name} was not measured after step {step}; this evaluation has "
+                f"{', '.join(figures) or 'no figure'}: name one of them"
             )
         self._values[step] = figures[self.name]
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from omniloom.data.loader import Loader
 from omniloom.data.packing import pack_everything
 from omniloom.data.planner import PlanError, plan_all
 from omniloom.data.sources import Sources
-from omniloom.data.stream import LISTED, BadSampleFile
+from omniloom.data.stream import LISTED, Attempt, BadSampleFile
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.device import widest_float
 from omniloom.parallel.encoder_pool import EncoderPool
@@ -31,7 +32,7 @@ from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.step import evaluate
 from omniloom.processors.rendering import split_reasoning
 from omniloom.run.answer_metrics import compare_answers, load_metrics
-from omniloom.run.answers import answer_pack
+from omniloom.run.answers import Answer, answer_pack
 from omniloom.run.best import read_evaluations, write_evaluations
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import clips_of_rank, open_rows
@@ -62,12 +63,12 @@ class EvaluationReport:
         return {**found, **self.answers}
 
     def write(self, run_dir: Path, step: int) -> None:
-        """A line of `evaluations.jsonl`, and the answers in `answers/`."""
-        write_evaluations(run_dir, {**read_evaluations(run_dir), step: self.figures()})
+        """The answers in `answers/`, and a line of `evaluations.jsonl`, with which the evaluation counts as made."""
         if self.rows:
             (run_dir / "answers").mkdir(exist_ok=True)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
             (run_dir / "answers" / f"step_{step:08d}.jsonl").write_text(lines, encoding="utf-8")
+        write_evaluations(run_dir, {**read_evaluations(run_dir), step: self.figures()})
 
     def describe(self, step: int) -> str:
         """One line for the screen, after so many steps."""
@@ -94,11 +95,15 @@ class Evaluation:
         rows: Sources,
         bad_file: Path,
         stack: ExitStack,
+        attempt: Attempt,
     ) -> None:
-        """Reads headers. Collective. Raises: ValueError where no row can be used."""
+        """Reads headers. Collective. Raises: ValueError where no row can be used.
+
+        `attempt` does what may fail on one rank alone; `run` must be left on all ranks before a next pack if it does.
+        """
         config = workshop.config
-        self.layout = layout
-        self.bad_samples = BadSampleFile(bad_file, rows.origin) if layout.is_first else None
+        self.layout, self._attempt = layout, attempt
+        self.bad_samples = BadSampleFile(bad_file, rows.origin, attempt) if layout.is_first else None
         self.own_metrics = load_metrics(config.train.eval_metrics)
         open_reader = open_rows(workshop, rows)
         self.loader = Loader(open_reader, workers=min(config.data.workers, 1))
@@ -149,7 +154,7 @@ class Evaluation:
         """Everything about the model as it is. Collective over all ranks.
 
         Before each pack `on_rows` is called with the rows that are done, on all ranks together, and how many there are;
-        rows that are answered count twice.
+        rows that are answered count twice. Where `attempt` has failed on any rank it must raise on all.
         """
         planned, done = [*self.packs.values(), self.to_answer], 0
         num_rows = sum(len(pack.samples) for packs in planned for pack in packs)
@@ -169,7 +174,7 @@ class Evaluation:
             loss_by_set=_text_means(parts, 1, self.sets),
             num_rows=self.num_rows,
             num_bad=self.num_unusable + sum(part.num_bad for part in parts.values()),
-            answers=compare_answers(rows, self.own_metrics),
+            answers=self._attempt(lambda: compare_answers(rows, self.own_metrics)) or {},
             rows=tuple(rows),
         )
 
@@ -192,22 +197,26 @@ class Evaluation:
     def _answers(
         self, model: OmniModel, pool: EncoderPool, on_pack: Callable[[int], None], pipeline: Pipeline | None
     ) -> list[dict[str, Any]]:
-        found = []
+        found: list[dict[str, Any]] = []
         for plan, pack, _ in self._load(self.to_answer, on_pack, self.answer_loader):
             answers = answer_pack(
                 model, pack.batch, self.layout, pool, pipeline, self.layout.exchange, max_new_tokens=self.max_new_tokens
             )
-            found += [
-                {
-                    "id": pack.batch.sample_ids[one.position],
-                    "modality": modality_of(plan.samples[one.position].extent),
-                    **describe_question(self.reader.conversation(plan.samples[one.position].row)),
-                    "expected": self._decode(one.expected),
-                    "answer": self._decode(one.tokens),
-                }
-                for one in answers
-            ]
+            found += self._attempt(partial(self._describe, plan, pack, answers)) or []
         return [row for part in self.layout.exchange(found if self.layout.group_rank == 0 else []) for row in part]
+
+    def _describe(self, plan: PackPlan, pack: LoadedPack, answers: list[Answer]) -> list[dict[str, Any]]:
+        """The answered rows of one pack, as metrics and `answers/` have them. Reads the rows again."""
+        return [
+            {
+                "id": pack.batch.sample_ids[one.position],
+                "modality": modality_of(plan.samples[one.position].extent),
+                **describe_question(self.reader.conversation(plan.samples[one.position].row)),
+                "expected": self._decode(one.expected),
+                "answer": self._decode(one.tokens),
+            }
+            for one in answers
+        ]
 
     def _decode(self, tokens: Sequence[int]) -> str:
         processor: Any = self.reader.processor
@@ -219,12 +228,15 @@ class Evaluation:
         """This rank's packs, agreed with those who load the others. Collective over all ranks."""
         layout = self.layout
         mine = packs[layout.data_rank :: layout.data_world]
-        for number, pack in enumerate(loader.load_in_order(mine, clips_of=lambda pack: clips_of_rank(pack, layout))):
+        loading = loader.load_in_order(mine, clips_of=lambda pack: clips_of_rank(pack, layout))
+        for number in range(len(mine)):
+            loaded = self._attempt(partial(next, loading))
             together = tuple(packs[number * layout.data_world :][: layout.data_world])
             on_pack(sum(len(one.samples) for one in together))
+            assert loaded is not None, "on_pack must raise where a rank could not load"
             # ranks that share a pack decode different clips: what one could not read must count on none
             step = StepPlan(step=number, packs=together, rows_planned=0)
-            agreement, (pack,) = settle(step, (pack,), gather(layout.exchange, [report_pack(pack)]))
+            agreement, (pack,) = settle(step, (loaded,), gather(layout.exchange, [report_pack(loaded)]))
             self._list_bad(agreement.bad)
             yield mine[number], pack, agreement
 

@@ -20,7 +20,7 @@ import torch
 from omniloom.checkpoint.files import write_json
 from omniloom.config import Config, config_to_dict
 from omniloom.data.sources import Sources
-from omniloom.data.stream import LoadedStep
+from omniloom.data.stream import Attempt, LoadedStep
 from omniloom.ops.nf4 import shape_of
 from omniloom.ops.torch_operators import count_graphs
 from omniloom.parallel.mesh import Layout
@@ -34,7 +34,7 @@ from omniloom.training.metrics import MetricsLog, Screen, SpikeDetector, StepFig
 from omniloom.training.policy import ParameterPolicy, table_lines, trainable_table
 from omniloom.training.schedule import describe_warmup
 from omniloom.training.trackers import open_trackers
-from omniloom.types import TEXT
+from omniloom.types import TEXT, RunError
 
 
 class _Counter(logging.Handler):
@@ -62,9 +62,15 @@ def count_warnings(count: Callable[[], None]) -> Iterator[None]:
             logger.removeHandler(handler)
 
 
+class NonFiniteError(RunError):
+    """Loss or gradient is NaN or infinite, and the policy is to stop."""
+
+
 class RunRecords:
-    """The records of one run of `rows`, on every rank. Made before generators are seeded: measuring the peak draws
-    numbers."""
+    """The records of one run of `rows`, on every rank. What cannot be written is left to `attempt`.
+
+    Made before generators are seeded: measuring the peak draws numbers.
+    """
 
     def __init__(
         self,
@@ -73,9 +79,11 @@ class RunRecords:
         compute_dtype: torch.dtype,
         rows: Sources,
         stack: ExitStack,
+        attempt: Attempt,
         on_step: Callable[[StepMetrics], None] | None = None,
     ) -> None:
         self.config, self.layout, self._rows, self._stack, self._on_step = config, layout, rows, stack, on_step
+        self._attempt = attempt
         self.run_dir = Path(config.train.run_dir)
         self._peak_flops = measure_matmul_peak(layout.device, compute_dtype)
         self._nominal_flops = nominal_peak(layout.device, compute_dtype)
@@ -92,7 +100,7 @@ class RunRecords:
 
     def say(self, words: str) -> None:
         self._num_warnings += words.startswith("warning: ")
-        self._screen.say(words)
+        self._attempt(lambda: self._screen.say(words))
 
     def phase(self, words: str) -> None:
         """What begins now, with the time since the start."""
@@ -105,7 +113,8 @@ class RunRecords:
 
     def evaluated(self, step: int, done: int, total: int) -> None:
         """Rows that an evaluation after so many steps is through with."""
-        self._screen.progress(f"evaluation after step {step}:", done, total, "rows")
+        what = f"evaluation after step {step}:"
+        self._attempt(lambda: self._screen.progress(what, done, total, "rows"))
 
     def _count_warning(self) -> None:
         self._num_warnings += 1
@@ -188,13 +197,16 @@ class RunRecords:
         self._totals["samples"] += loaded.agreement.stats.num_samples
         self._totals["tokens"] += loaded.agreement.stats.num_tokens
         line = self._line(figures, loaded, work, report)
+        self._attempt(lambda: self._show(line, figures, loaded.progress))
+        if line.loss is not None and (usual := self._spikes.check(line.loss)) is not None:
+            self.say(f"warning: loss {line.loss:.3f} at step {line.step + 1} is a spike, usual is {usual:.3f}")
+
+    def _show(self, line: StepMetrics, figures: StepFigures, progress: float) -> None:
         if self._log is not None:
             self._log.write(line, figures.expert_load)
             if self._on_step is not None:
                 self._on_step(line)
-        self._screen.step(line, progress=loaded.progress)
-        if line.loss is not None and (usual := self._spikes.check(line.loss)) is not None:
-            self.say(f"warning: loss {line.loss:.3f} at step {line.step + 1} is a spike, usual is {usual:.3f}")
+        self._screen.step(line, progress=progress)
 
     def _line(
         self, figures: StepFigures, loaded: LoadedStep, work: TrainingWork, report: EvaluationReport | None
@@ -230,23 +242,32 @@ class RunRecords:
             samples_of=rows.count(sample.row for sample in samples),
         )
 
-    def nothing_trained(self, loaded: LoadedStep) -> None:
-        """Say that a step had nothing to learn from; its loss is null in the metrics."""
-        planned, failed = sum(len(pack.samples) for pack in loaded.plan.packs), len(loaded.agreement.bad)
-        self.say(
-            f"warning: step {loaded.plan.step + 1} trained nothing: {failed} of its {planned} samples could not be "
-            "read (see bad_samples.jsonl), the others have no loss weight; the weights stay as they are"
-        )
+    def untrained(self, figures: StepFigures, loaded: LoadedStep) -> None:
+        """Say of a step that has changed no weight why. Raises: NonFiniteError, where that is to stop the run."""
+        if figures.loss is None:  # it is null in the metrics
+            planned, failed = sum(len(pack.samples) for pack in loaded.plan.packs), len(loaded.agreement.bad)
+            self.say(
+                f"warning: step {loaded.plan.step + 1} trained nothing: {failed} of its {planned} samples could not be "
+                "read (see bad_samples.jsonl), the others have no loss weight; the weights stay as they are"
+            )
+        elif not figures.is_finite:
+            what = self._list_samples(figures, loaded)
+            if self.config.train.nonfinite == "stop":
+                raise NonFiniteError(
+                    f"{what}. The weights are as before this step and earlier checkpoints are intact; lower "
+                    "train.learning_rate, look at the samples, or set train.nonfinite=skip"
+                )
+            self.say(f"warning: {what}; the step is skipped")
 
-    def not_finite(self, figures: StepFigures, loaded: LoadedStep, rows: Sources) -> str:
+    def _list_samples(self, figures: StepFigures, loaded: LoadedStep) -> str:
         """Write out which samples were in a step whose loss or gradient is not finite. Returns what to say of it."""
         step = loaded.plan.step + 1
         path = self.run_dir / f"nonfinite_step_{step:08d}.json"
         if self.layout.is_first:
             samples = [
                 {
-                    **dict(zip(("source", "row"), rows.origin(sample.row), strict=True)),
-                    "line": int(rows.locate(sample.row)[1]),
+                    **dict(zip(("source", "row"), self._rows.origin(sample.row), strict=True)),
+                    "line": int(self._rows.locate(sample.row)[1]),
                     "epoch": sample.epoch,
                 }
                 for pack in loaded.plan.packs

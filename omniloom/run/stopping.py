@@ -1,7 +1,7 @@
-"""What ends a run before its last step: signals and the time limit, and `stopped.json`, which tells a scheduler why.
+"""What ends a run before its last step: signals, the time limit and errors beside the steps, and `stopped.json`.
 
-Under torchrun the exit code of a rank becomes the agent's 1, so the file is what a scheduler can rely on. Knows no step
-and no other rank: the trainer asks for `reason` after each step and agrees on it with the others.
+Under torchrun the exit code of a rank becomes the agent's 1, so the file tells a scheduler of signals and the limit.
+Knows no step: the trainer asks after each, and agrees with the other ranks in the sums of the step itself.
 """
 
 from __future__ import annotations
@@ -14,30 +14,46 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
 from omniloom.checkpoint.files import write_json
-from omniloom.exit_codes import INTERRUPTED, STOPPED_EARLY
+from omniloom.exit_codes import INTERRUPTED, LOST_RANK, STOPPED_EARLY
+from omniloom.types import RunError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what Slurm's --signal=USR1 warns with
 SAME_KEY_SECONDS = 0.25  # a Ctrl-C that reaches a rank twice, from the terminal and from its launcher, is one
 STOPPED = "stopped.json"
+T = TypeVar("T")
 
 
 class StopWanted(Exception):
     """A rank was asked to stop where work may be left undone; raised on all ranks alike."""
 
 
+class LostRankError(RunError):
+    """Another rank is gone, for a reason that it tells itself."""
+
+    exit_code = LOST_RANK
+
+
 class StopRequest:
-    """Whether this rank was asked to stop, by a signal or by the time limit. Used as a context manager.
+    """Whether this rank is to stop, by a signal, the time limit or an error that can wait. Used as a context manager.
 
     A thread reads signals from Python's wake-up descriptor, since a main thread that waits in a collective runs no
     handler: a second Ctrl-C must end the process even then. Outside of the main thread signals stay as they are.
+    `exchange` gives every rank's value to every rank.
     """
 
-    def __init__(self, time_limit_minutes: float | None, say: Callable[[str], None]) -> None:
-        self._limit_minutes, self._say = time_limit_minutes, say
+    def __init__(
+        self,
+        time_limit_minutes: float | None,
+        say: Callable[[str], None],
+        exchange: Callable[[Any], list[Any]] = lambda value: [value],
+    ) -> None:
+        self._limit_minutes, self._say, self._exchange = time_limit_minutes, say, exchange
         self._deadline = math.inf  # until the clock is started
         self._signal: str | None = None
+        self.fault: Exception | None = None  # the first one, to be raised once all is saved
         self._interrupted: float | None = None  # when the first Ctrl-C came
 
     def start_clock(self) -> None:
@@ -47,8 +63,54 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """The name of the first signal that came, or "time limit"; None as long as the run is to go on."""
+        """The error, the name of the first signal that came, or "time limit"; None as long as the run is to go on."""
+        if self.fault is not None:
+            return f"{type(self.fault).__name__}: {self.fault}"
         return self._signal or ("time limit" if time.monotonic() > self._deadline else None)
+
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """Do what goes on beside the steps: an error in it, which leaves the state whole, stops the run as signals do.
+
+        None where it failed. `work` must not wait for other ranks, which learn of the error when they next agree.
+        """
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001 - a user's function may raise anything
+            self.note(error)
+            return None
+
+    def note(self, error: Exception) -> None:
+        """Stop for an error that this rank has already met."""
+        self.fault = self.fault or error
+
+    def is_wanted(self) -> bool:
+        """Whether any rank is to stop. Collective."""
+        return any(self._exchange(self.reason))
+
+    def has_failed(self) -> bool:
+        """Whether any rank is to stop for an error alone. Collective."""
+        return any(self._exchange(self.fault is not None))
+
+    def leave(self, run_dir: Path | None, step: int, resume: str) -> int:
+        """Say why the run is not over after so many steps, which are saved, and in `stopped.json` of the first rank's
+        `run_dir`. Returns the exit code. Collective.
+
+        Raises: the error that is why; LostRankError on ranks that have none.
+        """
+        told = self._exchange((self.reason, self.fault is not None))
+        faults = [f"rank {rank} ended the run: {reason}" for rank, (reason, is_fault) in enumerate(told) if is_fault]
+        reason = next(reason for reason, _ in told if reason)
+        if run_dir is not None and not faults:
+            write_stopped(run_dir, reason=reason, step=step)
+        self._exchange(None)  # a launcher may end all ranks as soon as one has ended
+        goes_on = "the same command goes" if resume == "auto" else "checkpoint.resume=auto goes"
+        where = f"stopped after step {step}, which is saved; {goes_on} on from there"
+        if faults:
+            error = self.fault or LostRankError(faults[0])
+            error.add_note(where)
+            raise error
+        self._say(f"{reason}: {where}")
+        return STOPPED_EARLY
 
     def __enter__(self) -> StopRequest:
         self._previous = {}
@@ -64,6 +126,8 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self.fault not in (None, error):  # as of a save that was to be made first
+            error.add_note(f"before that: {type(self.fault).__name__}: {self.fault}")
         if not self._previous:
             return
         for number, handler in self._previous.items():

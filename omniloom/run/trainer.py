@@ -22,7 +22,6 @@ from omniloom.config import Config
 from omniloom.data.loader import Loader
 from omniloom.data.sources import Sources
 from omniloom.data.stream import BadSampleFile, LoadedStep
-from omniloom.exit_codes import LOST_RANK, STOPPED_EARLY
 from omniloom.ops.linear_map import keyed_seed
 from omniloom.parallel.device import collect_on_call, computes_bf16, only_deterministic, total_memory_bytes
 from omniloom.parallel.encoder_pool import EncoderPool
@@ -58,12 +57,12 @@ from omniloom.run.results import write_results
 from omniloom.run.rows import open_planner, open_rows, open_run, open_stream, options_by_row
 from omniloom.run.state import RunState
 from omniloom.run.step_time import Machine
-from omniloom.run.stopping import StopRequest, StopWanted, write_stopped
+from omniloom.run.stopping import LostRankError, StopRequest, StopWanted
 from omniloom.training.flops import training_work
 from omniloom.training.metrics import StepFigures, StepMetrics
 from omniloom.training.policy import ParameterPolicy
 from omniloom.training.profile import Profile
-from omniloom.types import TEXT, PackedBatch, RunError
+from omniloom.types import TEXT, PackedBatch
 
 STEPS_BETWEEN_COLLECTIONS = 50  # of Python's garbage
 COLLECTIVE_GRACE_SECONDS = 60.0  # collectives give up this much later than the watchdog, which has more to say
@@ -124,16 +123,6 @@ def _lay_out(workshop: Workshop, ranks: Ranks) -> tuple[Workshop, Layout]:
     return workshop, build_layout(degrees, ranks)
 
 
-class LostRankError(RunError):
-    """Another rank is gone, for a reason that it tells itself."""
-
-    exit_code = LOST_RANK
-
-
-class NonFiniteError(RunError):
-    """Loss or gradient is NaN or infinite, and the policy is to stop."""
-
-
 class Trainer:
     """The parts of one run and the order in which they act. Made and used on every rank."""
 
@@ -150,13 +139,15 @@ class Trainer:
     ) -> None:
         config = workshop.config
         self.config, self.layout, self.workshop = config, layout, workshop
-        self.run_dir, self.train_rows = Path(config.train.run_dir), train_rows
+        self.run_dir = Path(config.train.run_dir)
         self.options_of_row = options_by_row(config.data, train_rows)
         if config.train.deterministic:
             stack.enter_context(only_deterministic(layout.device))
         self.watchdog = stack.enter_context(Watchdog(layout.ranks, timeout_seconds=config.train.step_timeout_seconds))
-        self.records = RunRecords(config, layout, workshop.compute_dtype, train_rows, stack, on_step)
-        self.stop = stack.enter_context(StopRequest(config.train.time_limit_minutes, self.records.say))
+        self.stop = StopRequest(config.train.time_limit_minutes, lambda words: self.records.say(words), layout.exchange)
+        attempt = self.stop.attempt
+        self.records = RunRecords(config, layout, workshop.compute_dtype, train_rows, stack, attempt, on_step)
+        stack.enter_context(self.stop)
         torch.manual_seed(config.train.seed)
         loader = Loader(open_rows(workshop, train_rows), workers=config.data.workers)
         stack.callback(loader.close)
@@ -167,10 +158,12 @@ class Trainer:
         stored = self._find_start(overwrite)
         bad_file = self.run_dir / "bad_samples.jsonl"
         is_anew = stored is None and Path(config.data.exclude or "").resolve() != bad_file.resolve()
-        bad_samples = BadSampleFile(bad_file, train_rows.origin, anew=is_anew) if layout.is_first else None
-        self.evaluation = None if eval_rows is None else Evaluation(workshop, layout, eval_rows, bad_file, stack)
+        bad_samples = BadSampleFile(bad_file, train_rows.origin, attempt, anew=is_anew) if layout.is_first else None
+        self.evaluation: Evaluation | None = None
+        if eval_rows is not None:
+            self.evaluation = Evaluation(workshop, layout, eval_rows, bad_file, stack, attempt)
         self.stream = stack.enter_context(open_stream(workshop, self.planner, loader, layout, self.pool, bad_samples))
-        self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json")
+        self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json", attempt)
         self._begin(stored, about, policies, overwrite)
         self.collect_garbage = stack.enter_context(collect_on_call())
 
@@ -234,19 +227,18 @@ class Trainer:
         return stored
 
     def run(self) -> int:
-        """Loop until the run is over, or until a signal or the time limit asks to stop."""
+        """Loop until the run is over, or something asks to stop. Raises: what a step does, or an error that waited."""
         every, is_evaluated_after = self.config.checkpoint.every, self.config.train.evaluates_after
         step = self.saved_step = self.first_step
         report: EvaluationReport | None = None  # of an evaluation after the last step
-        if any(self.layout.exchange(self.stop.reason)):  # while the run was opened
+        if self.stop.is_wanted():  # while the run was opened
             return self._leave_early(step)
         self.stop.start_clock()
         if self.evaluation is not None and is_evaluated_after(step) and not self.was_evaluated:
             report = self._evaluate(step)  # which a signal kept from being made, or a new train.eval_every asks for
             if report is None:
                 return self._leave_early(step)
-        self.watchdog.enter(step, "waiting for data")
-        for loaded in () if self.best.is_exhausted else self.stream:
+        while not self.best.is_exhausted and (loaded := self._next(step)) is not None:
             with self.profile.step(loaded.plan.step):
                 figures, stop = self._step(loaded)
             step = loaded.plan.step + 1
@@ -263,16 +255,26 @@ class Trainer:
                 self._save(step)
             if stop:
                 return self._leave_early(step)
-            if self.best.is_exhausted:
-                break
-            self.watchdog.enter(step, "waiting for data")
         return self._finish(step, report)
+
+    def _next(self, step: int) -> LoadedStep | None:
+        """What the step after `step` others reads; None where there is none, or no rank could have it."""
+        self.watchdog.enter(step, "waiting for data")
+        try:
+            return next(self.stream, None)
+        except Exception as error:  # of whatever kind: all ranks have been told, and are here
+            if self.stream.failed_alone:
+                raise
+            self.stop.note(error)
+            return None
 
     def _finish(self, step: int, report: EvaluationReport | None) -> int:
         """What follows the last step: a checkpoint, an evaluation and the results, as far as they are missing."""
-        self.records.say_why_over(step, self.best)
         if self.saved_step != step:
             self._save(step)
+        if self.stop.has_failed():
+            return self._leave_early(step)
+        self.records.say_why_over(step, self.best)
         self.state.saver.finish()
         if self.evaluation is not None and report is None:
             report = self._evaluate(step)
@@ -306,15 +308,9 @@ class Trainer:
             write_finished(self.run_dir, step)
 
     def _leave_early(self, step: int) -> int:
-        """Say why, on screen and in `stopped.json`, after `step` steps that are saved. Collective."""
+        """After `step` steps that are saved. Collective. Raises: as `StopRequest.leave`."""
         self.state.saver.finish()
-        reason = next(reason for reason in self.layout.exchange(self.stop.reason) if reason)
-        if self.layout.is_first:
-            write_stopped(self.run_dir, reason=reason, step=step)
-        self.layout.barrier()  # a launcher may end all ranks as soon as one has ended
-        goes_on = "the same command goes" if self.config.checkpoint.resume == "auto" else "checkpoint.resume=auto goes"
-        self.records.say(f"{reason}: stopped after step {step}; {goes_on} on from there")
-        return STOPPED_EARLY
+        return self.stop.leave(self.run_dir if self.layout.is_first else None, step, self.config.checkpoint.resume)
 
     def _step(self, loaded: LoadedStep) -> tuple[StepFigures, bool]:
         """One optimizer step. Returns its figures and whether any rank was asked to stop. Raises: NonFiniteError."""
@@ -334,21 +330,8 @@ class Trainer:
         terms = run_packs(self.model, packs, self.layout, objective, self.pool, self.pipeline, on_pack=enter_pack)
         wants_stop = self.stop.reason is not None
         figures, stop = self.optimizer_step.take(loaded.plan, terms, objective, wants_stop=wants_stop)
-        self._say_what_was_not_trained(loaded, figures)
+        self.records.untrained(figures, loaded)
         return replace(figures, step_seconds=time.perf_counter() - start + loaded.data_wait_seconds), stop
-
-    def _say_what_was_not_trained(self, loaded: LoadedStep, figures: StepFigures) -> None:
-        """Raises: NonFiniteError, where numbers that are not finite are to stop the run."""
-        if figures.loss is None:
-            self.records.nothing_trained(loaded)
-        elif not figures.is_finite:
-            what = self.records.not_finite(figures, loaded, self.train_rows)
-            if self.config.train.nonfinite == "stop":
-                raise NonFiniteError(
-                    f"{what}. The weights are as before this step and earlier checkpoints are intact; lower "
-                    "train.learning_rate, look at the samples, or set train.nonfinite=skip"
-                )
-            self.records.say(f"warning: {what}; the step is skipped")
 
     def _save(self, step: int) -> None:
         self.watchdog.enter(step, "checkpoint")
@@ -363,7 +346,7 @@ class Trainer:
         def before_pack(done: int, total: int) -> None:
             self.watchdog.enter(step, "evaluation")
             self.records.evaluated(step, done, total)
-            if any(self.layout.exchange(self.stop.reason)):
+            if self.stop.is_wanted():
                 raise StopWanted
 
         self.model.eval()  # without dropout
@@ -373,16 +356,15 @@ class Trainer:
             return None
         finally:
             self.model.train()
+        if self.stop.has_failed():  # before it counts as made
+            return None
         self.records.say(report.describe(step))
         if self.layout.is_first:
-            report.write(self.run_dir, step)
+            self.stop.attempt(lambda: report.write(self.run_dir, step))
         figures = self.layout.exchange(report.figures())[0]  # what ranks decide by must be one number
-        if self.best.name not in (None, *figures):
-            self._save(step)
-            self.state.saver.finish()
-        self.best.add(step, figures)
+        self.stop.attempt(lambda: self.best.add(step, figures))
         self.state.saver.kept_steps = self.best.kept
-        return report
+        return None if self.stop.has_failed() else report
 
 
 def _keyed_packs(loaded: LoadedStep, seed: int, layout: Layout, *, hears_words: bool) -> list[PackedBatch]:

@@ -121,10 +121,7 @@ class MetricsLog:
         except OSError as error:
             fault = error.strerror
         if fault is not None:
-            raise RunError(
-                f"cannot write {path}: {fault}; make room on the disk, then the same command goes on from the "
-                "last checkpoint"
-            )
+            raise RunError(f"cannot write {path}: {fault}; make room on the disk")
 
     def close(self) -> None:
         for file in self._files.values():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +13,10 @@ import torch
 class Profile:
     """Records from the first to the last named step (counted from 1) and writes one file when they are over."""
 
-    def __init__(self, steps: tuple[int, int] | None, path: Path) -> None:
-        self._steps, self._path = steps, path
+    def __init__(
+        self, steps: tuple[int, int] | None, path: Path, attempt: Callable[[Callable[[], None]], object]
+    ) -> None:
+        self._steps, self._path, self._attempt = steps, path, attempt
         self._profiler: torch.profiler.profile | None = None
 
     @contextmanager
@@ -26,5 +29,5 @@ class Profile:
         yield
         if step + 1 == last and self._profiler is not None:
             self._profiler.stop()
-            self._profiler.export_chrome_trace(str(self._path))
+            self._attempt(partial(self._profiler.export_chrome_trace, str(self._path)))
             self._profiler = None

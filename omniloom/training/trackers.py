@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from omniloom.config import ConfigError, LogConfig
+from omniloom.types import RunError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,4 +78,18 @@ def check_trackers(config: LogConfig) -> None:
 
 def open_trackers(config: LogConfig, run_dir: Path, about: Mapping[str, Any]) -> list[Tracker]:
     """The trackers that `log` names, with what is to be known of the run."""
-    return [make(project, run_dir, about) for name, make in TRACKERS.items() if (project := getattr(config, name))]
+    projects = {name: getattr(config, name) for name in TRACKERS}
+    return [_named(name, TRACKERS[name](project, run_dir, about)) for name, project in projects.items() if project]
+
+
+def _named(name: str, tracker: Tracker) -> Tracker:
+    """The tracker, whose errors say which one it is."""
+
+    def log(figures: Mapping[str, float], step: int) -> None:
+        try:
+            tracker.log(figures, step)
+        except Exception as error:  # another library's, of any kind
+            fault = f"log.{name}: {type(error).__name__}: {error}; mend it, or go on without it (log.{name}=null)"
+            raise RunError(fault) from error
+
+    return replace(tracker, log=log)

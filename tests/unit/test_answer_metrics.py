@@ -78,11 +78,13 @@ def test_a_function_of_the_users_gives_figures(tmp_path: Path) -> None:
     assert (found["eval_length"], found["eval_f1"], found["eval_p"]) == (3.0, 0.5, 1.0)
     with pytest.raises(ValueError, match=r"odd gave 'many' for odd; expected a finite number"):
         compare_answers([row("a", "b")], load_metrics([f"{file}:odd"]))
+    (tmp_path / "wrong.py").write_text("def f(rows:\n")
     for name, words in (
         ("f1", "expected module:function"),
         (f"{file}:none", "has no function none"),
         (f"{tmp_path}/no.py:f", "no such file"),
         ("no_such_module:f", "No module named"),
+        (f"{tmp_path}/wrong.py:f", r"wrong\.py:f: SyntaxError: .*; name a module"),
     ):
         with pytest.raises(ValueError, match=words):
             load_metrics([name])
