@@ -76,9 +76,10 @@ def test_what_stopped_a_run_is_a_file_for_its_scheduler(tmp_path: Path) -> None:
 
 
 def test_an_error_that_waited_is_told_beside_the_one_that_ends_the_run() -> None:
-    with pytest.raises(ValueError, match="could not save") as told, StopRequest(None, print) as stop:
-        assert stop.attempt(lambda: 1 // 0) is None
-        assert stop.reason == "ZeroDivisionError: integer division or modulo by zero"
-        assert stop.is_wanted()
+    stop = StopRequest(None, print)
+    assert stop.attempt(lambda: 1 // 0) is None
+    assert stop.reason == "ZeroDivisionError: integer division or modulo by zero"
+    assert stop.is_wanted()
+    with pytest.raises(ValueError, match="could not save") as told, stop:
         raise ValueError("could not save step 3")
     assert told.value.__notes__ == ["before that: ZeroDivisionError: integer division or modulo by zero"]
