@@ -277,6 +277,17 @@ class PackPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Window:
+    """Rows that are judged together: those of a window, or where it is too small those of its epoch up to its end."""
+
+    number: int = 0
+    epoch: int = 0
+    num_rows: int = 0
+    num_bad: int = 0  # as far as planning saw
+    is_small: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepPlan:
     """One optimizer step: exactly `packs_per_step` packs, the same on every rank."""
 
@@ -284,6 +295,7 @@ class StepPlan:
     packs: tuple[PackPlan, ...]
     rows_planned: int  # rows consumed since the start of the run, for schedules under `epochs`
     bad_rows: tuple[BadSample, ...] = ()  # found while planning this step's window
+    window: Window = Window()
 
 
 # ---------------------------------------------------------------------------------------- tensors of a sample

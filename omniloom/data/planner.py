@@ -23,7 +23,7 @@ from omniloom.data.dataclass_json import from_json, to_json
 from omniloom.data.packing import pack_window, plan_steps
 from omniloom.data.row_order import PlanPosition, RowOrder
 from omniloom.data.spilled_rows import StreamFeed
-from omniloom.types import BadSample, Extent, PackPlan, PlannedSample, StepPlan
+from omniloom.types import BadSample, Extent, PackPlan, PlannedSample, StepPlan, Window
 
 Measure = Callable[[list[int]], list[Extent | BadSample]]
 Locate = Callable[[int], tuple[str, int]]
@@ -44,12 +44,37 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Failures:
+    """Samples that could not be loaded, of the window and the epoch whose steps are being taken."""
+
+    window: int = 0
+    epoch: int = 0
+    in_window: int = 0
+    in_epoch: int = 0
+
+    def add(self, bad: tuple[BadSample, ...], step: StepPlan, options: DataConfig) -> Failures:
+        """Those of a step as well. Raises: PlanError where too many are, beside the rows that planning found bad."""
+        window = step.window
+        after = Failures(
+            window=window.number,
+            epoch=window.epoch,
+            in_window=len(bad) + self.in_window * (self.window == window.number),
+            in_epoch=len(bad) + self.in_epoch * (self.epoch == window.epoch),
+        )
+        if bad:
+            num_failed = after.in_epoch if window.is_small else after.in_window
+            _check_share(options, bad, window.num_bad + num_failed, window.num_rows)
+        return after
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlannerState:
     """Everything that decides what comes next: cheap to keep per step, turned into JSON only for a checkpoint."""
 
     position: PlanPosition  # after the current window
     steps: tuple[StepPlan, ...]  # what is left of the current window
     fixed: dict[str, Any] = field(repr=False)  # the options that must not change
+    failures: Failures = Failures()  # in the steps before
 
     def to_json(self) -> dict[str, Any]:
         return {"version": _STATE_VERSION, **to_json(self)}
@@ -93,6 +118,7 @@ class Planner:
         self._feed = feed or None
         self._position = PlanPosition()
         self._steps: tuple[StepPlan, ...] = ()
+        self.failures = Failures()  # before the first step that is given out
         self._ahead: Future[tuple[tuple[StepPlan, ...], PlanPosition]] | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -139,6 +165,7 @@ class Planner:
             )
         self._position = from_json(PlanPosition, record["position"])
         self._steps = tuple(from_json(StepPlan, step) for step in record["steps"])
+        self.failures = from_json(Failures, record.get("failures", {}))
         if (feed := self._feed) is not None:  # blocks that are not there, as in another directory, are read once more
             planned, cursors = _planned_rows(self.state), self._position.cursors
             self._ranks.share(lambda: feed.spill(planned, cursors), "read its streams")
@@ -229,7 +256,7 @@ class Planner:
         rows, cursors, ended = self._next_rows(position)
         samples, bad = self._measure_window(rows, position)
         bad_in_epoch, num_read = position.bad_in_epoch + len(bad), sum(cursors)
-        _judge(self.config.data, bad, position, num_rows=len(rows), num_read=num_read)
+        window = _judge(self.config.data, bad, position, num_rows=len(rows), num_read=num_read)
         ends_epoch = ended or num_read == self.order.epoch_rows(position.epoch)
         # A part of an epoch that ends the run stays open: a resumption with more epochs goes on in its middle.
         closes_epoch = num_read == self.order.num_rows
@@ -249,7 +276,7 @@ class Planner:
             unreported=() if steps else position.unreported + bad,
             ended=ended,
         )
-        return steps, after
+        return tuple(replace(step, window=window) for step in steps), after
 
     def _pack(
         self, samples: list[PlannedSample], bad: tuple[BadSample, ...], position: PlanPosition, *, leave_nothing: bool
@@ -320,8 +347,9 @@ def _fit(extent: Extent | BadSample, row: int, pack_tokens: int, locate: Locate)
 
 def _judge(
     options: DataConfig, bad: tuple[BadSample, ...], position: PlanPosition, *, num_rows: int, num_read: int
-) -> None:
-    """Stop where too much of a window's `num_rows` is lost; of its epoch `num_read` are read. Raises: PlanError."""
+) -> Window:
+    """By what a window of `num_rows` is judged; of its epoch `num_read` are read. Raises: PlanError where too much of
+    it is lost."""
     overlong = [row for row in bad if row.num_tokens]
     if position.window == 0 and overlong and len(bad) == num_rows:
         shortest = min(row.num_tokens for row in overlong)
@@ -337,15 +365,22 @@ def _judge(
             "set data.overlong to drop or shrink",
             bad,
         )
-    num_bad = len(bad)
-    if num_rows < options.window:  # too few for a verdict of their own: a tail, or the first of a run
-        num_bad, num_rows = position.bad_in_epoch + num_bad, num_read
+    is_small = num_rows < options.window  # too few for a verdict of their own: a tail, or the first of a run
+    num_bad = len(bad) + position.bad_in_epoch * is_small
+    num_rows = num_read if is_small else num_rows
+    _check_share(options, bad, num_bad, num_rows)
+    return Window(number=position.window, epoch=position.epoch, num_rows=num_rows, num_bad=num_bad, is_small=is_small)
+
+
+def _check_share(options: DataConfig, bad: tuple[BadSample, ...], num_bad: int, num_rows: int) -> None:
+    """Raises: PlanError where `num_bad` rows are too many; `bad` are those found last."""
     if num_bad > options.max_bad_fraction * num_rows:
+        is_long = any(row.num_tokens for row in bad)
         raise PlanError(
             _describe_bad(
                 bad,
                 f"{num_bad} of {num_rows} rows are bad, more than data.max_bad_fraction={options.max_bad_fraction:g} "
-                f"allows; correct them, {'raise data.pack_tokens for the long ones, ' * bool(overlong)}or leave them "
+                f"allows; correct them, {'raise data.pack_tokens for the long ones, ' * is_long}or leave them "
                 "out (omniloom check --write-excludes, data.exclude)",
             ),
             bad,

@@ -99,7 +99,7 @@ class StepStream:
         self._bad_samples = bad_samples
         self._clips_of = clips_of
         self._measure, self._stage = measure, stage
-        self._budget = _FailureBudget(planner)
+        self._failures = planner.failures
         self._state = planner.state
         self._stop = threading.Event()
         packs_per_rank = -(-planner.config.train.packs_per_step // data_world)
@@ -133,19 +133,21 @@ class StepStream:
         begin = time.perf_counter()
         (item,), self._head = self._head or (self._ready.get(),), None
         waited = time.perf_counter() - begin
-        if isinstance(item, BaseException):
-            self._ended = True
-            if isinstance(item, PlanError) and item.bad_rows:
-                self._write_bad(item.bad_rows)
-                raise PlanError(f"{item}\n{LISTED}", item.bad_rows) from None
-            raise item
+        self._ended = not isinstance(item, tuple)
         if item is None:
-            self._ended = True
             self._write_bad(self._planner.unreported_bad_rows)
             raise StopIteration
-        step, self._state = item
-        self._write_bad(step.bad)
-        self._budget.count(step.plan, step.agreement)
+        try:
+            if isinstance(item, BaseException):
+                raise item
+            step, state = item
+            self._write_bad(step.bad)
+            self._failures = self._failures.add(step.agreement.bad, step.plan, self._planner.config.data)
+        except PlanError as error:
+            self._ended = True
+            self._write_bad(error.bad_rows)
+            raise PlanError(f"{error}\n{LISTED}" if error.bad_rows else str(error), error.bad_rows) from None
+        self._state = replace(state, failures=self._failures)
         return replace(step, data_wait_seconds=waited)
 
     @property
@@ -261,30 +263,6 @@ class StepStream:
                 return
             except queue.Full:
                 continue
-
-
-class _FailureBudget:
-    """Stops the run where too many samples fail after planning, by the same rule as bad rows of a window."""
-
-    def __init__(self, planner: Planner) -> None:
-        self._share = planner.config.data.max_bad_fraction
-        self._window = planner.config.data.window
-        self._num_samples = 0
-        self._num_failed = 0
-
-    def count(self, plan: StepPlan, agreement: StepAgreement) -> None:
-        """Raises: PlanError, on all ranks at the same step."""
-        self._num_samples += sum(len(pack.samples) for pack in plan.packs)
-        self._num_failed += len(agreement.bad)
-        if self._num_failed > self._share * max(self._num_samples, min(self._window, 64)):
-            first = agreement.bad[0]
-            raise PlanError(
-                f"{self._num_failed} of {self._num_samples} planned samples could not be loaded, more than "
-                f"data.max_bad_fraction={self._share:g} allows; they are listed in bad_samples.jsonl of the run "
-                f"directory, the last being {first.file}:{first.line}: {first.field}: {first.reason}"
-            )
-        if self._num_samples >= self._window:
-            self._num_samples = self._num_failed = 0
 
 
 class BadSampleFile:

@@ -173,10 +173,10 @@ def origin_of(row: int) -> tuple[str, int]:
     return "numbers", row + 1
 
 
-def make_stream(loader: Loader, *, state=None, bad_samples=None, **changes) -> StepStream:
+def make_stream(loader: Loader, *, state=None, bad_samples=None, num_rows=NUM_ROWS, **changes) -> StepStream:
     options = {"pack_tokens": PACK_TOKENS, "packs_per_step": 4, "window": 64, "max_bad_fraction": 0.5, **changes}
     planner = Planner(
-        rows_per_source=(NUM_ROWS,), config=plan_config(**options), measure=loader.measure, locate=Numbers().locate
+        rows_per_source=(num_rows,), config=plan_config(**options), measure=loader.measure, locate=Numbers().locate
     )
     if state is not None:
         planner.load_state_dict(state)
@@ -504,9 +504,48 @@ def test_too_many_failures_after_planning_stop_the_run():
     loader = Loader(partial(open_rows, broken=tuple(range(0, NUM_ROWS, 5))), workers=0)
     with (
         make_stream(loader, epochs=1.0, max_bad_fraction=0.1) as stream,
-        pytest.raises(PlanError, match=r"could not be loaded, more than data.max_bad_fraction=0.1"),
+        pytest.raises(PlanError, match=r"7 of 64 rows are bad, more than data.max_bad_fraction=0.1") as told,
     ):
         list(stream)
+    assert str(told.value).endswith("All are listed in bad_samples.jsonl of the run directory.")
+
+
+@pytest.mark.parametrize(("fraction", "num_steps"), [(0.4, 0), (0.5, 3)])
+def test_a_sample_that_fails_to_load_counts_as_a_bad_row_however_few_there_are(tmp_path, fraction, num_steps):
+    file = tmp_path / "bad_samples.jsonl"
+    options = {"num_rows": 2, "packs_per_step": 1, "epochs": 3.0, "max_bad_fraction": fraction}
+    stream = make_stream(
+        Loader(partial(open_rows, broken=(0,)), workers=0), bad_samples=BadSampleFile(file, origin_of), **options
+    )
+    with stream:
+        if num_steps:
+            assert len(list(stream)) == num_steps
+        else:
+            with pytest.raises(
+                PlanError, match=r"1 of 2 rows are bad[^\n]*\n  numbers.jsonl:1: images\[0\]: truncated"
+            ):
+                next(stream)
+    assert len(file.read_text().splitlines()) == max(1, num_steps)  # a line per epoch
+
+
+def test_failures_are_counted_over_a_resumption():
+    """Six of both windows' 120 rows are as many as the share allows, however often the run was stopped between them."""
+    options = {"packs_per_step": 1, "epochs": 1.0, "max_bad_fraction": 0.05, "shuffle": False}
+    broken = (0, 5, 10, 65, 70, 75, 80)
+
+    def steps_to_the_end(state):
+        states = []
+        with make_stream(Loader(partial(open_rows, broken=broken), workers=0), state=state, **options) as stream:
+            steps = ((step.plan.step, stream.state_dict()) for step in stream)
+            with pytest.raises(PlanError, match=r"7 of 120 rows are bad, more than data.max_bad_fraction=0.05"):
+                states.extend(steps)
+        return states
+
+    whole = steps_to_the_end(None)
+    assert whole[-1][1]["failures"]["in_epoch"] == 6
+    for number, (_, state) in enumerate(whole[5:], 5):
+        rest = steps_to_the_end(json.loads(json.dumps(state)))
+        assert [step for step, _ in rest] == [step for step, _ in whole[number + 1 :]]
 
 
 def test_bad_rows_are_written_once_however_often_the_run_is_resumed(tmp_path):
