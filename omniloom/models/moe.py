@@ -85,11 +85,9 @@ class LocalCounts(nn.Module):
 class ExpertsProduct(nn.Module):
     """All experts' feed-forwards as a module without parameters, so that weights may be shards."""
 
-    def forward(
-        self, rows: Tensor, gate_up: LinearMap, down: LinearMap, offsets: Tensor, copies: Copies | None = None
-    ) -> Tensor:
-        """As `ops.gated_experts`: rows [N, C], or tokens [T, C] with `copies`, offsets int32 [E] -> the same shape."""
-        return gated_experts(rows, gate_up, down, offsets, copies)
+    def forward(self, tokens: Tensor, gate_up: LinearMap, down: LinearMap, offsets: Tensor, copies: Copies) -> Tensor:
+        """As `ops.gated_experts`: tokens [T, C], offsets int32 [E] -> the weighted sums of their copies [T, C]."""
+        return gated_experts(tokens, gate_up, down, offsets, copies)
 
 
 class Experts(nn.Module):
@@ -103,14 +101,9 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.product = ExpertsProduct()
 
-    def forward(
-        self, rows: Tensor, offsets: Tensor, copies: Copies | None = None, draw_key: Tensor | None = None
-    ) -> Tensor:
-        """rows [N, C] sorted by expert, offsets int32 [E] where each expert's rows end -> [N, C].
-
-        With `copies`, rows are tokens in their own order, and what comes back are the weighted sums of their copies.
-        """
-        return self.product(rows, LinearMap(self.gate_up), LinearMap(self.down), offsets, copies)
+    def forward(self, tokens: Tensor, offsets: Tensor, copies: Copies, draw_key: Tensor | None = None) -> Tensor:
+        """tokens [T, C], offsets int32 [E] where each expert's sorted copies end -> their weighted sums [T, C]."""
+        return self.product(tokens, LinearMap(self.gate_up), LinearMap(self.down), offsets, copies)
 
 
 class LocalDispatch(nn.Module):
@@ -126,7 +119,8 @@ class LocalDispatch(nn.Module):
         """hidden [T, C], expert_index and expert_weights [T, K] -> weighted sums [T, C]."""
         multiple = group_multiple(hidden.device.type, hidden.dtype)
         slot, row, counts = sort_by_group(expert_index.flatten(), self.num_experts, multiple)
-        return experts(hidden, counts.cumsum(0).to(torch.int32), Copies(slot, row, expert_weights))
+        copies = Copies(slot, row.view_as(expert_index), expert_weights)
+        return experts(hidden, counts.cumsum(0).to(torch.int32), copies)
 
 
 class SharedExpert(nn.Module):
@@ -180,8 +174,9 @@ class MoE(nn.Module):
         counts = count_experts(expert_index, is_padding, self.num_experts)
         probability_sums = probabilities.masked_fill(is_padding[:, None], 0.0).sum(dim=0)
         router_loss = load_balancing_loss(self.reduce_counts(counts), probability_sums, expert_index.shape[1])
+        shared = None if self.shared is None else self.shared(hidden, draw_key)  # before what backward need not repeat
         in_turn = torch.arange(expert_index.numel(), device=hidden.device).view_as(expert_index) % self.num_experts
         expert_index = torch.where(is_padding[:, None], in_turn, expert_index)
         out = self.dispatch(hidden, expert_index, expert_weights, partial(self.experts, draw_key=draw_key))
         out = _Cleared.apply(out, is_padding)
-        return out if self.shared is None else out + self.shared(hidden, draw_key), router_loss, counts
+        return out if shared is None else out + shared, router_loss, counts

@@ -17,56 +17,60 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omniloom.ops.grouped_gemm import grouped_linear_reference
+from omniloom.ops.grouped_gemm import grouped_linear_reference, sum_bags
 from omniloom.ops.linear_map import NUM_PARTS, Dropout, LinearMap, maps_of
 
 Dropouts = tuple[Dropout | None, ...]
 
 
 class Copies(NamedTuple):
-    """Which copies of tokens the sorted rows are: `slot` and `row` of `sort_by_group`, and a weight for each copy."""
+    """Which copies of tokens the sorted rows are, as `sort_by_group` says, and a weight for each copy."""
 
     slot: Tensor  # int64 [P]
-    row: Tensor  # int64 [T x K]
+    row: Tensor  # int64 [T, K]
     weights: Tensor  # [T, K]
 
 
-def gated_experts(
-    rows: Tensor, gate_up: LinearMap, down: LinearMap, offsets: Tensor, copies: Copies | None = None
-) -> Tensor:
-    """down[e](silu(gate[e](x)) * up[e](x)) for each row x of each group e.
+def gated_experts(tokens: Tensor, gate_up: LinearMap, down: LinearMap, offsets: Tensor, copies: Copies) -> Tensor:
+    """The sum over a token's copies of weight x down[e](silu(gate[e](x)) * up[e](x)), e being the copy's group.
 
     Args:
-        rows: [N, C], sorted by group; with `copies` the tokens [T, C] in their own order.
-        gate_up: stacked, to [N, 2 I], gate's before up's.
-        down: stacked, from [N, I] to [N, C].
+        tokens: [T, C], in any order.
+        gate_up: stacked, to [P, 2 I], gate's before up's.
+        down: stacked, from [P, I] to [P, C].
         offsets: int32 [E], where each group ends in the sorted rows; empty groups repeat the bound before them.
 
-    Returns: [N, C], rows past the last bound being uninitialised memory, in the gradient of `rows` too; with `copies`
-    the weighted sums over a token's copies [T, C].
+    Returns: [T, C].
     Source: Shazeer 2020 (arXiv 2002.05202).
     """
-    dropouts = (gate_up.dropout, down.dropout)
-    slot, row, weights = copies or (None, None, None)
-    inputs = (dropouts, rows, offsets, slot, row, weights, *gate_up.parts, *down.parts)
-    if copies is not None and rows.device.type == "cpu":
-        return _CPUExperts.apply(*inputs)
-    return _Result.apply(*_GatedExperts.apply(*inputs), down, offsets, row, weights)
+    if tokens.device.type != "cpu":
+        return grouped_experts(tokens, gate_up, down, offsets, copies)
+    return _CPUExperts.apply(*_inputs(tokens, gate_up, down, offsets, copies))
+
+
+def grouped_experts(tokens: Tensor, gate_up: LinearMap, down: LinearMap, offsets: Tensor, copies: Copies) -> Tensor:
+    """As `gated_experts`, all groups in one call each."""
+    place, wide = _GatedExperts.apply(*_inputs(tokens, gate_up, down, offsets, copies))
+    return _Result.apply(place, wide, down, offsets, *copies[1:])
+
+
+def _inputs(tokens: Tensor, gate_up: LinearMap, down: LinearMap, offsets: Tensor, copies: Copies) -> tuple[Any, ...]:
+    return (gate_up.dropout, down.dropout), tokens, offsets, *copies, *gate_up.parts, *down.parts
 
 
 def routed_experts_reference(tokens: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, copies: Copies) -> Tensor:
-    """What `gated_experts` computes with copies, each step for all of them before the next."""
+    """What `gated_experts` computes, each step for all copies before the next."""
     sorted_rows = tokens[copies.slot // copies.weights.shape[1]]
     gate, up = grouped_linear_reference(sorted_rows, gate_up, offsets).chunk(2, dim=-1)
     rows = grouped_linear_reference(F.silu(gate) * up, down, offsets)
-    return (rows[copies.row].unflatten(0, copies.weights.shape) * copies.weights[:, :, None]).sum(dim=1)
+    return (rows[copies.row] * copies.weights[:, :, None]).sum(dim=1)
 
 
 # ---------------------------------------------------------------------------------------- all groups in one call
 
 
 class _GatedExperts(torch.autograd.Function):
-    """`parts` are those of gate_up and down; `slot`, `row` and `weights` may be None.
+    """`parts` are those of gate_up and down.
 
     Returns what went into the activation, and a place for the gradient of the result, without memory: `_Result` is
     apart since a recomputing backward needs all of the former and nothing of the latter, and stops between the two.
@@ -78,13 +82,13 @@ class _GatedExperts(torch.autograd.Function):
         dropouts: Dropouts,
         tokens: Tensor,
         offsets: Tensor,
-        slot: Tensor | None,
-        row: Tensor | None,
-        weights: Tensor | None,
+        slot: Tensor,
+        row: Tensor,
+        weights: Tensor,
         *parts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         gate_up, _ = maps_of(parts, dropouts)
-        rows = tokens if slot is None or weights is None else tokens.index_select(0, slot // weights.shape[1])
+        rows = tokens.index_select(0, slot // weights.shape[1])
         terms, narrow = gate_up.dense(rows.dtype).of_groups(rows, offsets)
         wide = _sum(terms)  # [N, 2 I]
         ctx.save_for_backward(tokens, offsets, slot, row, weights, wide, narrow, *parts)
@@ -100,21 +104,16 @@ class _GatedExperts(torch.autograd.Function):
         tokens, offsets, slot, row, weights, wide, narrow, *parts = saved
         maps = maps_of(parts, ctx.dropouts)
         wanted = [ctx.needs_input_grad[start:][:NUM_PARTS] for start in (6, 6 + NUM_PARTS)]
-        token = weight = None
-        if slot is not None:
-            token = slot // weights.shape[1]
-            weight = weights.new_zeros(slot.shape[0], 1).scatter_(0, row[:, None], weights.view(-1, 1))  # 0 for filling
-        rows, rows_out_grad = (each if token is None else each.index_select(0, token) for each in (tokens, grad))
+        token = slot // weights.shape[1]
+        weight = _weight_of_rows(slot, row, weights)
+        rows, rows_out_grad = (each.index_select(0, token) for each in (tokens, grad))
         terms, down_narrow_grad = maps[1].dense(rows.dtype).row_gradient_of_groups(rows_out_grad, offsets)
         wide_grad, inner, weight_grad = _through_activation(_sum(terms), wide, weight)
         terms, narrow_grad = maps[0].dense(rows.dtype).row_gradient_of_groups(wide_grad, offsets)
         of_down = (rows_out_grad, down_narrow_grad, inner)
         grads = maps[0].weight_gradients(wide_grad, narrow_grad, rows, wanted[0], offsets, narrow=narrow)
         grads += maps[1].weight_gradients(*of_down, wanted[1], offsets, row_weight=weight)
-        if slot is None:
-            return None, _sum(terms), None, None, None, None, *grads
-        tokens_grad = _sum_copies(terms, row.view_as(weights))
-        return None, tokens_grad, None, None, None, weight_grad[row].view_as(weights), *grads
+        return None, _sum_copies(terms, row), None, None, None, weight_grad[row], *grads
 
 
 class _Result(torch.autograd.Function):
@@ -127,12 +126,12 @@ class _Result(torch.autograd.Function):
         wide: Tensor,
         down: LinearMap,
         offsets: Tensor,
-        row: Tensor | None,
-        weights: Tensor | None,
+        row: Tensor,
+        weights: Tensor,
     ) -> Tensor:
         gate, up = wide.chunk(2, dim=-1)
         terms, _ = down.dense(wide.dtype).of_groups(F.silu(gate).mul_(up), offsets)
-        return _sum(terms) if row is None or weights is None else _sum_copies(terms, row.view_as(weights), weights)
+        return _sum_copies(terms, row, weights)
 
     @staticmethod
     @once_differentiable
@@ -147,28 +146,30 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
 
 def _sum_copies(terms: Sequence[Tensor], row: Tensor, weights: Tensor | None = None) -> Tensor:
     """Rows `row` [T, K] of what `terms` [P, C] add up to, times their `weights` if given, summed: [T, C]."""
-    # a bag is a token: an embedding's kernel happens to be the fused weighted gather
-    bags = (F.embedding_bag(row, term, mode="sum", per_sample_weights=weights) for term in terms)
+    bags = (sum_bags(term, row, weights) for term in terms)
     total = next(bags)
     for bag in bags:
         total += bag
     return total
 
 
-def _through_activation(inner_grad: Tensor, wide: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `wide` [N, 2 I] and of `weight` [N, 1], and what went into the second product [N, I].
+def _weight_of_rows(slot: Tensor, row: Tensor, weights: Tensor) -> Tensor:
+    """The weight of each sorted row, 0 for filling: [P, 1]."""
+    return weights.new_zeros(slot.shape[0], 1).scatter_(0, row.view(-1, 1), weights.reshape(-1, 1))
 
-    `inner_grad` [N, I] is the gradient of the last before `weight`, by which each row's result is multiplied if given;
-    it is overwritten.
+
+def _through_activation(inner_grad: Tensor, wide: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `wide` [P, 2 I] and of `weight` [P, 1], and what went into the second product [P, I].
+
+    `inner_grad` [P, I] is the gradient of the last before `weight`, by which each row's result is multiplied; it is
+    overwritten.
     """
     gate, up = wide.chunk(2, dim=-1)
-    active = F.silu(gate)  # [N, I]
+    active = F.silu(gate)  # [P, I]
     inner = active * up
     # <grad, down inner> = <down^T grad, inner>: the weight's gradient needs no result of the expert
-    weight_grad = inner.new_empty(0)
-    if weight is not None:
-        weight_grad = torch.linalg.vecdot(inner_grad, inner)
-        inner_grad = inner_grad.mul_(weight)
+    weight_grad = torch.linalg.vecdot(inner_grad, inner)
+    inner_grad = inner_grad.mul_(weight)
     if torch.compiler.is_compiling():  # fuses what is written, and takes no `out` with gaps
         wide_grad = torch.cat([torch.ops.aten.silu_backward(inner_grad * up, gate), inner_grad * active], dim=-1)
         return wide_grad, inner, weight_grad
@@ -183,7 +184,7 @@ def _through_activation(inner_grad: Tensor, wide: Tensor, weight: Tensor | None)
 
 
 class _CPUExperts(torch.autograd.Function):
-    """As `_GatedExperts` with copies."""
+    """As `_GatedExperts` and `_Result`."""
 
     @staticmethod
     def forward(
@@ -234,7 +235,7 @@ def _cpu_routed_experts(
         gate_up(tokens.index_select(0, token[block]), start=block.start, out=wide[block])
         gate, up = wide[block].chunk(2, dim=-1)
         down(F.silu(gate).mul_(up), start=block.start, out=rows[block])
-    return F.embedding_bag(row.view_as(weights), rows, mode="sum", per_sample_weights=weights), wide
+    return sum_bags(rows, row, weights), wide
 
 
 @torch.library.custom_op("omniloom::cpu_routed_experts_backward", mutates_args=())
@@ -257,7 +258,7 @@ def _cpu_routed_experts_backward(
     copies_grad, weights_grad = tokens.new_empty(slot.shape[0], tokens.shape[1]), weights.new_zeros(slot.shape[0])
     grads = _like_wanted(torch.zeros_like, tokens, parts, wanted)  # zeros: an expert may have no rows
     token = slot // weights.shape[1]
-    weight = weights.new_zeros(slot.shape[0], 1).scatter_(0, row[:, None], weights.view(-1, 1))  # 0 for filling
+    weight = _weight_of_rows(slot, row, weights)
     of_maps = (wanted[:NUM_PARTS], wanted[NUM_PARTS:])
     for group, block in _groups(offsets):
         rows, out_grad = tokens.index_select(0, token[block]), grad.index_select(0, token[block])  # [n, C]
@@ -271,8 +272,7 @@ def _cpu_routed_experts_backward(
         for whole, part in zip(grads, of_group, strict=True):
             if part is not None:
                 whole[group] = part
-    tokens_grad = F.embedding_bag(row.view_as(weights), copies_grad, mode="sum")
-    return [tokens_grad, weights_grad[row].view_as(weights), *grads]
+    return [sum_bags(copies_grad, row), weights_grad[row], *grads]
 
 
 def _plain(dropouts: Dropouts) -> tuple[list[float], list[int], Tensor | None]:

@@ -111,62 +111,52 @@ def sort_by_group(group: Tensor, num_groups: int, multiple: int = 1) -> tuple[Te
     return slot, torch.empty_like(order).scatter_(0, order, places), counts
 
 
-def gather_copies(rows: Tensor, slot: Tensor, row: Tensor, num_copies: int) -> Tensor:
-    """Row slot[i] // num_copies of `rows` [T, C] for each i: every row is taken `num_copies` times.
+def gather_copies(rows: Tensor, slot: Tensor, row: Tensor) -> Tensor:
+    """Row slot[i] // K of `rows` [T, C] for each i: every row is taken K times.
 
-    `slot` and `row` are those of `sort_by_group` over [T x num_copies] entries. Same as an index_select, but its
-    backward sums copies in a fixed order instead of by atomic additions, and never reads filling.
-    Returns: [P, C].
+    `slot` int64 [T x K] and `row` int64 [T, K] are those of `sort_by_group` over [T x K] entries, without filling. Same
+    as an index_select, but its backward sums copies in a fixed order instead of by atomic additions.
+    Returns: [T x K, C].
     """
-    return _GatherCopies.apply(rows, slot, row, num_copies)
+    return _GatherCopies.apply(rows, slot, row)
+
+
+def sum_copies(rows: Tensor, slot: Tensor, row: Tensor) -> Tensor:
+    """What became of the copies that `gather_copies` made, taken from where they are and summed: [T x K, C] -> [T, C].
+
+    Saves nothing, so that a recomputing backward need not come this far.
+    """
+    return _SumCopies.apply(rows, slot, row)
 
 
 class _GatherCopies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, slot: Tensor, row: Tensor, num_copies: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, slot: Tensor, row: Tensor) -> Tensor:
         ctx.save_for_backward(row)
-        ctx.num_copies = num_copies
-        return rows.index_select(0, slot // num_copies)
+        return rows.index_select(0, slot // row.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (row,) = ctx.saved_tensors
-        if ctx.num_copies == 1:
-            return grad.index_select(0, row), None, None, None
-        return F.embedding_bag(row.unflatten(0, (-1, ctx.num_copies)), grad, mode="sum"), None, None, None
+        return sum_bags(grad, row), None, None
 
 
-def combine_copies(rows: Tensor, weights: Tensor, slot: Tensor, row: Tensor) -> Tensor:
-    """Weighted sum of what became of the copies that `gather_copies` made, taken from where they are.
-
-    rows [P, C], weights [T, K] of the same dtype -> [T, C]. Filling is not read and gets gradients of zero.
-    """
-    return _CombineCopies.apply(rows, weights, slot, row)
-
-
-def combine_copies_reference(rows: Tensor, weights: Tensor, row: Tensor) -> Tensor:
-    """What `combine_copies` computes, with all copies of a token side by side."""
-    return (rows[row].unflatten(0, weights.shape) * weights[:, :, None]).sum(dim=1)
-
-
-class _CombineCopies(torch.autograd.Function):
+class _SumCopies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, slot: Tensor, row: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, slot, row)
-        # a bag is a token: an embedding's kernel happens to be the fused weighted gather
-        return F.embedding_bag(row.view_as(weights), rows, mode="sum", per_sample_weights=weights)
+    def forward(ctx: Any, rows: Tensor, slot: Tensor, row: Tensor) -> Tensor:
+        ctx.slot, ctx.num_copies = slot, row.shape[1]
+        return sum_bags(rows, row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weights, slot, row = ctx.saved_tensors
-        copies = grad.index_select(0, slot // weights.shape[1])  # [P, C]
-        weights_grad = (copies * rows).sum(dim=-1)[row].view_as(weights)
-        weight_of_row = weights.new_zeros(rows.shape[0], 1).scatter_(0, row[:, None], weights.view(-1, 1))
-        return copies.mul_(weight_of_row), weights_grad, None, None
+        return grad.index_select(0, ctx.slot // ctx.num_copies), None, None
 
 
-def permute_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """rows[index] where `index` is a permutation and `inverse` its inverse; backward is a gather, not a scatter."""
-    return _GatherCopies.apply(rows, index, inverse, 1)
+def sum_bags(rows: Tensor, row: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Rows `row` [T, K] of `rows` [P, C], times `weights` [T, K] if given, summed: [T, C]. Outside of autograd."""
+    if row.shape[1] == 1 and weights is None:
+        return rows.index_select(0, row[:, 0])
+    # a bag is a token: an embedding's kernel happens to be the fused weighted gather
+    return F.embedding_bag(row, rows, mode="sum", per_sample_weights=weights)

@@ -184,13 +184,13 @@ class _AllToAllRows(torch.autograd.Function):  # the way back is cheaper here th
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: Tensor, num_rows: int, returns: bool, group_name: str) -> Tensor:
         ctx.num_rows, ctx.returns, ctx.group_name = rows.shape[0], returns, group_name
-        ctx.save_for_backward(sizes)
+        ctx.sizes = sizes  # not saved: a recomputing backward need not come as far as the way back
         return torch.ops.omniloom.all_to_all_rows(rows, sizes, num_rows, returns, group_name)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (sizes,) = ctx.saved_tensors
-        passed = torch.ops.omniloom.all_to_all_rows(gradient, sizes, ctx.num_rows, not ctx.returns, ctx.group_name)
+        settings = ctx.num_rows, not ctx.returns, ctx.group_name
+        passed = torch.ops.omniloom.all_to_all_rows(gradient, ctx.sizes, *settings)
         return passed, None, None, None, None
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from omniloom.ops.grouped_gemm import combine_copies, gather_copies, permute_rows, sort_by_group
+from omniloom.ops.gated_experts import Copies
+from omniloom.ops.grouped_gemm import gather_copies, group_multiple, sort_by_group, sum_copies
 from omniloom.ops.linear_map import LinearMap
 from omniloom.parallel.collectives import all_to_all_rows, exchange_sizes, sum_over_group
 
@@ -22,9 +23,10 @@ from omniloom.parallel.collectives import all_to_all_rows, exchange_sizes, sum_o
 class ExpertDispatch(nn.Module):
     """Sends each row to the ranks of its experts and brings the results home.
 
-    Rank r of `group` holds experts `[r * E / n, (r + 1) * E / n)`. Rows leave sorted by expert, so what arrives from
-    each rank is sorted too and one permutation by expert joins them. One all-to-all of counts, one copy of them to the
-    host, and two all-to-alls of rows per direction, all over `group`.
+    Rank r of `group` holds experts `[r * E / n, (r + 1) * E / n)`. Rows leave sorted by expert, with their weights, and
+    come back weighed: what is left is a sum, for whose backward nothing is kept, so that a recomputing backward ends at
+    the experts. One all-to-all of counts, one copy of them to the host, and per direction two all-to-alls of rows and
+    one of weights, all over `group`.
     """
 
     def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
@@ -36,17 +38,19 @@ class ExpertDispatch(nn.Module):
         self, hidden: Tensor, expert_index: Tensor, expert_weights: Tensor, experts: Callable[..., Tensor]
     ) -> Tensor:
         """hidden [T, C] local, expert_index and expert_weights [T, K] -> weighted sums [T, C]."""
-        num_copies = expert_index.shape[1]
-        order, inverse, counts = sort_by_group(expert_index.flatten(), self.num_experts)
+        slot, row, counts = sort_by_group(expert_index.flatten(), self.num_experts)
         here, sizes, num_rows = exchange_sizes(counts.view(self.group.size(), -1), self.group)
-        rows = all_to_all_rows(gather_copies(hidden, order, inverse, num_copies), sizes, num_rows, self.group)
+        rows = gather_copies(hidden, slot, row.view_as(expert_index))
+        weights = gather_copies(expert_weights.view(-1, 1), slot, row[:, None])
+        rows, weights = (all_to_all_rows(each, sizes, num_rows, self.group) for each in (rows, weights))
         local_expert = torch.arange(here.shape[1], device=hidden.device).repeat(here.shape[0])
         local_expert = local_expert.repeat_interleave(here.flatten(), output_size=num_rows)
-        gathered, scattered, local_counts = sort_by_group(local_expert, here.shape[1])
-        computed = experts(permute_rows(rows, gathered, scattered), local_counts.cumsum(0).to(torch.int32))
-        computed = permute_rows(computed, scattered, gathered)
-        rows = all_to_all_rows(computed, sizes, order.shape[0], self.group, returns=True)
-        return combine_copies(rows, expert_weights, order, inverse)
+        multiple = group_multiple(hidden.device.type, hidden.dtype)
+        local_slot, local_row, local_counts = sort_by_group(local_expert, here.shape[1], multiple)
+        copies = Copies(local_slot, local_row[:, None], weights)
+        computed = experts(rows, local_counts.cumsum(0).to(torch.int32), copies)
+        computed = all_to_all_rows(computed, sizes, slot.shape[0], self.group, returns=True)
+        return sum_copies(computed, slot, row.view_as(expert_index))
 
 
 class LocalWeights(nn.Module):
@@ -56,9 +60,9 @@ class LocalWeights(nn.Module):
         super().__init__()
         self.product = product
 
-    def forward(self, rows: Tensor, gate_up: LinearMap, down: LinearMap, *others: Any) -> Tensor:
-        """rows [N, C] of local experts; maps of all experts, or of local ones; offsets int32 [E / n]."""
-        return self.product(rows, _local(gate_up), _local(down), *others)
+    def forward(self, tokens: Tensor, gate_up: LinearMap, down: LinearMap, *others: Any) -> Tensor:
+        """tokens [N, C] of local experts; maps of all experts, or of local ones; offsets int32 [E / n], copies."""
+        return self.product(tokens, _local(gate_up), _local(down), *others)
 
 
 def _local(linear: LinearMap) -> LinearMap:

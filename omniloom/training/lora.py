@@ -104,12 +104,10 @@ class LoraExperts(nn.Module):
             self.register_parameter(f"{name}_lora_a", nn.Parameter(weight.new_empty(a_shape, dtype=dtype)))
             self.register_parameter(f"{name}_lora_b", nn.Parameter(weight.new_empty(b_shape, dtype=dtype)))
 
-    def forward(
-        self, rows: Tensor, offsets: Tensor, copies: Copies | None = None, draw_key: Tensor | None = None
-    ) -> Tensor:
-        """As the experts' own: sorted rows [N, C] -> [N, C], or with `copies` tokens [T, C] -> their sums [T, C]."""
+    def forward(self, tokens: Tensor, offsets: Tensor, copies: Copies, draw_key: Tensor | None = None) -> Tensor:
+        """As the experts' own: tokens [T, C] -> the weighted sums of their copies [T, C]."""
         maps = (self._as_map(name, draw_key) for name in ("gate_up", "down"))
-        out: Tensor = self.product(rows, *maps, offsets, copies)
+        out: Tensor = self.product(tokens, *maps, offsets, copies)
         return out
 
     def _as_map(self, name: str, draw_key: Tensor | None) -> LinearMap:

@@ -118,7 +118,7 @@ def test_experts_without_tokens_and_no_tokens_at_all(device: torch.device, num_t
     )
     chosen = torch.randint(num_used, (num_tokens * num_copies,), generator=generator).to(device)
     slot, row, counts = sort_by_group(chosen, num_experts)
-    offsets, copies = counts.cumsum(0).to(torch.int32), Copies(slot, row, weights)
+    offsets, copies = counts.cumsum(0).to(torch.int32), Copies(slot, row.view_as(weights), weights)
     found = gated_experts(tokens, LinearMap(gate_up), LinearMap(down), offsets, copies)
     leaves = (tokens, gate_up, down, weights)
     wanted = routed_experts_reference(tokens, gate_up, down, offsets, copies)

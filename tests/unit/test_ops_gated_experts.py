@@ -10,12 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from omniloom.ops.gated_experts import (
     Copies,
-    _GatedExperts,
-    _Result,
     gated_experts,
+    grouped_experts,
     routed_experts_reference,
 )
-from omniloom.ops.grouped_gemm import combine_copies, gather_copies, sort_by_group
+from omniloom.ops.grouped_gemm import sort_by_group
 from omniloom.ops.linear_map import LinearMap
 
 NUM_EXPERTS, HIDDEN, INNER = 5, 7, 3
@@ -31,11 +30,15 @@ def make(
     chosen = torch.randint(NUM_EXPERTS - 1, (num_tokens * num_copies,), generator=generator)
     slot, row, counts = sort_by_group(chosen, NUM_EXPERTS, multiple)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    return leaves, counts.cumsum(0).to(torch.int32), Copies(slot, row, leaves[3])
+    return leaves, counts.cumsum(0).to(torch.int32), Copies(slot, row.view(num_tokens, num_copies), leaves[3])
 
 
 def routed(tokens: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, *others: object) -> torch.Tensor:
     return gated_experts(tokens, LinearMap(gate_up), LinearMap(down), *others)
+
+
+def grouped(tokens: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, *others: object) -> torch.Tensor:
+    return grouped_experts(tokens, LinearMap(gate_up), LinearMap(down), *others)
 
 
 @settings(max_examples=30, deadline=None)
@@ -59,17 +62,11 @@ def test_all_groups_in_one_call_give_the_same(frozen):
     wanted_grads = torch.autograd.grad(wanted, leaves, upstream)
     if frozen is not None:
         leaves[frozen].requires_grad_(False)
-    rows = gather_copies(leaves[0], copies.slot, copies.row, 2)
-    apart = combine_copies(routed(rows, *leaves[1:3], offsets), copies.weights, copies.slot, copies.row)
-    gate_up, down = (LinearMap(weight) for weight in leaves[1:3])
-    kept = _GatedExperts.apply((None, None), leaves[0], offsets, *copies, *gate_up.parts, *down.parts)
-    for got in (_Result.apply(*kept, down, offsets, copies.row, copies.weights), apart):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-        for leaf in leaves:
-            leaf.grad = None
-        got.backward(upstream)
-        for number, (leaf, grad) in enumerate(zip(leaves, wanted_grads, strict=True)):
-            assert leaf.grad is None if number == frozen else torch.allclose(leaf.grad, grad, rtol=1e-4, atol=1e-5)
+    got = grouped(*leaves[:3], offsets, copies)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    got.backward(upstream)
+    for number, (leaf, grad) in enumerate(zip(leaves, wanted_grads, strict=True)):
+        assert leaf.grad is None if number == frozen else torch.allclose(leaf.grad, grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2, 3])
@@ -96,8 +93,7 @@ def test_a_recomputing_backward_stops_before_the_last_product(monkeypatch):
     calls = []
     forward = LinearMap.of_groups
     monkeypatch.setattr(LinearMap, "of_groups", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
-    rows = gather_copies(leaves[0], copies.slot, copies.row, 2)
-    out = checkpoint(routed, rows, *leaves[1:3], offsets, use_reentrant=False)
+    out = checkpoint(grouped, *leaves[:3], offsets, copies, use_reentrant=False)
     assert len(calls) == 2
     out.sum().backward()
     assert len(calls) == 3

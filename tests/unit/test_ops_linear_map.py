@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omniloom.ops import gated_mlp as gated_mlp_module
-from omniloom.ops.gated_experts import Copies, _GatedExperts, _Result, gated_experts
+from omniloom.ops.gated_experts import Copies, gated_experts, grouped_experts
 from omniloom.ops.gated_mlp import gated_mlp
 from omniloom.ops.grouped_gemm import sort_by_group
 from omniloom.ops.linear_map import Dropout, LinearMap, dropped, layer_key, linears
@@ -89,7 +89,7 @@ def test_experts_take_adapted_maps(has: tuple[str, str], rate: float, by_group: 
     )
     tokens, weights = (torch.randn(shape).requires_grad_() for shape in ((5, 4), (5, 2)))
     slot, row, counts = sort_by_group(torch.tensor([0, 1, 0, 1, 1, 1, 0, 1, 0, 1]), 3)  # none for the last
-    offsets, copies = counts.cumsum(0).to(torch.int32), Copies(slot, row, weights)
+    offsets, copies = counts.cumsum(0).to(torch.int32), Copies(slot, row.view_as(weights), weights)
     if not by_group and rate:
         pytest.skip("other rows are dropped where all groups are drawn for at once")
     parts = []
@@ -98,10 +98,7 @@ def test_experts_take_adapted_maps(has: tuple[str, str], rate: float, by_group: 
         gate, up = written_out(tokens[slot[low:high] // 2], own_gate_up, low).chunk(2, dim=-1)
         parts.append(written_out(F.silu(gate) * up, own_down, low))
     wanted = (torch.cat(parts)[row].unflatten(0, (5, 2)) * weights[:, :, None]).sum(dim=1)
-    got = gated_experts(tokens, gate_up, down, offsets, copies)
-    if not by_group:
-        kept = _GatedExperts.apply((None, None), tokens, offsets, *copies, *gate_up.parts, *down.parts)
-        got = _Result.apply(*kept, down, offsets, row, weights)
+    got = (gated_experts if by_group else grouped_experts)(tokens, gate_up, down, offsets, copies)
     check(got, wanted, [tokens, weights, *trained(gate_up, down)], tolerance=1e-4)
 
 

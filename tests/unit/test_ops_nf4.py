@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from omniloom.ops.gated_experts import Copies, gated_experts
+from omniloom.ops.gated_experts import Copies, gated_experts, grouped_experts
 from omniloom.ops.gated_mlp import gated_mlp
 from omniloom.ops.grouped_gemm import sort_by_group
 from omniloom.ops.linear_map import LinearMap, linears
@@ -102,13 +103,12 @@ def test_operations_compute_with_the_numbers_that_codes_stand_for() -> None:
     assert all(torch.equal(*pair) for pair in of_mlp)
 
 
-@pytest.mark.parametrize("with_copies", [True, False])
-def test_experts_compute_with_the_numbers_that_codes_stand_for(with_copies: bool) -> None:
+@pytest.mark.parametrize("compute", [gated_experts, grouped_experts])
+def test_experts_compute_with_the_numbers_that_codes_stand_for(compute: Callable[..., Tensor]) -> None:
     experts = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]])
     slot, row, counts = sort_by_group(experts.flatten(), 3)
-    copies = Copies(slot, row, made_up(4, 2)) if with_copies else None
-    rows = made_up(4 if with_copies else 8, BLOCK)
+    copies, rows = Copies(slot, row.view_as(experts), made_up(4, 2)), made_up(4, BLOCK)
     maps = [adapted(made_up(3, 2 * BLOCK, BLOCK)), adapted(made_up(3, BLOCK, BLOCK))]
     offsets = counts.cumsum(0).to(torch.int32)
-    pairs = packed_and_dense(lambda x, *own: gated_experts(x, *own, offsets, copies), maps, rows)
+    pairs = packed_and_dense(lambda x, *own: compute(x, *own, offsets, copies), maps, rows)
     assert all(torch.equal(*pair) for pair in pairs)

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.layers import LayerCall
-from omniloom.ops.gated_experts import gated_experts
+from omniloom.ops.gated_experts import Copies, grouped_experts
 from omniloom.ops.linear_map import LinearMap
 from omniloom.parallel import collectives  # noqa: F401  defines two of the operations
 from omniloom.parallel.device import HostCopies
@@ -215,8 +215,9 @@ def test_adapted_experts_leave_what_selective_recompute_saved_as_it_is() -> None
     down, root = LinearMap(torch.randn(2, 4, 4), low=torch.randn(2, 3, 4), up=torch.randn(2, 4, 3)), torch.nn.Module()
     recompute_layers(root, "selective", routes=True)
     rows, offsets = torch.randn(6, 4).requires_grad_(), torch.tensor([2, 6], dtype=torch.int32)
+    copies = Copies(torch.arange(6), torch.arange(6)[:, None], torch.ones(6, 1))
     experts = torch.nn.Module()
-    experts.forward = lambda rows: gated_experts(rows, gate_up, down, offsets)
+    experts.forward = lambda rows: grouped_experts(rows, gate_up, down, offsets, copies)
     for run in (experts, lambda rows: root.call(0, experts, rows)):
         rows.grad = gate_up.up.grad = None
         run(rows).square().sum().backward()
