@@ -58,6 +58,7 @@ class Row:
     model: str
     layers: Mapping[str, int | None] = field(default_factory=dict)
     policy: Mapping[str, Any] = field(default_factory=dict)
+    parallel: Mapping[str, Any] = field(default_factory=dict)
     recompute: str = "none"
 
 
@@ -65,6 +66,13 @@ ROWS = (
     Row(name="Qwen3-VL-4B full, no recompute", model="Qwen3-VL-4B"),
     Row(name="Qwen3-Omni-30B-A3B LoRA, full recompute", model="Qwen3-Omni-30B-A3B", policy=LORA, recompute="full"),
     Row(name="Qwen3-Omni-30B-A3B LoRA, no recompute", model="Qwen3-Omni-30B-A3B", policy=LORA),
+    Row(
+        name="Qwen3-Omni-30B-A3B LoRA, full recompute, experts divided by 8",
+        model="Qwen3-Omni-30B-A3B",
+        policy=LORA,
+        parallel={"expert": 8},
+        recompute="full",
+    ),
     Row(
         name="Qwen3-Omni-30B-A3B, 12 layers full, towers frozen",
         model="Qwen3-Omni-30B-A3B",
@@ -187,7 +195,7 @@ class Meter:
             kind, flops = "product", 2.0 * out.numel() * args[1][0].numel()
         elif name == "convolution_backward":
             kind, flops = "product", 4.0 * args[0].numel() * args[2][0].numel()
-        elif name == "_grouped_mm":
+        elif name in ("_grouped_mm", "grouped_mm"):
             left, right = args[:2]
             kind, flops = "grouped", 2.0 * left.shape[0] * left.shape[1] * right.shape[-1]
         elif "flash_attention" in name:
@@ -281,6 +289,7 @@ def measure(row: Row, device: torch.device, *, small: bool) -> dict[str, Any]:
         layers=layers,
         world_size=RANKS,
         policy=row.policy,
+        parallel=row.parallel,
         memory={"recompute": row.recompute},
         pack_tokens=PACK_TOKENS,
     )

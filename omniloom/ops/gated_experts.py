@@ -89,7 +89,7 @@ class _GatedExperts(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         gate_up, _ = maps_of(parts, dropouts)
         rows = tokens.index_select(0, slot // weights.shape[1])
-        terms, narrow = gate_up.dense(rows.dtype).of_groups(rows, offsets)
+        terms, narrow = gate_up.dense(rows.dtype).of_groups(rows, offsets, named=True)
         wide = _sum(terms)  # [N, 2 I]
         ctx.save_for_backward(tokens, offsets, slot, row, weights, wide, narrow, *parts)
         ctx.dropouts = dropouts
@@ -146,6 +146,8 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
 
 def _sum_copies(terms: Sequence[Tensor], row: Tensor, weights: Tensor | None = None) -> Tensor:
     """Rows `row` [T, K] of what `terms` [P, C] add up to, times their `weights` if given, summed: [T, C]."""
+    if row.shape[1] == 1:  # as many bags as rows: the sum first is fewer passes
+        terms = [_sum(terms)]
     bags = (sum_bags(term, row, weights) for term in terms)
     total = next(bags)
     for bag in bags:

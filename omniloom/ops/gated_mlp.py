@@ -29,8 +29,26 @@ def gated_mlp(
 
     x [N, C], gate and up to [N, I], down to [N, O] -> [N, O]. Source: Shazeer 2020 (arXiv 2002.05202).
     """
-    maps = (gate, up, down)
-    return _GatedMLP.apply(eps, tuple(each.dropout for each in maps), x, norm, *gate.parts, *up.parts, *down.parts)
+    # the gradient of a scale asks for what was scaled; and blocks on a CPU are in the cache here
+    if x.device.type != "cpu" and down.scale is None:
+        return gated_mlp_apart(x, gate, up, down, norm, eps)
+    (out,) = _GatedMLP.apply(*_inputs(True, x, gate, up, down, norm, eps))
+    return out
+
+
+def gated_mlp_apart(
+    x: Tensor, gate: LinearMap, up: LinearMap, down: LinearMap, norm: Tensor | None = None, eps: float = 0.0
+) -> Tensor:
+    """As `gated_mlp`, without a scale and of rows that are one block, the last product apart."""
+    place, gated, upped = _GatedMLP.apply(*_inputs(False, x, gate, up, down, norm, eps))
+    return _Result.apply(place, gated, upped, down)
+
+
+def _inputs(
+    whole: bool, x: Tensor, gate: LinearMap, up: LinearMap, down: LinearMap, norm: Tensor | None, eps: float
+) -> tuple[Any, ...]:
+    settings = eps, whole, (gate.dropout, up.dropout, down.dropout)
+    return settings, x, norm, *gate.parts, *up.parts, *down.parts
 
 
 def gated_mlp_reference(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -39,33 +57,43 @@ def gated_mlp_reference(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Te
 
 
 class _GatedMLP(torch.autograd.Function):
-    """`parts` are those of gate, up and down."""
+    """`parts` are those of gate, up and down.
+
+    Returns what `gated_mlp` does; or, not `whole`, a place for its gradient, without memory, and what went into the
+    activation: `_Result` is apart since a recomputing backward needs nothing of it, and stops between the two.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, eps: float, dropouts: Dropouts, x: Tensor, norm: Tensor | None, *parts: Tensor | None
-    ) -> Tensor:
+        ctx: Any, settings: tuple[float, bool, Dropouts], x: Tensor, norm: Tensor | None, *parts: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        eps, whole, dropouts = ctx.settings = settings
         gate, up, down = (each.dense(x.dtype) for each in maps_of(parts, dropouts))
-        out = x.new_empty(x.shape[0], down.weight.shape[0])
+        shape = x.shape[0], down.weight.shape[0]
+        out = x.new_empty(shape) if whole else x.new_zeros(()).expand(shape)
         kept: list[Tensor] = []  # block by block: what one large tensor would take, the allocator cannot reuse
         for block in _blocks(x, gate.weight):
             rows = x[block] if norm is None else normalise(x[block], norm, eps)[0]
             gated, upped = gate(rows, start=block.start), up(rows, start=block.start)  # [n, I]
-            down(F.silu(gated).mul_(upped), start=block.start, out=out[block])
+            if whole:
+                down(F.silu(gated).mul_(upped), start=block.start, out=out[block])
             kept += (gated, upped)
         ctx.save_for_backward(x, norm, None if down.scale is None else out, *parts, *kept)
-        ctx.settings = eps, dropouts
-        return out
+        if whole:
+            return (out,)
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)  # zeros as large as these otherwise
+        return out, *kept
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        eps, dropouts = ctx.settings
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        eps, _, dropouts = ctx.settings
         saved = ctx.saved_tensors  # asked for once: a recomputing backward has each for one use
         x, norm, out, *parts = saved[: 3 + 3 * NUM_PARTS]
         kept = saved[3 + len(parts) :]
         gate, up, down = (each.dense(x.dtype) for each in maps_of(parts, dropouts))
-        of_gate, of_up, of_down = (ctx.needs_input_grad[4 + n * NUM_PARTS :][:NUM_PARTS] for n in range(3))
+        of_gate, of_up, of_down = (ctx.needs_input_grad[3 + n * NUM_PARTS :][:NUM_PARTS] for n in range(3))
         x_grad = torch.empty_like(x)
         # blocks add up in at least float32, since in bfloat16 the sum over many would lose the small ones
         wide = torch.promote_types(x.dtype, torch.float32) if len(kept) > 2 else x.dtype
@@ -90,7 +118,20 @@ class _GatedMLP(torch.autograd.Function):
                     x_grad = rows_grad
             parts_grads = (norm_grad, *gate_grads, *up_grads, *down_grads)
             sums = [_add(total, part, wide) for total, part in zip(sums, parts_grads, strict=True)]
-        return None, None, x_grad, *(None if total is None else total.to(x.dtype) for total in sums)
+        return None, x_grad, *(None if total is None else total.to(x.dtype) for total in sums)
+
+
+class _Result(torch.autograd.Function):
+    """What the feed-forward returns. Its gradient goes where `place` came from."""
+
+    @staticmethod
+    def forward(ctx: Any, place: Tensor, gated: Tensor, upped: Tensor, down: LinearMap) -> Tensor:
+        return down.dense(gated.dtype)(F.silu(gated).mul_(upped))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None
 
 
 def _add(total: Tensor | None, part: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -18,13 +18,14 @@ from omniloom.ops import npu
 ROW_BYTES = 16  # grouped GEMM takes rows that begin at multiples of this
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, *, named: bool = False) -> Tensor:
     """Row r of group e times `weight[e].T`, for all groups in one call and without a device sync.
 
     Args:
         rows: [N, C], sorted by group.
         weight: [E, O, C].
         offsets: int32 [E], where each group ends in `rows`; empty groups repeat the bound before them.
+        named: as `omniloom::grouped_mm`, by whose name selective recompute takes over what backward will ask for.
 
     Returns: [N, O]. Rows past the last bound are uninitialised memory, in the gradient of `rows` too.
 
@@ -37,7 +38,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if npu.takes(rows):
         out = npu.grouped_linear(rows, weight, offsets)
     else:
-        out = _multiply_groups(rows, weight.transpose(-2, -1), offsets)
+        out = _multiply_groups(rows, weight.transpose(-2, -1), offsets, named)
     return out[:, :num_out] if missing_out else out
 
 
@@ -54,19 +55,19 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     return _multiply_groups(left.T, right, offsets)[:, :num_out, :num_in]
 
 
-def _multiply_groups(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+def _multiply_groups(left: Tensor, right: Tensor, offsets: Tensor, named: bool = False) -> Tensor:
     """PyTorch's grouped product, which it traces for a compiler in bfloat16 alone, and of known numbers of rows."""
-    if torch.compiler.is_compiling():
-        return _opaque_grouped_mm(left, right, offsets)
+    if named or torch.compiler.is_compiling():
+        return _named_grouped_mm(left, right, offsets)
     return F.grouped_mm(left, right, offs=offsets)
 
 
 @torch.library.custom_op("omniloom::grouped_mm", mutates_args=())
-def _opaque_grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+def _named_grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     return F.grouped_mm(left, right, offs=offsets).contiguous()
 
 
-@_opaque_grouped_mm.register_fake
+@_named_grouped_mm.register_fake
 def _(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     return left.new_empty(*(offsets.shape if right.ndim == 2 else ()), left.shape[0], right.shape[-1])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,16 +77,18 @@ class LinearMap(NamedTuple):
                 out.add_(self.bias)
         return out
 
-    def of_groups(self, rows: Tensor, offsets: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    def of_groups(self, rows: Tensor, offsets: Tensor, *, named: bool = False) -> tuple[list[Tensor], Tensor | None]:
         """What adds up to the result [N, O] of rows [N, C] of all groups, and what lies between low and up [N, R].
 
         Terms apart, since grouped GEMM adds to nothing: whoever sums up rows anyway spares a pass over all of them.
+        `named` as `grouped_linear` has it.
         """
-        terms = [grouped_linear(rows, self.weight, offsets)]
+        multiply = partial(grouped_linear, offsets=offsets, named=named)
+        terms = [multiply(rows, self.weight)]
         if self.low is None or self.up is None:
             return terms, None
-        narrow = grouped_linear(dropped(rows, self.dropout), self.low, offsets)
-        return [*terms, grouped_linear(narrow, self.up, offsets)], narrow
+        narrow = multiply(dropped(rows, self.dropout), self.low)
+        return [*terms, multiply(narrow, self.up)], narrow
 
     def row_gradient_of_groups(self, grad: Tensor, offsets: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """What adds up to the gradient of rows [N, C] from that of their result [N, O], and that of what lies between

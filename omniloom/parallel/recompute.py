@@ -32,7 +32,8 @@ OFFLOAD_MIN_BYTES = 2**20  # smaller tensors cost more to move than they free
 # Operations by their names, or parts of them. A router's choice, and what ranks told each other of it, is never made
 # anew: two choices that differ in the last bit would send rows to different experts, and asking again costs a wait.
 ROUTING = ("aten.topk.default", "omniloom.exchange_sizes.default", "omniloom.sum_over_group.default")
-COSTLY = ("attention", "grouped_mm", "routed_experts")  # what most of a layer's time goes to
+# What most of a layer's time goes to, as far as backward asks for it: not the experts' last product and its way home.
+COSTLY = ("attention", "omniloom.grouped_mm", "routed_experts", "all_to_all_rows")
 
 
 class RecomputingCall(nn.Module):
@@ -60,10 +61,11 @@ def _call_with_view(layer: nn.Module, hidden: Tensor, *others: object) -> Any:
 
 
 def _save_named(
-    names: Sequence[str], _context: object, operation: object, *_: object, **__: object
+    names: Sequence[str], _context: object, operation: object, *inputs: object, **_: object
 ) -> CheckpointPolicy:
     is_named = any(name in str(operation) for name in names)
-    return CheckpointPolicy.MUST_SAVE if is_named else CheckpointPolicy.PREFER_RECOMPUTE
+    goes_home = "all_to_all_rows" in str(operation) and bool(inputs[3])
+    return CheckpointPolicy.MUST_SAVE if is_named and not goes_home else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recompute_layers(root: nn.Module, how: Recompute, *, routes: bool) -> None:

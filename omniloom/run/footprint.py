@@ -284,8 +284,8 @@ class ModelSizes:
         if degrees.context > 1:
             kept += tokens / degrees.tensor * self._exchanged(layer, degrees)
         if degrees.expert > 1 and self.plan.routed_layers[layer]:
-            # rows as they arrive, and results as they come home, in place of the tokens that copies are taken from
-            copies = 2 * self.workshop.family.text.num_experts_per_tok - 1
+            # rows as they arrive, in place of the tokens that copies are taken from
+            copies = self.workshop.family.text.num_experts_per_tok - 1
             kept += tokens / degrees.tensor * copies * self.kept[layer].row
         return kept
 
@@ -312,7 +312,8 @@ class ModelSizes:
             element = self.workshop.compute_dtype.itemsize
             saved = text.num_attention_heads * (text.head_dim * element + 4)
             if routed:
-                saved += text.num_experts_per_tok * element * (2 * text.moe_intermediate_size + text.hidden_size)
+                arrived = text.hidden_size * (degrees.expert > 1)
+                saved += text.num_experts_per_tok * element * (2 * text.moe_intermediate_size + arrived)
         moved = self.kept[layer].row + (8.0 * text.num_experts_per_tok if routed else 0.0)
         return own_tokens * (saved + (0.0 if memory.offload_activations else moved))
 

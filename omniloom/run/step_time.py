@@ -116,8 +116,9 @@ class Clock:
             ahead, back = self._layer(layer, degrees, memory, again)
             forward, backward = forward + count * ahead, backward + count * back
             for axis, (num_bytes, seconds) in self._exchanges(layer, degrees).items():
-                sent[axis] = sent.get(axis, 0.0) + count * num_bytes * (2 + again)
-                exposed += count * seconds * (2 + again)
+                times = count * (2 + again * self._repeated(axis, memory))
+                sent[axis] = sent.get(axis, 0.0) + times * num_bytes
+                exposed += times * seconds
         gather, reduce, sent["fsdp"] = self._fsdp(degrees, stage)
         seconds = max(forward, gather) + max(backward, gather + reduce) + exposed + self._towers(degrees)[0]
         head = self._loss(degrees)[0]
@@ -142,11 +143,22 @@ class Clock:
         backward = linear * (2 if own else 1) + 2.5 * pairs / machine.attention_backward
         backward += machine.passes_backward[routed] * kept
         if again:
-            backward += forward - (costly if selective else 0.0)
+            spared = costly if selective else 0.0
+            if not (selective and routed):  # the last product of the feed-forward, which nothing asks for
+                spared += self._last_product(routed, experts, degrees)
+            backward += forward - spared
         if memory.offload_activations:
             moved = tokens / degrees.tensor * self.sizes.kept[layer].row if again else kept * machine.bandwidth
             forward, backward = (max(each, moved / machine.host) for each in (forward, backward))
         return forward, backward
+
+    def _last_product(self, routed: bool, experts: float, degrees: Degrees) -> float:
+        """Seconds of a feed-forward's last product on one rank; `experts` are the FLOPs of all three."""
+        if routed:
+            return experts / 3 / self.machine.grouped
+        text = self.sizes.workshop.family.text
+        flops = 2.0 * self.config.data.pack_tokens * text.hidden_size * text.intermediate_size / degrees.sharers
+        return flops / self.machine.peak / self.machine.product
 
     def _loss(self, degrees: Degrees) -> tuple[float, float]:
         """Seconds on a rank, and FLOPs of one direction of the whole."""
@@ -176,6 +188,13 @@ class Clock:
         return max(found)
 
     # ------------------------------------------------------------------------------------ sending
+
+    def _repeated(self, axis: str, memory: MemoryConfig) -> float:
+        """The share of a forward's exchanges that a recomputing backward makes again: rows on their way home are not
+        asked for, and selective recompute keeps those that arrived."""
+        if axis != "expert":
+            return 1.0
+        return 0.0 if self.sizes.recompute("text", memory) == "selective" else 0.5
 
     def _exchanges(self, layer: int, degrees: Degrees) -> dict[str, tuple[float, float]]:
         """Bytes that a rank sends for one direction of a layer, and seconds, by axis."""

@@ -42,6 +42,12 @@ FAST: Mapping[str, Case] = MappingProxyType(
             num_packs=4,
         ),
         "selective": Case(model="Qwen3-VL-4B", memory={"recompute": "selective", "loss_chunk_tokens": 1024}),
+        **{
+            f"selective_experts_{count}": Case(
+                model=OMNI, world_size=8, parallel={"expert": count}, memory={"recompute": "selective"}
+            )
+            for count in (1, 8)
+        },
         "offloaded": Case(model="Qwen3-VL-4B", world_size=8, memory=OFFLOADED, train={"optimizer_states": "8bit"}),
     }
 )

@@ -144,6 +144,7 @@ def make_cases() -> dict[str, tuple[Case, ParallelConfig, MemoryConfig]]:
     three_heads = Case(dims=replace(ODD, heads=3), seed=6, shares_decoding=True)
     cases["three_heads_ring4"] = (three_heads, ParallelConfig(context=ContextConfig(ring=4)), plain)
     cases["recompute_ring4"] = (Case(), ParallelConfig(**LAYOUTS["ring4"]), MemoryConfig(recompute="selective"))
+    cases["selective_expert4"] = (Case(), ParallelConfig(expert=4), MemoryConfig(recompute="selective"))
     cases["cpu_offload"] = (Case(), ParallelConfig(cpu_offload=True), plain)
     hybrid = Case(dims=HYBRID, seed=7)
     for name, axes in LAYOUTS.items():
@@ -179,6 +180,7 @@ SAMPLED = {
         "ulysses2_ring2",
         "ring2_tensor2_expert4",
         "recompute_ring4",
+        "selective_expert4",
         "from_values",
         "no_reshard",
         "reshard_to_pairs",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from omniloom.ops import gated_mlp as module
-from omniloom.ops.gated_mlp import gated_mlp, gated_mlp_reference
+from omniloom.ops.gated_mlp import gated_mlp, gated_mlp_apart, gated_mlp_reference
 from omniloom.ops.linear_map import LinearMap
 from omniloom.ops.norm import rms_norm
 
@@ -31,6 +32,35 @@ def test_results_and_gradients_equal_the_steps_one_after_another(num_rows, monke
     grads = [torch.autograd.grad(out, tensors, upstream) for out in (got, wanted)]
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def apart(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, *norm: object) -> torch.Tensor:
+    """What accelerators do."""
+    return gated_mlp_apart(x, LinearMap(gate), LinearMap(up), LinearMap(down), *norm)
+
+
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2, 3, 4])
+@pytest.mark.parametrize("num_rows", [0, 1, 11])
+def test_the_last_product_apart_gives_the_same(num_rows, frozen):
+    tensors = [*make(num_rows), torch.linspace(0.5, 1.5, 5, dtype=torch.float64).requires_grad_()]
+    if frozen is not None:
+        tensors[frozen].requires_grad_(False)
+    got, wanted = (compute(*tensors, 1e-6) for compute in (apart, gated))
+    torch.testing.assert_close(got, wanted)
+    leaves, upstream = [tensor for tensor in tensors if tensor.requires_grad], torch.randn(got.shape, dtype=got.dtype)
+    grads = [torch.autograd.grad(out, leaves, upstream) for out in (got, wanted)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_recomputing_backward_stops_before_the_last_product(monkeypatch):
+    """A third of the arithmetic, which nothing in backward asks for."""
+    calls, tensors, forward = [], make(8), LinearMap.__call__
+    monkeypatch.setattr(LinearMap, "__call__", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    out = checkpoint(apart, *tensors, use_reentrant=False)
+    assert len(calls) == 3
+    out.sum().backward()
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2, 3])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omniloom.ops import gated_mlp as gated_mlp_module
 from omniloom.ops.gated_experts import Copies, gated_experts, grouped_experts
-from omniloom.ops.gated_mlp import gated_mlp
+from omniloom.ops.gated_mlp import gated_mlp, gated_mlp_apart
 from omniloom.ops.grouped_gemm import sort_by_group
 from omniloom.ops.linear_map import Dropout, LinearMap, dropped, layer_key, linears
 
@@ -72,12 +72,15 @@ def test_a_gated_feed_forward_takes_adapted_maps(has: str, rate: float, monkeypa
     monkeypatch.setattr(gated_mlp_module, "BLOCK_ELEMENTS", 4 * 9)  # blocks of four rows, the last one short
     gate, up, down = (make_map(*shape, has=has, rate=rate) for shape in ((9, 5), (9, 5), (5, 9)))
     up, x = up._replace(weight=(0.5 * up.weight).detach().requires_grad_()), torch.randn(11, 5, dtype=torch.float64)
-    blocks = [(x[start : start + 4], start) for start in (0, 4, 8)]
-    wanted = [
-        written_out(F.silu(written_out(rows, gate, start)) * written_out(rows, up, start), down, start)
-        for rows, start in blocks
-    ]
-    check(gated_mlp(x, gate, up, down), torch.cat(wanted), trained(gate, up, down))
+
+    def wanted(rows: Tensor, start: int) -> Tensor:
+        inner = F.silu(written_out(rows, gate, start)) * written_out(rows, up, start)
+        return written_out(inner, down, start)
+
+    of_blocks = [wanted(x[start : start + 4], start) for start in (0, 4, 8)]
+    check(gated_mlp(x, gate, up, down), torch.cat(of_blocks), trained(gate, up, down))
+    if "scale" not in has:
+        check(gated_mlp_apart(x[:4], gate, up, down), wanted(x[:4], 0), trained(gate, up, down))
 
 
 @pytest.mark.parametrize("by_group", [True, False])

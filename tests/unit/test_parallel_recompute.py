@@ -91,8 +91,9 @@ def test_what_is_saved_of_routing_exists_as_an_operation() -> None:
     seen = [str(torch.ops.aten.topk.default)]
     seen += [str(getattr(torch.ops.omniloom, name).default) for name in ("exchange_sizes", "sum_over_group")]
     assert tuple(seen) == ROUTING
-    kernels = (torch.ops.omniloom.cpu_attention, torch.ops.omniloom.eager_attention, torch.ops.aten._grouped_mm)
-    for kernel in (*kernels, torch.ops.omniloom.cpu_routed_experts):
+    kernels = (torch.ops.omniloom.cpu_attention, torch.ops.omniloom.eager_attention, torch.ops.omniloom.grouped_mm)
+    own = (torch.ops.omniloom.cpu_routed_experts, torch.ops.omniloom.all_to_all_rows)
+    for kernel in (*kernels, *own):
         assert any(part in str(kernel.default) for part in COSTLY)
 
 
