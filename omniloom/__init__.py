@@ -49,14 +49,15 @@ def train(
 
 def score(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | Sequence[str | Path],
     overrides: Sequence[str] = (),
     *,
     adapter: str | Path | None = None,
     worst: int | None = None,
 ) -> tuple[list[dict[str, Any]], list[BadSample]]:
-    """The loss of every row of a file, as {"id", "num_loss_tokens", "loss"} in order, and the rows that have none.
+    """The loss of every row, as {"id", "num_loss_tokens", "loss"} in order, and the rows that have none.
 
+    `data`: a file, folder or pattern, or several, as `data.train` takes them; of several each loss has its "data_set".
     `adapter`: a PEFT adapter, to be put on the model. `worst`: only so many rows of the highest loss, that one first,
     with their words and media. Raises: ValueError.
     """

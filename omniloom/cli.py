@@ -107,17 +107,21 @@ def tiny(
 @app.command()
 def score(
     model: ModelName,
-    data: Annotated[str, typer.Argument(help="a file of rows")],
-    overrides: Overrides = None,
+    words: Annotated[
+        list[str],
+        typer.Argument(help="files, folders, 'patterns' of rows; dotted overrides", metavar="DATA... [A.B=C]..."),
+    ],
     adapter: AdapterDir = None,
     worst: Annotated[
         int | None, typer.Option(min=1, help="only so many rows of the highest loss, with their words and media")
     ] = None,
 ) -> None:
     """Print the loss of every sample as JSON lines: {"id", "num_loss_tokens", "loss"}; of speech too."""
+    from omniloom.config import is_override
     from omniloom.tools.score import score_file
 
-    score_file(model, data, overrides or [], adapter=adapter, worst=worst)
+    data, overrides = ([word for word in words if is_override(word) == which] for which in (False, True))
+    score_file(model, data, overrides, adapter=adapter, worst=worst)
 
 
 @app.command()

@@ -366,8 +366,13 @@ def load_config(source: str | Path | Mapping[str, Any] | None, overrides: Sequen
 
 def config_from_words(words: Sequence[str]) -> Config:
     """The config that command-line words describe: `[FILE] a.b=c ...`. Raises: ConfigError."""
-    is_file = bool(words) and (Path(words[0]).is_file() or not re.match(r"[\w.]*=", words[0]))
+    is_file = bool(words) and not is_override(words[0])
     return load_config(words[0] if is_file else None, words[1:] if is_file else words)
+
+
+def is_override(word: str) -> bool:
+    """Whether a word of a command sets a key; else it names a file."""
+    return re.match(r"[\w.]*=", word) is not None and not Path(word).exists()
 
 
 def override_config(config: Config, overrides: Sequence[str], *, verb: str, takes: Sequence[str]) -> Config:

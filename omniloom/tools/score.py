@@ -39,15 +39,15 @@ TAKES = (
 
 def score_file(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | Sequence[str | Path],
     overrides: Sequence[str] = (),
     *,
     adapter: str | Path | None = None,
     worst: int | None = None,
 ) -> None:
-    """Print {"id", "num_loss_tokens", "loss"} per row, in the order of the file; bad rows go to standard error.
+    """Print {"id", "num_loss_tokens", "loss"} per row, in order; bad rows go to standard error.
 
-    Rows with speech have "loss_code0", "loss_codes" and "num_code_frames" too.
+    `data` as of `score_rows`. Rows with speech have "loss_code0", "loss_codes" and "num_code_frames" too.
     With `worst` only so many rows of the highest loss, the highest first, with their places, words and media; where
     `model` is a run they are left in its directory, too, for its report.
     Raises: ValueError as `score_rows` does, and where no row could be scored.
@@ -61,35 +61,45 @@ def score_file(
     for one in bad:
         print(f"{one.file}:{one.line}: {one.field}: {one.reason}", file=sys.stderr)
     if not scores:
-        raise ValueError(f"none of the {len(bad)} rows of {data} could be scored")
+        raise ValueError(f"none of the {len(bad)} rows of {', '.join(_paths(data))} could be scored")
 
 
 def score_rows(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | Sequence[str | Path],
     overrides: Sequence[str] = (),
     *,
     adapter: str | Path | None = None,
     worst: int | None = None,
 ) -> tuple[list[dict[str, Any]], list[BadSample]]:
-    """The loss of every row of one file, in order, and the rows that have none. `adapter` is one of PEFT, put on top.
+    """The loss of every row, in order, and the rows that have none. `adapter` is one of PEFT, put on top.
 
-    `worst` as of `score_file`. Raises: ValueError for a checkpoint, adapter or file that cannot be read, and for
-    overrides that scoring ignores.
+    `data` is a file, folder or pattern, or several; of several each loss has the name of its "data_set". `worst` as of
+    `score_file`. Raises: ValueError for a checkpoint, adapter or data that cannot be read, and for overrides that
+    scoring ignores.
     """
+    if not _paths(data):
+        raise ValueError("no data to score: name at least one file, folder or pattern of rows")
     with trained_model(model) as (path, usual):
         named = ModelConfig(path=path, adapter=None if adapter is None else str(adapter))
-        given = replace(usual, model=named, data=replace(usual.data, train=(str(data),)))
+        given = replace(usual, model=named, data=replace(usual.data, train=_paths(data)))
         config = override_config(given, overrides, verb="score", takes=TAKES)
         workshop = open_workshop(config, adapter_decides=True, speaks=True)
         workshop = replace(workshop, computes_bf16=computes_bf16(torch.device("cpu")))
         source = open_sources(config.data.train, config.data)
         scores, bad = _score(workshop, source)
+        if len(source.parts) > 1:
+            names = source.names
+            scores = {row: score | {"data_set": names[source.find(row)[0]]} for row, score in scores.items()}
         if worst is None:
             return [scores[row] for row in sorted(scores)], bad
         reader = open_rows(workshop, source, cache=False)()
         rows = sorted(scores, key=lambda row: (-scores[row]["loss"], row))[:worst]
         return [scores[row] | _details(reader, row) for row in rows], bad
+
+
+def _paths(data: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    return tuple(map(str, [data] if isinstance(data, str | Path) else data))
 
 
 def _details(reader: RowReader, row: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(path: Path, *rows: object) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
 
@@ -43,6 +44,11 @@ def test_an_override_that_scoring_does_not_use_is_refused_by_name(model: Path, o
     name = override.partition("=")[0]
     with pytest.raises(ConfigError, match=f"{name}: score does not use it; it takes model.modalities, .*data.audio.*"):
         score_rows(model, "rows.jsonl", [override])
+
+
+def test_no_data_is_said(model: Path) -> None:
+    with pytest.raises(ValueError, match="no data to score: name at least one file"):
+        score_rows(model, [])
 
 
 def test_a_wrong_name_is_told_from_one_of_no_use(model: Path) -> None:
@@ -94,3 +100,26 @@ def test_the_worst_rows_are_told_with_words_and_media_and_shown_in_the_report(
     assert "Rows of the highest loss" in page
     assert f"{file}:" in page
     assert 'src="data:image/' in page
+
+
+def test_several_data_sets_are_scored_as_each_alone_and_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = [write(tmp_path / folder / "rows.jsonl", {"id": 1, "query": folder, "response": "r"},
+                  {"id": 2, "query": f"{folder} {folder}", "response": "no"}) for folder in ("a", "lr=3")]  # fmt: skip
+    (shards := tmp_path / "shards").mkdir()
+    for number in (1, 2):
+        write(shards / f"part-{number}.jsonl", {"id": f"s{number}", "query": "q", "response": str(number)})
+    given = [str(sets[0]), str(shards), *WORDS, str(shards / "part-*.jsonl"), "lr=3/rows.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["omniloom", "score", str(model), *given])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    alone = [score for path in (sets[0], shards, shards / "part-*.jsonl", sets[1])
+             for score in score_rows(model, path, WORDS)[0]]  # fmt: skip
+    names = ["rows.jsonl"] * 2 + ["shards"] * 2 + ["part-*.jsonl"] * 2 + ["rows.jsonl.3"] * 2
+    assert [score.pop("data_set") for score in found] == names
+    assert [score["id"] for score in found] == ["1", "2", "s1", "s2", "s1", "s2", "1", "2"]
+    assert [score["loss"] for score in found] == pytest.approx([score["loss"] for score in alone], rel=1e-5)
