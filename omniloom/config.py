@@ -56,7 +56,7 @@ class ConfigError(ValueError):
 class LayerCounts:
     """Layers to keep from the front of the checkpoint."""
 
-    text: Annotated[Count | None, "decoder layers to keep from the front; null keeps all"] = None
+    text: Annotated[Count | None, "decoder layers to keep from the front; fewer to try a run out"] = None
     vision: Annotated[Count | None, "vision layers to keep from the front; null keeps all"] = None
     audio: Annotated[Count | None, "audio layers to keep from the front; null keeps all"] = None
 
@@ -65,7 +65,7 @@ class LayerCounts:
 class ModelConfig:
     path: Annotated[str, "directory of a published checkpoint, or a hub's id"] = ""
     adapter: Annotated[str | None, "a PEFT adapter of this model, from which LoRA goes on"] = None
-    modalities: Annotated[tuple[Modality, ...] | None, "what to build; null is all the model has"] = None
+    modalities: Annotated[tuple[Modality, ...] | None, "what to build; fewer where rows have fewer"] = None
     num_layers: LayerCounts = field(default_factory=LayerCounts)
     new_speakers: Annotated[dict[str, str], "voices to train beside the checkpoint's: name: the one it starts from"] = (
         field(default_factory=dict)
@@ -83,7 +83,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
-    limit_seconds: Annotated[Positive, "a longer file is refused before it is decoded"] = 7200.0
+    limit_seconds: Annotated[Positive, "a longer file is refused undecoded; raise it where you have such"] = 7200.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,18 +105,16 @@ class DataConfig(ProcessorOptions):
     """Which rows there are, and what becomes of them."""
 
     train: Annotated[tuple[str | DataSource, ...], "data sets: paths, or records of a path with options"] = ()
-    eval: Annotated[tuple[str | DataSource, ...], "data sets to evaluate on, as train"] = ()
+    eval: Annotated[tuple[str | DataSource, ...], "as train, to evaluate on; shows what is learnt by heart"] = ()
     split: Annotated[Share, "share of the training rows held out for evaluation where `eval` is empty"] = 0.0
-    format: Annotated[Format, "of the rows; auto detects it row by row"] = "auto"
+    format: Annotated[Format, "of the rows; auto detects it row by row, name it where preview is wrong"] = "auto"
     attr: FieldNames = field(default_factory=FieldNames)
-    max_samples: Annotated[Count | None, "per data set: the first N rows only"] = None
+    max_samples: Annotated[Count | None, "per data set: the first N rows only, to try a run out"] = None
     exclude: Annotated[str | None, "a file that names rows to leave out, as check --write-excludes writes it"] = None
     media_dir: Annotated[str | None, "where relative media paths start; null is the folder of each data file"] = None
-    allow_outside_media_dir: Annotated[bool, "read media that lie outside the media folder"] = False
-    allow_urls: Annotated[bool, "fetch media from http and https, and rows from any URL or hub"] = False
-    unplaced_media: Annotated[
-        Literal["error", "front"], "clips without a placeholder; front puts them before the first question"
-    ] = "error"
+    allow_outside_media_dir: Annotated[bool, "read media outside the media folder, where you trust the rows"] = False
+    allow_urls: Annotated[bool, "fetch media by http, rows from any URL or hub, where you trust them"] = False
+    unplaced_media: Annotated[Literal["error", "front"], "clips without a placeholder; front puts them first"] = "error"
     pack_tokens: Annotated[
         Count, "tokens of a pack; a sample is never cut. Less where memory is short, more where rows are longer"
     ] = 8192
@@ -130,15 +128,15 @@ class DataConfig(ProcessorOptions):
         Share, "share of bad rows in a window beyond which the run stops; raise it to go on without known ones"
     ] = 0.05
     workers: Annotated[CountOrZero, "loader processes per rank; more where the screen shows that steps wait"] = 2
-    prefetch_packs: Annotated[
-        Count, "packs loaded ahead, in host memory; more where rows take unequally long to load"
-    ] = 4
-    stream_shards: Annotated[Count, "readers of a stream that has several files; ranks share them"] = 8
-    shuffle: Annotated[bool, "draw rows in random order, by train.seed"] = True
-    cache: Annotated[str | None, "a folder for decoded media, read by later epochs and runs; null keeps none"] = None
+    prefetch_packs: Annotated[Count, "packs loaded ahead; more where rows take unequally long to load"] = 4
+    stream_shards: Annotated[Count, "readers of a stream of several files; as many as ranks at least"] = 8
+    shuffle: Annotated[bool, "draw rows in random order, by train.seed; false where theirs is meant"] = True
+    cache: Annotated[str | None, "a folder for decoded media, where decoding them anew holds later epochs up"] = None
     cache_gigabytes: Annotated[Positive, "of data.cache at most; what was not used for longest goes first"] = 100.0
-    cache_dir: Annotated[str | None, "where measured sizes are kept; null is cache/ of the run"] = None
-    scratch: Annotated[str | None, "a folder of each node for indexes and unpacked files; null is in TMPDIR"] = None
+    cache_dir: Annotated[str | None, "where measured sizes are kept, for all runs; null is cache/ of the run"] = None
+    scratch: Annotated[
+        str | None, "of each node, for indexes and unpacked files; null is in TMPDIR, often too small"
+    ] = None
     audio: AudioConfig = field(default_factory=AudioConfig)
 
 
@@ -163,14 +161,16 @@ class TrainConfig:
     steps: Annotated[Count | None, "optimizer steps; one epoch where neither steps nor epochs is set"] = None
     epochs: Annotated[Positive | None, "passes over the rows, in place of steps"] = None
     packs_per_step: Annotated[
-        Count, "packs of an optimizer step, on all ranks together: with data.pack_tokens the global batch"
+        Count, "packs of a step, on all ranks together: with data.pack_tokens the global batch. A multiple of the ranks"
     ] = 8
     learning_rate: Annotated[Positive, "peak, after the warm-up; LoRA takes some ten times that of full training"] = (
         1e-5
     )
     min_learning_rate: Annotated[NotNegative, "where the schedule ends"] = 0.0
-    warmup_steps: Annotated[CountOrZero, "steps of linear growth at the start"] = 0
-    schedule: Annotated[Literal["constant", "linear", "cosine"], "of the learning rate after the warm-up"] = "cosine"
+    warmup_steps: Annotated[CountOrZero, "steps of linear growth at the start; more where the loss jumps there"] = 0
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine"], "of the rate after the warm-up; constant where steps may be added"
+    ] = "cosine"
     optimizer: Annotated[Literal["adamw", "muon"], "muon: for the matrices of layers, and adamw for the rest"] = "adamw"
     optimizer_states: Annotated[
         OptimizerStates, "of its moments; float32 is as wide as the weights, bf16 and 8bit are for want of memory"
@@ -178,7 +178,7 @@ class TrainConfig:
     betas: Annotated[tuple[Decay, Decay], "AdamW's; the first is Muon's momentum, too"] = (0.9, 0.95)
     epsilon: Annotated[Positive, "AdamW's"] = 1e-8
     weight_decay: Annotated[NotNegative, "AdamW's and Muon's"] = 0.0
-    clip_norm: Annotated[NotNegative, "largest gradient norm; 0 does not clip, and still measures"] = 1.0
+    clip_norm: Annotated[NotNegative, "largest gradient norm; less where the loss has spikes, 0 only measures"] = 1.0
     loss: Annotated[
         Literal["token", "sample", "sqrt", "batch"],
         "what a token weighs: 1 (token), or the tokens of a sample 1 together (sample) or the root of their number "
@@ -194,17 +194,19 @@ class TrainConfig:
     nonfinite: Annotated[
         Literal["stop", "skip"], "a step whose loss or gradient is not finite ends the run (stop) or is left out (skip)"
     ] = "stop"
-    seed: Annotated[int, "of order, adapters and dropout"] = 0
+    seed: Annotated[int, "of order, adapters and dropout; another one shows what of a result is chance"] = 0
     deterministic: Annotated[
         bool, "only deterministic kernels, which are slower; to compare runs bit by bit on an accelerator"
     ] = False
     eval_every: Annotated[CountOrZero, "steps between evaluations; 0 is only at the end"] = 0
     eval_answers: Annotated[CountOrZero, "held-out rows to answer, greedily, at each evaluation"] = 0
-    eval_answer_tokens: Annotated[Count, "tokens of an answer at most"] = 64
+    eval_answer_tokens: Annotated[Count, "tokens of an answer at most; each is a pass, more where answers are cut"] = 64
     eval_metrics: Annotated[tuple[str, ...], "your functions of answers: module:function or file.py:function"] = ()
     patience: Annotated[Count | None, "evaluations in a row without a better checkpoint.best that end the run"] = None
-    time_limit_minutes: Annotated[Positive | None, "then a checkpoint is written and the run stops"] = None
-    step_timeout_seconds: Annotated[float, Range(ge=1), "a rank that is silent for longer counts as gone"] = 1800.0
+    time_limit_minutes: Annotated[Positive | None, "then the run saves and stops; less than the scheduler's"] = None
+    step_timeout_seconds: Annotated[float, Range(ge=1), "a rank silent for longer is gone; more for long steps"] = (
+        1800.0
+    )
 
     @property
     def loss_coefficients(self) -> dict[str, float]:
@@ -219,10 +221,10 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     rank: Annotated[Count, "of every adapter; more can learn more, and takes more memory"] = 16
-    alpha: Annotated[Positive, "scaling is alpha / rank"] = 32.0
-    dropout: Annotated[Decay, "before the adapter"] = 0.0
+    alpha: Annotated[Positive, "scaling is alpha / rank; to be raised with the rank"] = 32.0
+    dropout: Annotated[Decay, "before the adapter; some 0.05 where rows are few"] = 0.0
     rslora: Annotated[bool, "scaling is alpha / sqrt(rank), which suits high ranks"] = False
-    dora: Annotated[bool, "train magnitudes of the weights' rows as well, slower"] = False
+    dora: Annotated[bool, "train magnitudes of the weights' rows, too; slower, where LoRA learns too little"] = False
     dtype: Annotated[Dtype, "of the adapters and their optimizer states"] = "float32"
     modules: Annotated[
         tuple[str, ...] | None,
@@ -234,8 +236,8 @@ class LoraConfig:
 class PolicyRule:
     """What holds for the parameters of one component. None leaves the outer rule or the train section in force."""
 
-    freeze: Annotated[bool | None, "keep the weights as published"] = None
-    learning_rate: Annotated[Positive | None, "in place of train.learning_rate"] = None
+    freeze: Annotated[bool | None, "keep the weights as published, as of towers that know such media"] = None
+    learning_rate: Annotated[Positive | None, "in place of train.learning_rate, as less for towers"] = None
     weight_decay: Annotated[NotNegative | None, "in place of train.weight_decay"] = None
     recompute: Annotated[bool | None, "in place of memory.recompute, of a whole tower or the decoder"] = None
     lora: Annotated[LoraConfig | None, "adapters train in place of the component's own weights"] = None
@@ -254,7 +256,7 @@ class ParallelConfig:
     layout: Annotated[
         Literal["given", "auto"], "auto takes the degrees with the least estimated step time; `parallel: auto` says so"
     ] = "given"
-    replicate: Annotated[Count, "copies of the sharded model"] = 1
+    replicate: Annotated[Count, "copies of the sharded model; as many as machines where their links are slow"] = 1
     shard: Annotated[Count | Literal["auto"], "ranks that share parameters; auto is all that are left"] = "auto"
     tensor: Annotated[
         Count, "ranks that divide each matrix; within a machine, where a layer is too large for a device"
@@ -275,9 +277,11 @@ class ParallelConfig:
     encoder_pool: Annotated[Literal["group", "data"], "ranks that share tower work: a model-parallel group or all"] = (
         "group"
     )
-    prefetch: Annotated[CountOrZero, "blocks whose parameters are gathered ahead, forward and backward"] = 1
-    reshard_after_forward: Annotated[bool | Count, "free gathered parameters; a number is the ranks that share"] = True
-    cpu_offload: Annotated[bool, "keep parameters and optimizer states in host memory"] = False
+    prefetch: Annotated[CountOrZero, "blocks gathered ahead, both ways; more hides slow links and takes memory"] = 1
+    reshard_after_forward: Annotated[
+        bool | Count, "free gathered parameters; false where memory allows, a number is the ranks that share"
+    ] = True
+    cpu_offload: Annotated[bool, "keep parameters and optimizer states in host memory; slow, the last resort"] = False
 
     @property
     def ulysses(self) -> int:
@@ -301,7 +305,9 @@ class MemoryConfig:
     offload_optimizer: Annotated[
         bool, "keep the optimizer's states in host memory between steps; where they do not fit the device"
     ] = False
-    loss_chunk_tokens: Annotated[Count | Literal["auto"], "tokens whose logits are held at once"] = "auto"
+    loss_chunk_tokens: Annotated[Count | Literal["auto"], "tokens with logits at once; fewer for want of memory"] = (
+        "auto"
+    )
     compile: Annotated[
         bool | Literal["auto"], "compile the blocks; auto: on CPU with a C++ compiler, in runs of over 20 minutes"
     ] = "auto"
@@ -309,21 +315,21 @@ class MemoryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: Annotated[CountOrZero, "steps between checkpoints; 0 is only at the end"] = 500
+    every: Annotated[CountOrZero, "steps between checkpoints: what a kill may cost; 0 is only at the end"] = 500
     keep: Annotated[Count, "newest checkpoints that are kept"] = 2
     best: Annotated[str | None, "figure of evaluations, as eval_loss or eval_wer, whose best checkpoints are kept"] = (
         None
     )
     best_is: Annotated[Literal["lowest", "highest"] | None, "null is lowest of losses and error rates alone"] = None
     keep_best: Annotated[Count, "checkpoints that are kept for checkpoint.best, beside the newest"] = 1
-    resume: Annotated[str, "auto, none, or a checkpoint directory"] = "auto"
-    export: Annotated[bool, "write hf/ at the end"] = True
+    resume: Annotated[str, "auto, none, or a checkpoint directory, to branch off another run"] = "auto"
+    export: Annotated[bool, "write hf/ at the end; omniloom export does it later"] = True
     save_optimizer: Annotated[
         bool, "checkpoints hold the optimizer's states; false is smaller, and nothing goes on exactly from them"
     ] = True
-    load_optimizer: Annotated[bool, "go on with the checkpoint's optimizer states"] = True
+    load_optimizer: Annotated[bool, "go on with its optimizer states; false for a branch with other data"] = True
     load_rng: Annotated[bool, "go on with the checkpoint's random generators"] = True
-    asynchronous: Annotated[bool, "write checkpoints while training goes on, from a copy in host memory"] = False
+    asynchronous: Annotated[bool, "write from a copy in host memory meanwhile, where saving holds steps up"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,7 +339,7 @@ class LogConfig:
     wandb: Annotated[str | None, "project of Weights & Biases to log to, where wandb is installed"] = None
     swanlab: Annotated[str | None, "project of SwanLab to log to, where swanlab is installed"] = None
     mlflow: Annotated[str | None, "experiment of MLflow to log to, where mlflow is installed"] = None
-    profile: Annotated[tuple[Count, Count] | None, "first and last step of a trace"] = None
+    profile: Annotated[tuple[Count, Count] | None, "first and last step of a trace of where time goes"] = None
 
 
 @dataclass(frozen=True, kw_only=True)

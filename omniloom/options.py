@@ -57,7 +57,7 @@ Format = Literal[
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
     min_pixels: Annotated[Count | None, "smaller images are enlarged; null is the checkpoint's value"] = None
-    max_pixels: Annotated[Count | None, "larger images are scaled down; null is the checkpoint's value"] = None
+    max_pixels: Annotated[Count | None, "larger ones are scaled down: fewer tokens; null is the checkpoint's"] = None
     limit_pixels: Annotated[Count, "a larger file is refused before it is decoded"] = 178_956_970  # pillow's bound
 
 
@@ -65,9 +65,9 @@ class ImageConfig:
 class VideoConfig:
     min_pixels: Annotated[Count | None, "per frame; null is the checkpoint's value"] = None
     max_pixels: Annotated[Count | None, "per frame; null is the checkpoint's value"] = None
-    fps: Annotated[Positive, "frames taken per second"] = 2.0
-    max_frames: Annotated[int, Range(ge=2), "frames taken at most"] = 128
-    use_audio: Annotated[bool, "interleave the sound of every video whose row says nothing about it"] = False
+    fps: Annotated[Positive, "frames taken per second; more for quick motion, fewer for long videos"] = 2.0
+    max_frames: Annotated[int, Range(ge=2), "frames taken at most; those of a longer video lie further apart"] = 128
+    use_audio: Annotated[bool, "interleave the sound of videos whose rows do not say; where answers need it"] = False
     no_audio: Annotated[Literal["error", "video_only"], "where sound is asked for and there is none"] = "error"
     limit_seconds: Annotated[Positive, "a longer file is refused before it is decoded"] = 7200.0
 
@@ -78,8 +78,8 @@ class ProcessorOptions:
 
     template: Annotated[str, "chat template; auto is the checkpoint's"] = "auto"
     system: Annotated[str | None, "system prompt of rows that have no system turn"] = None
-    train_on_prompt: Annotated[bool, "train every turn"] = False
-    last_turn_only: Annotated[bool, "train the last answer only"] = False
+    train_on_prompt: Annotated[bool, "train every turn, as of texts that are no dialogues"] = False
+    last_turn_only: Annotated[bool, "train the last answer only, where earlier ones are not to be learnt"] = False
     enable_thinking: Annotated[bool, "thinking templates: train the empty block of answers without reasoning"] = True
     template_variables: Annotated[
         dict[str, bool | str], "switches that the chat template asks for, as preserve_thinking or reasoning_effort"
