@@ -67,7 +67,7 @@ class Saver:
         self.kept_steps: Collection[int] = ()  # whatever comes after them
         self.group = dist.new_group(backend="gloo") if group is None and in_group() else group
         self._staged: dict[str, Tensor] | None = {} if asynchronous else None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") if asynchronous else None
+        self._thread = _make_thread() if asynchronous else None
         self._pending: Future[None] | None = None
 
     def save(self, step: int, state: Mapping[str, Tensor], extras: Mapping[str, Any]) -> None:
@@ -156,6 +156,15 @@ class Saver:
                 # the marker first, so that a kill leaves no half one that counts
                 (directory / MARKER_NAME).unlink(missing_ok=True)
                 shutil.rmtree(directory, ignore_errors=True)
+
+
+def _make_thread() -> ThreadPoolExecutor:
+    """A thread with this one's accelerator: on the first, which is every new thread's, DCP would claim memory."""
+    own: dict[str, Any] = {}
+    if torch.accelerator.is_available():
+        index = torch.accelerator.current_device_index()
+        own = {"initializer": torch.accelerator.set_device_index, "initargs": (index,)}
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", **own)
 
 
 class _Planner(DefaultSavePlanner):

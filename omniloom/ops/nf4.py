@@ -44,7 +44,7 @@ def pack(weight: Tensor) -> Tensor:
     """Each number as the nearest code of its block: floating [..., C] -> uint8 [..., C / 64 x 36]."""
     blocks = weight.float().unflatten(-1, (-1, BLOCK))
     scales = blocks.abs().amax(dim=-1, keepdim=True)
-    numbers = torch.tensor(NUMBERS, device=weight.device)
+    numbers = _numbers(weight.device)
     shares = blocks * (1.0 / scales.clamp(min=1e-38))  # a block of zeros stays one
     codes = torch.bucketize(shares, (numbers[1:] + numbers[:-1]) / 2).to(torch.uint8)
     pairs = (codes[..., ::2] << 4) | codes[..., 1::2]
@@ -55,7 +55,7 @@ def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers of a packed tensor: uint8 [..., C / 64 x 36] -> `dtype` [..., C]; what is not packed as it is."""
     if not is_packed(packed):
         return packed
-    numbers = torch.tensor(NUMBERS, device=packed.device)
+    numbers = _numbers(packed.device)
     of_byte = torch.stack((numbers.repeat_interleave(16), numbers.repeat(16)), dim=1)  # [256, 2]
     out = torch.empty(shape_of(packed), dtype=dtype, device=packed.device)
     at_a_time = max(1, ROWS_ELEMENTS // out.shape[-1])
@@ -65,3 +65,10 @@ def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
         shares = F.embedding(blocks[..., :CODE_BYTES].int(), of_byte).flatten(-2)  # [n, blocks, 64]
         into.copy_((shares * scales).flatten(-2))
     return out
+
+
+def _numbers(device: torch.device) -> Tensor:
+    numbers = torch.tensor(NUMBERS)
+    if device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():  # to which it is a constant
+        numbers = numbers.pin_memory()  # the host would wait for a copy from elsewhere
+    return numbers.to(device, non_blocking=True)

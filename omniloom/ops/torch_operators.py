@@ -15,9 +15,8 @@ rms_norm = torch.ops.aten._fused_rms_norm
 rms_norm_backward = torch.ops.aten._fused_rms_norm_backward
 cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-flash_attention = (
-    torch.ops.aten._flash_attention_forward
-)  # of packed segments, with fewer heads of keys than of queries
+# of packed segments; takes fewer heads of keys than of queries
+flash_attention = torch.ops.aten._flash_attention_forward
 flash_attention_backward = torch.ops.aten._flash_attention_backward
 foreach_norm = torch._foreach_norm
 

@@ -19,19 +19,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-# What vendors' libraries read once, before their first product or collective, to add up in a fixed order.
-# Segments that grow: packs differ in their media, whose sizes would leave gaps that nothing else fits into.
-GROWING_SEGMENTS = {
-    "cuda": ("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
-    "npu": ("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True"),
+# Segments that grow: packs differ in their media, whose sizes would leave gaps that nothing else fits into. By device
+# the variable that is set, and another that sets the same; torch_npu refuses both at once.
+GROWING_SEGMENTS = "expandable_segments:True"
+ALLOCATOR_SETTINGS = {
+    "cuda": ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+    "npu": ("PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
 }
+# What vendors' libraries read once, before their first product or collective, to add up in a fixed order.
 FIXED_ORDER = {"cuda": ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), "npu": ("HCCL_DETERMINISTIC", "true")}
 
 
 def choose_device(local_rank: int) -> torch.device:
     """The accelerator with this local index, made current, or the CPU where there is none.
 
-    Its allocator is set up as in `GROWING_SEGMENTS`, unless the environment says otherwise.
+    Its allocator is set up by `ALLOCATOR_SETTINGS`, unless the environment says otherwise.
     """
     if not torch.accelerator.is_available():
         _keep_freed_memory()
@@ -45,8 +47,9 @@ def choose_device(local_rank: int) -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None, "torch.accelerator is available but names no device"
     device = torch.device(accelerator.type, local_rank)
-    if accelerator.type in GROWING_SEGMENTS:
-        os.environ.setdefault(*GROWING_SEGMENTS[accelerator.type])  # read when the device is first used
+    names = ALLOCATOR_SETTINGS.get(accelerator.type, ())
+    if names and not any(name in os.environ for name in names):
+        os.environ[names[0]] = GROWING_SEGMENTS  # read when the device is first used
     torch.accelerator.set_device_index(local_rank)
     return device
 
@@ -67,6 +70,14 @@ def backend_of(device: torch.device) -> str:
     if device.type == "cpu":
         return "gloo"
     return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+
+
+def splits_groups(device: torch.device) -> bool:
+    """Whether groups of ranks are split off the job's communicator, which is bound to the device for that.
+
+    Of a bound device PyTorch 2.13 asks it of whatever backend there is; NCCL's alone can.
+    """
+    return device.type == "cuda"
 
 
 @contextmanager
@@ -172,8 +183,15 @@ def computes_bf16(device: torch.device) -> bool:
     return True
 
 
-def waits_for_grouped_products(device: torch.device) -> bool:
+def waits_for_grouped_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether grouped GEMM reads the sizes of groups on the host. Source: PyTorch, _grouped_mm's fallback on CUDA."""
     if device.type != "cuda" or not torch.accelerator.is_available():
         return False
-    return bool(torch.get_device_module(device).get_device_capability(device) < (9, 0))
+    major, _ = torch.get_device_module(device).get_device_capability(device)
+    return dtype != torch.bfloat16 or major not in (9, 10)
+
+
+def use_in_thread(device: torch.device) -> None:
+    """Make the device this thread's own: a new one's is the first of the machine, on which it would claim memory."""
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)

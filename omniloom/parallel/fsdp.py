@@ -142,7 +142,10 @@ def _wrap(
         else OffloadPolicy(),
     )
     first = sharded[0] if isinstance(sharded, list) else sharded
-    first.set_gradient_divide_factor(1.0)
+    if (
+        max(each.size() for each in meshes) > 1
+    ):  # a lone rank's are not averaged, but would be copied to be divided by 1
+        first.set_gradient_divide_factor(1.0)
     first.set_force_sum_reduction_for_comms(True)
     return first
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from omniloom.parallel.degrees import Degrees
-from omniloom.parallel.device import backend_of, choose_device
+from omniloom.parallel.device import backend_of, choose_device, splits_groups
 from omniloom.types import RunError
 
 Channel = Literal["main", "planning", "agreement", "checkpoint"]
@@ -58,7 +58,7 @@ def init_distributed(*, timeout_seconds: float = 1800.0, device: torch.device | 
         rank=rank,
         world_size=world_size,
         timeout=timeout,
-        device_id=None if device.type == "cpu" else device,
+        device_id=device if splits_groups(device) else None,
     )
     return Ranks(
         rank=rank,
@@ -279,7 +279,10 @@ def _make_mesh(degrees: Degrees, ranks: Ranks, fsdp: int, **divided: int) -> Dev
     """All ranks as replicate x pipeline x fsdp x divided, axes of one rank left out but for `fsdp`."""
     sizes = {"replicate": degrees.replicate, "pipeline": degrees.pipeline, "fsdp": fsdp, **divided}
     kept = {name: size for name, size in sizes.items() if size > 1 or name == "fsdp"}
-    return init_device_mesh(ranks.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+    mesh = init_device_mesh(ranks.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+    for name in kept:
+        mesh.get_group(name).set_timeout(ranks.timeout)
+    return mesh
 
 
 def _without(mesh: DeviceMesh, *axes: str) -> DeviceMesh:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniloom.parallel.device import use_in_thread
 from omniloom.types import PackedBatch
 
 ALIGNMENT = 256  # bytes, as the device's allocator has it
@@ -28,6 +29,7 @@ def stage(batch: PackedBatch, device: torch.device, dtype: torch.dtype) -> Packe
     """
     if device.type == "cpu":
         return batch
+    use_in_thread(device)
     vision, audio = batch.vision, batch.audio
     batch = replace(
         batch,

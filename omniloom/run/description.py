@@ -60,10 +60,10 @@ def describe_slow_ways(workshop: Workshop, model: OmniModel, device: torch.devic
         lines.append(
             f"experts have rows of {wide} numbers, no whole {ROW_BYTES} bytes: grouped products pad them, slower"
         )
-    if workshop.family.text.num_experts and waits_for_grouped_products(device):
+    if workshop.family.text.num_experts and waits_for_grouped_products(device, dtype):
         lines.append(
-            "experts: before compute capability 9.0 (H100) PyTorch's grouped products read their sizes on the host, "
-            "which waits for the device at each of them, some eight times a layer and pack"
+            "experts: but for bf16 on compute capability 9 and 10 (H100, H200, B200) PyTorch's grouped products read "
+            "their sizes on the host, which waits for the device at each of them, some eight times a layer and pack"
         )
     moves = {
         "parallel.cpu_offload": config.parallel.cpu_offload,

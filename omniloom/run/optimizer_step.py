@@ -70,7 +70,7 @@ class OptimizerStep:
         wide = widest_float(self.layout.device)
         peaks = norm.new_zeros(self.layout.world_size, dtype=wide)  # each rank fills its place: a sum that gathers
         peaks[self.layout.rank] = peak_memory_bytes(self.layout.device)
-        stop = peaks.new_tensor([wants_stop])
+        stop = peaks.new_full((1,), float(wants_stop))  # a tensor of the host would be waited for
         totals = [peaks, stop, torch.stack(list(terms.sums.values())), terms.expert_counts.to(wide).flatten()]
         sums = self.layout.sum_over_ranks(torch.cat(totals))  # ranks that share a pack share its router loss too
         on_host = torch.cat([sums, norm.to(wide)[None]]).cpu()

@@ -32,6 +32,7 @@ FAST: Mapping[str, Case] = MappingProxyType(
             model=OMNI, world_size=16, rank=5, parallel={"context": 4, "tensor": 2, "expert": 4}
         ),
         "lora_full_recompute": Case(model=OMNI, world_size=8, memory=FULL, policy=LORA),
+        "quantized": Case(model=OMNI, policy=LORA, quantize="nf4"),
         "pipeline4_tensor2_experts": Case(
             model=OMNI,
             layers={"text": 8, "vision": 2, "audio": 2},

@@ -55,6 +55,7 @@ class Case:
     memory: Mapping[str, Any] = field(default_factory=dict)
     policy: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+    quantize: str | None = None
     pack_tokens: int = 8192
     num_packs: int = 1
     evaluates: bool = False
@@ -86,7 +87,7 @@ def open_case(case: Case, directory: Path) -> Workshop:
         layers = {name: count for name, count in case.layers.items() if name in spec.modalities or name == "vision"}
         write_headers(directory, spec.reduce_config(published, **layers))
     tree = {
-        "model": {"path": str(directory), "dtype": "bf16"},
+        "model": {"path": str(directory), "dtype": "bf16", "quantize": case.quantize},
         "data": {"pack_tokens": case.pack_tokens},
         "train": {"packs_per_step": case.world_size * case.num_packs, **case.train},
         "parallel": dict(case.parallel),

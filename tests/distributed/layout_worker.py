@@ -267,6 +267,10 @@ class Layouts:
         if degrees not in self._layouts:
             self._layouts[degrees] = build_layout(degrees, self.ranks)
         layout = self._layouts[degrees]
+        for mesh in (layout.fsdp, layout.tower_fsdp, layout.expert_fsdp):
+            for group in mesh.get_all_groups():
+                options = group._get_backend(torch.device("cpu")).options
+                assert options._timeout == self.ranks.timeout, "collectives of FSDP would give up before the job does"
         return layout, EncoderPool(layout, plan, parallel.encoder_pool)
 
 

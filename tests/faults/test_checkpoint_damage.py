@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -154,6 +155,20 @@ def test_metadata_that_points_outside_its_directory_is_refused(run):
     (directory / METADATA_NAME).write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match=r"is refused: a tensor lies in '\.\./step_00000002"):
         read_metadata(directory, marker)
+
+
+def test_the_thread_that_writes_has_the_accelerator_of_the_one_that_trains(tmp_path, monkeypatch):
+    current, named = threading.local(), []
+    current.index = 3
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        patch.setattr(torch.accelerator, "current_device_index", lambda: getattr(current, "index", 0))
+        patch.setattr(torch.accelerator, "set_device_index", lambda index: setattr(current, "index", index))
+        saver = Saver(tmp_path, asynchronous=True)
+    monkeypatch.setattr(Saver, "_write", lambda *_: named.append(getattr(current, "index", 0)))
+    saver.save(1, {}, {})
+    saver.close()
+    assert named == [3]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

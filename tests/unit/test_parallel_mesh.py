@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
 
 from omniloom.config import ParallelConfig
 from omniloom.parallel.context import check_heads
 from omniloom.parallel.degrees import Degrees, resolve_degrees
+from omniloom.parallel.mesh import init_distributed
 
 
 def test_shard_auto_fills_the_world() -> None:
@@ -81,6 +84,16 @@ def test_description_names_the_axes_in_use() -> None:
     assert Degrees(shard=4, context=2, expert=8).describe() == "shard 4 x context 2 x expert 8"
     assert Degrees(context=8, ring=2).describe() == "ulysses 4 x ring 2"
     assert Degrees().describe() == "one rank"
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("cuda", True), ("xpu", False), ("cpu", False)])
+def test_the_job_is_bound_to_a_device_whose_communicators_split(
+    kind: str, bound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **given: asked.update(given))
+    init_distributed(device=torch.device(kind, 0))
+    assert asked["device_id"] == (torch.device(kind, 0) if bound else None)
 
 
 def test_memory_that_tensors_free_on_the_cpu_is_not_asked_for_again() -> None:

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,23 +124,31 @@ def test_the_libraries_of_a_device_are_told_too(device: str, name: str | None, m
     assert list(environment) == ([name] if name else [])
 
 
+@pytest.mark.parametrize(
+    ("device", "given", "found"),
+    [
+        ("cuda", {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ("cuda", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, {}),
+        ("cuda", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, {}),
+        ("npu", {}, {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}),
+        ("npu", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, {}),
+    ],
+)
 def test_a_devices_allocator_grows_its_segments_unless_the_environment_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
+    device: str, given: dict[str, str], found: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment: dict[str, str] = {}
+    environment = dict(given)
     monkeypatch.setattr("omniloom.parallel.device.os.environ", environment)
     for name, value in {
         "is_available": True,
         "device_count": 1,
-        "current_accelerator": torch.device("cuda"),
+        "current_accelerator": SimpleNamespace(type=device),
         "set_device_index": None,
     }.items():
         monkeypatch.setattr(torch.accelerator, name, lambda *_, value=value: value)
-    assert choose_device(0) == torch.device("cuda", 0)
-    assert environment == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    environment["PYTORCH_ALLOC_CONF"] = "max_split_size_mb:512"
-    choose_device(0)
-    assert environment == {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}
+    monkeypatch.setattr(torch, "device", lambda kind, index: (kind, index))  # of which torch knows not all
+    assert choose_device(0) == (device, 0)
+    assert environment == {**given, **found}
 
 
 def test_garbage_is_collected_between_steps_alone_and_as_ever_after_a_run(train: Train) -> None:

@@ -67,16 +67,17 @@ def test_the_dtype_is_what_the_device_computes_in_unless_asked(
     assert ["model.dtype" in line for line in lines] == [True] * said
 
 
-def test_what_experts_cost_before_hopper_is_said(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("capability", "dtype", "waits"),
+    [((8, 0), "bf16", True), ((9, 0), "bf16", False), ((10, 0), "bf16", False), ((12, 0), "bf16", True),
+     ((9, 0), "float32", True)],
+)  # fmt: skip
+def test_what_experts_cost_where_grouped_products_wait_is_said(tmp_path, monkeypatch, capability, dtype, waits) -> None:
     make_tiny("qwen3_vl_moe", tmp_path / "model")
-    workshop = open_workshop(load_config(None, [f"model.path={tmp_path / 'model'}"]))
+    workshop = open_workshop(load_config(None, [f"model.path={tmp_path / 'model'}", f"model.dtype={dtype}"]))
     with torch.device("meta"):
         model = workshop.build()
-    capability = [(8, 0)]
-    named = SimpleNamespace(get_device_capability=lambda device: capability[0])
+    named = SimpleNamespace(get_device_capability=lambda device: capability)
     monkeypatch.setattr(torch, "get_device_module", lambda device: named)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    (line,) = describe_slow_ways(workshop, model, CUDA)
-    assert "waits for the device" in line
-    capability[0] = (9, 0)
-    assert not describe_slow_ways(workshop, model, CUDA)
+    assert ["waits for the device" in line for line in describe_slow_ways(workshop, model, CUDA)] == [True] * waits
