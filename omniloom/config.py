@@ -31,6 +31,7 @@ from omniloom.options import (
     ProcessorOptions,
     Range,
     Share,
+    load_yaml,
     members_of,
 )
 from omniloom.types import Kernels, suggest
@@ -134,9 +135,7 @@ class DataConfig(ProcessorOptions):
     cache: Annotated[str | None, "a folder for decoded media, where decoding them anew holds later epochs up"] = None
     cache_gigabytes: Annotated[Positive, "of data.cache at most; what was not used for longest goes first"] = 100.0
     cache_dir: Annotated[str | None, "where measured sizes are kept, for all runs; null is cache/ of the run"] = None
-    scratch: Annotated[
-        str | None, "of each node, for indexes and unpacked files; null is in TMPDIR, often too small"
-    ] = None
+    scratch: Annotated[str | None, "of each node, for indexes and unpacked files; null is in TMPDIR, if large"] = None
     audio: AudioConfig = field(default_factory=AudioConfig)
 
 
@@ -466,7 +465,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = suggest(path.name, [p.name for p in path.parent.glob("*.y*ml")], among="", before=f"{path.parent}/")
         raise ConfigError([f"no such file: {path}{near}"], "the command line")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""

@@ -197,6 +197,8 @@ def _read_plain(kind: Any, value: Any) -> Any:
     """A value that is no section, list or union, or None. Numbers may come as text: YAML takes 1e-5 for a word."""
     if typing.get_origin(kind) is Literal:
         return value if value in typing.get_args(kind) else None
+    if kind is str and isinstance(value, str) and value.startswith("~/"):  # no shell has seen it behind a.b=
+        return os.path.expanduser(value)
     if kind in (int, float) and isinstance(value, str):
         try:
             value = float(value) if kind is float or not value.lstrip("+-").isdecimal() else int(value)
@@ -207,6 +209,23 @@ def _read_plain(kind: Any, value: Any) -> Any:
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     return value if type(value) is kind else None
+
+
+class _OnceLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML in which a key may be said once: of two the last would count, and the other be lost without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, (key, _) in enumerate(node.value):
+            if key.value in names[:number]:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value} is there twice", key.start_mark)
+        return node
+
+
+def load_yaml(text: str) -> Any:
+    """Raises: yaml.YAMLError, also for a key that is there twice."""
+    return yaml.load(text, _OnceLoader)
 
 
 def members_of(kind: Any) -> list[Any]:

@@ -40,7 +40,8 @@ class MissingFile(SampleError):
     """A file that is not there, which may be the fault of this machine alone."""
 
     def __init__(self, field: str, path: str) -> None:
-        super().__init__(field, f"{path if len(path) < 300 else path[:60] + '...'} does not exist")
+        hint = "; write its folders with /" if "\\" in path else ""
+        super().__init__(field, f"{path if len(path) < 300 else path[:60] + '...'} does not exist{hint}")
         self.path, self.args = path, (field, path)
 
 

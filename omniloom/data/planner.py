@@ -161,7 +161,8 @@ class Planner:
             raise ValueError(
                 "the checkpoint's data plan does not fit this run: "
                 + "; ".join(changed)
-                + ". Resume with the old values, or start anew in another train.run_dir or with --overwrite"
+                + ". Resume with the old values, or start anew in another train.run_dir or with --overwrite, from this "
+                "run's weights if model.path is its hf/"
             )
         self._position = from_json(PlanPosition, record["position"])
         self._steps = tuple(from_json(StepPlan, step) for step in record["steps"])
@@ -452,7 +453,7 @@ def _changes(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """What differs between two runs' fixed options, in words."""
     changed = []
     if ours["data_fingerprint"] != theirs["data_fingerprint"]:
-        changed.append("the rows of data.train are others, or in another order (data_fingerprint)")
+        changed.append("the rows of data.train are others, or in another order")
     for name in ours.keys() - {"data_fingerprint", "row_options"}:
         if ours[name] != theirs.get(name):
             changed.append(f"{name} was {theirs.get(name)!r}, is {ours[name]!r}")

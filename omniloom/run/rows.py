@@ -64,7 +64,10 @@ def open_run(config: Config, *, spill: Path | None = None) -> tuple[Workshop, So
 
     Raises: ValueError for whatever is wrong with config, checkpoint or data and can be said without ranks.
     """
-    wanted = (("model.path", config.model.path), ("data.train", config.data.train))
+    wanted = (
+        *(("model.path", config.model.path), ("data.train", config.data.train)),
+        ("train.run_dir", config.train.run_dir),
+    )
     if missing := [name for name, value in wanted if not value]:
         raise ConfigError([f"{name}: not set; every run needs it" for name in missing], "the configuration")
     workshop = open_workshop(config)

@@ -27,7 +27,7 @@ train.loss`, and, as a whole file with every default, in `omniloom config --defa
 behind the verb: `omniloom train config.yaml train.steps=100 data.train=a.json,b.jsonl`. An unknown key is refused with
 the nearest known one; names of LLaMA-Factory, ms-swift, transformers and Megatron are answered with ours.
 
-- `null` as an override takes a key back to its default.
+- `null` as an override takes a key back to its default; a text that begins with `~/` is a path in the home directory.
 - Without `train.steps` and `train.epochs` a run is one pass over the rows.
 - Without a word about it a component trains, unless some component has adapters or the talker trains: naming one LoRA,
   or `policy.talker.freeze=false`, freezes all others that have no rule of their own. `policy.text.freeze=true` freezes

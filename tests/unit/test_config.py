@@ -23,6 +23,7 @@ from omniloom.config import (
     load_config,
 )
 from omniloom.options import ImageConfig
+from omniloom.run.rows import open_run
 from omniloom.tools import configuration
 
 
@@ -217,6 +218,30 @@ def test_broken_yaml_names_line_and_column(tmp_path) -> None:
     (tmp_path / "c.yaml").write_text("train:\n  steps: [1, 2\nmodel: {}\n")
     with pytest.raises(ConfigError, match=r"not valid YAML: line \d+, column \d+"):
         load_config(tmp_path / "c.yaml")
+
+
+def test_a_key_that_is_there_twice_is_refused_and_a_merged_one_is_not(tmp_path) -> None:
+    (tmp_path / "c.yaml").write_text("train: {steps: 3}\nmodel: {path: m}\ntrain:\n  epochs: 1\n")
+    with pytest.raises(ConfigError, match=r"line 3, column 1: the key train is there twice"):
+        load_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(
+        "policy:\n  vision: &still {freeze: true, weight_decay: 0.1}\n  audio: {<<: *still, weight_decay: 0.2}\n"
+    )
+    policy = load_config(tmp_path / "c.yaml").policy
+    assert [(rule.freeze, rule.weight_decay) for rule in policy.values()] == [(True, 0.1), (True, 0.2)]
+
+
+def test_a_path_in_the_home_directory_is_read_as_a_shell_would(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/some one")
+    config = load_config({"model": {"path": "~/m"}}, ["data.train=~/a.jsonl,b~/c.jsonl,{path: ~/d.jsonl, repeat: 2}"])
+    assert config.model.path == "/home/some one/m"
+    first, second, third = config.data.train
+    assert (first, second, third.path) == ("/home/some one/a.jsonl", "b~/c.jsonl", "/home/some one/d.jsonl")
+
+
+def test_a_run_directory_that_a_shell_left_empty_is_not_the_present_one(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.run_dir: not set"):
+        open_run(load_config(None, ["model.path=m", "data.train=a.json", "train.run_dir="]))
 
 
 def test_a_missing_file_suggests_its_neighbour(tmp_path) -> None:

@@ -437,6 +437,11 @@ def test_a_rate_of_zero_is_refused(tmp_path):
         header_of(path, "audio")
 
 
+def test_a_path_of_windows_is_told_how_to_be_written(tmp_path):
+    with pytest.raises(SampleError, match=r"a\\b\.png does not exist; write its folders with /"):
+        header_of(tmp_path / "a\\b.png", "image")
+
+
 @pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "a.wav", "a.png", "a.jpg"])
 def test_missing_empty_and_garbage_files_are_bad_samples_that_name_the_file(tmp_path, name):
     kind = "video" if name.startswith("h264") else "audio" if name.endswith("wav") else "image"
