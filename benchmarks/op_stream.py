@@ -6,10 +6,10 @@
 
 The real step of one of eight ranks runs on a device that computes nothing (tests/device), eagerly, and each operation
 that reaches the device is given the time that a roofline allows it: the larger of its bytes over the memory's speed
-and its FLOPs over a share of the peak. Collectives run beside the rest, so a phase takes as long as the longer of the
-two. The figures repeat to the digit and show what a change is worth; they are no measurement. What the roofline
-assumes of an H200 stands in `Roofline`. MFU is that of the log: the model's FLOPs, recompute not counted, over time
-and peak.
+and its FLOPs over a share of the peak. Weights are gathered and gradients reduced beside the rest, so a phase takes as
+long as the longer of the two; rows that go to experts and back are waited for. The figures repeat to the digit and show
+what a change is worth; they are no measurement. What the roofline assumes of an H200 stands in `Roofline`. MFU is that of
+the log: the model's FLOPs, recompute not counted, over time and peak.
 
 Kept bytes are those of the tensors that autograd saves per decoder layer in a 16K pack, weights left out.
 """
@@ -185,7 +185,8 @@ class Meter:
         roofline, moved = self.roofline, sum(_traffic(func, name, args, kwargs, out))
         if any(part in name for part in COLLECTIVES):
             sent = moved / 2 * (RANKS - 1) / RANKS
-            return "collectives", Cost(kernels=1, bytes=sent, seconds=sent / roofline.link)
+            kind = "exchanges" if "all_to_all" in name else "collectives"
+            return kind, Cost(kernels=1, bytes=sent, seconds=sent / roofline.link)
         kind, flops, idle = "element by element", 0.0, 0.0
         if name in GEMMS:
             left, right = (args[place] for place in GEMMS[name])

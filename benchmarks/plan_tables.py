@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script:
 
 from benchmarks.op_stream import PACK_TOKENS, RANKS, ROWS, Row
 from omniloom.config import Config
-from omniloom.parallel.degrees import Degrees
+from omniloom.parallel.degrees import resolve_degrees
 from omniloom.run.footprint import ModelSizes
 from omniloom.run.layouts import Candidate, list_candidates, order_of
 from omniloom.run.step_time import Clock, Machine, StepTime
@@ -111,11 +111,12 @@ def show_counted() -> None:
 
 def planned(row: Row, *, two_layers: bool) -> StepTime:
     layers = dict.fromkeys(WHOLE, 2) if two_layers else {**WHOLE, **row.layers}
-    case = Case(model=row.model, layers=layers, world_size=RANKS, policy=row.policy, pack_tokens=PACK_TOKENS,
-                memory={"recompute": row.recompute})  # fmt: skip
+    case = Case(model=row.model, layers=layers, world_size=RANKS, policy=row.policy, parallel=row.parallel,
+                pack_tokens=PACK_TOKENS, memory={"recompute": row.recompute})  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
         opened = open_case(case, Path(directory))
-        return Clock(ModelSizes(opened), Machine()).step(Degrees(shard=RANKS), opened.config.memory)
+        degrees = resolve_degrees(opened.config.parallel, RANKS, packs_per_step=RANKS)
+        return Clock(ModelSizes(opened), Machine()).step(degrees, opened.config.memory)
 
 
 def main() -> None:
