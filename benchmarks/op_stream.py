@@ -8,8 +8,8 @@ The real step of one of eight ranks runs on a device that computes nothing (test
 that reaches the device is given the time that a roofline allows it: the larger of its bytes over the memory's speed
 and its FLOPs over a share of the peak. Weights are gathered and gradients reduced beside the rest, so a phase takes as
 long as the longer of the two; rows that go to experts and back are waited for. The figures repeat to the digit and show
-what a change is worth; they are no measurement. What the roofline assumes of an H200 stands in `Roofline`. MFU is that of
-the log: the model's FLOPs, recompute not counted, over time and peak.
+what a change is worth; they are no measurement. What the roofline assumes of an H200 stands in `Roofline`. MFU is that
+of the log: the model's FLOPs, recompute not counted, over time and peak.
 
 Kept bytes are those of the tensors that autograd saves per decoder layer in a 16K pack, weights left out.
 """
