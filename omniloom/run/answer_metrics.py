@@ -202,7 +202,7 @@ def _load_file(path: Path) -> ModuleType:
 def _call(name: str, metric: Metric, rows: Sequence[Row]) -> object:
     try:
         return metric(rows)
-    except Exception as error:  # a user's function may raise anything
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
         frames = traceback.extract_tb(error.__traceback__)[1:2]  # the metric itself, not what it calls
         where = "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in frames)
         raise ValueError(f"train.eval_metrics: {name} failed: {type(error).__name__}: {error}{where}") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omniloom.run.directory import STARTS
+from omniloom.training.metrics import read_lines
 
 PACKAGES = ("omniloom", "torch", "transformers", "safetensors", "numpy", "av")
 GIT_SECONDS = 5.0
@@ -36,6 +37,14 @@ def describe_start(first_step: int, num_ranks: int) -> dict[str, Any]:
 def record_start(run_dir: Path, start: dict[str, Any]) -> None:
     with (run_dir / STARTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(start) + "\n")
+
+
+def from_where_it_ran(run_dir: Path, path: str) -> str:
+    """A directory that a run's config names, as it is found from here: relative to where the run was started last."""
+    if Path(path).is_dir() or not (starts := read_lines(run_dir / STARTS)):
+        return path
+    found = Path(starts[-1].get("folder", "")) / path
+    return str(found) if found.is_dir() else path
 
 
 def _version(name: str) -> str | None:

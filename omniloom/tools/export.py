@@ -15,6 +15,7 @@ from omniloom.config import load_config
 from omniloom.ops.nf4 import pack
 from omniloom.run.best import BestSteps, read_evaluations
 from omniloom.run.opening import Workshop, open_workshop
+from omniloom.run.provenance import from_where_it_ran
 from omniloom.run.results import export_adapter, export_model
 from omniloom.run.trained_media import TrainedMedia
 
@@ -70,7 +71,8 @@ def _open_source(stored: StoredCheckpoint) -> Workshop:
         )
     config = load_config(run_dir / "config.yaml")
     sizes = {name: (rank, alpha) for name, (rank, alpha) in stored.extras.get("adapter_sizes", {}).items()}
-    return open_workshop(replace(config, model=replace(config.model, adapter=None)), adapter_sizes=sizes)
+    path = from_where_it_ran(run_dir, config.model.path)
+    return open_workshop(replace(config, model=replace(config.model, path=path, adapter=None)), adapter_sizes=sizes)
 
 
 def best_checkpoint(run_dir: Path) -> Path:

@@ -72,12 +72,15 @@ def test_a_function_of_the_users_gives_figures(tmp_path: Path) -> None:
         "def length(rows):\n    return sum(len(row['answer']) for row in rows)\n"
         "def two(rows):\n    return {'f1': 0.5, 'eval_p': 1}\n"
         "def odd(rows):\n    return 'many'\n"
+        "def ends(rows):\n    raise SystemExit(3)\n"
     )
     own = load_metrics([f"{file}:length", f"{file}:two"])
     found = compare_answers([row("a", "abc")], own)
     assert (found["eval_length"], found["eval_f1"], found["eval_p"]) == (3.0, 0.5, 1.0)
     with pytest.raises(ValueError, match=r"odd gave 'many' for odd; expected a finite number"):
         compare_answers([row("a", "b")], load_metrics([f"{file}:odd"]))
+    with pytest.raises(ValueError, match=r"ends failed: SystemExit: 3 \(mine\.py:8\)"):
+        compare_answers([row("a", "b")], load_metrics([f"{file}:ends"]))
     (tmp_path / "wrong.py").write_text("def f(rows:\n")
     for name, words in (
         ("f1", "expected module:function"),

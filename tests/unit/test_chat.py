@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,17 @@ def test_training_goes_on_from_a_run(run_dir: Path, tmp_path: Path) -> None:
     own = omniloom.load_config(None, [*words[:-3], f"train.run_dir={run_dir}"])
     with pytest.raises(ValueError, match="--overwrite would remove"):
         omniloom.train(own, overwrite=True)
+
+
+def test_a_run_is_read_from_elsewhere_than_it_was_started(run_dir: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    config, starts = run / "config.yaml", run / "starts.jsonl"
+    config.write_text(config.read_text().replace(str(run_dir.parent / "model"), "model"))
+    start = json.loads(starts.read_text())
+    with pytest.raises(ValueError, match="no such model directory: model"):
+        omniloom.export(run, tmp_path / "out")
+    starts.write_text(json.dumps(start | {"folder": str(run_dir.parent)}) + "\n")
+    omniloom.export(run, tmp_path / "out")
+    shards = list((tmp_path / "out").glob("*.safetensors"))
+    assert shards
+    assert all(shard.read_bytes() == (run_dir / "hf" / shard.name).read_bytes() for shard in shards)
