@@ -104,7 +104,7 @@ class StopRequest:
             write_stopped(run_dir, reason=reason, step=step)
         self._exchange(None)  # a launcher may end all ranks as soon as one has ended
         goes_on = "the same command goes" if resume == "auto" else "checkpoint.resume=auto goes"
-        where = f"stopped after step {step}, which is saved; {goes_on} on from there"
+        where = f"stopped after step {step}{', which is saved' * bool(step)}; {goes_on} on from there"
         if faults:
             error = self.fault or LostRankError(faults[0])
             error.add_note(where)

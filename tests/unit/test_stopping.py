@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from omniloom.exit_codes import INTERRUPTED
+from omniloom.exit_codes import INTERRUPTED, STOPPED_EARLY
 from omniloom.run.stopping import SAME_KEY_SECONDS, STOP_SIGNALS, StopRequest, write_stopped
 
 
@@ -83,3 +83,16 @@ def test_an_error_that_waited_is_told_beside_the_one_that_ends_the_run() -> None
     with pytest.raises(ValueError, match="could not save") as told, stop:
         raise ValueError("could not save step 3")
     assert told.value.__notes__ == ["before that: ZeroDivisionError: integer division or modulo by zero"]
+
+
+@pytest.mark.parametrize(
+    ("step", "words"), [(0, "stopped after step 0; "), (3, "stopped after step 3, which is saved; ")]
+)
+def test_a_run_that_stops_says_what_is_saved(tmp_path: Path, step: int, words: str) -> None:
+    said = []
+    with StopRequest(1e-9, said.append) as stop:
+        stop.start_clock()
+        assert wait_for_reason(stop) == "time limit"
+        assert stop.leave(tmp_path, step, "none") == STOPPED_EARLY
+    assert said == [f"time limit: {words}checkpoint.resume=auto goes on from there"]
+    assert json.loads((tmp_path / "stopped.json").read_text())["step"] == step
