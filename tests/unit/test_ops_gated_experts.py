@@ -97,3 +97,17 @@ def test_a_recomputing_backward_stops_before_the_last_product(monkeypatch):
     assert len(calls) == 2
     out.sum().backward()
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_all_groups_in_one_call_are_one_compiled_graph(again):
+    leaves, offsets, copies = make(8, 2, dtype=torch.float32)
+
+    def compute(tokens, gate_up, down, weights):
+        return grouped(tokens, gate_up, down, offsets, copies._replace(weights=weights))
+
+    whole = (lambda *given: checkpoint(compute, *given, use_reentrant=False)) if again else compute
+    results = [run(*leaves) for run in (torch.compile(whole, backend="aot_eager", fullgraph=True), compute)]
+    grads = [torch.autograd.grad(out.square().sum(), leaves) for out in results]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -63,6 +63,16 @@ def test_a_recomputing_backward_stops_before_the_last_product(monkeypatch):
     assert len(calls) == 5
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_the_last_product_apart_is_one_compiled_graph(again):
+    tensors = make(8)
+    compute = (lambda *given: checkpoint(apart, *given, use_reentrant=False)) if again else apart
+    results = [run(*tensors) for run in (torch.compile(compute, backend="aot_eager", fullgraph=True), apart)]
+    grads = [torch.autograd.grad(out.square().sum(), tensors) for out in results]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("frozen", [0, 1, 2, 3])
 def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(frozen):
     tensors = make(6)
