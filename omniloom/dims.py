@@ -85,6 +85,11 @@ class AudioTowerConfig:
         """The shortest clip that makes a token."""
         return next(frames for frames in range(1, self.chunk_frames + 1) if self.num_tokens(frames))
 
+    @property
+    def null_frames(self) -> int:
+        """Of a null segment, of two rows: layers that are compiled for a single one are compiled anew for others."""
+        return next(frames for frames in range(1, self.chunk_frames + 1) if self.num_rows(frames) == 2)
+
     def num_rows(self, num_frames: int) -> int:
         """Rows that the layers work on for a clip of so many mel frames."""
         chunks, rest = divmod(num_frames, self.chunk_frames)

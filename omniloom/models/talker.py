@@ -113,9 +113,9 @@ class CodePredictor(nn.Module):
         those, `others` [F, G - 1, C] of the rest. A frame is a segment of G positions.
         """
         frames = torch.cat((hidden[:, None], first[:, None], others[:, :-1]), dim=1)
+        num_frames, num_groups = frames.shape[0] + 1, frames.shape[1]
         # a frame that nothing reads: a rank without any would have no rows for the layers, and weights no gradient
-        rows = pad(frames, (0, 0, 0, 0, 0, 1))
-        num_frames, num_groups, _ = rows.shape
+        rows = pad(frames.flatten(0, 1), (0, 0, 0, num_groups))
         positions = torch.arange(num_groups, device=rows.device).repeat(num_frames).expand(3, -1)
         bounds = range(0, num_frames * num_groups + 1, num_groups)
         of_frames = replace(
@@ -128,9 +128,9 @@ class CodePredictor(nn.Module):
                 max_length=num_groups,
             ),
         )
-        out, _, _ = self.decoder.run_layers(rows.flatten(0, 1), of_frames, NO_MEDIA)
+        out, _, _ = self.decoder.run_layers(rows, of_frames, NO_MEDIA)
         states: Tensor = self.norm(out)
-        return states.view(rows.shape)[:-1]
+        return states.unflatten(0, (num_frames, num_groups))[:-1]
 
     def loss(self, states: Tensor, codes: Tensor, weights: Tensor, draw_key: Tensor | None) -> Tensor:
         """Weighted sum over frames of the mean cross entropy of their codes but the first, float32 []."""

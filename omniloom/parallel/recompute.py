@@ -45,18 +45,19 @@ class RecomputingCall(nn.Module):
         self.every = every
         self.saved = tuple(saved)
 
-    def forward(self, index: int, layer: nn.Module, *inputs: object) -> Any:
+    def forward(self, index: int, layer: nn.Module, hidden: Tensor, *others: object) -> Any:
         if index % self.every:
-            return layer(*inputs)
+            return _call_with_view(layer, hidden, *others)
         # dropout is keyed by pack and module, never by global random state, so none needs to be kept
         policy = partial(_save_named, self.saved)
         contexts = partial(create_selective_checkpoint_contexts, policy) if self.saved else noop_context_fn
         call = partial(_call_with_view, layer)
-        return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(call, hidden, *others, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 def _call_with_view(layer: nn.Module, hidden: Tensor, *others: object) -> Any:
-    """FSDP gives a layer a view of its rows, but not the layer's repetition, which would be compiled for itself."""
+    """FSDP gives a layer a view of its rows, but not the layer's repetition, which would be compiled for itself; and
+    where only every n-th layer is repeated, the others are called alike."""
     return layer(hidden.view_as(hidden), *others)
 
 

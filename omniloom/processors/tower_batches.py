@@ -116,11 +116,11 @@ def _interpolation(row: Tensor, column: Tensor, heights: Tensor, widths: Tensor,
 
 
 def audio_batch(clips: Sequence[AudioClip], config: AudioTowerConfig) -> AudioBatch:
-    """All clips of a pack as one batch of chunks, a null segment of one tower row last.
+    """All clips of a pack as one batch of chunks, a null segment of two tower rows last.
 
     `token_index` of the clips counts rows of the pack. Tensors are on the CPU.
     """
-    size, null_frames = config.chunk_frames, config.least_frames
+    size, null_frames = config.chunk_frames, config.null_frames
     for number, clip in enumerate(clips):
         _check_sound(number, clip, config)
     features = [*(clip.features for clip in clips), torch.zeros(config.num_mel_bins, null_frames)]

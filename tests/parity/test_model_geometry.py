@@ -109,10 +109,10 @@ def test_audio_chunks_rows_and_windows_equal_transformers(lengths, n_window, chu
     features, chunk_lengths = theirs.chunk_and_pad_features(joined, frames, n_window)
     assert torch.equal(batch.features[:-1], features)  # the null segment is last
     valid = theirs.get_valid_indices(chunk_lengths, n_window)
-    assert torch.equal(batch.valid_index[:-1], valid)
+    assert torch.equal(batch.valid_index[:-2], valid)
     cu_seqlens = theirs.get_audio_cu_seqlens(chunk_lengths, frames, config.n_window_infer, n_window)
     assert torch.equal(batch.segments.cu_seqlens[:-1], cu_seqlens)
-    assert batch.segments.cu_seqlens[-1] == cu_seqlens[-1] + 1
+    assert batch.segments.cu_seqlens[-1] == cu_seqlens[-1] + 2
 
 
 def test_no_clips_leave_the_null_segment_alone():
@@ -121,7 +121,7 @@ def test_no_clips_leave_the_null_segment_alone():
     assert vision.segments.cu_seqlens.tolist() == [0, 4]
     assert vision.token_index.shape == (0,)
     assert audio.features.shape == (1, 3, 100)
-    assert audio.valid_index.tolist() == [0]
+    assert audio.valid_index.tolist() == [0, 1]
     assert audio.token_index.shape == (0,)
     assert audio.token_index.dtype == vision.token_index.dtype == torch.int64
 
@@ -133,7 +133,7 @@ def test_clips_keep_their_order_and_rows():
     config = audio_config()
     batch = audio_batch([audio_clip(9, config, 5), audio_clip(101, config, 40)], config)
     assert batch.token_index.tolist() == [5, 6, *range(40, 54)]
-    assert batch.chunk_frames.tolist() == [9, 100, 100, 1]
+    assert batch.chunk_frames.tolist() == [9, 100, 100, 9]
 
 
 def test_clips_that_do_not_fit_their_tokens_are_refused():

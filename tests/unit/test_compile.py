@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from omniloom.config import Config, DataConfig, ModelConfig, PolicyRule
+from omniloom.config import Config, DataConfig, LoraConfig, ModelConfig, PolicyRule
 from omniloom.data.loader import Loader
 from omniloom.data.planner import plan_all
 from omniloom.data.sources import open_sources
@@ -26,7 +26,6 @@ from omniloom.ops.linear_map import keyed_seed
 from omniloom.ops.rotary import Rotary
 from omniloom.ops.torch_operators import count_graphs
 from omniloom.parallel.apply import compile_blocks
-from omniloom.parallel.fsdp import match_modules
 from omniloom.parallel.recompute import Recompute, recompute_layers
 from omniloom.parallel.staging import map_tensors
 from omniloom.run.opening import Workshop, open_workshop
@@ -56,9 +55,13 @@ MATRIX = [
     for recompute in ("none", "full")
     for lora in (False, True)
 ]
-MATRIX += [Setting(family=family, evaluates=True) for family in FAMILIES]
+MATRIX += [
+    Setting(family=family, recompute=recompute, evaluates=True) for family in FAMILIES for recompute in ("none", "full")
+]
 MATRIX += [Setting(family=family, backend="inductor") for family in ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")]
 SAMPLE = Setting(family="qwen3_omni", recompute="full", lora=True)
+SPOKEN, SPEECH = ("qwen3_omni", "qwen2_5_omni"), (CODE0, CODES)
+SPOKEN_SAMPLE = Setting(family="qwen3_omni")
 
 
 def build(workshop: Workshop) -> OmniModel:
@@ -146,48 +149,66 @@ def test_blocks_on_an_accelerator_are_one_graph_too(
     assert not counters["graph_break"]
 
 
-def spoken_packs(folder: Path) -> tuple[Workshop, list[PackedBatch]]:
-    """A row a pack, of 3, 5 and 2 frames, and an empty pack; of a run that trains the talker."""
-    rows = []
+def spoken_packs(family: str, folder: Path, rule: PolicyRule) -> tuple[Workshop, list[PackedBatch]]:
+    """A row a pack, of 3, 5 and 2 frames, and an empty pack; of a run that trains the talker by this rule."""
+    rows, groups = [], 4 if family == "qwen3_omni" else 1
     for frames in (3, 5, 2):
-        speech = {"speech": [list(range(frames))] * 4, "speaker": "Ethan"}
+        speech = {"speech": [list(range(frames))] * groups, "speaker": "Ethan"}
         answer = {"role": "assistant", "content": "so it is", **speech}
         rows.append(json.dumps({"messages": [{"role": "user", "content": "is it?"}, answer]}))
     (folder / "rows.jsonl").write_text("\n".join(rows))
     config = Config(
-        model=ModelConfig(path=str(make_tiny("qwen3_omni", folder / "model")), dtype="float32"),
+        model=ModelConfig(path=str(make_tiny(family, folder / "model")), dtype="float32"),
         data=DataConfig(train=(str(folder / "rows.jsonl"),), pack_tokens=32),
-        policy={"talker": PolicyRule(freeze=False)},
+        policy={"talker": rule},
     )
     workshop, source = open_workshop(config), open_sources(config.data.train, config.data)
     with closing(Loader(open_rows(workshop, source, cache=False), workers=0)) as loader:
         packs, bad = plan_all(num_rows=3, pack_tokens=32, measure=loader.measure, locate=source.locate)
         assert (len(packs), bad) == (3, ())
         empty = PackPlan(index=3, samples=())
-        return workshop, [loaded.batch for loaded in loader.load_in_order([*packs, empty])]
+        batches = [loaded.batch for loaded in loader.load_in_order([*packs, empty])]
+        return workshop, [replace(batch, draw_key=keyed_seed(number)) for number, batch in enumerate(batches)]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_frames_of_any_number_share_the_graphs_of_a_compiled_talker(tmp_path: Path) -> None:
-    workshop, packs = spoken_packs(tmp_path)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param(each, id=f"{each}", marks=() if each == SPOKEN_SAMPLE else pytest.mark.full)
+        for each in MATRIX
+        if each.family in SPOKEN and each.backend == "aot_eager"
+    ],
+)
+def test_frames_of_any_number_share_the_graphs_of_a_compiled_talker(setting: Setting, tmp_path: Path) -> None:
+    rule = PolicyRule(lora=LoraConfig(rank=4, dropout=0.3)) if setting.lora else PolicyRule(freeze=False)
+    workshop, packs = spoken_packs(setting.family, tmp_path, rule)
     model, plan = build(workshop), workshop.spec.sharding(workshop.family)
     model.trains_speech_alone = True
 
-    def talker_gradients() -> list[Tensor]:
+    def results() -> list[Tensor]:
         found = []
         for pack in packs:
             model.zero_grad()
-            sums = model(pack).sums
-            (sums[CODE0] + sums[CODES]).backward()
+            with torch.set_grad_enabled(not setting.evaluates):
+                losses = [
+                    total for name, total in model.train(not setting.evaluates)(pack).sums.items() if name in SPEECH
+                ]
+            if setting.evaluates:
+                found += losses
+                continue
+            torch.stack(losses).sum().backward()
             found += [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
         return found
 
-    expected = talker_gradients()
+    expected = results()
+    lists = [name.removesuffix(".call") for name in plan.layer_calls if name.startswith("talker.")]
+    for name in lists:
+        routes = any(each.startswith(f"{name}.layers") for each in plan.experts)
+        recompute_layers(model.get_submodule(name), setting.recompute, routes=routes)
     counter = CompileCounterWithBackend("aot_eager")
-    for name in match_modules(model, plan.blocks):
-        if name.startswith("talker."):
-            model.get_submodule(name).compile(backend=counter)
-    for found, wanted in zip(talker_gradients(), expected, strict=True):
+    compile_blocks(model, [block for block in plan.blocks if block.startswith("talker.")], counter)
+    for found, wanted in zip(results(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert not counters["graph_break"]
     assert 0 < counter.frame_count <= 3  # experts', feed-forwards', and these again for any number of frames
