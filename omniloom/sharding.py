@@ -48,7 +48,9 @@ class ShardingPlan:
     attention_cores: tuple[str, ...] = ()  # parameter-free: (q, k, v, segments, norms), over a pack's tokens only
     row_gathers: tuple[str, ...] = ()  # parameter-free: rows of this rank -> those of the whole pack
     recurrences: tuple[str, ...] = ()  # parameter-free: (channels, weight, decay, beta, segments), as `DeltaRuleCore`
-    wide: tuple[str, ...] = ()  # modules whose parameters are computed with in float32, whatever the others are
+    # modules whose parameters are computed with in float32, whatever the others are, and which are called outside of
+    # blocks (`DecoderLayer.ahead`): FSDP gathers them by themselves, which would break the graph of a compiled block
+    wide: tuple[str, ...] = ()
     tensor: TensorSharding | None = None  # None: this family's decoder is not divided
     num_attention_heads: int = 1
     num_key_value_heads: int = 1

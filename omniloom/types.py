@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -416,6 +416,17 @@ class Segments:
     cu_seqlens: Tensor  # int32 [S + 1], from 0 to the packed length
     bounds: tuple[int, ...]  # the same on the host, without empty segments: rising from 0 to the packed length
     max_length: int
+    # cu_seqlens on the host, whatever the device, of segments that layers are called with: a layer that is compiled
+    # hands it to operations that read bounds, where numbers would have it compiled anew for each pack
+    host: Tensor | None = None
+
+    def with_host(self) -> Segments:
+        """The same with `host`."""
+        import torch  # whoever has segments has it
+
+        filling = [self.bounds[-1]] * (self.cu_seqlens.shape[0] - len(self.bounds))
+        host = torch.tensor([*self.bounds, *filling], dtype=torch.int32, device="cpu")
+        return replace(self, host=host)
 
     @staticmethod
     def from_lengths(lengths: Iterable[int], *, num_bounds: int = 0) -> Segments:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ class DecoderLayer(nn.Module):
     """norm, attention, add; norm, feed-forward or experts, add.
 
     `attention` is anything that takes (hidden, rotary, segments, draw_key) to rows of the same width: what mixes the
-    tokens of a segment. One of `mlp`, as `GatedMLP`, and `moe`, as `MoE`.
+    tokens of a segment. It may have an `ahead()`, tensors that it takes behind these. One of `mlp`, as `GatedMLP`, and
+    `moe`, as `MoE`.
     """
 
     def __init__(
@@ -49,11 +50,23 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = RMSNorm(hidden_size, norm_eps, zero_centred=zero_centred_norms)
         self.mlp, self.moe = mlp, moe
 
+    def ahead(self) -> tuple[Tensor, ...]:
+        """What `forward` takes last, made before it is called: of parameters that FSDP gathers by themselves, which
+        within a compiled layer would end its graph."""
+        made: tuple[Tensor, ...] = getattr(self.attention, "ahead", tuple)()
+        return made
+
     def forward(
-        self, hidden: Tensor, rotary: Rotary, segments: Segments, is_padding: Tensor, draw_key: Tensor | None = None
+        self,
+        hidden: Tensor,
+        rotary: Rotary,
+        segments: Segments,
+        is_padding: Tensor,
+        draw_key: Tensor | None = None,
+        *ahead: Tensor,
     ) -> tuple[Tensor] | tuple[Tensor, Tensor, Tensor]:
         """hidden [T, C] -> (hidden [T, C],), with experts also the router loss float32 [] and counts int64 [E]."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, segments, draw_key)
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, segments, draw_key, *ahead)
         if self.moe is None:
             assert self.mlp is not None
             return (hidden + self.mlp(hidden, draw_key, self.mlp_norm),)
@@ -112,7 +125,7 @@ class LossHead(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The layers are handed in: whatever is called as a `DecoderLayer` is, and gives what it gives, may be one."""
+    """The layers are handed in: whatever is called as a `DecoderLayer` is, `ahead` too, and gives what it gives."""
 
     def __init__(
         self,
@@ -225,11 +238,13 @@ class Decoder(nn.Module):
         Returns: hidden [T, C], on which the gradients of these layers' own losses ride, scaled by `batch.loss_scales`;
         the sums of those losses; expert counts int64 [MoE layers here, E].
         """
-        rotary = self.rotary(batch.position_ids)
+        rotary, segments = self.rotary(batch.position_ids), batch.segments.with_host()
         router_scale = batch.loss_scales.get(ROUTER, 0.0)
         router_losses, counts = [], []
+        layer: Any
         for name, layer in islice(self.layers.items(), last):
-            inputs = (hidden, rotary, batch.segments, batch.is_padding, layer_key(batch.draw_key, int(name)))
+            key = layer_key(batch.draw_key, int(name))
+            inputs = (hidden, rotary, segments, batch.is_padding, key, *layer.ahead())
             hidden, *of_router = self.call(int(name), layer, *inputs)
             if of_router:
                 router_loss = of_router[0] / self.num_router_losses  # its share of the mean over layers

@@ -18,16 +18,19 @@ from omniloom.types import RuleKernel, Segments
 
 
 class DecayGate(nn.Module):
-    """How much of its state each head keeps at a token. A module of its own, so that its parameters stay float32."""
+    """How much of its state each head keeps at a token. A module of its own, so that its parameters stay float32.
+
+    What takes part of it in a layer is handed to the layer's call (`GatedDeltaRule.ahead`).
+    """
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         self.A_log = nn.Parameter(torch.zeros(num_heads))
         self.dt_bias = nn.Parameter(torch.ones(num_heads))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, H] -> the log of what is kept, float32 [T, H]."""
-        return -self.A_log.float().exp() * F.softplus(x.float() + self.dt_bias.float())
+    def forward(self) -> Tensor:
+        """Rates and biases, float32 [2, H]: the log of what is kept at x [T, H] is rate * softplus(x + bias)."""
+        return torch.stack((-self.A_log.float().exp(), self.dt_bias.float()))
 
 
 class ShortConvolution(nn.Module):
@@ -91,10 +94,18 @@ class GatedDeltaRule(nn.Module):
         self.norm = RMSNorm(value_head_dim, norm_eps)
         self.out_proj = Linear(values, hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, segments: Segments, draw_key: Tensor | None = None) -> Tensor:
+    def ahead(self) -> tuple[Tensor, ...]:
+        """What a layer hands to `forward` behind the other inputs."""
+        return (self.decay(),)
+
+    def forward(
+        self, hidden: Tensor, rotary: Rotary, segments: Segments, draw_key: Tensor | None, gate: Tensor
+    ) -> Tensor:
         """hidden [T, C] -> [T, C]; positions are in the order of tokens alone."""
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         qkv, z, b, a = linears(hidden, *(projection.as_map(draw_key) for projection in projections))
-        out = self.recurrence(qkv, self.conv1d.weight, self.decay(a), b.sigmoid(), segments)  # [T, Hv, Dv]
+        rate, bias = gate.unbind()
+        decay = rate * F.softplus(a.float() + bias)  # float32 [T, Hv]
+        out = self.recurrence(qkv, self.conv1d.weight, decay, b.sigmoid(), segments)  # [T, Hv, Dv]
         out, gate = self.norm(out), F.silu(z.float()).view(out.shape)
         return self.out_proj((out * gate).to(out.dtype).flatten(1), draw_key)

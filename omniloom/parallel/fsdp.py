@@ -54,9 +54,8 @@ def shard_parameters(
     experts = _experts_apart(model, layout, plan)
     wrap = partial(_wrap, layout=layout, parallel=parallel, compute_dtype=compute_dtype, experts=experts)
     decoder = plan.roots[-1]
-    if compute_dtype != torch.float32:
-        for name in match_modules(model, plan.wide):
-            wrap([modules[name]], layout.fsdp, compute_dtype=torch.float32)
+    for name in match_modules(model, plan.wide):
+        wrap([modules[name]], layout.fsdp, compute_dtype=torch.float32)
     meshes = {**dict.fromkeys(plan.roots, layout.tower_fsdp), decoder: layout.fsdp}
     wrapped: dict[str, list[FSDPModule]] = {root: [] for root in plan.roots}
     for name in match_modules(model, plan.blocks):

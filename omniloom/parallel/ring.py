@@ -149,18 +149,18 @@ class Rounds:
 @lru_cache(maxsize=64)  # stages have several packs at a time
 def plan_rounds(bounds: tuple[int, ...], size: int, rank: int) -> Rounds:
     """All layers of a pack ask for one plan, forward and backward."""
-    return Rounds(bounds, size, rank)
+    return Rounds(sorted({*bounds}), size, rank)
 
 
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Sequence[int], kernel: str, group_name: str
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, host: Tensor, kernel: str, group_name: str
 ) -> tuple[Tensor, Tensor]:
     """q [t, H, D], k and v [t, Hkv, D] of this rank's two chunks; bounds of the whole pack, on device and host.
 
     Returns the output [t, H, D] and the log of each softmax's denominator, float32 [t, H]. Collective over the group.
     """
     chosen, group = cast(Kernel, kernel), group_of(group_name)
-    rounds = plan_rounds(tuple(bounds), group.size(), group.rank())
+    rounds = plan_rounds(tuple(host.tolist()), group.size(), group.rank())
     part, log_sums = attend(chosen, q, k, v, rounds.local_bounds(cu_seqlens), rounds.rows)
     out, log_sums = part.float(), log_sums.contiguous()
     for source, keys in rounds.keys(torch.cat((k, v), dim=-1), group):
@@ -178,13 +178,13 @@ def ring_attention_backward(
     out: Tensor,
     log_sums: Tensor,
     cu_seqlens: Tensor,
-    bounds: Sequence[int],
+    host: Tensor,
     kernel: str,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, shaped and typed like them. Collective over the group."""
     chosen, group = cast(Kernel, kernel), group_of(group_name)
-    rounds = plan_rounds(tuple(bounds), group.size(), group.rank())
+    rounds = plan_rounds(tuple(host.tolist()), group.size(), group.rank())
     inputs = (grad, q, k, v, out, log_sums)
     own = attend_backward(chosen, *inputs, rounds.local_bounds(cu_seqlens), rounds.rows)
     q_grad, pair = own[0].float(), torch.cat(own[1:], dim=-1).float()
@@ -209,17 +209,19 @@ _backward.register_fake(lambda grad, q, k, v, *_: (torch.empty_like(q), torch.em
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *settings: Any) -> Tensor:
-        out, log_sums = torch.ops.omniloom.ring_attention(q, k, v, cu_seqlens, *settings)
-        ctx.save_for_backward(q, k, v, out, log_sums, cu_seqlens)
-        ctx.settings = settings
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, host: Tensor, kernel: str, group_name: str
+    ) -> Tensor:
+        out, log_sums = torch.ops.omniloom.ring_attention(q, k, v, cu_seqlens, host, kernel, group_name)
+        ctx.save_for_backward(q, k, v, out, log_sums, cu_seqlens, host)
+        ctx.settings = kernel, group_name
         return cast(Tensor, out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = torch.ops.omniloom.ring_attention_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
-        return *grads, *(None,) * (1 + len(ctx.settings))
+        return *grads, None, None, None, None
 
 
 class RingCore(nn.Module):
@@ -230,10 +232,9 @@ class RingCore(nn.Module):
         self.kernel: Kernel = kernel
         self.group = group
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # bounds on the host differ from pack to pack: each would be compiled for itself
     def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, norms: PrepareHeads | None = None) -> Tensor:
         if norms is not None:
             q, k = norms(q, k)
         kernel = resolve_kernel(self.kernel, q.device.type, q.dtype)
-        settings = (segments.bounds, kernel, self.group.group_name)
-        return cast(Tensor, _RingAttention.apply(q, k, v, segments.cu_seqlens, *settings))
+        bounds = segments.cu_seqlens, segments.host
+        return cast(Tensor, _RingAttention.apply(q, k, v, *bounds, kernel, self.group.group_name))

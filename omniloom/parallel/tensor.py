@@ -13,6 +13,7 @@ Knows modules by the names in a family's `TensorSharding`, and of linears the na
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ def _divide_parameters(model: nn.Module, mesh: DeviceMesh, plan: ShardingPlan, s
                 divided[id(parameter)] = divide_parameter(parameter, mesh, placement)
             module.register_parameter(key, divided[id(parameter)])
         # as fully_shard changes the class of what it shards: names of parameters and modules stay as they are
-        module.__class__ = type(f"Local{type(module).__name__}", (LocalParameters, type(module)), {})
+        module.__class__ = _with_local_parameters(module.__class__)
     for pattern, widths in sharding.parted_outputs:
         for name in match_modules(model, (pattern,)):
             parted: Any = model.get_submodule(name)
@@ -151,6 +152,12 @@ class LocalParameters(nn.Module):
             mesh = value.device_mesh
             local = share_of_parts(local, self.parted_outputs, mesh.get_local_rank(), mesh.size())
         return local
+
+
+@cache
+def _with_local_parameters(of: type[nn.Module]) -> type[nn.Module]:
+    """One for all layers, each of which would be compiled for itself otherwise."""
+    return type(f"Local{of.__name__}", (LocalParameters, of), {})
 
 
 class SelectHeads(nn.Module):

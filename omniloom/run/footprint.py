@@ -389,7 +389,7 @@ def count_layer(text: Decoder, layer: nn.Module, plan: ShardingPlan) -> dict[str
     return {where: (num_bytes - once[where]) / COUNTED_TOKENS for where, num_bytes in twice.items()}
 
 
-def _count_rows(text: Decoder, layer: nn.Module, plan: ShardingPlan, tokens: int) -> dict[str, float]:
+def _count_rows(text: Decoder, layer: Any, plan: ShardingPlan, tokens: int) -> dict[str, float]:
     with torch.device("meta"):
         hidden = torch.empty(tokens, plan.hidden_size, dtype=COUNTED_DTYPE, requires_grad=True)
         rotary = text.rotary(torch.empty(3, tokens, dtype=torch.int64))
@@ -400,7 +400,7 @@ def _count_rows(text: Decoder, layer: nn.Module, plan: ShardingPlan, tokens: int
         module for name, module in layer.named_modules(prefix=prefix)
         if is_named(name, [pattern.replace("*", "0", 1) for pattern in plan.tensor.regions])
     ]  # fmt: skip
-    return count_kept(layer, regions, lambda: layer(hidden, rotary, segments, padding, None),
+    return count_kept(layer, regions, lambda: layer(hidden, rotary, segments, padding, None, *layer.ahead()),
                       apart=[*list_tensors(rotary), bounds, padding])  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def test_all_layers_of_a_pack_share_one_plan(monkeypatch: pytest.MonkeyPatch) ->
         q, k, v = (torch.randn(12, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2))
         expected = segment_attention_reference(q, k, v, segments, causal=True)
         expected.backward(torch.ones_like(expected))
-        settings = (segments.cu_seqlens, segments.bounds, "sdpa", "")
+        settings = (segments.cu_seqlens, segments.cu_seqlens, "sdpa", "")
         with torch.no_grad():
             out, log_sums = ring_attention(q, k, v, *settings)
             found = ring_attention_backward(torch.ones_like(out), q, k, v, out, log_sums, *settings)
