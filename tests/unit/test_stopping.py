@@ -94,5 +94,5 @@ def test_a_run_that_stops_says_what_is_saved(tmp_path: Path, step: int, words: s
         stop.start_clock()
         assert wait_for_reason(stop) == "time limit"
         assert stop.leave(tmp_path, step, "none") == STOPPED_EARLY
-    assert said == [f"time limit: {words}checkpoint.resume=auto goes on from there"]
+    assert said == [f"time limit: stopped after {words}checkpoint.resume=auto goes on from there"]
     assert json.loads((tmp_path / "stopped.json").read_text())["step"] == step
