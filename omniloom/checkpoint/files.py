@@ -9,13 +9,17 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically; it is on the disk when this returns."""
+    """Replace a small file atomically; it is on the disk when this returns. Raises: OSError that names it."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with scratch.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    scratch.replace(path)
+    try:
+        with scratch.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        scratch.replace(path)
+    except OSError as error:  # as of a full disk, which leaves a part that takes room, too
+        scratch.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:

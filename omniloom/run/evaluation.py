@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from omniloom.checkpoint.files import write_text
 from omniloom.data.agreement import PlanningRanks, StepAgreement, gather, report_pack, settle
 from omniloom.data.loader import Loader
 from omniloom.data.packing import pack_everything
@@ -67,7 +68,7 @@ class EvaluationReport:
         if self.rows:
             (run_dir / "answers").mkdir(exist_ok=True)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-            (run_dir / "answers" / f"step_{step:08d}.jsonl").write_text(lines, encoding="utf-8")
+            write_text(run_dir / "answers" / f"step_{step:08d}.jsonl", lines)
         write_evaluations(run_dir, {**read_evaluations(run_dir), step: self.figures()})
 
     def describe(self, step: int) -> str:

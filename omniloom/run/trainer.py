@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -163,7 +163,7 @@ class Trainer:
         if eval_rows is not None:
             self.evaluation = Evaluation(workshop, layout, eval_rows, bad_file, stack, attempt)
         self.stream = stack.enter_context(open_stream(workshop, self.planner, loader, layout, self.pool, bad_samples))
-        self.profile = Profile(config.log.profile, self.run_dir / f"trace_rank{layout.rank}.json", attempt)
+        self.profile = stack.enter_context(closing(Profile(config.log.profile, self.run_dir, layout.rank, attempt)))
         self._begin(stored, about, policies, overwrite)
         self.collect_garbage = stack.enter_context(collect_on_call())
 

@@ -11,23 +11,28 @@ import torch
 
 
 class Profile:
-    """Records from the first to the last named step (counted from 1) and writes one file when they are over."""
+    """Records from the first to the last named step (counted from 1), those of them that a run takes, into one file."""
 
     def __init__(
-        self, steps: tuple[int, int] | None, path: Path, attempt: Callable[[Callable[[], None]], object]
+        self, steps: tuple[int, int] | None, run_dir: Path, rank: int, attempt: Callable[[Callable[[], None]], object]
     ) -> None:
-        self._steps, self._path, self._attempt = steps, path, attempt
+        self._steps, self._path, self._attempt = steps, run_dir / f"trace_rank{rank}.json", attempt
         self._profiler: torch.profiler.profile | None = None
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Around the work of the step with this index, from 0."""
         first, last = self._steps or (0, 0)
-        if step + 1 == first:
+        if self._profiler is None and first <= step + 1 <= last:
             self._profiler = torch.profiler.profile()
             self._profiler.start()
         yield
-        if step + 1 == last and self._profiler is not None:
-            self._profiler.stop()
-            self._attempt(partial(self._profiler.export_chrome_trace, str(self._path)))
-            self._profiler = None
+        if step + 1 == last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was recorded, if that has not been done."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            profiler.stop()
+            self._attempt(partial(profiler.export_chrome_trace, str(self._path)))

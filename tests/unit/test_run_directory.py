@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from omniloom.checkpoint.files import write_text
 from omniloom.config import Config, dump_config, load_config
 from omniloom.exit_codes import STOPPED_EARLY
 from omniloom.run import evaluation
@@ -269,3 +271,14 @@ def test_a_signal_ends_an_evaluation_and_leaves_the_step_before_it_saved(
     assert not (tmp_path / "run" / "evaluations.jsonl").exists()
     assert run(load_config(None, words)) == 0
     assert read_lines(tmp_path / "run" / "evaluations.jsonl")[-1]["step"] == 2
+
+
+def test_a_file_that_does_not_fit_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_text(tmp_path / "a", "old")
+    monkeypatch.setattr("os.fsync", fails)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'a'}'"):
+        write_text(tmp_path / "a", "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]

@@ -230,8 +230,9 @@ def test_a_run_goes_on_with_states_of_its_own_optimizer_alone(train: Train, tmp_
     assert {step.item() for step in states(stored(tmp_path / "run", 2), "step").values()} == {2.0}
 
 
-def test_the_steps_of_a_profile_are_in_a_trace(train: Train, tmp_path: Path) -> None:
-    train("log.profile=2,2", "train.steps=2")
+@pytest.mark.parametrize("steps", ["2,2", "2,9"])
+def test_the_steps_of_a_profile_are_in_a_trace(train: Train, tmp_path: Path, steps: str) -> None:
+    train(f"log.profile={steps}", "train.steps=2")
     events = json.loads((tmp_path / "run/trace_rank0.json").read_text())["traceEvents"]
     assert sum(event.get("name", "").startswith("Optimizer.step#") for event in events) == 1
 
