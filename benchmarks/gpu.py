@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from tests.device.steps import Content, make_pack, write_headers
 from tests.parity.published_configs import PUBLISHED
 
 PACK_TOKENS, WARMUP_STEPS, TIMED_STEPS, LORA_RANK = 16384, 2, 5, 16
+PLAIN_TOKENS = 1000  # ids below this are text in every vocabulary, the tiny ones' too
 CONTENT = Content(num_samples=4, grid=(1, 64, 64), pictures=2, mel_frames=0, answer=0.5)
 TINY_TOKENS, TINY_CONTENT = 1088, Content(num_samples=4, grid=(1, 8, 8), pictures=2, mel_frames=0, answer=0.5)
 SECONDS = 110.0  # for one process; eight of them, most of which end much sooner
@@ -143,7 +144,7 @@ def train_omniloom(row: Row, directory: Path, pack_tokens: int, content: Content
             draw(name, parameter)
     optimizer = build_optimizer(workshop, dict(model.named_parameters()), policies, layout.device)
     pool = EncoderPool(layout, workshop.spec.sharding(workshop.family), "group")
-    (routed,) = pool.plan([make_pack(workshop.family, pack_tokens, content)])
+    (routed,) = pool.plan([drawn_pack(workshop.family, pack_tokens, content)])
     staged = stage(routed, layout.device, workshop.compute_dtype)
     num_labels = float((routed.loss_weights > 0).sum())
     objective = Objective(coefficients={"text": 1.0}, weight_sums={"text": num_labels, "router": 1.0})
@@ -201,7 +202,7 @@ def train_transformers(row: Row, directory: Path, pack_tokens: int, content: Con
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), fused=True)
     spec = find_spec(config_json)
-    pack = make_pack(spec.read_config(config_json), pack_tokens, content)
+    pack = drawn_pack(spec.read_config(config_json), pack_tokens, content)
     inputs = {key: value.to(device) for key, value in batch_of(pack, content, config).items()}
 
     def step() -> torch.Tensor:
@@ -214,6 +215,17 @@ def train_transformers(row: Row, directory: Path, pack_tokens: int, content: Con
         return loss.detach()
 
     return measure(step, device, inputs["input_ids"].numel())
+
+
+def drawn_pack(family: Any, pack_tokens: int, content: Content) -> PackedBatch:
+    """The same for both loops: of tokens and pixels that are alike a router would send all to the same few experts."""
+    pack, generator = make_pack(family, pack_tokens, content), torch.Generator().manual_seed(0)
+    assert pack.vision is not None
+    return replace(
+        pack,
+        input_ids=torch.randint(PLAIN_TOKENS, pack.input_ids.shape, generator=generator),
+        vision=replace(pack.vision, patches=torch.randn(pack.vision.patches.shape, generator=generator)),
+    )
 
 
 def batch_of(pack: PackedBatch, content: Content, config: Any) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ from omniloom.ops.rotary import Rotary, apply_rotary, turn
 from omniloom.types import Kernel, Segments
 
 EAGER_QUERY_BLOCK = 1024  # rows whose scores against all keys are held at a time
+MOST_SEGMENTS = 1024  # of one call of flash attention's backward, which makes room for 128 rows more of each
 
 
 def resolve_kernel(kernel: Kernel, device_type: str, dtype: torch.dtype) -> Kernel:
@@ -265,6 +266,19 @@ def _flash_attention_backward(
     k_longest: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    of_rows, num_rows = (grad, q, k, v, out), MOST_SEGMENTS * q_longest
+    if q.shape[0] > num_rows and q.shape[0] == k.shape[0] == q_longest * (q_bounds.shape[0] - 1):  # of one length
+        parts = [
+            _flash_attention_backward(
+                *(x[start : start + num_rows] for x in of_rows),
+                log_sums[:, start : start + num_rows].contiguous(),
+                *(each[: 1 + -(-min(num_rows, q.shape[0] - start) // q_longest)] for each in (q_bounds, k_bounds)),
+                *(q_longest, k_longest, causal),
+            )
+            for start in range(0, q.shape[0], num_rows)
+        ]
+        q_grad, k_grad, v_grad = map(torch.cat, zip(*parts, strict=True))
+        return q_grad, k_grad, v_grad
     bounds, random = (q_bounds, k_bounds, q_longest, k_longest), torch.zeros(2, dtype=torch.uint64, device=q.device)
     of_dropout = (0.0, causal, random, torch.empty(0, device=q.device))  # that there is not
     q_grad, k_grad, v_grad = torch_operators.flash_attention_backward(

@@ -74,6 +74,9 @@ class Backend(_DummyBackendModule):
 
     def synchronize(self, *_: Any) -> None: ...
 
+    def max_memory_allocated(self, *_: Any) -> int:
+        return 0
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
@@ -90,7 +93,15 @@ def install(kind: str) -> torch.device:
         for operator in WHOLE:
             torch.library.impl(operator, "PrivateUse1", lambda *_: None)
     else:
-        for name in ("current_stream", "stream", "device_count", "set_device", "synchronize", "is_available"):
+        for name in (
+            "current_stream",
+            "stream",
+            "device_count",
+            "set_device",
+            "synchronize",
+            "is_available",
+            "max_memory_allocated",
+        ):
             setattr(torch.cuda, name, getattr(Backend(), name))
         torch.cuda.Stream = torch.cuda.Event = Queue
         torch.cuda.current_device, torch.cuda._lazy_init = lambda: 0, lambda: None

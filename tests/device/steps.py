@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,15 +31,15 @@ from omniloom.models.fusion import OmniModel
 from omniloom.ops import attention
 from omniloom.parallel.degrees import Degrees, resolve_degrees
 from omniloom.parallel.encoder_pool import EncoderPool
-from omniloom.parallel.gradients import clip_gradients
 from omniloom.parallel.mesh import build_layout
 from omniloom.parallel.pipeline import Pipeline
 from omniloom.parallel.staging import stage
 from omniloom.parallel.step import Objective, evaluate, run_packs
 from omniloom.processors.tower_batches import audio_batch, vision_batch
 from omniloom.run.opening import Workshop, build_model, build_optimizer, open_workshop
+from omniloom.run.optimizer_step import OptimizerStep
 from omniloom.tools.tiny import FAMILIES, make_tiny
-from omniloom.types import IGNORE_LABEL, AudioClip, Example, PackedBatch, VisionClip
+from omniloom.types import IGNORE_LABEL, AudioClip, Example, PackedBatch, StepPlan, VisionClip
 from tests.device.fake_device import Record, one_of
 from tests.parity.published_configs import PUBLISHED
 
@@ -234,12 +235,19 @@ def run_case(
             routed = pool.plan([batch] * case.num_packs) if pipeline else pool.plan([batch]) * case.num_packs
             staged = [stage(pack, device, workshop.compute_dtype) for pack in routed]
             _check_same(staged[0], routed[0])
-            run_packs(model, staged, layout, objective, pool, pipeline, on_pack=on_pack)
+            terms = run_packs(model, staged, layout, objective, pool, pipeline, on_pack=on_pack)
             record.phase = "optimizer"
-            repeated = () if pipeline is None else pipeline.counted_elsewhere
-            clip_gradients(optimizer, config.train.clip_norm, device, repeated)
             gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
-            optimizer.step()
+            end: Any = OptimizerStep(
+                layout=layout,
+                settings=config.train,
+                optimizer=optimizer,
+                total_rows=1,
+                peak_rate=1.0,
+                pipeline=pipeline,
+                watchdog=SimpleNamespace(enter=lambda *_: None),
+            )
+            end.take(StepPlan(step=0, packs=(), rows_planned=0), terms, objective, wants_stop=False)
             if case.evaluates:
                 record.phase, record.pack = "evaluation", case.num_packs
                 model.eval()

@@ -54,6 +54,7 @@ def build_fake_cuda(directory: Path) -> Path:
 
 ON_CUDA = ("context_experts_full_recompute",)
 SIZES, MOVE = "parallel/collectives.py:exchange_sizes", "parallel/staging.py:to_device.<locals>.move"
+SUMS = "run/optimizer_step.py:OptimizerStep._sum_over_ranks"
 CODES = "ops/nf4.py:_numbers"  # what 4-bit codes stand for
 AWAY, BACK = "parallel/device.py:HostCopies.put", "parallel/device.py:HostCopies.fetch"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build a device type `cuda`")
@@ -83,11 +84,11 @@ def test_gradients_and_optimizer_states_are_on_the_device_in_their_dtypes(step, 
 
 
 @each_step
-def test_the_host_waits_only_for_the_sizes_of_an_exchange_between_experts(step, name):
+def test_the_host_waits_for_the_sums_of_a_step_and_the_sizes_of_an_exchange_between_experts_alone(step, name):
     case = CASES[name]
     num_layers = case.layers["text"] // case.parallel.get("pipeline", 1)
     num_waits = num_layers * (case.num_packs + case.evaluates) if case.parallel.get("expert", 1) > 1 else 0
-    assert step["wait"] == ({SIZES: num_waits} if num_waits else {})
+    assert step["wait"] == {**({SIZES: num_waits} if num_waits else {}), SUMS: 1}
 
 
 @each_step

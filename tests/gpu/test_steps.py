@@ -31,6 +31,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "activations on the host": ("memory.offload_activations=true",),
     "muon": ("train.optimizer=muon",),
     "lora": ("policy.text.lora.rank=4",),
+    "lora on 4 bits": ("policy.text.lora.rank=4", "model.quantize=nf4"),
 }
 
 

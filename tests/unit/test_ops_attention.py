@@ -145,6 +145,39 @@ def test_both_ops_are_registered_so_that_compilers_may_rely_on_them(forward, bac
     torch.library.opcheck(backward, (torch.ones_like(q), q, k, v, *forward(q, k, v, *others), *others))
 
 
+@pytest.mark.parametrize(("lengths", "calls"), [([4] * 8, [3, 3, 2]), ([4, 5, 3, 4, 4], [5]), ([4, 4, 4], [3])])
+def test_flash_attention_takes_many_segments_of_one_length_in_parts(monkeypatch, lengths, calls):
+    """By a stand-in that computes as the eager kernel does: the room that its backward takes grows with segments."""
+    found = []
+
+    def forward(q, k, v, q_bounds, k_bounds, q_longest, k_longest, dropout, causal, debug, **window):
+        assert (dropout, debug, q_longest, k_longest, q_bounds is k_bounds) == (0.0, False, *2 * [max(lengths)], True)
+        assert window == {"window_size_left": -1, "window_size_right": 0}
+        out, log_sums = attention._eager_attention(q, k, v, q_bounds, causal)
+        return out, log_sums.T.contiguous(), None, None, None
+
+    def backward(grad, q, k, v, out, log_sums, q_bounds, k_bounds, q_longest, k_longest, dropout, causal, *_, **__):
+        found.append(len(q_bounds) - 1)
+        assert torch.equal(q_bounds, k_bounds)
+        assert (dropout, q_longest, k_longest, int(q_bounds[-1])) == (0.0, *2 * [max(lengths)], len(q))
+        return attention._eager_attention_backward(grad, q, k, v, out, log_sums.T.contiguous(), q_bounds, causal)
+
+    monkeypatch.setattr(attention.torch_operators, "flash_attention", forward)
+    monkeypatch.setattr(attention.torch_operators, "flash_attention_backward", backward)
+    monkeypatch.setattr(attention, "resolve_kernel", lambda *_: "flash")
+    monkeypatch.setattr(attention, "MOST_SEGMENTS", 3)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (random_heads(sum(lengths), heads, 8, generator) for heads in (4, 2, 2))
+    segments = Segments.from_lengths(lengths)
+    out = segment_attention(q, k, v, segments, causal=True, kernel="auto")
+    wanted = segment_attention_reference(q, k, v, segments, causal=True)
+    upstream = torch.randn(out.shape, generator=generator)
+    grads = torch.autograd.grad(out, (q, k, v), upstream)
+    assert found == calls
+    for one, other in zip(grads, torch.autograd.grad(wanted, (q, k, v), upstream), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_flash_attention_3_takes_its_place_once_or_says_that_it_is_not_there():
     with pytest.raises(ValueError, match="flash_attn_interface"):
         attention.use_flash3()
