@@ -70,6 +70,9 @@ def open_run(config: Config, *, spill: Path | None = None) -> tuple[Workshop, So
     )
     if missing := [name for name, value in wanted if not value]:
         raise ConfigError([f"{name}: not set; every run needs it" for name in missing], "the configuration")
+    if (Path(config.train.run_dir) / "config.json").exists():  # it would be both, and `chat DIR` either
+        fault = f"train.run_dir: {config.train.run_dir} is a model's directory (it has config.json); set another one"
+        raise ConfigError([fault], "the configuration")
     workshop = open_workshop(config)
     if workshop.cut and workshop.adapters and not config.checkpoint.export:
         raise ValueError(

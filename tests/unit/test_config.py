@@ -244,6 +244,12 @@ def test_a_run_directory_that_a_shell_left_empty_is_not_the_present_one(tmp_path
         open_run(load_config(None, ["model.path=m", "data.train=a.json", "train.run_dir="]))
 
 
+def test_a_models_directory_is_no_run_directory(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"train\.run_dir: .* is a model's directory \(it has config\.json\)"):
+        open_run(load_config(None, [f"model.path={tmp_path}", "data.train=a.json", f"train.run_dir={tmp_path}"]))
+
+
 def test_a_missing_file_suggests_its_neighbour(tmp_path) -> None:
     (tmp_path / "sft.yaml").write_text("{}")
     with pytest.raises(ConfigError, match=r"did you mean .*sft\.yaml"):

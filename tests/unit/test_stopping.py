@@ -85,9 +85,7 @@ def test_an_error_that_waited_is_told_beside_the_one_that_ends_the_run() -> None
     assert told.value.__notes__ == ["before that: ZeroDivisionError: integer division or modulo by zero"]
 
 
-@pytest.mark.parametrize(
-    ("step", "words"), [(0, "stopped after step 0; "), (3, "stopped after step 3, which is saved; ")]
-)
+@pytest.mark.parametrize(("step", "words"), [(0, "step 0; "), (3, "step 3, which is saved; ")])
 def test_a_run_that_stops_says_what_is_saved(tmp_path: Path, step: int, words: str) -> None:
     said = []
     with StopRequest(1e-9, said.append) as stop:
