@@ -228,10 +228,12 @@ class TurnFinder:
                     f"out as they are written ({self.template.where}): {text[-200:]!r}",
                 )
         for index, turn in enumerate(turns):
-            said = {leaf.number for leaf in leaves if leaf.turn == index}
+            own = [leaf for leaf in leaves if leaf.turn == index and not leaf.is_json]  # arguments may have no words
             words = any(part.kind != "reasoning" and part.text.strip() for part in turn.parts)
-            if turn.role == "assistant" and words and said <= marks.left_out:
-                reason = f"the chat template leaves out this answer ({self.template.where})"
+            lost = [turn.parts[leaf.part].kind for leaf in own if leaf.number in marks.left_out]
+            if turn.role == "assistant" and words and (len(lost) == len(own) or "tool_call" in lost):
+                call = "'s tool call; data.template names one that writes it" * ("tool_call" in lost)
+                reason = f"the chat template ({self.template.where}) leaves out this answer{call}"
                 raise SampleError(f"messages[{index}]", reason)
         return marks
 

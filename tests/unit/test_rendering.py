@@ -676,3 +676,12 @@ def test_a_turn_that_shows_no_marks_hides_no_other():
     text = trained(THINKING, say(*answers))
     assert text.startswith("<|im_start|>assistant\n‹<|im_end|><|im_end|>›\n<|im_start|>assistant\n‹")
     assert text.count("‹") == 2
+
+
+def test_a_tool_call_that_the_template_does_not_write_makes_a_bad_row_and_no_answer_without_it():
+    call = Part(kind="tool_call", text='{"name": "look", "arguments": {}}')
+    for said in ([call], [Part(kind="text", text="wait"), call]):
+        asked = say(("user", "q"), ("assistant", said))
+        assert "look" in trained(NOTHINK, asked)
+        with pytest.raises(SampleError, match=r"messages\[1\]: .* leaves out this answer's tool call; data\.template"):
+            trained(SIMPLE, asked)
