@@ -113,39 +113,65 @@ def collect_on_call(generation: int = 1) -> Iterator[Callable[[], None]]:
 
 
 class HostCopies:
-    """Copies between the device and host memory on a queue of their own, beside what computes. On CPU plain copies."""
+    """Copies between the device and host memory on a queue of their own, beside what computes. On CPU plain copies.
+
+    Device memory is held here until computing has waited for its copy (`turn`), and goes back to what computes then.
+    `Tensor.record_stream` would have the allocator find out by itself, when the host asks it for memory, which runs far
+    ahead of the device: nothing would be free, and as much be taken as if nothing were moved.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pins = device, device.type != "cpu"
         module: Any = torch.get_device_module(device)
         self._module: Any = module if self.pins else None
         self._queue: Any = module.Stream() if self.pins else None
+        self._held: dict[int, Tensor] = {}  # by id, since the last turn
+        self._before: tuple[dict[int, Tensor], Any] = ({}, None)  # in the turn before, and when its copies are over
 
     def put(self, tensor: Tensor, host: Tensor) -> None:
         """Copy a tensor, once it is computed, to (pinned) host memory."""
         if self._module is None:
             host.copy_(tensor)
-            return
-        self._queue.wait_stream(self._module.current_stream())
-        with self._module.stream(self._queue):
-            host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._queue)
+        else:
+            self._copy(tensor, host, tensor)
 
     def fetch(self, host: Tensor) -> tuple[Tensor, Any]:
-        """Begin to copy to the device, behind all that was put. For `wait`."""
+        """Begin to copy to the device, behind all that was put; what is there already comes as it is. For `wait`."""
         if self._module is None:
             return host.clone(), None
-        with self._module.stream(self._queue):
-            return host.to(self.device, non_blocking=True), self._queue.record_event()
+        if not host.is_cpu:
+            return host, None
+        tensor = torch.empty_like(host, device=self.device)
+        self._copy(host, tensor, tensor)
+        return tensor, self._queue.record_event()
 
     def wait(self, fetched: tuple[Tensor, Any]) -> Tensor:
         """The tensor for computing, which waits for the copy; the host does not."""
         tensor, arrived = fetched
         if arrived is not None:
-            current = self._module.current_stream()
-            current.wait_event(arrived)
-            tensor.record_stream(current)
+            self._module.current_stream().wait_event(arrived)
+            for held in (self._held, self._before[0]):
+                held.pop(id(tensor), None)
         return tensor
+
+    def turn(self) -> None:
+        """Have computing wait for all copies that were begun before the last turn, and let go of what they copied."""
+        if self._module is None:
+            return
+        if self._before[1] is not None:
+            self._module.current_stream().wait_event(self._before[1])
+        self._held, self._before = {}, (self._held, self._queue.record_event())
+
+    def settle(self) -> None:
+        """`turn` of all copies begun so far."""
+        self.turn()
+        self.turn()
+
+    def _copy(self, source: Tensor, target: Tensor, on_device: Tensor) -> None:
+        self._queue.wait_stream(self._module.current_stream())
+        with self._module.stream(self._queue):
+            target.copy_(source, non_blocking=True)
+        self._held[id(on_device)] = on_device
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -97,8 +97,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ahead = self._fetch(batches[0]) if batches else []
         for number, batch in enumerate(batches):
             states = [{key: self._arrived(value) for key, value in state.items()} for state in ahead]
+            self._let_go()
             ahead = self._fetch(batches[number + 1]) if number + 1 < len(batches) else []
             (self._step_muon if batch[0]["orthogonal"] else self._step_adamw)(batch, states)
+        self._let_go()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over `state` of weights by their number; groups stay as they are."""
@@ -186,6 +188,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _arrived(self, value: Any) -> Tensor:
         return value if self._copies is None else self._copies.wait(value)
+
+    def _let_go(self) -> None:
+        """Of states that were moved to the host."""
+        if self._copies is not None:
+            self._copies.settle()
 
     def _read(self, state: Mapping[str, Tensor], key: str) -> Tensor:
         """A state to compute with: as wide as the weight's, else float32."""

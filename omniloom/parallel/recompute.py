@@ -110,6 +110,7 @@ class OffloadingCall(nn.Module):
         moved = _Moved(latest() if latest is not None and number < index else None)
         self._latest = index, ref(moved)
         shared = {StorageWeakRef(tensor.untyped_storage()) for tensor in list_tensors(inputs[1:])}
+        self._copies.turn()
         with torch.autograd.graph.saved_tensors_hooks(partial(self._to_host, moved, layer, shared), self._from_host):
             return self.call(index, layer, *inputs)
 
@@ -133,6 +134,7 @@ class OffloadingCall(nn.Module):
         moved, place = kept
         for call in (moved, moved.before):
             if call is not None and call.arriving is None:
+                self._copies.turn()
                 last_first = reversed(list(enumerate(call.hosts)))
                 call.arriving = {number: self._copies.fetch(host) for number, host in last_first}
         assert moved.arriving is not None

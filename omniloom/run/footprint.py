@@ -42,6 +42,7 @@ from omniloom.types import AudioBatch, AudioClip, Segments, VisionBatch, VisionC
 
 COUNTED_TOKENS = 2048  # of a layer on meta: what is kept grows in proportion
 COUNTED_DTYPE = torch.bfloat16  # the only one whose grouped products run on meta
+MOVING_LAYERS = 2  # whose activations are on the device while they are copied to the host
 COUNTED_SIDE = 64  # patches of a picture's side
 COUNTED_FRAMES = 1600  # of mel features: sixteen seconds
 NUM_SAMPLES = 4  # of a pack
@@ -167,23 +168,31 @@ class ModelSizes:
 
     def _tower_keeps(self, name: str, how: Recompute, offloads: bool) -> float:
         """Bytes that autograd keeps of a tower that trains for a token of its media, on the device."""
-        tower: Any = getattr(self.model, name)
         vision, audio = self.workshop.family.vision, self.workshop.family.audio
-        usual = tower.call
-        recompute_layers(tower, "full" if offloads else how, routes=False)
+        kept = self._keeps_of_tower(name, how)
         if name == "vision":
-            kept = count_vision(tower, vision, self.plan.patches_per_row)
-            rows, width, heads = self.plan.patches_per_row * vision.depth, vision.hidden_size, vision.num_heads
+            depth, rows, width, heads = vision.depth, self.plan.patches_per_row, vision.hidden_size, vision.num_heads
         else:
-            kept = count_audio(tower, audio)
-            rows, width, heads = audio.pool * audio.encoder_layers, audio.d_model, audio.encoder_attention_heads
-        tower.call = usual
+            depth, rows, width, heads = audio.encoder_layers, audio.pool, audio.d_model, audio.encoder_attention_heads
+        rows *= depth
         of_rows = rows * width * COUNTED_DTYPE.itemsize
         if offloads:  # the layers' inputs too
-            kept -= of_rows
+            stays = self._keeps_of_tower(name, "full") - of_rows
+            kept = stays + (kept - stays) * min(MOVING_LAYERS / depth, 1.0)
         if how == "selective":  # keeps what attention returns, on the device and out of autograd's sight
             kept += of_rows + 4.0 * rows * heads
         return self.wider * kept
+
+    def _keeps_of_tower(self, name: str, how: Recompute) -> float:
+        tower: Any = getattr(self.model, name)
+        usual = tower.call
+        recompute_layers(tower, how, routes=False)
+        if name == "vision":
+            kept = count_vision(tower, self.workshop.family.vision, self.plan.patches_per_row)
+        else:
+            kept = count_audio(tower, self.workshop.family.audio)
+        tower.call = usual
+        return kept
 
     @property
     def wider(self) -> float:
@@ -263,13 +272,16 @@ class ModelSizes:
         """What waits for backward of the decoder's layers on a rank of a stage, of all packs that are under way."""
         tokens = self.config.data.pack_tokens / degrees.context
         here = [layer for layer, owner in enumerate(self.owners(degrees)) if owner == stage]
-        kept = 0.0
+        kept = moving = 0.0
         for (layer, again), count in self.kinds(here, memory).items():
             whole = None if again else self.layer_bytes(layer, tokens, degrees)
-            kept += count * self._waiting(layer, tokens, degrees, memory, whole)
+            stays, moves = self._waiting(layer, tokens, degrees, memory, whole)
+            kept += count * (stays if memory.offload_activations else stays + moves)
+            moving = max(moving, min(MOVING_LAYERS, len(here)) * moves)
         if stage < degrees.pipeline - 1:  # the rows that were handed on
             kept += degrees.stages_per_rank * tokens / degrees.tensor * self.kept[0].row
-        return kept * min(packs_of_rank(self.config, degrees), packs_in_flight(degrees, stage))
+        kept *= min(packs_of_rank(self.config, degrees), packs_in_flight(degrees, stage))
+        return kept + moving * memory.offload_activations
 
     def tower_bytes(self, name: str, rows: float, degrees: Degrees, memory: MemoryConfig) -> float:
         """What waits for backward of a tower that makes so many rows in a call, 0 where it does not train."""
@@ -302,12 +314,15 @@ class ModelSizes:
         )
         return float(heads * text.head_dim * self.workshop.compute_dtype.itemsize)
 
-    def _waiting(self, layer: int, tokens: float, degrees: Degrees, memory: MemoryConfig, whole: float | None) -> float:
-        """What waits of a layer on the device for its backward: `whole`, or what is not recomputed."""
+    def _waiting(
+        self, layer: int, tokens: float, degrees: Degrees, memory: MemoryConfig, whole: float | None
+    ) -> tuple[float, float]:
+        """What waits of a layer for its backward, `whole` or what is not recomputed: on the device alone, and what may
+        wait on the host."""
         if whole is not None:
-            return 0.0 if memory.offload_activations else whole
+            return 0.0, whole
         text, own_tokens, routed = self.workshop.family.text, tokens / degrees.tensor, self.plan.routed_layers[layer]
-        saved = 0.0  # per token, and never moved to the host
+        saved = 0.0  # per token
         if self.recompute("text", memory) == "selective":
             element = self.workshop.compute_dtype.itemsize
             saved = text.num_attention_heads * (text.head_dim * element + 4)
@@ -315,7 +330,7 @@ class ModelSizes:
                 arrived = text.hidden_size * (degrees.expert > 1)
                 saved += text.num_experts_per_tok * element * (2 * text.moe_intermediate_size + arrived)
         moved = self.kept[layer].row + (8.0 * text.num_experts_per_tok if routed else 0.0)
-        return own_tokens * (saved + (0.0 if memory.offload_activations else moved))
+        return own_tokens * saved, own_tokens * moved
 
     def recompute(self, root: str, memory: MemoryConfig, pipeline: int = 1) -> Recompute:
         rule = self.config.policy.get(root)

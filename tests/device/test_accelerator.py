@@ -56,7 +56,7 @@ ON_CUDA = ("context_experts_full_recompute",)
 SIZES, MOVE = "parallel/collectives.py:exchange_sizes", "parallel/staging.py:to_device.<locals>.move"
 SUMS = "run/optimizer_step.py:OptimizerStep._sum_over_ranks"
 CODES = "ops/nf4.py:_numbers"  # what 4-bit codes stand for
-AWAY, BACK = "parallel/device.py:HostCopies.put", "parallel/device.py:HostCopies.fetch"
+COPIES = "parallel/device.py:HostCopies._copy"  # to the host and back
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build a device type `cuda`")
 each_step = pytest.mark.parametrize(
     ("kind", "name"),
@@ -94,7 +94,7 @@ def test_the_host_waits_for_the_sums_of_a_step_and_the_sizes_of_an_exchange_betw
 @each_step
 def test_all_copies_to_the_device_are_made_in_one_place_from_pinned_memory(step, name):
     case = CASES[name]
-    others = {BACK} if case.memory is OFFLOADED else {CODES} if case.quantize else set()
+    others = {COPIES} if case.memory is OFFLOADED else {CODES} if case.quantize else set()
     assert set(step["copy"]) == {MOVE} | others
     assert step["pinned"] == step["copy"]
     is_shared = {"context", "tensor", "pipeline", "encoder_pool"} & case.parallel.keys()
@@ -104,9 +104,9 @@ def test_all_copies_to_the_device_are_made_in_one_place_from_pinned_memory(step,
 
 @each_step
 def test_what_is_offloaded_goes_to_pinned_memory_and_comes_back(step, name):
-    assert set(step["offload"]) == ({AWAY} if CASES[name].memory is OFFLOADED else set())
+    assert set(step["offload"]) == ({COPIES} if CASES[name].memory is OFFLOADED else set())
     if step["offload"]:
-        assert step["copy"][BACK] == step["offload"][AWAY]
+        assert step["copy"][COPIES] == step["offload"][COPIES]
 
 
 @each_step

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
+from weakref import ref
 
 import pytest
 import torch
@@ -132,6 +135,48 @@ def test_layers_with_experts_recompute_compiled_and_not(how: str | int, compiled
     for found, wanted in zip(experts.gradients(), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
     assert (backend.frame_count > 0) == compiled
+
+
+class Queue:
+    """A stream: what it was told to wait for, and events that count what it was given."""
+
+    def __init__(self) -> None:
+        self.events, self.waited = 0, 0
+
+    def record_event(self) -> int:
+        self.events += 1
+        return self.events
+
+    def wait_event(self, event: int) -> None:
+        self.waited = max(self.waited, event)
+
+    def wait_stream(self, other: Queue) -> None: ...
+
+
+def test_device_memory_is_let_go_once_computing_has_waited_for_its_copy() -> None:
+    """Not by the allocator, which learns from the host what is free: that is layers ahead of the device."""
+    computing, copies = Queue(), HostCopies(torch.device("cpu"))
+    copies._queue = Queue()
+    copies._module = SimpleNamespace(current_stream=lambda: computing, stream=lambda queue: nullcontext())
+    tensor, host = torch.ones(3), torch.zeros(3)
+    copies.put(tensor, host)
+    alive = ref(tensor)
+    del tensor
+    copies.turn()
+    assert alive() is not None
+    assert computing.waited == 0, "the copy has a layer's time"
+    copies.turn()
+    assert alive() is None
+    assert computing.waited == 1
+    unused, used = copies.fetch(host), copies.fetch(host)
+    assert torch.equal(copies.wait(used), torch.ones(3))
+    gone, kept = ref(used[0]), ref(unused[0])
+    del used, unused
+    assert gone() is None, "computing has waited for it"
+    assert kept() is not None
+    copies.settle()
+    assert kept() is None
+    assert computing.waited == copies._queue.events - 1
 
 
 class RecordedCopies(HostCopies):
