@@ -115,7 +115,8 @@ def open_text(path: str, max_samples: int | None, scratch: str | None) -> TextRo
     if head.startswith(LFS_POINTER):
         raise ValueError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull where it came from")
     delimiters = _DELIMITERS.get(Path(name).suffix.lower())
-    if b"\x00" in head or (delimiters is None and start[:1] not in b"[{"):
+    is_json = start[:1] in b"[{" and b"\x00" not in start[:4]  # further on they are a line that a crash left empty
+    if not is_json and (delimiters is None or b"\x00" in head):
         raise ValueError(
             f"{path} is neither JSON, JSONL, Parquet, Arrow nor tar (it begins with {head[:8]!r}) and is not named "
             ".csv or .tsv; expected a JSON array of rows, or one JSON object per line, in UTF-8"

@@ -108,6 +108,14 @@ def test_lines_are_counted_from_one_and_blank_lines_count(tmp_path):
     assert [source.read_row(row)[2] for row in range(len(source))] == [2, 4, 5]
 
 
+def test_a_line_that_a_crash_left_empty_costs_itself_alone(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"n": 1}\n' + b"\x00" * 64 + b'\n{"n": 2}\n')
+    rows = open_sources((str(tmp_path / "a.jsonl"),))
+    assert (rows.read_row(0)[0], rows.read_row(2)[0]) == ({"n": 1}, {"n": 2})
+    with pytest.raises(SampleError, match="row: not UTF-8"):
+        rows.read_row(1)
+
+
 def test_files_chain_and_max_samples_counts_per_file(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("".join(f'{{"file": "{name}", "n": {n}}}\n' for n in range(5)))
