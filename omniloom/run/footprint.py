@@ -169,7 +169,7 @@ class ModelSizes:
     def _tower_keeps(self, name: str, how: Recompute, offloads: bool) -> float:
         """Bytes that autograd keeps of a tower that trains for a token of its media, on the device."""
         vision, audio = self.workshop.family.vision, self.workshop.family.audio
-        kept = self._keeps_of_tower(name, how)
+        kept = _keeps_of_tower(self, name, how)
         if name == "vision":
             depth, rows, width, heads = vision.depth, self.plan.patches_per_row, vision.hidden_size, vision.num_heads
         else:
@@ -177,22 +177,11 @@ class ModelSizes:
         rows *= depth
         of_rows = rows * width * COUNTED_DTYPE.itemsize
         if offloads:  # the layers' inputs too
-            stays = self._keeps_of_tower(name, "full") - of_rows
+            stays = _keeps_of_tower(self, name, "full") - of_rows
             kept = stays + (kept - stays) * min(MOVING_LAYERS / depth, 1.0)
         if how == "selective":  # keeps what attention returns, on the device and out of autograd's sight
             kept += of_rows + 4.0 * rows * heads
         return self.wider * kept
-
-    def _keeps_of_tower(self, name: str, how: Recompute) -> float:
-        tower: Any = getattr(self.model, name)
-        usual = tower.call
-        recompute_layers(tower, how, routes=False)
-        if name == "vision":
-            kept = count_vision(tower, self.workshop.family.vision, self.plan.patches_per_row)
-        else:
-            kept = count_audio(tower, self.workshop.family.audio)
-        tower.call = usual
-        return kept
 
     @property
     def wider(self) -> float:
@@ -395,6 +384,18 @@ def _media_bytes(sizes: ModelSizes, degrees: Degrees, stage: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------- counting
+
+
+def _keeps_of_tower(sizes: ModelSizes, name: str, how: Recompute) -> float:
+    tower: Any = getattr(sizes.model, name)
+    usual = tower.call
+    recompute_layers(tower, how, routes=False)
+    if name == "vision":
+        kept = count_vision(tower, sizes.workshop.family.vision, sizes.plan.patches_per_row)
+    else:
+        kept = count_audio(tower, sizes.workshop.family.audio)
+    tower.call = usual
+    return kept
 
 
 def count_layer(text: Decoder, layer: nn.Module, plan: ShardingPlan) -> dict[str, float]:
