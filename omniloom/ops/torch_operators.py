@@ -21,11 +21,18 @@ flash_attention_backward = torch.ops.aten._flash_attention_backward
 foreach_norm = torch._foreach_norm
 
 
+# What differs between packs in layers' arguments, whatever it was in the first two: numbers that stood still in those
+# would have a graph made for the second, and another for the first pack in which they move.
+UNLIKE = ("L['segments'].cu_seqlens", "L['segments'].max_length")
+
+
 def compile_module(module: torch.nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """Have a module compiled when it is next called. Integers that it reads from tensors become sizes in its graph."""
     import torch._dynamo.config  # slow to import
+    import torch.compiler.config
 
     torch._dynamo.config.capture_scalar_outputs = True  # else the graph ends there
+    torch.compiler.config.dynamic_sources = ",".join(UNLIKE)
     module.compile(backend=backend)
 
 

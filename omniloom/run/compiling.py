@@ -1,6 +1,6 @@
 """`memory.compile: auto`: blocks are compiled once a run has shown that it is long enough to earn it back.
 
-On CPU only, where it was measured, in layouts whose compiled blocks are tested. Elsewhere a run computes as it began.
+On CPU only, where it was measured, in any layout. Elsewhere a run computes as it began.
 Compiled blocks round otherwise. Checkpoints say whether they were, and a run that goes on from one compiles at once.
 """
 
@@ -34,9 +34,7 @@ class LateCompile:
     def __init__(
         self, config: Config, layout: Layout, model: OmniModel, plan: ShardingPlan, say: Callable[[str], None]
     ) -> None:
-        degrees = layout.degrees
-        divided = degrees.context * degrees.tensor * degrees.expert * degrees.pipeline > 1
-        able = layout.device.type == "cpu" and not divided and not config.train.deterministic
+        able = layout.device.type == "cpu" and not config.train.deterministic
         self._steps_left = WATCHED_STEPS + 1 if config.memory.compile == "auto" and able else 0
         self._layout, self._model, self._plan, self._say = layout, model, plan, say
         self._start = 0.0, 0.0  # time and progress

@@ -35,14 +35,11 @@ def says_of(
     words: tuple[str, ...] = (),
     faults: tuple[str | None, ...] = (None,),
     stored: Any = None,
-    **degrees: int,
 ) -> dict[int, str]:
     """What is said after which of 20 steps of a run of `steps`, -1 before the first. `faults` are of each rank."""
     monkeypatch.setattr(compiling, "time", Clock())
-    usual = dict.fromkeys(("replicate", "shard", "context", "tensor", "expert", "pipeline"), 1)
     layout: Any = SimpleNamespace(
         device=torch.device("cpu"),
-        degrees=SimpleNamespace(**{**usual, **degrees}),
         exchange=lambda value: list(faults) if value == "of this rank" else [value],
     )
     monkeypatch.setattr(compiling, "compiler_fault", lambda: "of this rank")
@@ -68,25 +65,22 @@ def test_a_long_run_compiles_its_blocks_once_after_the_first_steps(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("steps", "words", "degrees", "faults"),
+    ("steps", "words", "faults"),
     [
-        (100, (), {}, (None,)),  # 16 minutes
-        (1000, (), {}, (None, "")),  # one machine has no compiler
-        (1000, ("memory.compile=false",), {}, (None,)),
-        (1000, ("memory.compile=true",), {}, (None,)),  # from the start, elsewhere
-        (1000, ("train.deterministic=true",), {}, (None,)),
-        (1000, (), {"expert": 2}, (None,)),
-        (1000, (), {"tensor": 2}, (None,)),
+        (100, (), (None,)),  # 16 minutes
+        (1000, (), (None, "")),  # one machine has no compiler
+        (1000, ("memory.compile=false",), (None,)),
+        (1000, ("memory.compile=true",), (None,)),  # from the start, elsewhere
+        (1000, ("train.deterministic=true",), (None,)),
     ],
 )
 def test_other_runs_compute_as_they_began(
     monkeypatch: pytest.MonkeyPatch,
     steps: int,
     words: tuple[str, ...],
-    degrees: dict[str, int],
     faults: tuple[str | None, ...],
 ) -> None:
-    assert says_of(monkeypatch, steps=steps, words=words, faults=faults, **degrees) == {}
+    assert says_of(monkeypatch, steps=steps, words=words, faults=faults) == {}
 
 
 def test_a_compiler_that_fails_on_one_rank_is_said_and_used_on_none(monkeypatch: pytest.MonkeyPatch) -> None:
