@@ -79,6 +79,8 @@ def make_step(workshop: Workshop, layout: Layout) -> tuple[Callable[[], Tensor],
 def test_a_whole_step_waits_for_nothing(layout: Layout, tmp_path: Path, family: str, name: str) -> None:
     if name != "plain" and family not in ("qwen3_omni", "qwen2_5_vl"):
         pytest.skip("settings are tried on a dense family and on one with experts")
+    if "4 bits" in name and torch.__version__ < "2.13":
+        pytest.skip("FSDP of older PyTorch takes no integers")
     step, trained = make_step(open_family(family, tmp_path, *SETTINGS[name]), layout)
     before = {key: value.detach().clone() for key, value in trained.items()}
     first = step()  # libraries set themselves up, and may wait for that
