@@ -4,12 +4,17 @@
     python benchmarks/op_stream.py --small --json FILE   # two layers of each part; what the test compares
     python benchmarks/op_stream.py --only "4B" --operations 12
 
-The real step of one of eight ranks runs on a device that computes nothing (tests/device), eagerly, and each operation
-that reaches the device is given the time that a roofline allows it: the larger of its bytes over the memory's speed
-and its FLOPs over a share of the peak. Weights are gathered and gradients reduced beside the rest, so a phase takes as
-long as the longer of the two; rows that go to experts and back are waited for. The figures repeat to the digit and show
-what a change is worth; they are no measurement. What the roofline assumes of an H200 stands in `Roofline`. MFU is that
-of the log: the model's FLOPs, recompute not counted, over time and peak.
+The real step of one of eight ranks runs on a device that computes nothing (tests/device), and each operation that
+reaches the device is given the time that a roofline allows it: the larger of its bytes over the memory's speed and its
+FLOPs over a share of the peak. Weights are gathered and gradients reduced beside the rest, so a phase takes as long as
+the longer of the two; rows that go to experts and back are waited for. What the roofline assumes of an H200 stands in
+`Roofline`. MFU is that of the log: the model's FLOPs, recompute not counted, over time and peak. The figures repeat to
+the digit and show what a change is worth; they are no measurement.
+
+Each step is made twice: eagerly, and with compiled blocks (`memory.compile: true`), whose kernels are those that
+Inductor's lowering and its scheduling for Triton make of each graph (tests/device/compiled.py). What is fused costs
+the bytes that Inductor says. It supposes the best: a kernel moves a buffer once, even if it gathers each row eight
+times. All other kernels, in blocks and outside of them, cost what they cost eagerly.
 
 Kept bytes are those of the tensors that autograd saves per decoder layer in a 16K pack, weights left out.
 """
@@ -17,13 +22,15 @@ Kept bytes are those of the tensors that autograd saves per decoder layer in a 1
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -38,11 +45,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script:
 
 from omniloom.families.cost import audio_flops, decoder_flops, vision_flops
 from omniloom.ops.delta_rule import GROUP, rule_by_chunks, rule_by_chunks_backward
+from omniloom.ops.torch_operators import count_graphs
 from omniloom.parallel.staging import to_device
 from omniloom.run.opening import Workshop
 from omniloom.training.flops import TrainingWork
 from omniloom.types import Extent, PackedBatch, Segments
 from tests.device.cases import FROZEN_TOWERS, LORA
+from tests.device.compiled import Launch, install_inductor, launching
 from tests.device.fake_device import Record, install
 from tests.device.steps import Case, Content, make_pack, open_case, run_case
 
@@ -60,12 +69,19 @@ class Row:
     policy: Mapping[str, Any] = field(default_factory=dict)
     parallel: Mapping[str, Any] = field(default_factory=dict)
     recompute: str = "none"
+    compiles_small: bool = True  # False where other rows have blocks of its kinds
 
 
 ROWS = (
     Row(name="Qwen3-VL-4B full, no recompute", model="Qwen3-VL-4B"),
-    Row(name="Qwen3-Omni-30B-A3B LoRA, full recompute", model="Qwen3-Omni-30B-A3B", policy=LORA, recompute="full"),
-    Row(name="Qwen3-Omni-30B-A3B LoRA, no recompute", model="Qwen3-Omni-30B-A3B", policy=LORA),
+    Row(
+        name="Qwen3-Omni-30B-A3B LoRA, full recompute",
+        model="Qwen3-Omni-30B-A3B",
+        policy=LORA,
+        recompute="full",
+        compiles_small=False,
+    ),
+    Row(name="Qwen3-Omni-30B-A3B LoRA, no recompute", model="Qwen3-Omni-30B-A3B", policy=LORA, compiles_small=False),
     Row(
         name="Qwen3-Omni-30B-A3B LoRA, full recompute, experts divided by 8",
         model="Qwen3-Omni-30B-A3B",
@@ -79,13 +95,14 @@ ROWS = (
         layers={"text": 12},
         policy=FROZEN_TOWERS,
     ),
-    Row(name="Qwen2.5-Omni-7B full, no recompute", model="Qwen2.5-Omni-7B"),
+    Row(name="Qwen2.5-Omni-7B full, no recompute", model="Qwen2.5-Omni-7B", compiles_small=False),
     Row(name="Qwen3.5-4B full, no recompute", model="Qwen3.5-4B"),
     Row(
         name="Qwen3.5-35B-A3B, 12 layers full, tower frozen",
         model="Qwen3.5-35B-A3B",
         layers={"text": 12},
         policy={"vision": {"freeze": True}},
+        compiles_small=False,
     ),
 )
 
@@ -136,6 +153,7 @@ OPENED: Mapping[str, Callable[..., Any]] = {
 }
 GATHERS = {"index", "index_select", "embedding", "gather"}  # of a table no more is read than is taken
 SCATTERS = {"index_put_", "index_add", "index_copy", "index_add_", "index_copy_", "scatter_", "scatter_add_"}
+FUSED = "fused"  # the kind of what a compiler made one kernel of
 WRITES_ONLY = {"copy_", "fill_", "zero_"}
 FREE = ("empty", "new_empty", "detach", "device", "is_pinned", "_unsafe_view", "set_", "resize_", "lift_fresh")
 COLLECTIVES = ("allgather", "reduce_scatter", "alltoall", "all_to_all", "allreduce", "broadcast")
@@ -149,17 +167,42 @@ class Meter:
         self.costs: dict[tuple[str, str, str], Cost] = defaultdict(Cost)
         self._first_backward: int | None = None
         self._opened: dict[tuple[Any, ...], list[tuple[str, str, Cost]]] = {}
+        self._compiled = False  # whether a compiled graph is at work, whose kernels were counted as it began
 
     def __call__(self, record: Record, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        name = func._schema.name.split("::")[1]
-        if func.is_view or name.startswith(FREE) or record.phase == "opening":
+        if record.phase == "opening" or (self._compiled and _name(func) not in OPENED):
             return
         phase = self._phase(record.phase)
-        for part, kind, cost in self._parts(func, name, args, kwargs, out):
+        for part, kind, cost in self._parts(func, args, kwargs, out):
             self.costs[phase, kind, part].add(cost)
 
-    def _parts(self, func: Any, name: str, args: tuple, kwargs: dict, out: Any) -> list[tuple[str, str, Cost]]:
-        """Name, kind and cost of an operation, or, of one of ours that is made of many, of those."""
+    def backend(self, record: Record) -> Callable[..., Any]:
+        """Compiles blocks so that the kernels of their graphs are added."""
+        return partial(launching, rows=record.rows, on_launches=partial(self._launched, record))
+
+    @contextlib.contextmanager
+    def _launched(self, record: Record, launches: Sequence[Launch]) -> Iterator[None]:
+        """The call of a compiled graph: what is fused costs the bytes that Inductor says, the rest what it costs."""
+        phase = self._phase(record.phase)
+        for launch in launches:
+            if launch.operation is None:
+                seconds = max(launch.bytes / self.roofline.bandwidth, self.roofline.least_seconds)
+                parts = [(launch.names, FUSED, Cost(kernels=1, bytes=launch.bytes, seconds=seconds))]
+            else:  # those that are made of many are counted as they are called
+                parts = [] if launch.names in OPENED else self._parts(*launch.operation)
+            for part, kind, cost in parts:
+                self.costs[phase, kind, part].add(cost)
+        self._compiled = True
+        try:
+            yield
+        finally:
+            self._compiled = False
+
+    def _parts(self, func: Any, args: tuple, kwargs: dict, out: Any) -> list[tuple[str, str, Cost]]:
+        """Name, kind and cost of an operation, of those that one of ours is made of, or none if it is free."""
+        name = _name(func)
+        if func.is_view or name.startswith(FREE):
+            return []
         if name not in OPENED:
             return [(name, *self._cost(func, name, args, kwargs, out))]
         key = (name, *(each.shape for each in args))
@@ -232,10 +275,14 @@ class _Inside(TorchDispatchMode):
         self.parts: list[tuple[str, str, Cost]] = []
 
     def __torch_dispatch__(self, func: Any, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out, name = func(*args, **(kwargs or {})), func._schema.name.split("::")[1]
+        out, name = func(*args, **(kwargs or {})), _name(func)
         if not func.is_view and not name.startswith(FREE):
             self.parts.append((name, *self.meter._cost(func, name, args, kwargs or {}, out)))
         return out
+
+
+def _name(func: Any) -> str:
+    return str(func._schema.name.split("::")[1])
 
 
 def _traffic(func: Any, name: str, args: tuple, kwargs: dict, out: Any) -> Iterator[float]:
@@ -280,7 +327,16 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def measure(row: Row, device: torch.device, *, small: bool) -> dict[str, Any]:
-    """One row of the table."""
+    """One row of the table: what its step costs, and under `compiled` what it costs with compiled blocks."""
+    compiles = row.compiles_small or not small
+    return {
+        "name": row.name,
+        **_measure(row, device, small=small, compiled=False),
+        "compiled": _measure(row, device, small=small, compiled=True) if compiles else None,
+    }
+
+
+def _measure(row: Row, device: torch.device, *, small: bool, compiled: bool) -> dict[str, Any]:
     few = {"text": 2, "vision": 2, "audio": 2}
     layers = few if small else {"text": None, "vision": None, "audio": None, **row.layers}
     if small and row.model.startswith("Qwen2.5"):
@@ -294,11 +350,16 @@ def measure(row: Row, device: torch.device, *, small: bool) -> dict[str, Any]:
         memory={"recompute": row.recompute},
         pack_tokens=PACK_TOKENS,
     )
+    graphs = count_graphs()
     with tempfile.TemporaryDirectory() as directory:
         workshop = open_case(case, Path(directory))
-        family = workshop.family
-        meter = Meter(Roofline(), _segments(make_pack(family, PACK_TOKENS, CONTENT)))
-        run_case(case, workshop, device, CONTENT, meter)
+        meter = Meter(Roofline(), _segments(make_pack(workshop.family, PACK_TOKENS, CONTENT)))
+        run_case(case, workshop, device, CONTENT, meter, meter.backend if compiled else None)
+    torch.compiler.reset()  # a run compiles the blocks of one model
+    return {**_sum_up(meter, row, workshop), "graphs": count_graphs() - graphs}
+
+
+def _sum_up(meter: Meter, row: Row, workshop: Workshop) -> dict[str, Any]:
     phases: dict[str, dict[str, Cost]] = {}
     operations: dict[str, Cost] = defaultdict(Cost)
     for (phase, kind, name), cost in meter.costs.items():
@@ -308,7 +369,6 @@ def measure(row: Row, device: torch.device, *, small: bool) -> dict[str, Any]:
     work = TrainingWork(decoder_weights="text" not in row.policy, towers=not row.policy)
     flops = 1e6 * work.megaflops([_extent(workshop)])
     return {
-        "name": row.name,
         "seconds": seconds,
         "mfu": flops / seconds / Roofline().peak,
         "kernels": sum(cost.kernels for kinds in phases.values() for cost in kinds.values()),
@@ -399,30 +459,38 @@ def _kept_bytes(workshop: Workshop, batch: PackedBatch, device: torch.device) ->
 
 def show(results: Mapping[str, Any], num_operations: int) -> str:
     """Markdown."""
-    lines = ["| step | time, s | MFU | kernels | GB |", "|---|---|---|---|---|"]
+    lines = ["| step | time, s | MFU | kernels | GB | compiled, s | MFU | kernels | GB |", f"|{'---|' * 9}"]
     for row in results["rows"]:
-        cells = (f"{row['seconds']:.4f}", f"{row['mfu']:.1%}", f"{row['kernels']:,}", f"{row['bytes'] / 1e9:,.1f}")
+        cells = [f"{part['seconds']:.4f} | {part['mfu']:.1%} | {part['kernels']:,} | {part['bytes'] / 1e9:,.1f}"
+                 if part else "| | |" for part in (row, row["compiled"])]  # fmt: skip
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     lines += ["", "| decoder layer | GB kept for backward |", "|---|---|"]
     lines += [f"| {KEPT[name]} | {count / 1e9:.3f} |" for name, count in results["kept"].items()]
     for row in results["rows"]:
-        lines += [
-            "",
-            f"**{row['name']}**",
-            "",
-            "| phase | kind | kernels | GB | TFLOP | ms |",
-            "|---|---|---|---|---|---|",
-        ]
-        for phase, kinds in row["phases"].items():
-            for kind, cost in kinds.items():
-                figures = (cost["bytes"] / 1e9, cost["flops"] / 1e12, 1e3 * cost["seconds"])
-                numbers = " | ".join(f"{figure:,.2f}" for figure in figures)
-                lines.append(f"| {phase} | {kind} | {cost['kernels']:,} | {numbers} |")
-        for name, cost in sorted(row["operations"].items(), key=lambda item: -item[1]["seconds"])[:num_operations]:
-            lines.append(
-                f"| {name} | | {cost['kernels']:,} | {cost['bytes'] / 1e9:,.2f} | | {1e3 * cost['seconds']:,.2f} |"
-            )
+        lines += ["", f"**{row['name']}**", "", *_show_phases(row, num_operations)]
     return "\n".join(lines)
+
+
+def _show_phases(row: Mapping[str, Any], num_operations: int) -> list[str]:
+    lines = [f"| phase | kind | {' | '.join(2 * ('kernels', 'GB', 'TFLOP', 'ms'))} |", f"|{'---|' * 10}"]
+    compiled = row["compiled"] or {"phases": {}, "operations": {}}
+    for phase, kinds in row["phases"].items():
+        others = compiled["phases"].get(phase, {})
+        for kind in {**kinds, **others}:
+            lines.append(f"| {phase} | {kind} | {_cells(kinds.get(kind))} | {_cells(others.get(kind))} |")
+    for part in (row, compiled):
+        dearest = sorted(part["operations"].items(), key=lambda item: -item[1]["seconds"])[:num_operations]
+        for name, cost in dearest:
+            cells = f"{_cells(cost)} | | | |" if part is row else f"| | | | {_cells(cost)}"
+            lines.append(f"| {name} | | {cells} |")
+    return lines
+
+
+def _cells(cost: Mapping[str, float] | None) -> str:
+    if cost is None:
+        return " | | | "
+    figures = (cost["bytes"] / 1e9, cost["flops"] / 1e12, 1e3 * cost["seconds"])
+    return " | ".join([f"{cost['kernels']:,}", *(f"{figure:,.2f}" for figure in figures)])
 
 
 def main() -> None:
@@ -433,17 +501,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args()
     device = install("fake")
+    install_inductor(device)
     results = {
         "rows": [measure(row, device, small=options.small) for row in ROWS if options.only in row.name],
         "kept": {name: kept_bytes(name, device) for name in KEPT},
     }
     if options.json is not None:
-        figures = [{key: value for key, value in row.items() if key != "operations"} for row in results["rows"]]
-        text = json.dumps({**results, "rows": figures}, indent=1) + "\n"
+        text = json.dumps({**results, "rows": [_without_operations(row) for row in results["rows"]]}, indent=1) + "\n"
         options.json.write_text(text, encoding="utf-8")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     print(f"commit {commit.stdout.strip()}, torch {torch.__version__}{', two layers of each part' * options.small}\n")
     print(show(results, options.operations))
+
+
+def _without_operations(row: Mapping[str, Any]) -> dict[str, Any]:
+    left = {key: value for key, value in row.items() if key != "operations"}
+    return {**left, "compiled": _without_operations(row["compiled"])} if row.get("compiled") else left
 
 
 if __name__ == "__main__":

@@ -171,6 +171,11 @@ class Record(TorchDispatchMode):
         super().__exit__(*error)
         self._fake.__exit__(*error)
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """So that Dynamo compiles under it; what a compiled graph computes comes here as from any other code."""
+        return True
+
     def count(self, kind: str) -> Counter[str]:
         """How often something of a kind happened, by where."""
         return Counter(event.where for event in self.events if event.kind == kind)
@@ -193,7 +198,7 @@ class Record(TorchDispatchMode):
                 return self._on_host(name, func, tensors, args, kwargs)
         if name == "_local_scalar_dense":
             self.note("wait", _asker())
-            return False if tensors[0].dtype == torch.bool else 0
+            return False if tensors[0].dtype == torch.bool else self.rows
         pins = kwargs.pop("pin_memory", False)  # of host memory for something like what is on the device
         given = (args, kwargs) if on_device else tree_map_only(Tensor, self._fake.from_tensor, (args, kwargs))
         out = func(*given[0], **given[1])

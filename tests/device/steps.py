@@ -29,6 +29,7 @@ from omniloom.data.collate import collate
 from omniloom.families.registry import find_spec
 from omniloom.models.fusion import OmniModel
 from omniloom.ops import attention
+from omniloom.parallel.apply import compile_blocks
 from omniloom.parallel.degrees import Degrees, resolve_degrees
 from omniloom.parallel.encoder_pool import EncoderPool
 from omniloom.parallel.mesh import build_layout
@@ -201,8 +202,12 @@ def run_case(
     device: torch.device,
     content: Content | None = None,
     on_op: Callable[..., None] | None = None,
+    backend: Callable[[Record], Callable[..., Any]] | None = None,
 ) -> tuple[Record, Outcome]:
-    """One optimizer step as rank `case.rank` takes it, and an evaluation where the case asks for one."""
+    """One optimizer step as rank `case.rank` takes it, and an evaluation where the case asks for one.
+
+    With `backend` blocks are compiled, by what it makes of the record.
+    """
     config, family = workshop.config, workshop.family
     batch = make_pack(family, case.pack_tokens, content or Content())
     degrees = resolve_degrees(config.parallel, case.world_size, packs_per_step=config.train.packs_per_step)
@@ -215,6 +220,8 @@ def run_case(
         with record:
             record.phase = "opening"
             model, policies = build_model(workshop, layout)
+            if backend is not None:
+                compile_blocks(model, workshop.spec.sharding(family).blocks, backend(record))
             optimizer = build_optimizer(workshop, dict(model.named_parameters()), policies, device)
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
