@@ -72,14 +72,6 @@ def backend_of(device: torch.device) -> str:
     return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
-def splits_groups(device: torch.device) -> bool:
-    """Whether groups of ranks are split off the job's communicator, which is bound to the device for that.
-
-    Of a bound device PyTorch 2.13 asks it of whatever backend there is; NCCL's alone can.
-    """
-    return device.type == "cuda"
-
-
 @contextmanager
 def only_deterministic(device: torch.device) -> Iterator[None]:
     """Inside, operations give the same bits each time, or raise where they cannot. Enter before anything is computed.

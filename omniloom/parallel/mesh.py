@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from omniloom.parallel.degrees import Degrees
-from omniloom.parallel.device import backend_of, choose_device, splits_groups
+from omniloom.parallel.device import backend_of, choose_device
 from omniloom.types import RunError
 
 Channel = Literal["main", "planning", "agreement", "checkpoint"]
@@ -52,13 +52,14 @@ def init_distributed(*, timeout_seconds: float = 1800.0, device: torch.device | 
         store, rank, world_size = _meet(timeout)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+    # Bound to no device: NCCL would then send all messages of a group of stages one after another, those that are asked
+    # for ahead before those that they wait for; and of other backends meshes would be split, which they cannot.
     dist.init_process_group(
         backend_of(device),
         store=dist.PrefixStore("groups", store),  # type: ignore[attr-defined]
         rank=rank,
         world_size=world_size,
         timeout=timeout,
-        device_id=device if splits_groups(device) else None,
     )
     return Ranks(
         rank=rank,

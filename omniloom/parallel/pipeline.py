@@ -183,7 +183,8 @@ class Message(NamedTuple):
 class _Mail:
     """Rows to and from other pipeline ranks, each pair in the order in which the sender makes them.
 
-    Each direction of a pair has a communicator to itself, so that neither waits for the other.
+    Each direction of a pair has a communicator to itself, so that neither waits for the other. (NCCL makes it at the
+    first message, in a job that is bound to no device.)
     """
 
     def __init__(self, layout: Layout, like: Tensor, expected: Mapping[int, list[Message]]) -> None:
@@ -372,9 +373,12 @@ class Pipeline:
         local = self.tied.grad.to_local() if isinstance(self.tied.grad, DTensor) else self.tied.grad
         other = self.num_ranks - 1 - self.rank
         theirs, own = torch.empty_like(local), local.clone()
-        group = (self.layout.upward, self.layout.downward)
-        out, back = group if self.rank == 0 else group[::-1]
-        works = [dist.isend(own, group=out, group_dst=other), dist.irecv(theirs, group=back, group_src=other)]
+        up, down = self.layout.upward, self.layout.downward
+        # both meet upwards first: NCCL makes the communicator of a pair at its first message, and waits for the other
+        if self.rank == 0:
+            works = [dist.isend(own, group=up, group_dst=other), dist.irecv(theirs, group=down, group_src=other)]
+        else:
+            works = [dist.irecv(theirs, group=up, group_src=other), dist.isend(own, group=down, group_dst=other)]
         for work in works:
             if work is not None:
                 work.wait()

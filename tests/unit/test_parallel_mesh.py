@@ -86,14 +86,13 @@ def test_description_names_the_axes_in_use() -> None:
     assert Degrees().describe() == "one rank"
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("cuda", True), ("xpu", False), ("cpu", False)])
-def test_the_job_is_bound_to_a_device_whose_communicators_split(
-    kind: str, bound: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "cpu"])
+def test_the_job_is_bound_to_no_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else NCCL sends all messages of stages one after another, and other backends cannot make meshes."""
     asked: dict[str, Any] = {}
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **given: asked.update(given))
     init_distributed(device=torch.device(kind, 0))
-    assert asked["device_id"] == (torch.device(kind, 0) if bound else None)
+    assert asked.get("device_id") is None
 
 
 def test_memory_that_tensors_free_on_the_cpu_is_not_asked_for_again() -> None:

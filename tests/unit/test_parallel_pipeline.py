@@ -15,7 +15,7 @@ from benchmarks.bubbles import busiest_over_mean, formula, idle_share
 from omniloom.families.registry import find_spec
 from omniloom.parallel.apply import check_plan
 from omniloom.parallel.degrees import Degrees
-from omniloom.parallel.pipeline import _Mail, layer_owners, order_of, split_layers
+from omniloom.parallel.pipeline import Pipeline, _Mail, layer_owners, order_of, split_layers
 from omniloom.sharding import ShardingPlan
 from tests.parity.published_configs import PUBLISHED
 
@@ -126,3 +126,16 @@ def test_rows_that_have_arrived_are_not_kept_until_the_step_is_over(monkeypatch)
         if pack == 0:
             works[0].is_completed = lambda: True
     assert [rows() is not None for rows in sent] == [False, True, True]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_both_ends_of_a_tied_weight_meet_in_the_upward_group_first(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A communicator that they have not used yet is made by both together: in two orders neither would be."""
+    groups: list[str] = []
+    for name in ("isend", "irecv"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, group, **__: groups.append(group))
+    tied = torch.nn.Parameter(torch.ones(2))
+    tied.grad = torch.ones(2)
+    layout = SimpleNamespace(upward="up", downward="down")
+    Pipeline._sum_tied(SimpleNamespace(tied=tied, num_ranks=3, rank=rank, layout=layout), None)
+    assert groups == ["up", "down"]
