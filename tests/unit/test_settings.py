@@ -147,8 +147,10 @@ def test_a_devices_allocator_grows_its_segments_unless_the_environment_says_othe
     }.items():
         monkeypatch.setattr(torch.accelerator, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch, "device", lambda kind, index: (kind, index))  # of which torch knows not all
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert choose_device(0) == (device, 0)
     assert environment == {**given, **found}
+    assert not torch.backends.cudnn.allow_tf32, "float32 is what was asked for"
 
 
 def test_garbage_is_collected_between_steps_alone_and_as_ever_after_a_run(train: Train) -> None:
