@@ -141,9 +141,8 @@ def _wrap(
         else OffloadPolicy(),
     )
     first = sharded[0] if isinstance(sharded, list) else sharded
-    if (
-        max(each.size() for each in meshes) > 1
-    ):  # a lone rank's are not averaged, but would be copied to be divided by 1
+    # of a lone rank they are not averaged anyway, and would be copied to be divided by 1
+    if max(each.size() for each in meshes) > 1:
         first.set_gradient_divide_factor(1.0)
     first.set_force_sum_reduction_for_comms(True)
     return first

@@ -274,5 +274,5 @@ class RunRecords:
                 for sample in pack.samples
             ]
             report = {"step": step, "loss": figures.loss, "grad_norm": figures.grad_norm, "samples": samples}
-            write_json(path, report)
+            self._attempt(lambda: write_json(path, report))
         return f"step {step}: loss {figures.loss}, gradient norm {figures.grad_norm}; its samples are in {path}"

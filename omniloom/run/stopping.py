@@ -126,14 +126,17 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self.fault not in (None, error):  # as of a save that was to be made first
-            error.add_note(f"before that: {type(self.fault).__name__}: {self.fault}")
-        if not self._previous:
+        """Raises: an error that came too late for `leave`, as of what is written when all steps are done."""
+        if self._previous:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._previous_descriptor)
+            os.close(self._sending)  # the thread comes to the end of its pipe
+        if self.fault is None or error is self.fault:
             return
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._previous_descriptor)
-        os.close(self._sending)  # the thread comes to the end of its pipe
+        if error is None:
+            raise self.fault
+        error.add_note(f"before that: {type(self.fault).__name__}: {self.fault}")  # as of a save that was to come first
 
     def _watch(self, receiving: int) -> None:
         while received := os.read(receiving, 1):

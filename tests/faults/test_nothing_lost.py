@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,8 @@ from omniloom.run import evaluation
 from omniloom.run.best import read_evaluations
 from omniloom.run.optimizer_step import OptimizerStep
 from omniloom.run.trainer import run
-from omniloom.training.metrics import StepMetrics
-from omniloom.types import RunError
+from omniloom.training.metrics import StepFigures, StepMetrics
+from omniloom.types import RunError, StepPlan
 from tests.faults.conftest import write_rows
 from tests.faults.test_kills import assert_same_end, with_values
 from tests.faults.test_stops import losses, newest_step
@@ -145,6 +147,22 @@ def test_an_error_of_the_callers_own_function_costs_no_step(evaluated, tmp_path)
     assert told.value.__notes__ == ["stopped after step 2, which is saved; the same command goes on from there"]
     assert newest_step(tmp_path / "run") == 2
     assert run(config_of(evaluated)) == 0
+
+
+def test_a_list_of_skipped_samples_that_cannot_be_written_costs_no_step(evaluated, tmp_path, monkeypatch) -> None:
+    take = OptimizerStep.take
+
+    def finds_nan(self: OptimizerStep, plan: StepPlan, *args: object, **options: object) -> tuple[StepFigures, bool]:
+        figures, stop = take(self, plan, *args, **options)
+        return replace(figures, grad_norm=math.nan if plan.step == 1 else figures.grad_norm), stop
+
+    monkeypatch.setattr(OptimizerStep, "take", finds_nan)
+    listed = tmp_path / "run/nonfinite_step_00000002.json"
+    listed.mkdir(parents=True)  # where a file belongs
+    with pytest.raises(IsADirectoryError, match=listed.name) as told:
+        run(config_of(with_values(evaluated, train__nonfinite="skip")))
+    assert told.value.__notes__ == ["stopped after step 3, which is saved; the same command goes on from there"]
+    assert newest_step(tmp_path / "run") == 3
 
 
 @pytest.mark.parametrize("part", ["load", "describe"])

@@ -85,6 +85,13 @@ def test_an_error_that_waited_is_told_beside_the_one_that_ends_the_run() -> None
     assert told.value.__notes__ == ["before that: ZeroDivisionError: integer division or modulo by zero"]
 
 
+def test_an_error_after_the_last_agreement_is_raised_at_the_end() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), StopRequest(None, print) as stop:
+        stop.attempt(lambda: 1 // 0)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.mark.parametrize(("step", "words"), [(0, "step 0; "), (3, "step 3, which is saved; ")])
 def test_a_run_that_stops_says_what_is_saved(tmp_path: Path, step: int, words: str) -> None:
     said = []
