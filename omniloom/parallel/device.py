@@ -51,9 +51,7 @@ def choose_device(local_rank: int) -> torch.device:
     if names and not any(name in os.environ for name in names):
         os.environ[names[0]] = GROWING_SEGMENTS  # read when the device is first used
     torch.accelerator.set_device_index(local_rank)
-    torch.backends.cudnn.allow_tf32 = (
-        False  # 10 bits of mantissa in convolutions of float32; products have all 23 anyway
-    )
+    torch.backends.cudnn.allow_tf32 = False  # 10 bits of mantissa in convolutions of float32; products have all 23
     return device
 
 

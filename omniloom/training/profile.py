@@ -34,5 +34,8 @@ class Profile:
         """Write what was recorded, if that has not been done."""
         profiler, self._profiler = self._profiler, None
         if profiler is not None:
-            profiler.stop()
-            self._attempt(partial(profiler.export_chrome_trace, str(self._path)))
+            self._attempt(partial(self._write, profiler))
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        profiler.stop()
+        profiler.export_chrome_trace(str(self._path))

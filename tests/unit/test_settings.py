@@ -8,6 +8,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,9 +23,11 @@ from omniloom.config import keys_of, load_config
 from omniloom.data.formats import parse_row
 from omniloom.parallel.device import choose_device, collect_on_call, only_deterministic
 from omniloom.run.opening import open_workshop
+from omniloom.run.stopping import StopRequest
 from omniloom.run.trainer import run
 from omniloom.tools.tiny import make_tiny
 from omniloom.training.metrics import StepMetrics
+from omniloom.training.profile import Profile
 
 RATE, BETAS = 1e-3, (0.9, 0.95)
 Train = Callable[..., list[StepMetrics]]
@@ -237,6 +240,15 @@ def test_the_steps_of_a_profile_are_in_a_trace(train: Train, tmp_path: Path, ste
     train(f"log.profile={steps}", "train.steps=2")
     events = json.loads((tmp_path / "run/trace_rank0.json").read_text())["traceEvents"]
     assert sum(event.get("name", "").startswith("Optimizer.step#") for event in events) == 1
+
+
+def test_a_profiler_that_cannot_end_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.profiler, "profile", lambda: SimpleNamespace(start=list, stop=lambda: 1 // 0))
+    stop = StopRequest(None, print)
+    profile = Profile((1, 9), tmp_path, 0, stop.attempt)
+    with pytest.raises(OSError, match="of the step"), closing(profile), profile.step(0):
+        raise OSError("of the step")
+    assert isinstance(stop.fault, ZeroDivisionError)
 
 
 def test_names_of_roles_and_of_the_system_prompt_are_those_of_the_config() -> None:
