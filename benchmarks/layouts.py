@@ -45,7 +45,7 @@ from omniloom.families.config_fields import FamilyConfig
 from omniloom.families.qwen3_omni.spec import SPEC
 from omniloom.models.fusion import OmniModel
 from omniloom.parallel.apply import apply_parallelism, materialize
-from omniloom.parallel.collectives import group_of, send_rows
+from omniloom.parallel.collectives import group_of, return_rows, send_rows
 from omniloom.parallel.degrees import Degrees, resolve_degrees
 from omniloom.parallel.device import peak_memory_bytes, synchronize
 from omniloom.parallel.encoder_pool import EncoderPool
@@ -61,6 +61,7 @@ OPENED = {
     "ring_attention": ring_attention,
     "ring_attention_backward": ring_attention_backward,
     "all_to_all_rows": send_rows,
+    "all_to_all_rows_back": return_rows,
 }
 MIB = 2**20
 FLOAT_BYTES = 4

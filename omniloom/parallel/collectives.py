@@ -165,19 +165,29 @@ def group_of(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
 
 
-def send_rows(rows: Tensor, sizes: Tensor, num_rows: int, returns: bool, group_name: str) -> Tensor:
+def send_rows(rows: Tensor, sizes: Tensor, num_rows: int, group_name: str) -> Tensor:
     """As `all_to_all_rows`, outside autograd."""
-    send, receive = reversed(sizes.tolist()) if returns else sizes.tolist()
+    send, receive = sizes.tolist()
     assert (sum(send), sum(receive)) == (rows.shape[0], num_rows), f"splits {send}, {receive} of {rows.shape[0]} rows"
     return exchange_rows(rows, send, receive, group_of(group_name))
 
 
-_all_to_all_rows = torch.library.custom_op("omniloom::all_to_all_rows", send_rows, mutates_args=())
+def return_rows(rows: Tensor, sizes: Tensor, num_rows: int, group_name: str) -> Tensor:
+    """The way back of `send_rows`: an operation of its own, since a recomputing backward asks for the way out alone."""
+    return send_rows(rows, sizes.flip(0), num_rows, group_name)
 
 
-@_all_to_all_rows.register_fake
-def _(rows: Tensor, sizes: Tensor, num_rows: int, returns: bool, group_name: str) -> Tensor:
-    return rows.new_empty(num_rows, *rows.shape[1:])
+_SENDING = tuple(
+    torch.library.custom_op(f"omniloom::all_to_all_{name}", send, mutates_args=())
+    for name, send in (("rows", send_rows), ("rows_back", return_rows))
+)
+for _operation in _SENDING:
+    _operation.register_fake(lambda rows, _, num_rows, __: rows.new_empty(num_rows, *rows.shape[1:]))
+
+
+def _send(returns: bool, *inputs: Any) -> Any:
+    operations = torch.ops.omniloom
+    return operations.all_to_all_rows_back(*inputs) if returns else operations.all_to_all_rows(*inputs)
 
 
 class _AllToAllRows(torch.autograd.Function):  # the way back is cheaper here than as the operation's own
@@ -185,13 +195,11 @@ class _AllToAllRows(torch.autograd.Function):  # the way back is cheaper here th
     def forward(ctx: Any, rows: Tensor, sizes: Tensor, num_rows: int, returns: bool, group_name: str) -> Tensor:
         ctx.num_rows, ctx.returns, ctx.group_name = rows.shape[0], returns, group_name
         ctx.sizes = sizes  # not saved: a recomputing backward need not come as far as the way back
-        return torch.ops.omniloom.all_to_all_rows(rows, sizes, num_rows, returns, group_name)
+        return _send(returns, rows, sizes, num_rows, group_name)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        settings = ctx.num_rows, not ctx.returns, ctx.group_name
-        passed = torch.ops.omniloom.all_to_all_rows(gradient, ctx.sizes, *settings)
-        return passed, None, None, None, None
+        return _send(not ctx.returns, gradient, ctx.sizes, ctx.num_rows, ctx.group_name), None, None, None, None
 
 
 def all_to_all_rows(

@@ -33,7 +33,7 @@ OFFLOAD_MIN_BYTES = 2**20  # smaller tensors cost more to move than they free
 # anew: two choices that differ in the last bit would send rows to different experts, and asking again costs a wait.
 ROUTING = ("aten.topk.default", "omniloom.exchange_sizes.default", "omniloom.sum_over_group.default")
 # What most of a layer's time goes to, as far as backward asks for it: not the experts' last product and its way home.
-COSTLY = ("attention", "omniloom.grouped_mm", "routed_experts", "all_to_all_rows")
+COSTLY = ("attention", "omniloom.grouped_mm", "routed_experts", "all_to_all_rows.default")
 
 
 class RecomputingCall(nn.Module):
@@ -62,11 +62,10 @@ def _call_with_view(layer: nn.Module, hidden: Tensor, *others: object) -> Any:
 
 
 def _save_named(
-    names: Sequence[str], _context: object, operation: object, *inputs: object, **_: object
+    names: Sequence[str], _context: object, operation: object, *_: object, **__: object
 ) -> CheckpointPolicy:
     is_named = any(name in str(operation) for name in names)
-    goes_home = "all_to_all_rows" in str(operation) and bool(inputs[3])
-    return CheckpointPolicy.MUST_SAVE if is_named and not goes_home else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_named else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recompute_layers(root: nn.Module, how: Recompute, *, routes: bool) -> None:

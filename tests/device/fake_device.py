@@ -36,7 +36,7 @@ from omniloom.parallel.mesh import Ranks
 PACKAGE = f"{next(iter(omniloom.__path__))}/"
 WHOLE = ("aten::silu_backward", "aten::_fused_rms_norm")
 GATHERS = {"_allgather_base_", "all_gather_into_tensor"}
-EXCHANGES = {"alltoall_base_", "alltoall_", "all_to_all_single", "all_to_all_rows"}
+EXCHANGES = {"alltoall_base_", "alltoall_", "all_to_all_single", "all_to_all_rows", "all_to_all_rows_back"}
 
 
 class Queue:

@@ -98,6 +98,7 @@ def test_what_is_saved_of_routing_exists_as_an_operation() -> None:
     own = (torch.ops.omniloom.cpu_routed_experts, torch.ops.omniloom.all_to_all_rows)
     for kernel in (*kernels, *own):
         assert any(part in str(kernel.default) for part in COSTLY)
+    assert not any(part in str(torch.ops.omniloom.all_to_all_rows_back.default) for part in COSTLY)
 
 
 class Experts:
