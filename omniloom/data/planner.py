@@ -32,7 +32,7 @@ _FIXED = {  # keys that decide the plan: they may not change between a checkpoin
     "data": ("pack_tokens", "window", "shuffle", "overlong"),
     "train": ("packs_per_step", "seed", "loss"),
 }
-_STATE_VERSION = 3
+_STATE_VERSION = 4
 
 
 class PlanError(ValueError):
@@ -156,7 +156,11 @@ class Planner:
         """Continue where the state was taken, on any number of ranks. Raises: ValueError if the plan would differ."""
         assert self._ahead is None, "load the state before the first step"
         if record.get("version") != _STATE_VERSION:
-            raise ValueError(f"data state: expected version {_STATE_VERSION}, got {record.get('version')!r}")
+            raise ValueError(
+                f"the checkpoint's data plan is of version {record.get('version')!r}, which another omniloom wrote; "
+                f"expected {_STATE_VERSION}. Resume with that one, or start anew in another train.run_dir, from this "
+                "run's weights if model.path is its hf/"
+            )
         if changed := _changes(record["fixed"], self._fixed_options()):
             raise ValueError(
                 "the checkpoint's data plan does not fit this run: "
@@ -166,7 +170,7 @@ class Planner:
             )
         self._position = from_json(PlanPosition, record["position"])
         self._steps = tuple(from_json(StepPlan, step) for step in record["steps"])
-        self.failures = from_json(Failures, record.get("failures", {}))
+        self.failures = from_json(Failures, record.get("failures", {}))  # left out where it is as it began
         if (feed := self._feed) is not None:  # blocks that are not there, as in another directory, are read once more
             planned, cursors = _planned_rows(self.state), self._position.cursors
             self._ranks.share(lambda: feed.spill(planned, cursors), "read its streams")

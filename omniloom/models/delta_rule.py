@@ -107,5 +107,5 @@ class GatedDeltaRule(nn.Module):
         rate, bias = gate.unbind()
         decay = rate * F.softplus(a.float() + bias)  # float32 [T, Hv]
         out = self.recurrence(qkv, self.conv1d.weight, decay, b.sigmoid(), segments)  # [T, Hv, Dv]
-        out, gate = self.norm(out), F.silu(z.float()).view(out.shape)
-        return self.out_proj((out * gate).to(out.dtype).flatten(1), draw_key)
+        out, passed = self.norm(out), F.silu(z.float()).view(out.shape)
+        return self.out_proj((out * passed).to(out.dtype).flatten(1), draw_key)

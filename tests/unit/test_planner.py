@@ -335,6 +335,8 @@ def test_resume_with_options_that_change_the_plan_is_refused_and_with_more_steps
         make(epochs=None, steps=3, pack_tokens=2048).load_state_dict(state)
     with pytest.raises(ValueError, match=r"rows_per_source was \[400\], is \[300\]"):
         make(num_rows=300, epochs=None, steps=3).load_state_dict(state)
+    with pytest.raises(ValueError, match="is of version 3, which another omniloom wrote; expected"):
+        make(epochs=None, steps=3).load_state_dict({**state, "version": 3})
     longer = make(epochs=None, steps=9)
     longer.load_state_dict(state)
     assert [step.step for step in drain(longer)] == [3, 4, 5, 6, 7, 8]
