@@ -155,19 +155,7 @@ class Planner:
     def load_state_dict(self, record: dict[str, Any]) -> None:
         """Continue where the state was taken, on any number of ranks. Raises: ValueError if the plan would differ."""
         assert self._ahead is None, "load the state before the first step"
-        if record.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"the checkpoint's data plan is of version {record.get('version')!r}, which another omniloom wrote; "
-                f"expected {_STATE_VERSION}. Resume with that one, or start anew in another train.run_dir, from this "
-                "run's weights if model.path is its hf/"
-            )
-        if changed := _changes(record["fixed"], self._fixed_options()):
-            raise ValueError(
-                "the checkpoint's data plan does not fit this run: "
-                + "; ".join(changed)
-                + ". Resume with the old values, or start anew in another train.run_dir or with --overwrite, from this "
-                "run's weights if model.path is its hf/"
-            )
+        _check_record(record, self._fixed_options())
         self._position = from_json(PlanPosition, record["position"])
         self._steps = tuple(from_json(StepPlan, step) for step in record["steps"])
         self.failures = from_json(Failures, record.get("failures", {}))  # left out where it is as it began
@@ -451,6 +439,23 @@ def _planned_rows(state: PlannerState) -> list[int]:
     """Rows that are planned or carried."""
     planned = (sample for step in state.steps for pack in step.packs for sample in pack.samples)
     return [sample.row for sample in (*state.position.carried, *planned)]
+
+
+def _check_record(record: Mapping[str, Any], fixed: dict[str, Any]) -> None:
+    """Raises: ValueError where a checkpoint's plan is not the one that this run's `fixed` options would make."""
+    if record.get("version") != _STATE_VERSION:
+        raise ValueError(
+            f"the checkpoint's data plan is of version {record.get('version')!r}, which another omniloom wrote; "
+            f"expected {_STATE_VERSION}. Resume with that one, or start anew in another train.run_dir, from this "
+            "run's weights if model.path is its hf/"
+        )
+    if changed := _changes(record["fixed"], fixed):
+        raise ValueError(
+            "the checkpoint's data plan does not fit this run: "
+            + "; ".join(changed)
+            + ". Resume with the old values, or start anew in another train.run_dir or with --overwrite, from this "
+            "run's weights if model.path is its hf/"
+        )
 
 
 def _changes(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
