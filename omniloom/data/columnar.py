@@ -10,15 +10,15 @@ import datetime
 import decimal
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from omniloom.data.shared_index import IndexTable, SharedIndex, hold_place, open_index
+from omniloom.data.shared_index import IndexedRows, IndexTable, SharedIndex, make_once, open_index
 from omniloom.types import Row, SampleError
 
 if TYPE_CHECKING:
@@ -30,23 +30,19 @@ _LARGEST_GROUP = 4096  # rows: to read one of a group is to read all of it
 _BATCH_ROWS = 256
 
 
-class ColumnRows:
+class ColumnRows(IndexedRows):
     """Rows of Parquet or Arrow files, read by row group or record batch; the last one is kept.
 
     Rows of the index are [end, file, group]: the number of rows up to the end of each group of each file.
     """
 
     def __init__(self, index: SharedIndex) -> None:
-        self._index = index
+        super().__init__(index)
         self._readers: dict[int, Any] = {}  # by file
         self._group: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": {}, "_group": None}
-
-    @property
-    def fingerprint(self) -> str:
-        return str(self._index.facts["digest"])
 
     def __len__(self) -> int:
         return int(self._index.facts["num_rows"])
@@ -130,24 +126,21 @@ def _regroup(path: str, scratch: str | None) -> str:
     """A Parquet file as Arrow in the scratch folder, a few rows to a batch. Raises: ValueError."""
     import pyarrow
 
-    with hold_place([path], ["arrow"], scratch) as (place, is_there):
-        if not is_there:
-            unfinished, reader = place.with_suffix(".new"), _open_parquet(path)
-            try:
-                with pyarrow.OSFile(str(unfinished), "wb") as file:
-                    writer = pyarrow.ipc.new_stream(file, reader.schema_arrow)
-                    for batch in reader.iter_batches(_BATCH_ROWS, use_threads=False):
-                        writer.write_batch(batch)
-                    writer.close()
-                os.replace(unfinished, place)
-            except OSError as error:
-                raise ValueError(
-                    f"cannot write the rows of {path}, whose row groups have over {_LARGEST_GROUP} rows, to {place}: "
-                    f"{error}; set data.scratch to a place with room, or write the file in smaller row groups"
-                ) from None
-            finally:
-                unfinished.unlink(missing_ok=True)
-    return str(place)
+    def write(place: Path) -> None:
+        reader = _open_parquet(path)
+        try:
+            with pyarrow.OSFile(str(place), "wb") as file:
+                writer = pyarrow.ipc.new_stream(file, reader.schema_arrow)
+                for batch in reader.iter_batches(_BATCH_ROWS, use_threads=False):
+                    writer.write_batch(batch)
+                writer.close()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write the rows of {path}, whose row groups have over {_LARGEST_GROUP} rows, to {place}: "
+                f"{error}; set data.scratch to a place with room, or write the file in smaller row groups"
+            ) from None
+
+    return str(make_once([path], ["arrow"], write, scratch))
 
 
 def _open_parquet(path: str) -> Any:

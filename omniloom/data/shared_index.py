@@ -13,8 +13,7 @@ import os
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy import int64
 from numpy.typing import NDArray
+
+from omniloom.types import SampleError
 
 _VERSION = 3  # of the files
 _BUFFERED = 1 << 16  # whole numbers
@@ -65,6 +66,16 @@ class IndexedRows:
         return len(self._index.table)
 
 
+def read_stretch(file: str, start: int, end: int, path: str) -> bytes:
+    """Bytes of a file that holds the rows of `path`. Raises: SampleError."""
+    try:
+        with open(file, "rb") as handle:  # anew each time: a handle kept over a fork would share its position
+            handle.seek(start)
+            return handle.read(end - start)
+    except OSError as error:
+        raise SampleError("row", f"cannot read {path}: {error.strerror or error}") from None
+
+
 class IndexTable:
     """The table of an index while it is made."""
 
@@ -105,31 +116,33 @@ def open_index(
 
     `scratch` is the folder (null: one of this user in the temporary folder). Raises: what `make` raises; OSError.
     """
-    with hold_place(files, ["index", *how], scratch) as (place, is_there):
-        if not is_there:
-            unfinished = place.with_suffix(".new")
-            try:
-                with unfinished.open("wb") as file:
-                    table = IndexTable(file, columns)
-                    facts = {**make(table), "columns": columns}
-                    table.flush()
-                write_file(place.with_suffix(".json"), json.dumps(facts).encode())
-                os.replace(unfinished, place)
-            finally:
-                unfinished.unlink(missing_ok=True)
-    return SharedIndex(place)
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            table = IndexTable(file, columns)
+            facts = {**make(table), "columns": columns}
+            table.flush()
+        write_file(path.with_suffix(".json"), json.dumps(facts).encode())
+
+    return SharedIndex(make_once(files, ["index", *how], write, scratch))
 
 
-@contextmanager
-def hold_place(files: Sequence[str], how: Sequence[Any], scratch: str | None) -> Iterator[tuple[Path, bool]]:
-    """A path in the scratch folder for what is made of files once, and whether that is there: one process at a time."""
+def make_once(files: Sequence[str], how: Sequence[Any], write: Callable[[Path], None], scratch: str | None) -> Path:
+    """A file of the scratch folder that this machine makes of others once: what is there, or what `write` writes."""
     stats = [(os.path.realpath(file), os.stat(file)) for file in files]
     key = [_VERSION, *how, *((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats)]
     place = scratch_folder(scratch) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     is_settled = all(time.time() - stat.st_mtime >= _SETTLED_SECONDS for _, stat in stats)
     with open(f"{place}.lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first process of this machine makes it, the others wait
-        yield place, place.exists() and is_settled
+        if not (place.exists() and is_settled):
+            unfinished = place.with_suffix(".new")
+            try:
+                write(unfinished)
+                os.replace(unfinished, place)
+            finally:
+                unfinished.unlink(missing_ok=True)
+    return place
 
 
 def write_file(path: Path, content: bytes) -> None:

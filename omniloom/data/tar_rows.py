@@ -22,7 +22,7 @@ import numpy as np
 
 from omniloom.data.plain_pickle import as_media, read_plain_pickle
 from omniloom.data.row_media import PARTS
-from omniloom.data.shared_index import IndexedRows, IndexTable, open_index
+from omniloom.data.shared_index import IndexedRows, IndexTable, open_index, read_stretch
 from omniloom.data.source_files import SourceFiles
 from omniloom.data.text_rows import parse_json_row
 from omniloom.types import Row, SampleError
@@ -55,13 +55,7 @@ class TarRows(IndexedRows):
     def read_row(self, row: int) -> tuple[Row, str, int]:
         path, line = self.locate(row)
         _, start, end, _ = self._index.table[row].tolist()
-        try:
-            with open(path, "rb") as handle:
-                handle.seek(start)
-                data = handle.read(end - start)
-        except OSError as error:
-            raise SampleError("row", f"cannot read {path}: {error.strerror or error}") from None
-        return sample_row(data, self._index.facts["fields"]), path, line
+        return sample_row(read_stretch(path, start, end, path), self._index.facts["fields"]), path, line
 
 
 def open_tars(shards: SourceFiles, max_samples: int | None, scratch: str | None) -> TarRows:

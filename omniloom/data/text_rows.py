@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from omniloom.data.media_files import LFS_POINTER
-from omniloom.data.shared_index import IndexedRows, IndexTable, SharedIndex, hold_place, open_index
+from omniloom.data.shared_index import IndexedRows, IndexTable, SharedIndex, make_once, open_index, read_stretch
 from omniloom.types import Row, SampleError
 
 _BOM = b"\xef\xbb\xbf"
@@ -60,13 +59,8 @@ class TextRows(IndexedRows):
 
     def read_row(self, row: int) -> tuple[Row, str, int]:
         path, line = self.locate(row)
-        try:
-            with open(self._text, "rb") as handle:  # anew each time: a handle kept over a fork would share its position
-                start, end, _ = self._index.table[row].tolist()
-                handle.seek(start)
-                text = handle.read(end - start)
-        except OSError as error:
-            raise SampleError("row", f"cannot read {path}: {error.strerror or error}") from None
+        start, end, _ = self._index.table[row].tolist()
+        text = read_stretch(self._text, start, end, path)
         header = self._index.facts.get("header")
         if header is not None:
             return _named_cells(text, header, self._index.facts["delimiter"]), path, line
@@ -144,20 +138,16 @@ def _unpack(path: str, compression: str, scratch: str | None) -> str:
     """A compressed file's text in the scratch folder."""
     import pyarrow
 
-    with hold_place([path], [compression], scratch) as (place, is_there):
-        if not is_there:
-            unfinished = place.with_suffix(".new")
-            try:
-                with open_packed(path, compression) as packed, unfinished.open("wb") as file:
-                    shutil.copyfileobj(packed, file, _STRETCH_BYTES)
-                os.replace(unfinished, place)
-            except (OSError, pyarrow.ArrowException, EOFError) as error:
-                raise ValueError(
-                    f"cannot unpack {path} to {place}: {error}; repair it, or set data.scratch to a place with room"
-                ) from None
-            finally:
-                unfinished.unlink(missing_ok=True)
-    return str(place)
+    def write(place: Path) -> None:
+        try:
+            with open_packed(path, compression) as packed, place.open("wb") as file:
+                shutil.copyfileobj(packed, file, _STRETCH_BYTES)
+        except (OSError, pyarrow.ArrowException, EOFError) as error:
+            raise ValueError(
+                f"cannot unpack {path} to {place}: {error}; repair it, or set data.scratch to a place with room"
+            ) from None
+
+    return str(make_once([path], [compression], write, scratch))
 
 
 def open_packed(file: str | BinaryIO, compression: str) -> BinaryIO:
