@@ -100,7 +100,7 @@ class StepStream:
         self._clips_of = clips_of
         self._measure, self._stage = measure, stage
         self._failures = planner.failures
-        self._state = planner.state
+        self._before = self._state = planner.state
         self._stop = threading.Event()
         packs_per_rank = -(-planner.config.train.packs_per_step // data_world)
         self._depth = 1 + max(1, -(-prefetch_packs // packs_per_rank))  # steps being loaded
@@ -147,13 +147,17 @@ class StepStream:
             self._ended = True
             self._write_bad(error.bad_rows)
             raise PlanError(f"{error}\n{LISTED}" if error.bad_rows else str(error), error.bad_rows) from None
-        self._state = replace(state, failures=self._failures)
+        self._before, self._state = self._state, replace(state, failures=self._failures)
         return replace(step, data_wait_seconds=waited)
 
     @property
     def state(self) -> PlannerState:
         """What follows the step that was yielded last."""
         return self._state
+
+    def put_back(self) -> None:
+        """The step that was yielded last was not taken: it is what follows."""
+        self._state = self._before
 
     def state_dict(self) -> dict[str, Any]:
         """The same as JSON; `Planner.load_state_dict` takes it."""

@@ -41,16 +41,17 @@ class StopRequest:
 
     A thread reads signals from Python's wake-up descriptor, since a main thread that waits in a collective runs no
     handler: a second Ctrl-C must end the process even then. Outside of the main thread signals stay as they are.
-    `exchange` gives every rank's value to every rank.
+    `exchange` gives every rank's value to every rank; None where there is one.
     """
 
     def __init__(
         self,
         time_limit_minutes: float | None,
         say: Callable[[str], None],
-        exchange: Callable[[Any], list[Any]] = lambda value: [value],
+        exchange: Callable[[Any], list[Any]] | None = None,
     ) -> None:
-        self._limit_minutes, self._say, self._exchange = time_limit_minutes, say, exchange
+        self._limit_minutes, self._say, self._is_alone = time_limit_minutes, say, exchange is None
+        self._exchange: Callable[[Any], list[Any]] = exchange or (lambda value: [value])
         self._deadline = math.inf  # until the clock is started
         self._signal: str | None = None
         self.fault: Exception | None = None  # the first one, to be raised once all is saved
@@ -76,6 +77,23 @@ class StopRequest:
         try:
             return work()
         except Exception as error:  # noqa: BLE001 - a user's function may raise anything
+            self.note(error)
+            return None
+
+    def compute(self, work: Callable[[], T], where: str) -> T | None:
+        """Do what all ranks take part in and what changes no weights, as gradients and evaluations do.
+
+        None where they were asked to stop meanwhile (StopWanted), and where a rank that is alone failed, which then
+        costs no more than `attempt`. Raises: an error with several ranks, whose others wait in a collective.
+        """
+        try:
+            return work()
+        except StopWanted:
+            return None
+        except Exception as error:
+            error.add_note(where)
+            if not self._is_alone:
+                raise
             self.note(error)
             return None
 
@@ -107,7 +125,8 @@ class StopRequest:
         where = f"stopped after step {step}{', which is saved' * bool(step)}; {goes_on} on from there"
         if faults:
             error = self.fault or LostRankError(faults[0])
-            error.add_note(where)
+            if step:
+                error.add_note(where)
             raise error
         self._say(f"{reason}: {where}")
         return STOPPED_EARLY

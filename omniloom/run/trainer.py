@@ -22,6 +22,7 @@ from omniloom.config import Config
 from omniloom.data.loader import Loader
 from omniloom.data.sources import Sources
 from omniloom.data.stream import BadSampleFile, LoadedStep
+from omniloom.models.fusion import OmniModel
 from omniloom.ops.linear_map import keyed_seed
 from omniloom.parallel.device import collect_on_call, computes_bf16, only_deterministic, total_memory_bytes
 from omniloom.parallel.encoder_pool import EncoderPool
@@ -55,6 +56,7 @@ from omniloom.run.optimizer_step import OptimizerStep
 from omniloom.run.records import RunRecords
 from omniloom.run.results import write_results
 from omniloom.run.rows import open_planner, open_rows, open_run, open_stream, options_by_row
+from omniloom.run.short_memory import MemoryShortError, describe_short_memory, says_memory_is_short
 from omniloom.run.state import RunState
 from omniloom.run.step_time import Machine
 from omniloom.run.stopping import LostRankError, StopRequest, StopWanted
@@ -98,8 +100,12 @@ def run(
             if on_end is not None and layout.is_first and code == 0:
                 on_end(run_dir)
             return code
-    except RuntimeError as error:
-        if not says_rank_is_gone(error):
+    except (RuntimeError, MemoryError) as error:
+        if says_memory_is_short(error):
+            short = MemoryShortError(describe_short_memory(error, config, ranks))
+            short.__notes__ = getattr(error, "__notes__", [])
+            raise short from error
+        if not isinstance(error, RuntimeError) or not says_rank_is_gone(error):
             raise
         cause = "; ".join([*getattr(error, "__notes__", ()), str(error).splitlines()[0]])
         raise LostRankError(
@@ -144,7 +150,8 @@ class Trainer:
         if config.train.deterministic:
             stack.enter_context(only_deterministic(layout.device))
         self.watchdog = stack.enter_context(Watchdog(layout.ranks, timeout_seconds=config.train.step_timeout_seconds))
-        self.stop = StopRequest(config.train.time_limit_minutes, lambda words: self.records.say(words), layout.exchange)
+        limit, exchange = config.train.time_limit_minutes, layout.exchange if layout.world_size > 1 else None
+        self.stop = StopRequest(limit, lambda words: self.records.say(words), exchange)
         attempt = self.stop.attempt
         self.records = RunRecords(config, layout, workshop.compute_dtype, train_rows, stack, attempt, on_step)
         stack.enter_context(self.stop)
@@ -240,7 +247,11 @@ class Trainer:
                 return self._leave_early(step)
         while not self.best.is_exhausted and (loaded := self._next(step)) is not None:
             with self.profile.step(loaded.plan.step):
-                figures, stop = self._step(loaded)
+                taken = self._step(loaded)
+            if taken is None:
+                self.stream.put_back()
+                break
+            figures, stop = taken
             step = loaded.plan.step + 1
             if step % STEPS_BETWEEN_COLLECTIONS == 0:
                 self.collect_garbage()
@@ -312,22 +323,25 @@ class Trainer:
         self.state.saver.finish()
         return self.stop.leave(self.run_dir if self.layout.is_first else None, step, self.config.checkpoint.resume)
 
-    def _step(self, loaded: LoadedStep) -> tuple[StepFigures, bool]:
-        """One optimizer step. Returns its figures and whether any rank was asked to stop. Raises: NonFiniteError."""
-        start, train, step = time.perf_counter(), self.config.train, loaded.plan.step
-        measured = dict(loaded.agreement.weight_sums)
-        if self.model.trains_speech_alone:  # a text that only the talker reads has no loss
-            measured.pop(TEXT, None)
-        objective = Objective(coefficients=train.loss_coefficients, weight_sums=measured)
-        talker = self.model.talker
-        hears_words = talker is not None and talker.projection.hears_words
-        packs = _keyed_packs(loaded, train.seed, self.layout, hears_words=hears_words)
+    def _step(self, loaded: LoadedStep) -> tuple[StepFigures, bool] | None:
+        """One optimizer step: its figures, and whether any rank was asked to stop. None where a lone rank failed.
+
+        Raises: NonFiniteError.
+        """
+        start, step = time.perf_counter(), loaded.plan.step
+        objective = _objective_of(loaded, self.config, self.model)
+        packs = _keyed_packs(loaded, self.config.train.seed, self.layout, self.model)
 
         def enter_pack(number: int) -> None:
             self.watchdog.enter(step, f"pack {number + 1} of {len(packs)}")
 
         self.optimizer_step.optimizer.zero_grad()
-        terms = run_packs(self.model, packs, self.layout, objective, self.pool, self.pipeline, on_pack=enter_pack)
+        terms = self.stop.compute(
+            lambda: run_packs(self.model, packs, self.layout, objective, self.pool, self.pipeline, on_pack=enter_pack),
+            f"in step {step + 1}",
+        )
+        if terms is None:
+            return None
         wants_stop = self.stop.reason is not None
         figures, stop = self.optimizer_step.take(loaded.plan, terms, objective, wants_stop=wants_stop)
         self.records.untrained(figures, loaded)
@@ -340,8 +354,9 @@ class Trainer:
         self.planner.release(self.stream.state)
 
     def _evaluate(self, step: int) -> EvaluationReport | None:
-        """None where a rank was asked to stop meanwhile: what is measured by then is of no use."""
-        assert self.evaluation is not None
+        """None where a rank was asked to stop meanwhile, since what is measured by then is of no use, or failed."""
+        evaluation = self.evaluation
+        assert evaluation is not None
 
         def before_pack(done: int, total: int) -> None:
             self.watchdog.enter(step, "evaluation")
@@ -350,13 +365,12 @@ class Trainer:
                 raise StopWanted
 
         self.model.eval()  # without dropout
-        try:
-            report = self.evaluation.run(self.model, self.pool, before_pack, self.pipeline)
-        except StopWanted:
-            return None
-        finally:
-            self.model.train()
-        if self.stop.has_failed():  # before it counts as made
+        report = self.stop.compute(
+            lambda: evaluation.run(self.model, self.pool, before_pack, self.pipeline),
+            f"in the evaluation after step {step}",
+        )
+        self.model.train()
+        if report is None or self.stop.has_failed():  # before it counts as made
             return None
         self.records.say(report.describe(step))
         if self.layout.is_first:
@@ -367,7 +381,14 @@ class Trainer:
         return None if self.stop.has_failed() else report
 
 
-def _keyed_packs(loaded: LoadedStep, seed: int, layout: Layout, *, hears_words: bool) -> list[PackedBatch]:
+def _objective_of(loaded: LoadedStep, config: Config, model: OmniModel) -> Objective:
+    measured = dict(loaded.agreement.weight_sums)
+    if model.trains_speech_alone:  # a text that only the talker reads has no loss
+        measured.pop(TEXT, None)
+    return Objective(coefficients=config.train.loss_coefficients, weight_sums=measured)
+
+
+def _keyed_packs(loaded: LoadedStep, seed: int, layout: Layout, model: OmniModel) -> list[PackedBatch]:
     """This rank's packs, each with the key of its random draws."""
     packs = [
         replace(pack.batch, draw_key=keyed_seed(seed, loaded.plan.step, pack.index, layout.context_rank))
@@ -376,6 +397,7 @@ def _keyed_packs(loaded: LoadedStep, seed: int, layout: Layout, *, hears_words: 
     if all(pack.speech is None for pack in packs):  # a model without a talker
         return packs
     # whether a spoken turn of the step reads hidden states, as of media that it may follow: the same on every rank
+    hears_words = model.talker is not None and model.talker.projection.hears_words
     samples = (sample.extent for pack in loaded.plan.packs for sample in pack.samples)
     reads_hidden = any(extent.num_code_frames and (hears_words or extent.clips) for extent in samples)
     return [replace(pack, speech=pack.speech and replace(pack.speech, reads_hidden=reads_hidden)) for pack in packs]

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from omniloom.config import Config, load_config
 from omniloom.data.loader import Loader
 from omniloom.exit_codes import LOST_RANK
+from omniloom.models.fusion import OmniModel
 from omniloom.run import evaluation
 from omniloom.run.best import read_evaluations
 from omniloom.run.optimizer_step import OptimizerStep
@@ -188,7 +190,38 @@ def test_held_out_rows_that_can_no_longer_be_read_cost_no_step(evaluated, tmp_pa
     assert list(read_evaluations(tmp_path / "run")) == [4, 8]
 
 
-def test_an_error_within_a_step_leaves_the_checkpoints_as_they_are(evaluated, tmp_path, monkeypatch) -> None:
+def take_all_memory(self: object, *_: object, **__: object) -> None:
+    torch.empty(2**55)
+
+
+@pytest.mark.parametrize(("part", "saved"), [("in step 7", 6), ("in the evaluation after step 4", 4)])
+def test_short_memory_costs_no_step_on_a_lone_rank_and_is_told_with_what_helps(
+    evaluated, tmp_path, monkeypatch, part, saved
+) -> None:
+    def on_step(metrics: StepMetrics) -> None:
+        if metrics.step + 1 == saved:
+            monkeypatch.setattr(OmniModel, "decode", take_all_memory)
+
+    if part == "in the evaluation after step 4":
+        monkeypatch.setattr(evaluation.Evaluation, "run", take_all_memory)
+    with pytest.raises(RunError) as told:
+        run(config_of(evaluated), on_step)
+    words = str(told.value)
+    assert words.startswith("rank 0 has too little memory on cpu: "), words
+    assert "tried to allocate" in words
+    assert "set memory.recompute to selective or full; lower data.pack_tokens (it is " in words
+    where = f"stopped after step {saved}, which is saved; the same command goes on from there"
+    assert told.value.__notes__ == [part, where]
+    assert newest_step(tmp_path / "run") == saved
+    monkeypatch.undo()
+    assert run(config_of(evaluated)) == 0
+    expected = with_values(evaluated, train__run_dir=str(tmp_path / "expected"))
+    assert run(config_of(expected)) == 0
+    assert_same_end(tmp_path / "run", tmp_path / "expected")
+    assert read_evaluations(tmp_path / "run") == read_evaluations(tmp_path / "expected")
+
+
+def test_an_error_after_gradients_leaves_the_checkpoints_as_they_are(evaluated, tmp_path, monkeypatch) -> None:
     take = OptimizerStep.take
 
     def fails(self: OptimizerStep, plan: object, *args: object, **options: object) -> object:
