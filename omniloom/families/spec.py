@@ -30,7 +30,7 @@ from omniloom.processors.chat import ChatProcessor
 from omniloom.processors.chat_template import open_template
 from omniloom.processors.clips import FamilyClips
 from omniloom.processors.rendering import Renderer
-from omniloom.processors.settings import load_tokenizer, read_extractors
+from omniloom.processors.settings import TokenizerKind, load_tokenizer, read_extractors
 from omniloom.processors.speech import SpeechLayout
 from omniloom.processors.tower_inputs import TowerInputs
 from omniloom.sharding import ShardingPlan
@@ -64,6 +64,7 @@ class ModelSpec:
     read_parts: Callable[[ConfigSection], FamilyConfig]  # that section -> dims
     key_map: Callable[[FamilyConfig], KeyMap]
     clips: type[FamilyClips]  # how its media are written as tokens
+    tokenizer: TokenizerKind = "Qwen2Tokenizer"
     make_decoder: Callable[..., Decoder] = make_decoder  # of (config.text, kernel=, rule=, loss_chunk_tokens=)
     read_talker: Callable[[ConfigSection], TalkerConfig] | None = None  # the whole file -> dims; None: it cannot train
     make_talker: Callable[..., Talker] | None = None  # of (config.talker, kernel=, loss_chunk_tokens=)
@@ -137,7 +138,7 @@ class ModelSpec:
     ) -> ChatProcessor:
         """A checkpoint's processor. Raises: ValueError where the checkpoint lacks a file or a field."""
         directory, options = Path(checkpoint_dir), ProcessorOptions() if options is None else options
-        tokenizer = load_tokenizer(directory, config.text.vocab_size)
+        tokenizer = load_tokenizer(directory, config.text.vocab_size, self.tokenizer)
         towers = TowerInputs(
             vision=config.vision,
             audio=config.audio,

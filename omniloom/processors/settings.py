@@ -9,33 +9,34 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from omniloom.dims import AudioTowerConfig, VisionTowerConfig
 from omniloom.options import ProcessorOptions
 
+TokenizerKind = Literal["Qwen2Tokenizer", "Qwen3_5Tokenizer"]  # transformers' classes
 BICUBIC = 3  # PIL's number of it
 
 
-def load_tokenizer(checkpoint_dir: str | Path, vocab_size: int) -> Any:
-    """The checkpoint's tokenizer as transformers loads it; every family so far has Qwen2's class.
+def load_tokenizer(checkpoint_dir: str | Path, vocab_size: int, kind: TokenizerKind) -> Any:
+    """The checkpoint's tokenizer as transformers loads it for a family whose own class is `kind`.
 
     Raises: ValueError where its files are missing or no JSON, and where it has tokens beyond the `vocab_size` rows of
     the model's embedding.
     """
-    from transformers import Qwen2Tokenizer  # AutoTokenizer would read, and complain about, the model's config.json
-
     directory = Path(checkpoint_dir)
-    if (directory / "tokenizer.json").is_file():
+    is_whole = (directory / "tokenizer.json").is_file()
+    if is_whole:
         read_json(directory / "tokenizer.json")
     elif lacking := [name for name in ("vocab.json", "merges.txt") if not (directory / name).is_file()]:
         raise ValueError(
             f"{directory}: no tokenizer: expected tokenizer.json, or vocab.json and merges.txt, but there is no "
             f"{' and no '.join(['tokenizer.json', *lacking])}; download the missing files"
         )
-    if (directory / "tokenizer_config.json").is_file():
-        read_json(directory / "tokenizer_config.json")
-    tokenizer = Qwen2Tokenizer.from_pretrained(directory, chat_template=None)  # `chat_template` reads that itself
+    of_class = directory / "tokenizer_config.json"
+    named = read_json(of_class).get("tokenizer_class") if of_class.is_file() else None
+    loader = _tokenizer_class(kind, named if is_whole else None)
+    tokenizer = loader.from_pretrained(directory, chat_template=None)  # `chat_template` reads that itself
     backend = tokenizer.backend_tokenizer
     ids = {*backend.get_added_tokens_decoder(), *range(vocab_size, backend.get_vocab_size(with_added_tokens=False))}
     if beyond := sorted(token_id for token_id in ids if token_id >= vocab_size):
@@ -46,6 +47,18 @@ def load_tokenizer(checkpoint_dir: str | Path, vocab_size: int) -> Any:
             "the model (transformers: resize_token_embeddings), or take the tokenizer that it was published with"
         )
     return tokenizer
+
+
+def _tokenizer_class(kind: TokenizerKind, named: str | None) -> Any:
+    """What AutoTokenizer takes where tokenizer_config.json names a class: importing that takes a second.
+
+    Classes of a family have its rule for splitting words, any other has tokenizer.json's. Published files of Qwen3.5
+    name Qwen2's, which transformers corrects.
+    """
+    import transformers
+
+    own = kind if named is None or kind == "Qwen3_5Tokenizer" else named.removesuffix("Fast")
+    return getattr(transformers, own if own in get_args(TokenizerKind) else "PreTrainedTokenizerFast")
 
 
 def token_id_of(tokenizer: Any, field: str, token_id: int, word: str) -> int:

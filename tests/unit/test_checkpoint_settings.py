@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from omniloom.families.registry import find_spec
+from omniloom.families.registry import SPECS, find_spec
+from omniloom.processors.settings import load_tokenizer
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import Conversation, DecodedClip, MediaHeader, MediaSource, Part, Turn
 
@@ -175,3 +176,21 @@ def test_tokens_beyond_the_embedding_are_named_at_start(changed, checkpoint, tmp
         spec.make_processor(tmp_path / "changed", spec.read_config(config_json), None)
     with pytest.raises(ValueError, match=r"beyond the 900 rows of the model's embedding: \S+ \(id 900\), "):
         changed("config.json", thinker_config__text_config__vocab_size=900)
+
+
+@pytest.mark.parametrize("kind", [None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "Qwen3_5Tokenizer", "TokenizersBackend"])
+def test_words_are_split_as_by_the_tokenizer_that_transformers_takes(checkpoint, tmp_path, kind):
+    """Qwen3.5's splits none before a mark, whatever its files call it; a class of no family has the file's own rule."""
+    from transformers import AutoTokenizer
+
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text()) | {"tokenizer_class": kind}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({n: v for n, v in settings.items() if v is not None}))
+    words = "हिन्दी สวัสดี it's 12345 ... e\u0323\n\n"
+    for spec in SPECS:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": spec.model_type}))
+        theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path, 10**6, spec.tokenizer)
+        splits = [each.backend_tokenizer.pre_tokenizer.pre_tokenize_str(words) for each in (theirs, ours)]
+        assert splits[0] == splits[1], (spec.name, kind)

@@ -41,4 +41,5 @@ SPEC = replace(
     read_parts=read_parts,
     key_map=key_map,
     clips=Qwen3_5Clips,
+    tokenizer="Qwen3_5Tokenizer",
 )
