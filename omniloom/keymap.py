@@ -74,8 +74,9 @@ class Rule:
 class Tied:
     """A second name of the tensor that we call `same_as`: a head that shares the embedding.
 
-    `published` may be absent from a checkpoint; where it is present it is not read, and an export writes the trained
-    `same_as` there. A model (or pipeline stage) that holds `ours` as a parameter of its own gets `same_as`'s values.
+    `published` may be absent from a checkpoint; where both are present it is not read, and an export writes the trained
+    `same_as` there; where it stands alone, `same_as` is read from it. A model (or pipeline stage) that holds `ours` as
+    a parameter of its own gets `same_as`'s values.
     """
 
     published: str
@@ -217,13 +218,14 @@ class KeyMap:
         """Published names by the rule that they fit and the tensor of ours that it makes of them, and faults."""
         # by signature, so that 36,000 names of experts take no time
         templates: dict[str, list[tuple[str, Rule, int]]] = {}
-        for rule in (rule for rule in self.rules if isinstance(rule, Rule)):
+        alone = (Rule(published=second.published, ours=second.same_as) for second in self.tied.values())
+        for rule in (*(rule for rule in self.rules if isinstance(rule, Rule)), *alone):
             for part, template in enumerate(map(canonical_name, rule.templates)):
                 templates.setdefault(_signature(template), []).append((template, rule, part))
         groups: dict[tuple[Rule, str], _Members] = {}
         unknown, faults = [], []
-        carried, tied = tuple(map(canonical_name, self.carried)), self.tied
-        for name in shapes:
+        carried, seconds = tuple(map(canonical_name, self.carried)), self.second_names(shapes)
+        for name in (name for name in shapes if name not in seconds):
             canonical = canonical_name(name)
             fitting = [
                 (rule, part, values)
@@ -236,17 +238,22 @@ class KeyMap:
                 members = groups.setdefault((rule, _fill(rule.ours, values)), {})
                 if (other := members.setdefault((row, part), name)) != name:
                     faults.append(f"{other} and {name} are the same tensor")
-            passed_over = canonical.startswith(carried) or canonical in tied or _COMPUTED.fullmatch(name)
+            passed_over = canonical.startswith(carried) or _COMPUTED.fullmatch(name)
             if not fitting and not passed_over:
                 unknown.append(name)
         if unknown:
             faults.append(f"no rule for {listed(unknown)}")
         return groups, faults
 
-    def second_names(self, shapes: Mapping[str, Shape]) -> dict[str, str]:
-        """Published names in `shapes` that repeat another tensor, each with the name of ours that it repeats."""
-        tied = self.tied
-        return {name: tied[found].same_as for name in shapes if (found := canonical_name(name)) in tied}
+    def second_names(self, shapes: Iterable[str]) -> dict[str, str]:
+        """Published names in `shapes` that repeat another tensor there, each with the name of ours that it repeats."""
+        found = {canonical_name(name): name for name in shapes}
+        seconds = {name: rule.same_as for canonical, rule in self.tied.items() if (name := found.get(canonical))}
+        return {
+            name: ours
+            for name, ours in seconds.items()
+            if not found.keys().isdisjoint(map(canonical_name, self.published_names(ours)))
+        }
 
     def published_names(self, ours: str) -> tuple[str, ...]:
         """The published names that `ours` is made of, for messages; `*` for a stacked index.
@@ -310,7 +317,7 @@ def canonical_name(name: str) -> str:
     Qwen2VLForConditionalGeneration; Qwen3-VL is published so.
     """
     name = name.removeprefix("thinker.")
-    if name.startswith(("visual.", "audio_tower.")):
+    if name.startswith(("visual.", "audio_tower.", "language_model.")):  # the last: saved without its head
         return f"model.{name}"
     return re.sub(r"^model\.(?!(language_model|visual|audio_tower)\.)", "model.language_model.", name)
 

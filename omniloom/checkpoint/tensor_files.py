@@ -86,11 +86,11 @@ def open_checkpoint(directory: str | Path) -> HFCheckpoint:
     if not directory.is_dir():
         raise ValueError(_describe_missing(directory))
     index_path = directory / INDEX_NAME
-    if index_path.is_file():
+    if (directory / SINGLE_NAME).is_file():  # as in transformers: the index may be an earlier model's
+        index, files = None, [directory / SINGLE_NAME]
+    elif index_path.is_file():
         index = _read_index(index_path)
         files = sorted({directory / name for name in index["weight_map"].values()})
-    elif (directory / SINGLE_NAME).is_file():
-        index, files = None, [directory / SINGLE_NAME]
     else:
         raise ValueError(f"{directory}: expected {INDEX_NAME} or {SINGLE_NAME}, found neither; {_hint(directory)}")
     entries: dict[str, TensorEntry] = {}

@@ -178,13 +178,16 @@ def test_tokens_beyond_the_embedding_are_named_at_start(changed, checkpoint, tmp
         changed("config.json", thinker_config__text_config__vocab_size=900)
 
 
-@pytest.mark.parametrize("kind", [None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "Qwen3_5Tokenizer", "TokenizersBackend"])
+@pytest.mark.parametrize(
+    "kind", [None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "Qwen3_5Tokenizer", "TokenizersBackend"]
+)
 def test_words_are_split_as_by_the_tokenizer_that_transformers_takes(checkpoint, tmp_path, kind):
     """Qwen3.5's splits none before a mark, whatever its files call it; a class of no family has the file's own rule."""
     from transformers import AutoTokenizer
 
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
-    tokenizer["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    rule = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer["pre_tokenizer"] = rule
     settings = json.loads((checkpoint / "tokenizer_config.json").read_text()) | {"tokenizer_class": kind}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({n: v for n, v in settings.items() if v is not None}))

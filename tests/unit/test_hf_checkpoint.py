@@ -347,6 +347,19 @@ def test_a_published_second_copy_of_a_tied_tensor_is_trained_along(tmp_path):
     assert_same_bits(got["thinker.lm_head.weight"], (tensors["thinker.embed.weight"].float() + 1).bfloat16())
 
 
+def test_a_tied_head_that_stands_alone_is_read_and_written_under_its_name(tmp_path):
+    tensors = published_tensors()
+    tensors["thinker.lm_head.weight"] = tensors.pop("thinker.embed.weight")
+    published = write_published(tmp_path / "model", tensors)
+    model = Model(tied=True)
+    load_model(model, open_checkpoint(published), KEY_MAP)
+    assert torch.equal(model.embed.weight, tensors["thinker.lm_head.weight"].float())
+    export_model(published, tmp_path / "hf", change=1.0)
+    got = read_all(tmp_path / "hf")
+    assert got.keys() == tensors.keys()
+    assert_same_bits(got["thinker.lm_head.weight"], (tensors["thinker.lm_head.weight"].float() + 1).bfloat16())
+
+
 def test_a_second_copy_of_a_tied_tensor_with_values_of_its_own_is_refused(tmp_path):
     tensors = published_tensors()
     tensors["thinker.lm_head.weight"] = tensors["thinker.embed.weight"].clone()
@@ -385,6 +398,16 @@ def test_a_single_file_checkpoint_stays_a_single_file(tmp_path):
     ]
     for name, tensor in read_all(tmp_path / "hf").items():
         assert_same_bits(tensor, published_tensors()[name])
+
+
+def test_a_single_file_stands_over_an_index_as_in_transformers(published, tmp_path):
+    """save_pretrained into the folder of a larger model removes its shards, not the index."""
+    for shard in published.glob("model-*.safetensors"):
+        shard.unlink()
+    save_file(published_tensors(), published / "model.safetensors")
+    export_model(published, tmp_path / "hf")
+    assert read_all(tmp_path / "hf").keys() == published_tensors().keys()
+    assert not (tmp_path / "hf" / INDEX_NAME).exists()
 
 
 def test_an_export_never_replaces_what_is_no_export(published, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniloom.keymap import KeyMap, Rule, Tied
+from omniloom.keymap import KeyMap, Rule, Tied, canonical_name
 
 RULES = KeyMap(
     rules=(
@@ -131,6 +131,7 @@ def test_buffers_that_follow_from_the_config_are_passed_over():
 
 def test_every_spelling_of_a_name_is_found_and_two_at_once_are_refused():
     spellings = ("thinker.visual.{}", "visual.{}", "model.visual.{}", "thinker.model.visual.{}")
+    assert canonical_name("language_model.norm.weight") == canonical_name("thinker.model.norm.weight")  # saved headless
     rules = KeyMap(
         rules=(
             Rule(published="thinker.visual.norm.weight", ours="vision.norm.weight"),
@@ -190,6 +191,15 @@ def test_a_tied_head_is_read_from_the_embedding_and_may_be_published_or_not():
         assemblies = RULES.assemblies(shapes | extra)
         assert [piece.published for piece in assemblies["text.head.weight"].pieces] == ["thinker.embed.weight"]
         assert RULES.second_names(shapes | extra) == dict.fromkeys(extra, "text.embed.weight")
+
+
+def test_a_tied_head_that_stands_alone_is_the_embedding():
+    """safetensors.torch.save_model keeps the first of two names of one tensor by the alphabet."""
+    shapes = {"thinker.head.weight": (7, 3)}
+    assemblies = RULES.assemblies(shapes)
+    for ours in ("text.embed.weight", "text.head.weight"):
+        assert [piece.published for piece in assemblies[ours].pieces] == ["thinker.head.weight"]
+    assert RULES.second_names(shapes) == {}
 
 
 def test_published_names_of_ours_are_found_without_a_checkpoint():
