@@ -366,12 +366,16 @@ def main() -> None:
         app(args=arguments)  # usage errors and Ctrl-C end here, by the library's own messages and codes
     except (ValueError, OSError) as error:
         _end(error, BAD_INPUT, debug)
-    except RuntimeError as error:
-        from omniloom.types import RunError  # costs an import of torch, which whoever raised it has done
+    except (RuntimeError, MemoryError) as error:
+        from omniloom.run.short_memory import says_memory_is_short  # costs imports, which whoever raised it has done
+        from omniloom.types import RunError
 
-        if not isinstance(error, RunError):
+        if isinstance(error, RunError):
+            _end(error, error.exit_code, debug)
+        if not says_memory_is_short(error):
             raise
-        _end(error, error.exit_code, debug)
+        error.add_note("memory is short: lower data.pack_tokens or data.image.max_pixels, or use a larger device")
+        _end(error, RunError.exit_code, debug)
 
 
 def _hush_libraries() -> None:

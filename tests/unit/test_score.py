@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from omniloom import cli
 from omniloom.config import ConfigError
+from omniloom.models.fusion import OmniModel
 from omniloom.tools.report import write_report
 from omniloom.tools.score import score_file, score_rows
 from omniloom.tools.tiny import make_tiny
@@ -76,6 +79,21 @@ def test_nothing_scored_is_no_success(
         score_file(model, write(rows, cut), WORDS)
     score_file(model, write(rows, gone, cut, {"query": "q", "response": "r"}), WORDS)
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_short_memory_is_one_message(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", {"query": "q", "response": "r"})
+    monkeypatch.setattr(sys, "argv", ["omniloom", "score", str(model), str(rows), *WORDS])
+    monkeypatch.setattr(OmniModel, "encode", lambda *_: torch.empty(2**55))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    error, note = capsys.readouterr().err.splitlines()[-2:]
+    assert error.startswith("error: ")
+    assert "tried to allocate" in error
+    assert note.startswith("memory is short: lower data.pack_tokens")
 
 
 def test_the_worst_rows_are_told_with_words_and_media_and_shown_in_the_report(
