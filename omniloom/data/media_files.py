@@ -10,8 +10,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-import urllib.error
-import urllib.request
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from omniloom.config import DataConfig
+from omniloom.data.fetching import FAULTS, fetch
 from omniloom.data.row_media import decode_data_uri
 from omniloom.types import MediaKind, MediaSource, MissingFile, SampleError
 
@@ -32,8 +31,6 @@ CONTAINER_FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,obu,ivf,flv,asf,gif,apng,mxf,dv,nut,"
     "wav,w64,aiff,au,caf,flac,mp3,ogg,aac,ac3,eac3,amr,amrnb,amrwb,wv,tta,ape,voc,nistsphere,dsf"
 )
-URL_TIMEOUT_SECONDS = 30.0
-URL_LIMIT_BYTES = 1 << 30
 HEAD_BYTES = 4096
 LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in place of a large file
 ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
@@ -74,13 +71,9 @@ def read_bytes(file: str | bytes, kind: MediaKind) -> bytes | str:
     if not file.lower().startswith(("http://", "https://")):
         return os.path.abspath(file)  # an absolute path is never taken for a protocol
     try:
-        with urllib.request.urlopen(file, timeout=URL_TIMEOUT_SECONDS) as response:
-            data: bytes = response.read(URL_LIMIT_BYTES + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+        return fetch(file)
+    except FAULTS as error:
         raise SampleError(kind, f"cannot fetch {name_of(file)}: {error}") from None
-    if len(data) > URL_LIMIT_BYTES:
-        raise SampleError(kind, f"{name_of(file)} is larger than {URL_LIMIT_BYTES} bytes; download it")
-    return data
 
 
 def size_of(data: bytes | str, kind: MediaKind) -> int:

@@ -7,14 +7,12 @@ reads them again does so from the blocks that `spilled_rows` keeps.
 from __future__ import annotations
 
 import base64
-import http.client
 import io
 import itertools
 import json
 import os
 import select
 import stat
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,16 +20,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from omniloom.config import DataConfig, DataSource
+from omniloom.data import fetching
 from omniloom.data.columnar import as_json
 from omniloom.data.source_files import expand_braces
 from omniloom.data.text_rows import COMPRESSIONS, open_packed, parse_json_row
 from omniloom.types import Row
 
 _POLL_SECONDS = 0.2
-_TIMEOUT_SECONDS = 60.0
 _BATCH_ROWS = 64  # of `datasets`, as they are made into rows together
 _BYTES = "\0bytes"  # the key under which bytes stand in JSON
-FAULTS = (OSError, EOFError, ValueError, zlib.error, http.client.HTTPException)  # of reading a stream
+FAULTS = (*fetching.FAULTS, EOFError, zlib.error)  # of reading a stream
 
 
 class ReadingStopped(RuntimeError):
@@ -136,7 +134,7 @@ def _open(piece: str, stopped: Callable[[], bool]) -> BinaryIO:
         number = os.dup(0) if piece == "-" else os.open(piece, os.O_RDONLY | os.O_NONBLOCK)
         return io.BufferedReader(_Pipe(number, stopped), 1 << 20)
     if piece.startswith(("http://", "https://")):
-        opened: BinaryIO = urllib.request.urlopen(piece, timeout=_TIMEOUT_SECONDS)
+        opened: Any = fetching.open_url(piece)
     else:
         import fsspec
 
@@ -144,7 +142,7 @@ def _open(piece: str, stopped: Callable[[], bool]) -> BinaryIO:
             opened = fsspec.open(piece, "rb").open()
         except ImportError as error:
             raise ValueError(f"{piece}: {error}") from None
-    return io.BufferedReader(opened, 1 << 20)  # type: ignore[type-var]
+    return io.BufferedReader(opened, 1 << 20)
 
 
 def _unpacked(file: BinaryIO) -> BinaryIO:
