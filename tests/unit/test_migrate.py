@@ -325,6 +325,18 @@ def test_what_only_a_shell_could_tell_is_asked_for(project: Path) -> None:
         ("a.sh", "torchrun --nproc_per_node 2 x.py --fp16 --train-iters 3", "fp16 is not offered"),
         ("a.sh", "torchrun x.py --train-iters 3 --lr-decay-style WSD", "expected one of cosine, linear, constant"),
         ("a.sh", "swift sft --model m --dataset AI-ModelScope/set", "a name on a hub"),
+        (
+            "a.sh",
+            "swift sft --model m --dataset a.jsonl --task_type embedding",
+            "--task_type: embedding is not offered",
+        ),
+        ("a.sh", "swift rlhf --rlhf_type dpo --model m --dataset a.jsonl", "swift rlhf is not offered; swift sft is"),
+        ("a.sh", "python swift/cli/_megatron/pt.py --model m --dataset a.jsonl", "swift pt is not offered"),
+        (
+            "a.sh",
+            "torchrun qwenvl/train/train_qwen.py --model_name_or_path m --tune_mm_llm True --learning_rate 2e-7",
+            r"2 settings \(a.sh: --tune_mm_llm, a.sh: --learning_rate, ...\) are not known, more than are",
+        ),
         ("a.sh", "torchrun x.py --train-iters $STEPS", r"--train-iters: expected a value .*give NAME=VALUE"),
     ],
 )

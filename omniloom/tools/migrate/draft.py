@@ -189,6 +189,11 @@ class Draft:
                 self._convert(setting, rule)
         self.settings = rest
 
+    @property
+    def num_known(self) -> int:
+        """How many settings were dealt with."""
+        return len(self.entries) + len(self.needless) + len(self.lost)
+
     def finish(self) -> None:
         """Whatever is left over has no counterpart that we know of."""
         self.lost += [(str(setting), "not known to migrate; look it up and set what it means by hand")

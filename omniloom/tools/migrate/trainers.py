@@ -23,9 +23,7 @@ FROM_TRANSFORMERS = {"train.betas": [0.9, 0.999], "train.seed": 42, "memory.reco
 
 def migrate_llama_factory(draft: Draft, data_sets: Mapping[str, Any] | None, folder: Path) -> None:
     """A LLaMA-Factory YAML, whose `dataset` names entries of `dataset_info.json` (`data_sets`, None if not found)."""
-    stage = next((one for one in draft.settings if one.name == "stage"), None)
-    if stage is not None and stage.value != "sft":
-        draft.faults.append(f"{stage.origin}: {stage.value} is not offered; omniloom does supervised fine-tuning (sft)")
+    _check_task(draft, stage="sft")
     _batch(draft, default_batch=8, default_accumulation=1)
     lora = _policy(
         draft, ("finetuning_type",), "freeze_language_model", "freeze_vision_tower", "freeze_multi_modal_projector"
@@ -43,6 +41,7 @@ def migrate_llama_factory(draft: Draft, data_sets: Mapping[str, Any] | None, fol
 
 def migrate_swift(draft: Draft) -> None:
     """An ms-swift command line, and the variables that stand before it; `megatron sft`, too."""
+    _check_task(draft, task_type="causal_lm")
     on_megatron = any(
         one.name in ("micro_batch_size", "global_batch_size", "train_iters", "lr") for one in draft.settings
     )
@@ -63,6 +62,15 @@ def migrate_swift(draft: Draft) -> None:
         migrate_megatron(draft, "ms-swift's own default", own)
     else:
         _put_defaults(draft, "ms-swift's own default", adapters, own)
+
+
+def _check_task(draft: Draft, **offered: str) -> None:
+    """What is trained for must be the one thing that is offered."""
+    for one in draft.settings:
+        if one.name in offered and one.value != (task := offered[one.name]):
+            draft.faults.append(
+                f"{one.origin}: {one.value} is not offered; omniloom does supervised fine-tuning ({task})"
+            )
 
 
 def _apply(draft: Draft, *, beta2: float) -> None:

@@ -6,6 +6,7 @@ line says where it came from, followed by what was left out and why. Refuses rat
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -35,7 +36,7 @@ MEGATRON_KEYS = {
 UNKNOWN_WORDS = "only a running shell could tell which words it stands for; write them into the script"
 PROGRAMS = {  # what the words of a command look like that start another trainer
     "LLaMA-Factory": r"(.*/)?llamafactory-cli|llamafactory\.\w+|.*llamafactory/\w+\.py|--finetuning_type.*",
-    "ms-swift": r"(.*/)?swift|(.*/)?megatron|swift\.cli\.\w+|.*swift/cli/\w+\.py",
+    "ms-swift": r"(.*/)?swift|(.*/)?megatron|swift\.cli\.[\w.]+|.*swift/cli/(_megatron/)?\w+\.py",
 }
 SECTIONS = ("model", "data", "train", "policy", "parallel", "memory", "checkpoint", "log")
 RATE_VARIABLES = {"max_pixels", "min_pixels", "video_max_pixels", "video_min_pixels", "fps", "fps_max_frames",
@@ -74,6 +75,17 @@ def migrate(words: Sequence[str]) -> str:
 def _system_of(script: Script) -> str | None:
     words = [word for command in script.commands for word in command]
     return next((name for name, looks in PROGRAMS.items() if any(re.fullmatch(looks, word) for word in words)), None)
+
+
+def _swift_verb(script: Script) -> str:
+    """What ms-swift is started to do: `swift sft`, `megatron sft`, `python swift/cli/sft.py` all say sft."""
+    words = [word for command in script.commands for word in command]
+    for word, following in itertools.pairwise([*words, ""]):
+        if re.fullmatch(r"(.*/)?(swift|megatron)", word):
+            return following
+        if module := re.fullmatch(r".*swift[./]cli[./](?:_megatron[./])?(\w+?)(?:\.py)?", word):
+            return following if module[1] == "main" else module[1]
+    return ""
 
 
 def _is_variable(word: str) -> bool:
@@ -120,6 +132,11 @@ class Reading:
         else:
             migrate_megatron(draft)
             _use_published_path(draft)
+        if len(draft.settings) > draft.num_known:
+            names = ", ".join(one.origin for one in draft.settings[:3])
+            draft.faults.append(
+                f"{len(draft.settings)} settings ({names}, ...) are not known, more than are: expected {KINDS}"
+            )
         draft.finish()
         return draft
 
@@ -172,6 +189,8 @@ class Reading:
         if swift:
             flags += [(name.lower(), value, f"{path.name}: {name}") for name, value in script.exported.items()
                       if name.lower() in RATE_VARIABLES]  # fmt: skip
+            if (verb := _swift_verb(script)) != "sft":
+                self.draft.faults.append(f"{path.name}: swift {verb} is not offered; swift sft is")
         if system or not self.kinds:
             self.kinds.add(system or MEGATRON)
         for name, value, origin in dict.fromkeys(flags):
