@@ -39,7 +39,13 @@ NOTE_NAME = "omniloom_adapter.json"  # which model it was trained on, by fingerp
 EXPERT_LEAVES = ("gate", "gate_proj", "up_proj", "down_proj")
 SETTINGS = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "bias": "none", "fan_in_fan_out": False}
 # settings of PEFT by which an adapter does something else than add a product
-OTHER_FORMS = ("alora_invocation_tokens", "arrow_config", "layer_replication", "use_bdlora", "use_qalora")
+OTHER_FORMS = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
+    *("use_bdlora", "use_qalora"),
+)
+# values of init_lora_weights with which PEFT takes something off the base's weights, whenever it loads the adapter
+CHANGED_BASES = ("corda", "loftq", "lora_ga", "olora", "pissa")
+BASE_WEIGHT = ".base_layer.weight"  # PEFT saves a head that is adapted, too
 SAMPLED_TENSORS, SAMPLED_BYTES = 64, 4096
 
 
@@ -291,6 +297,7 @@ class StoredAdapter:
     directory: Path
     config: dict[str, Any]
     entries: dict[str, TensorEntry]
+    copies: dict[str, TensorEntry]  # of the base's weights, by their names
     base: str | None  # fingerprint of the model it was trained on, where we wrote it
 
     def without(self, assemblies: Collection[Assembly], others: tuple[str, ...] = ()) -> StoredAdapter:
@@ -302,8 +309,9 @@ class StoredAdapter:
         return replace(self, entries={name: self.entries[name] for name in kept})
 
     def tensor(self, name: str) -> Tensor:
-        with safetensors.safe_open(self.entries[name].file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.entries[name].name)
+        entry = self.copies[name] if name in self.copies else self.entries[name]
+        with safetensors.safe_open(entry.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(entry.name)
         return tensor
 
     def size(self, target: str) -> tuple[int, float]:
@@ -355,17 +363,27 @@ def open_adapter(directory: str | Path) -> StoredAdapter:
         raise ValueError(f"model.adapter: {directory} trains biases too; only adapters with bias: none can go on here")
     if unknown := [name for name in OTHER_FORMS if config.get(name)]:
         raise ValueError(f"model.adapter: {directory} sets {', '.join(unknown)}, which is not computed here")
+    if (start := str(config.get("init_lora_weights")).lower()).startswith(CHANGED_BASES):
+        raise ValueError(
+            f"model.adapter: {directory} has init_lora_weights {start}, so that peft adds it to other weights than the "
+            "model's; convert it by peft (save_pretrained with path_initial_model_for_weight_conversion), or merge it"
+        )
     for name in ("r", "lora_alpha"):
         if not isinstance(config.get(name), int | float):
             raise ValueError(
                 f"model.adapter: {directory / CONFIG_NAME}: expected a number as {name}, got {config.get(name)}"
             )
     entries, _ = read_header(directory / TENSORS_NAME)
-    note = directory / NOTE_NAME
+    note, named = directory / NOTE_NAME, {_canonical(name): entry for name, entry in entries.items()}
     return StoredAdapter(
         directory=directory,
         config=config,
-        entries={_canonical(name): entry for name, entry in entries.items()},
+        entries={name: entry for name, entry in named.items() if not name.endswith(BASE_WEIGHT)},
+        copies={
+            name.removesuffix(BASE_WEIGHT) + ".weight": entry
+            for name, entry in named.items()
+            if name.endswith(BASE_WEIGHT)
+        },
         base=read_json(note).get("base") if note.is_file() else None,
     )
 
@@ -408,6 +426,14 @@ def check_base(stored: StoredAdapter, source: HFCheckpoint, name: str) -> None:
             f"model.adapter: {stored.directory} was trained on {told}, model.path is {name}; if they are "
             f"the same model, correct base_model_name_or_path in its {CONFIG_NAME}"
         )
+    held = {canonical_name(published): published for published in source.shapes}
+    for weight in stored.copies:
+        copy = stored.tensor(weight)
+        if weight not in held or not torch.equal(copy, source.read_slice(held[weight]).to(copy.dtype)):
+            raise ValueError(
+                f"model.adapter: {stored.directory} has a {weight} of its own, not that of {name}; merge it by peft "
+                "and take the merged model as model.path"
+            )
 
 
 @torch.no_grad()

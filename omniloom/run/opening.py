@@ -45,7 +45,7 @@ from omniloom.parallel.apply import apply_parallelism, materialize
 from omniloom.parallel.mesh import Layout
 from omniloom.parallel.optimizer import make_optimizer
 from omniloom.run.directory import finished_step
-from omniloom.training.lora import adapter_policies, choose_adapted, initial_lora_a, install_lora
+from omniloom.training.lora import adapter_policies, choose_adapted, initial_lora_a, install_lora, is_linear
 from omniloom.training.optimizer import parameter_groups
 from omniloom.training.packed import choose_packed, install_packed
 from omniloom.training.policy import ParameterPolicy, check_rates, resolve_policy
@@ -157,8 +157,8 @@ class Workshop:
         """Put in the adapters, and packed weights beside them, both of which it returns."""
         rules = self.config.policy
         if all(rule.lora is None for rule in rules.values()):
-            adapter = self.adapter
-            return (() if adapter is None else install_lora(model, adapted_weights(adapter, self.assemblies))), ()
+            found = {} if self.adapter is None else adapted_weights(self.adapter, self.assemblies)
+            return install_lora(model, {name: lora for name, lora in found.items() if is_linear(model, name)}), ()
         policies = self._base_policies([name for name, _ in model.named_parameters()])
         adaptable = {name: target.name for name, target in adapter_targets(self.assemblies).items() if name in policies}
         sizes = dict(self.adapter_sizes)

@@ -246,26 +246,31 @@ def test_merged_export_gives_the_adapted_logits(published: Published, tmp_path: 
         assert_close(our_logits(build(merged), published), our_logits(model, published))
 
 
+def save_by_peft(published: Published, directory: Path, **settings: Any) -> Any:
+    """An adapter of random values, and the model that it is on."""
+    adapted = peft.get_peft_model(published.reference(), peft.LoraConfig(init_lora_weights=False, **settings)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(directory)
+    return adapted
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_training_goes_on_from_an_adapter_made_by_peft(published: Published, tmp_path: Path, dora: bool) -> None:
     linears = r".*language_model.*\.(q_proj|v_proj)|.*visual\.blocks.*\.qkv"
     stacked = None if dora else ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    reference = published.reference()
-    names = [name for name, _ in reference.named_modules() if re.fullmatch(linears, name)]
-    settings = peft.LoraConfig(
+    names = [name for name, _ in published.reference().named_modules() if re.fullmatch(linears, name)]
+    adapted = save_by_peft(
+        published,
+        tmp_path / "adapter",
         r=4,
         lora_alpha=10,
         target_modules=names,
         target_parameters=stacked,
         use_dora=dora,
-        init_lora_weights=False,
         rank_pattern={"layers.0.self_attn.q_proj": 2, r".*blocks\.0\.attn\.qkv": 3},
         alpha_pattern={"layers.1.self_attn.v_proj": 7, "^model.visual.blocks.0.attn.qkv": 5},
     )
-    adapted = peft.get_peft_model(reference, settings).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted.save_pretrained(tmp_path / "adapter")
     rewritten = json.loads((tmp_path / "adapter" / CONFIG_NAME).read_text())
     rewritten["base_model_name_or_path"] = str(published.directory)
     (tmp_path / "adapter" / CONFIG_NAME).write_text(json.dumps(rewritten))
@@ -277,6 +282,31 @@ def test_training_goes_on_from_an_adapter_made_by_peft(published: Published, tmp
     model = build(published.open({**policy, **FROZEN_HEAD}, adapter=tmp_path / "adapter"))
     with torch.no_grad():
         assert_close(our_logits(model, published), their_logits(adapted, published))
+
+
+def test_training_goes_on_from_an_adapter_of_the_head_made_by_peft(published: Published, tmp_path: Path) -> None:
+    """Beside an adapter of the head, peft saves the head itself."""
+    adapted = save_by_peft(published, tmp_path / "adapter", r=4, lora_alpha=10, target_modules=["q_proj", "lm_head"])
+    of_queries, of_head = (LoraConfig(rank=4, alpha=10, modules=(module,)) for module in ("q_proj", "lm_head"))
+    policy = {name: PolicyRule(lora=of_queries) for name in ("text", "audio")}
+    policy |= {"lm_head": PolicyRule(lora=of_head), "vision": PolicyRule(freeze=True)}
+    model = build(published.open(policy, adapter=tmp_path / "adapter"))
+    with torch.no_grad():
+        assert_close(our_logits(model, published), their_logits(adapted, published))
+    tensors = safetensors.torch.load_file(tmp_path / "adapter" / TENSORS_NAME)
+    (copy,) = (name for name in tensors if ".lora_" not in name)
+    tensors[copy] += 1
+    safetensors.torch.save_file(tensors, tmp_path / "adapter" / TENSORS_NAME)
+    with pytest.raises(ValueError, match=r"has a lm_head\.weight of its own"):
+        published.open(policy, adapter=tmp_path / "adapter")
+
+
+def test_an_adapter_of_a_router_is_refused_where_it_alone_decides(published: Published, tmp_path: Path) -> None:
+    save_by_peft(published, tmp_path / "adapter", target_modules=["mlp.gate"])
+    model = ModelConfig(path=str(published.directory), dtype="float32", adapter=str(tmp_path / "adapter"))
+    workshop = open_workshop(Config(model=model), adapter_decides=True)
+    with pytest.raises(ValueError, match=r"it has \S*mlp\.gate\.lora_A\.weight, which the policy does not adapt"):
+        load_weights(workshop, workshop.build())
 
 
 def test_our_adapter_comes_back_with_what_trained_beside_it(published: Published, tmp_path: Path) -> None:

@@ -349,7 +349,12 @@ def test_files_that_are_no_adapter_are_refused(folder: Path, finished: Path, tmp
 
     assert CONFIG_NAME in refusal(folder / "model", *LORA)
     assert "rank: 4" in refusal(finished / "adapter")  # no rule has lora
-    for key, value, words in (("peft_type", "IA3", "a IA3 adapter"), ("bias", "all", "bias: none")):
+    for key, value, words in (
+        ("peft_type", "IA3", "a IA3 adapter"),
+        ("bias", "all", "bias: none"),
+        ("init_lora_weights", "pissa_niter_4", "pissa_niter_4, so that peft adds it to other weights than the model's"),
+        ("kasa_config", {"beta": 1}, "sets kasa_config"),
+    ):
         changed = shutil.copytree(finished / "adapter", tmp_path / key)
         config = json.loads((changed / CONFIG_NAME).read_text()) | {key: value}
         (changed / CONFIG_NAME).write_text(json.dumps(config))
