@@ -461,20 +461,27 @@ def _copy(value: Any) -> Any:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        fault = (
+            f"expected a YAML file, got a directory; a model is given as model.path={path}, rows as data.train={path}"
+        )
+        raise ConfigError([fault], str(path))
     if not path.is_file():
         near = suggest(path.name, [p.name for p in path.parent.glob("*.y*ml")], among="", before=f"{path.parent}/")
         raise ConfigError([f"no such file: {path}{near}"], "the command line")
+    hint = "" if path.suffix in (".yaml", ".yml") else f"; rows are given as data.train={path}"
     try:
         tree = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError([f"not valid YAML: {place}{problem}"], str(path)) from None
+        raise ConfigError([f"not valid YAML: {place}{problem}{hint}"], str(path)) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError([f"expected sections (model, data, train, ...), got a {type(tree).__name__}"], str(path))
+        got = type(tree).__name__
+        raise ConfigError([f"expected sections (model, data, train, ...), got a {got}{hint}"], str(path))
     return tree
 
 

@@ -220,6 +220,18 @@ def test_broken_yaml_names_line_and_column(tmp_path) -> None:
         load_config(tmp_path / "c.yaml")
 
 
+def test_a_model_or_rows_in_place_of_a_config_are_told_where_they_go(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(ConfigError, match=rf"not valid YAML: .*; rows are given as data\.train={rows}"):
+        config_from_words([str(rows)])
+    (tmp_path / "rows.json").write_text('[{"a": 1}]')
+    with pytest.raises(ConfigError, match=r"expected sections .*, got a list; rows are given as data\.train="):
+        config_from_words([str(tmp_path / "rows.json")])
+    with pytest.raises(ConfigError, match=rf"got a directory; a model is given as model\.path={tmp_path}"):
+        config_from_words([str(tmp_path), str(rows)])
+
+
 def test_a_key_that_is_there_twice_is_refused_and_a_merged_one_is_not(tmp_path) -> None:
     (tmp_path / "c.yaml").write_text("train: {steps: 3}\nmodel: {path: m}\ntrain:\n  epochs: 1\n")
     with pytest.raises(ConfigError, match=r"line 3, column 1: the key train is there twice"):
