@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -79,7 +82,8 @@ def train(
 
     flags = ["--overwrite"] if overwrite else []
     launch = Launch(nproc=nproc, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=rdzv_endpoint)
-    raise typer.Exit(launch_or_join(run_here, ["train", *flags, *(words or [])], launch, check_world))
+    with _interrupts_end_at_once():
+        raise typer.Exit(launch_or_join(run_here, ["train", *flags, *(words or [])], launch, check_world))
 
 
 @app.command()
@@ -376,6 +380,18 @@ def main() -> None:
             raise
         error.add_note("memory is short: lower data.pack_tokens or data.image.max_pixels, or use a larger device")
         _end(error, RunError.exit_code, debug)
+
+
+@contextmanager
+def _interrupts_end_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process, until a run listens: Python's own handler is never called while native code waits for
+    other machines, and breaks off imports of libraries that go on without what they lack.
+    """
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _hush_libraries() -> None:

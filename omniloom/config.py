@@ -193,7 +193,9 @@ class TrainConfig:
     nonfinite: Annotated[
         Literal["stop", "skip"], "a step whose loss or gradient is not finite ends the run (stop) or is left out (skip)"
     ] = "stop"
-    seed: Annotated[int, "of order, adapters and dropout; another one shows what of a result is chance"] = 0
+    seed: Annotated[
+        int, Range(ge=0, lt=2**63), "of order, adapters and dropout; another one shows what of a result is chance"
+    ] = 0
     deterministic: Annotated[
         bool, "only deterministic kernels, which are slower; to compare runs bit by bit on an accelerator"
     ] = False

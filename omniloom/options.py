@@ -31,7 +31,9 @@ class Range:
     lt: float | None = None
 
     def broken_by(self, value: float) -> str | None:
-        """What is expected where a number is outside, in words; NaN is outside of each range."""
+        """What is expected where a number is outside, in words; NaN is outside of each range, and so is infinity."""
+        if math.isinf(value):
+            return "a finite number"
         for words, is_inside, limit in (
             ("at least", operator.ge, self.ge),
             ("more than", operator.gt, self.gt),

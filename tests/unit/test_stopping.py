@@ -60,6 +60,35 @@ def test_the_second_ctrl_c_ends_a_process_whose_main_thread_is_held_in_native_co
     process.stdout.close()
 
 
+WAITING = """
+import ctypes, sys, threading
+from omniloom import cli
+from omniloom.tools import launch
+
+def wait(*_):  # as for the ranks of another machine
+    threading.Timer(0.2, lambda: print("ready", flush=True)).start()
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+launch.launch_or_join = wait
+sys.argv = ["omniloom", "train", "model.path=m"]
+cli.main()
+"""
+
+
+def test_ctrl_c_ends_a_run_that_has_not_begun_and_waits_in_native_code() -> None:
+    process = subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    try:
+        assert process.wait(10) == -signal.SIGINT
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
 def test_the_time_limit_counts_from_the_first_step() -> None:
     with StopRequest(1e-9, print) as stop:
         assert stop.reason is None
