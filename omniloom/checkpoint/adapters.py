@@ -316,6 +316,9 @@ class StoredAdapter:
 
     def size(self, target: str) -> tuple[int, float]:
         """Rank and alpha of the addition to a module of this name (`Target.name`)."""
+        weight = f"{target}.weight"  # of a linear that PEFT takes for a parameter
+        if any(f".{weight}".endswith(f".{name}") for name in self.config.get("target_parameters") or ()):
+            target = weight
         return int(self._setting("rank_pattern", "r", target)), float(
             self._setting("alpha_pattern", "lora_alpha", target)
         )

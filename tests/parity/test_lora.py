@@ -62,10 +62,15 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return publish(tmp_path_factory.mktemp("lora") / "base")
+
+
+def publish(directory: Path, **changes: Any) -> Published:
+    """`changes`: of the decoder's section of config.json."""
     rng = random.Random(5)
-    directory = tmp_path_factory.mktemp("lora") / "base"
     config_json = {**builders.random_config(rng, num_layers=2, dense=False), "model_type": "qwen3_omni_moe"}
     config_json["architectures"] = ["Qwen3OmniMoeForConditionalGeneration"]
+    config_json["thinker_config"]["text_config"] |= changes
     reference = builders.reference_model(config_json, seed=3)
     directory.mkdir()
     tensors = builders.published(reference, reference.state_dict())
@@ -327,6 +332,24 @@ def test_our_adapter_comes_back_with_what_trained_beside_it(published: Published
     again = build(published.open(policy, adapter=tmp_path / "adapter"))
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, parameters[name]), name
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+def test_an_adapter_of_dense_layers_between_experts_comes_back(tmp_path: Path, rank: int) -> None:
+    """PEFT takes them for parameters, whose names in rank_pattern and alpha_pattern go on to the weight."""
+    published = publish(tmp_path / "base", mlp_only_layers=[0])
+    policy = {name: PolicyRule(lora=LoraConfig(rank=4, alpha=6)) for name in ("vision", "audio")}
+    policy |= {"text": PolicyRule(lora=LoraConfig(rank=rank, alpha=16)), **FROZEN_HEAD}
+    workshop = published.open(policy)
+    model = build(workshop, spread=0.1)
+    export_adapter(workshop, tmp_path / "adapter", (), gather_full(dict(model.named_parameters())))
+    deciding = ModelConfig(path=str(published.directory), dtype="float32", adapter=str(tmp_path / "adapter"))
+    with torch.no_grad():
+        expected = our_logits(model, published)
+        assert_close(their_logits(load_peft(published.reference(), tmp_path / "adapter"), published), expected)
+        assert_close(our_logits(build(published.open(policy, adapter=tmp_path / "adapter")), published), expected)
+        alone = open_workshop(Config(model=deciding), adapter_decides=True)
+        assert_close(our_logits(build(alone), published), expected)
 
 
 def test_peft_loads_what_trained_beside_the_adapter_onto_the_published_class(tmp_path: Path) -> None:
