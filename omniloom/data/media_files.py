@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from omniloom.config import DataConfig
 from omniloom.data.fetching import FAULTS, fetch
 from omniloom.data.row_media import decode_data_uri
+from omniloom.data.stated_sizes import missing_bytes
 from omniloom.types import MediaKind, MediaSource, MissingFile, SampleError
 
 if TYPE_CHECKING:
@@ -33,10 +34,6 @@ CONTAINER_FORMATS = (
 )
 HEAD_BYTES = 4096
 LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in place of a large file
-ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
-ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
-UNFILLED_BYTES = 0x7FFFF000  # sizes from here on were to be filled in at the end and never were
-SLACK_BYTES = 1024  # by which writers miscount
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +104,6 @@ def head_of(data: bytes | str, kind: MediaKind) -> bytes:
         raise SampleError(kind, f"cannot read {name_of(data)}: {error.strerror or error}") from None
 
 
-def claimed_bytes(head: bytes) -> int:
-    """Size of a RIFF or ASF file by its header; 0 for others, and where a live writer could not fill it in."""
-    if head[:4] == b"RIFF":
-        return 8 + int.from_bytes(head[4:8], "little")
-    at = head.find(ASF_FILE_PROPERTIES) if head.startswith(ASF_HEADER) else -1
-    if at < 0 or int.from_bytes(head[at + 88 : at + 92], "little") & 1:  # a broadcast
-        return 0
-    return int.from_bytes(head[at + 40 : at + 48], "little")
-
-
 @contextmanager
 def open_container(file: str | bytes, kind: MediaKind) -> Iterator[InputContainer]:
     """An av container over a file, URL, data URI or bytes. Raises: SampleError, also for what its use raises."""
@@ -126,11 +113,13 @@ def open_container(file: str | bytes, kind: MediaKind) -> Iterator[InputContaine
     size_bytes = size_of(data, kind)
     target: Any = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        head, options = head_of(data, kind), {"format_whitelist": CONTAINER_FORMATS}
-        claimed = claimed_bytes(head)
-        if size_bytes + SLACK_BYTES < claimed < UNFILLED_BYTES:  # av would take what is there for the whole
-            reason = f"{claimed - size_bytes} of its {claimed} bytes are missing"
+        with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as opened:
+            head = opened.read(HEAD_BYTES)
+            missing = missing_bytes(opened, head, size_bytes)
+        if missing:
+            reason = f"{missing} of its {size_bytes + missing} bytes are missing"
             raise SampleError(kind, f"{name_of(file)} is truncated: {reason}")
+        options = {"format_whitelist": CONTAINER_FORMATS}
         if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
             options["probesize"] = "4096"  # by default av reads megabytes of PCM to see whether they are DTS
             options["max_size"] = "16384"  # bytes of a packet, where 4096 is usual

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
@@ -157,7 +158,7 @@ def _measure_video(file: str | bytes, limits: MediaLimits) -> MediaHeader:
 def _count_frames(
     container: InputContainer, stream: VideoStream, file: str | bytes, fps: float, limits: MediaLimits
 ) -> tuple[int, float, VideoFrame | None]:
-    """Number of frames, their rate by timestamps where packets were counted (0 where there are none), the first one."""
+    """Number of frames, their rate by timestamps (0 where there are none), the first one."""
     times: list[int | None] = []
 
     def add(packet: Packet) -> None:
@@ -175,12 +176,22 @@ def _count_frames(
         for _ in packets:
             pass
         return len(times), _mean_rate(times, stream.time_base), first
-    num_frames = int(first is not None)
-    for _ in frames:
-        num_frames += 1
-        if fps:
-            _check_seconds("video", name_of(file), num_frames / fps, limits.data.video.limit_seconds)
-    return num_frames, 0.0, first
+    shown: list[int | None] = []
+    for time in _times_shown(chain(() if first is None else (first,), frames)):
+        shown.append(time)
+        seconds = float(time * stream.time_base) if time and stream.time_base else len(shown) / fps if fps else 0.0
+        _check_seconds("video", name_of(file), seconds, limits.data.video.limit_seconds)
+    return len(shown), _mean_rate(shown, stream.time_base), first
+
+
+def _times_shown(frames: Iterable[VideoFrame]) -> Iterator[int | None]:
+    """When each frame is shown, counted from the first; a step back, as where streams were joined, takes no time."""
+    elapsed, last = 0, None
+    for frame in frames:
+        if frame.pts is not None:
+            elapsed += 0 if last is None else max(0, frame.pts - last)
+            last = frame.pts
+        yield None if frame.pts is None else elapsed
 
 
 def _mean_rate(times: list[int | None], time_base: Fraction | None) -> float:
@@ -188,7 +199,7 @@ def _mean_rate(times: list[int | None], time_base: Fraction | None) -> float:
     known = [time for time in times if time is not None]
     if time_base is None or len(known) < 2 or max(known) == min(known):
         return 0.0
-    return float((len(known) - 1) / ((max(known) - min(known)) * time_base))
+    return float((len(times) - 1) / ((max(known) - min(known)) * time_base))
 
 
 # ---------------------------------------------------------------------------------------- sound

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 EDGE_PACKETS = 4
 MAX_BROKEN_ENDS = 3  # packets; one at either end is common in files cut from longer ones
-# Containers that write how long the file is, rather than have it estimated.
-_CLAIMS_DURATION = {"mov", "matroska", "avi", "flv", "aiff", "asf"}
+# Containers that write how long the file is, rather than have it estimated. In avi and asf a stream that begins late
+# counts twice or not at all; their headers state how many bytes there are.
+_CLAIMS_DURATION = {"mov", "matroska", "flv"}
 _FIXED_FRAME = {"aac", "mp3", "mp3float", "mp2", "mp2float", "mp1", "mp1float"}
 _AC3_SAMPLES = 1536  # six blocks of 256. Source: ATSC A/52
 _OPUS_RATE = 48000  # whatever went in. Source: RFC 6716

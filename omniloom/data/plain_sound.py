@@ -10,10 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from omniloom.data.media_files import claimed_bytes, head_of, size_of
+from omniloom.data.media_files import head_of, size_of
 from omniloom.types import MediaKind
 
-_DTYPES = {(1, 16): "<i2", (3, 32): "<f4"}  # by format tag and bits
+_EXTENSIBLE = 0xFFFE  # a format tag to which the sound's own, further on, is added here
+_DTYPES = {  # by format tag and bits
+    (1, 16): "<i2",
+    (3, 32): "<f4",
+    (_EXTENSIBLE + 1, 16): "<i2",
+    (_EXTENSIBLE + 3, 32): "<f4",
+    (_EXTENSIBLE + 1, 32): "<i4",  # of which 24 may be used, at the top: av takes them for a float of its own
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +46,22 @@ class PlainSound:
 def find_plain_sound(file: str | bytes, kind: MediaKind) -> PlainSound | None:
     """None for what is left to av. Raises: SampleError for a file that is missing, empty or no file."""
     size, head = size_of(file, kind), head_of(file, kind)
-    if head[:4] != b"RIFF" or head[8:12] != b"WAVE" or claimed_bytes(head) > size:
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE" or 8 + int.from_bytes(head[4:8], "little") > size:
         return None
-    at, found = 12, None
+    at, found = 12, []
     while at + 24 <= len(head):
         name, length = struct.unpack_from("<4sI", head, at)
         if name == b"fmt ":
-            found = struct.unpack_from("<HHIIHH", head, at + 8)
+            tag, *found = struct.unpack_from("<HHIIHH", head, at + 8)
+            tag += int.from_bytes(head[at + 32 : at + 34], "little") if tag == _EXTENSIBLE else 0
         elif name == b"data":
             break
         at += 8 + length + length % 2
     else:
         return None
-    if found is None:
+    if not found:
         return None
-    tag, num_channels, rate, _, frame_bytes, bits = found
+    num_channels, rate, _, frame_bytes, bits = found
     dtype = _DTYPES.get((tag, bits))
     if dtype is None or not (rate and length and num_channels) or frame_bytes != num_channels * bits // 8:
         return None

@@ -213,12 +213,18 @@ def write_streams(
     sound_seconds: float,
     sound_codec: str = "aac",
     first_seconds: float = 0.0,
+    video_first: float = 0.0,
+    sound_first: float = 0.0,
     subtitle_until: int | None = None,
 ) -> Path:
-    """A video at 10 fps and its sound, of different lengths, both with timestamps from `first_seconds` on."""
+    """A video at 10 fps and its sound, of different lengths, both with timestamps from `first_seconds` on.
+
+    By `video_first` or `sound_first` one of them begins later.
+    """
     import av
 
-    with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"} if first_seconds else {}) as container:
+    is_late = first_seconds or video_first or sound_first
+    with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"} if is_late else {}) as container:
         video = container.add_stream(codec, rate=10)
         video.width, video.height, video.pix_fmt = 64, 48, _PIXEL_FORMATS.get(codec, "yuv420p")
         sound, words = None, []
@@ -229,12 +235,12 @@ def write_streams(
             words = _subtitle(path.with_suffix(".srt"), container, subtitle_until)
         for index in range(round(video_seconds * 10)):
             frame = av.VideoFrame.from_ndarray(picture(index, 64, 48), format="rgb24")
-            frame.pts, frame.time_base = index + round(first_seconds * 10), Fraction(1, 10)
+            frame.pts, frame.time_base = index + round(10 * (first_seconds + video_first)), Fraction(1, 10)
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
         if sound is not None:
             samples = tone(round(sound_seconds * 48000), 48000)
-            encode_audio(container, sound, 48000, "mono", samples, first=round(first_seconds * 48000))
+            encode_audio(container, sound, 48000, "mono", samples, first=round(48000 * (first_seconds + sound_first)))
         container.mux(words)
     return path
 

@@ -148,13 +148,14 @@ def test_rotated_videos_are_measured_and_decoded_upright(tmp_path, rotation):
     assert np.abs(frames[0].astype(int) - upright).mean() < 20  # lossy chroma at the edge between the halves
 
 
-@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
-def test_a_variable_rate_is_the_mean_rate(tmp_path, name):
+@pytest.mark.parametrize(("name", "codec"), [(f"a.{suffix}", "libx264") for suffix in ("mkv", "mp4", "ts")]
+                         + [("a.wmv", "wmv2"), ("a.nut", "mpeg4")])  # fmt: skip
+def test_a_variable_rate_is_the_mean_rate(tmp_path, name, codec):
     import av
 
     path = tmp_path / name
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=60, options={"bf": "0"})
+        stream = container.add_stream(codec, rate=60, options={"bf": "0"})
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for index, pts in enumerate([0, 1, 2, 60, 120, 121, 300]):
             frame = av.VideoFrame.from_ndarray(picture(index, 64, 48), format="rgb24")
@@ -164,6 +165,13 @@ def test_a_variable_rate_is_the_mean_rate(tmp_path, name):
     header = header_of(path, "video")
     assert header.num_frames == 7
     assert header.fps == pytest.approx(6 / 5, rel=0.01)  # seven frames, six gaps, five seconds
+
+
+def test_streams_that_were_joined_keep_their_rate(tmp_path):
+    path = write_video(tmp_path / "a.ts", num_frames=20, fps=10)
+    path.write_bytes(2 * path.read_bytes())
+    header = header_of(path, "video")
+    assert (header.num_frames, round(header.fps, 1)) == (40, 10)
 
 
 def test_a_list_of_frames_has_the_rate_it_is_given(tmp_path):
@@ -279,6 +287,45 @@ def test_a_file_cut_in_half_is_truncated_in_every_container(tmp_path, name, code
     for kind in ("video", "audio"):
         with pytest.raises(SampleError, match=r"truncated|cannot decode|broken"):
             header_of(path, kind)
+
+
+CUT_FILES = ["a.mp3", "a.opus", "flac.ogg", "a.au", "a.aiff", "a.w64", "opus.webm", "aac.mka", "fragmented.m4a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tags"),
+    [
+        *((name, b"") for name in (*CUT_FILES, "fragmented.mp4", "h264.mkv")),
+        ("a.mp3", b"ID3\x04\0\0\0\0\x27\x10" + bytes(5008)),
+    ],
+)
+def test_whatever_states_its_size_is_told_to_have_lost_its_end(tmp_path, name, tags):
+    kind = "audio" if name in CUT_FILES else "video"
+    if kind == "audio":
+        path = write_audio(tmp_path / name, dict(AUDIO_FILES)[name], 48000, tone(200_000, 48000))
+    else:
+        path = write_video(tmp_path / name, num_frames=100, size=(256, 192), options={"g": "4"})
+    whole = tags + path.read_bytes()
+    path.write_bytes(whole)
+    found = header_of(path, kind)
+    for cut in (0.2, 0.5, 0.9, 0.95):
+        path.write_bytes(whole[: int(len(whole) * cut)])
+        with pytest.raises(SampleError, match=r"is truncated: \d+ of its \d+ bytes are missing"):
+            header_of(path, kind)
+    if name not in ("a.mp3", "a.au"):  # in which more samples may follow
+        path.write_bytes(whole + b"appended" * 1000)
+        assert header_of(path, kind) == found
+
+
+@pytest.mark.parametrize(("name", "codec", "sound_codec"), STREAMS)
+@pytest.mark.parametrize("late", ["video", "sound"])
+def test_a_stream_that_begins_late_leaves_nothing_missing(tmp_path, name, codec, sound_codec, late):
+    first = {f"{late}_first": 4.0}
+    path = write_streams(tmp_path / name, codec, video_seconds=3, sound_seconds=3, sound_codec=sound_codec, **first)
+    header = read_header(MediaSource(path=str(path), use_audio=True), "video", LIMITS)
+    assert header.num_frames == 30
+    assert round(header.fps, 2) == 10 or (name, late) == ("a.avi", "video")  # whose first frame is shown from 0 on
+    assert header.num_audio_samples / 16000 == pytest.approx(3, abs=0.1)
 
 
 def test_sound_is_counted_without_decoding_it(tmp_path, monkeypatch):
