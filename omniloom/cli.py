@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import os
 import signal
 import sys
@@ -366,6 +367,9 @@ def main() -> None:
     debug = len(arguments) != len(sys.argv) - 1
     if not debug:
         _hush_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # words that a terminal without UTF-8 lacks must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(args=arguments)  # usage errors and Ctrl-C end here, by the library's own messages and codes
     except (ValueError, OSError) as error:

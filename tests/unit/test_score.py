@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -79,6 +80,17 @@ def test_nothing_scored_is_no_success(
         score_file(model, write(rows, cut), WORDS)
     score_file(model, write(rows, gone, cut, {"query": "q", "response": "r"}), WORDS)
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_terminal_without_utf8_ends_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = write(tmp_path / "rows.jsonl", {"id": "q⟦é", "query": "q", "response": "r"})
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["omniloom", "score", str(model), str(rows), *WORDS])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert written.getvalue().startswith(rb'{"id": "q\u27e6\xe9", "num_loss_tokens": ')
 
 
 def test_short_memory_is_one_message(
