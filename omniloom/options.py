@@ -230,6 +230,13 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, _OnceLoader)
 
 
+def as_yaml(value: Any) -> str:
+    """A value as a config file has it, on one line."""
+    listed = list(value) if isinstance(value, tuple) else value
+    text: str = yaml.safe_dump(listed, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def members_of(kind: Any) -> list[Any]:
     """The types that an annotation allows, without None, ranges and words."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
-import yaml
-
 from omniloom.checkpoint.files import write_text
 from omniloom.checkpoint.run_lock import is_held
+from omniloom.options import as_yaml
 from omniloom.run.answer_metrics import is_lower_better
 from omniloom.run.directory import flat
 from omniloom.tools.charts import TONES, Chart, Series, fmt, line_chart
@@ -87,11 +85,7 @@ def _differences(files: Sequence[RunFiles]) -> Table:
 
 
 def _as_written(value: object) -> str:
-    """As a config file has it, on one line."""
-    if not isinstance(value, list | dict | bool):
-        return str(value)
-    written = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
-    return written.removesuffix("\n").removesuffix("\n...")
+    return as_yaml(value) if isinstance(value, list | dict | bool) else str(value)
 
 
 def _charts(files: Sequence[RunFiles], names: Sequence[str]) -> list[Chart]:

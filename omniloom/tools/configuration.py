@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any, get_origin
 
 import torch
-import yaml
 
 from omniloom.config import ConfigError, keys_of, of_other_trainers
 from omniloom.families.registry import SPECS
 from omniloom.families.spec import ModelSpec
-from omniloom.options import describe_type, members_of
+from omniloom.options import as_yaml, describe_type, members_of
 from omniloom.tools.tiny import tiny_config
 from omniloom.types import suggest
 
@@ -68,15 +67,9 @@ def describe(name: str | None) -> str:
 
 
 def _paragraph(key: Key) -> str:
-    default = f"; default {_as_yaml(key.default)}" if key.has_value else ""
+    default = f"; default {as_yaml(key.default)}" if key.has_value else ""
     words = textwrap.fill(key.words, 80, initial_indent="    ", subsequent_indent="    ")
     return f"{key.name}: {key.type}{default}" + (f"\n{words}" if key.words else "")
-
-
-def _as_yaml(value: Any) -> str:
-    listed = list(value) if isinstance(value, tuple) else value
-    text: str = yaml.safe_dump(listed, default_flow_style=True, allow_unicode=True, width=1000)
-    return text.removesuffix("...\n").strip()
 
 
 def defaults() -> str:
@@ -88,9 +81,9 @@ def defaults() -> str:
         if not optional:
             outside = ""
         if key.is_section and not dataclasses.is_dataclass(key.default):
-            outside, value = f"{key.name}.", _as_yaml(key.default)
+            outside, value = f"{key.name}.", as_yaml(key.default)
         else:
-            value = "" if key.is_section else _as_yaml(key.default)
+            value = "" if key.is_section else as_yaml(key.default)
         text = f"{'  ' * depth}{key.name.rpartition('.')[2]}: {value}".rstrip()
         if optional and "*" in key.name:
             text = f"#   {key.name.removeprefix('policy.')}: {value}".rstrip()
@@ -111,7 +104,7 @@ def page() -> str:
             parts.append(f"\n## {section}\n\n{key.words}\n" if key.words else f"\n## {section}\n")
             parts.append("| key | value | default | what it does |\n|---|---|---|---|")
         if not key.is_section or ("." in key.name and key.words):
-            default = f"`{_as_yaml(key.default)}`" if key.has_value else ""
+            default = f"`{as_yaml(key.default)}`" if key.has_value else ""
             cells = (f"`{key.name}`", key.type, default, key.words)
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     parts += [

@@ -11,8 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +25,7 @@ from omniloom.tools.demo_data import MODALITIES, DemoData, write_demo_data
 from omniloom.tools.export import export_checkpoint
 from omniloom.tools.generate import Prompt, answer, load_model, one_thread, open_reader, read_prompts
 from omniloom.tools.report import write_report
-from omniloom.tools.tiny import make_tiny
+from omniloom.tools.tiny import make_tiny, quiet_transformers
 
 MAX_NEW_TOKENS = 12  # the longest answer has seven and its end
 
@@ -50,7 +49,7 @@ def run_demo(directory: str | Path, size: DemoSize | None = None) -> dict[str, A
     """
     directory, size = Path(directory), size or DemoSize()
     _make_room(directory)
-    with _quiet_transformers(), one_thread():
+    with quiet_transformers(), one_thread():
         return _run_demo(directory, size)
 
 
@@ -176,23 +175,6 @@ def _accuracy_curve(
 
 
 # ---------------------------------------------------------------------------------------- screen
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and remarks of transformers between the demo's own lines."""
-    import transformers
-
-    remarks: Any = transformers.utils.logging
-    level, bars = remarks.get_verbosity(), remarks.is_progress_bar_enabled()
-    remarks.set_verbosity_error()
-    remarks.disable_progress_bar()
-    try:
-        yield
-    finally:
-        remarks.set_verbosity(level)
-        if bars:
-            remarks.enable_progress_bar()
 
 
 def _say(start: float, text: str) -> None:

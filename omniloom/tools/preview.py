@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any
 
@@ -11,6 +12,8 @@ from omniloom.config import config_from_words, options_of
 from omniloom.data.formats import describe_format
 from omniloom.data.loader import Loader
 from omniloom.data.rows import SourceReader, clips_of
+from omniloom.data.sources import Sources
+from omniloom.run.opening import Workshop
 from omniloom.run.rows import open_planner, open_rows, open_run
 from omniloom.types import SampleError, StepPlan
 
@@ -32,21 +35,21 @@ def preview_rows(words: Sequence[str], num_rows: int) -> None:
 
 def show_plan(words: Sequence[str], num_steps: int) -> None:
     """Print the packs of the first steps: samples, tokens, fill, loss tokens, media and cost."""
-    config = config_from_words(words)
-    workshop, source, _ = open_run(config)
-    loader = Loader(open_rows(workshop, source, cache=False), workers=config.data.workers)
-    try:
-        planner = open_planner(workshop, source, loader.measure)
+    workshop, source, _ = open_run(config_from_words(words))
+    with planned_steps(workshop, source) as steps:
         heads = {"step": 5, "pack": 5, "samples": 9, "tokens": 8, "fill": 7, "loss tok": 10, "patches": 9, "mel": 8}
         print("".join(f"{head:>{width}}" for head, width in heads.items()) + f"{'cost':>10}")
-        for _ in range(num_steps):
-            step = planner.next_step()
-            if step is None:
-                break
-            _print_step(step, config.data.pack_tokens)
+        for step in islice(steps, num_steps):
+            _print_step(step, workshop.config.data.pack_tokens)
+
+
+@contextmanager
+def planned_steps(workshop: Workshop, source: Sources) -> Iterator[Iterator[StepPlan]]:
+    """The steps that a run would take, as they are planned."""
+    with closing(Loader(open_rows(workshop, source, cache=False), workers=workshop.config.data.workers)) as loader:
+        planner = open_planner(workshop, source, loader.measure)
+        yield iter(planner.next_step, None)
         planner.close()
-    finally:
-        loader.close()
 
 
 def _print_step(step: StepPlan, pack_tokens: int) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from omniloom.config import config_from_words
-from omniloom.data.loader import Loader
 from omniloom.data.planner import PlanError
 from omniloom.data.rows import RowReader, clips_of
 from omniloom.data.sources import Sources
@@ -23,8 +22,9 @@ from omniloom.processors.chat import ChatProcessor
 from omniloom.processors.features import resize
 from omniloom.processors.grounding import clip_of, relative_points
 from omniloom.run.opening import Workshop
-from omniloom.run.rows import open_planner, open_rows, open_run
+from omniloom.run.rows import open_rows, open_run
 from omniloom.tools.charts import percent
+from omniloom.tools.preview import planned_steps
 from omniloom.tools.report import template
 from omniloom.tools.thumbnails import file_player, picture_of, sound_player, spectrogram_of
 from omniloom.types import (
@@ -187,14 +187,8 @@ class _Clips:
 
 
 def _view_packs(workshop: Workshop, source: Sources) -> list[View]:
-    loader = Loader(open_rows(workshop, source, cache=False), workers=workshop.config.data.workers)
-    try:
-        planner = open_planner(workshop, source, loader.measure)
-        steps: list[StepPlan] = [step for step in islice(iter(planner.next_step, None), PACK_STEPS) if step is not None]
-        planner.close()
-    finally:
-        loader.close()
-    packs = [(step, pack) for step in steps for pack in step.packs][:MAX_PACKS]
+    with planned_steps(workshop, source) as steps:
+        packs = [(step, pack) for step in islice(steps, PACK_STEPS) for pack in step.packs][:MAX_PACKS]
     heaviest = max((sum(s.extent.cost for s in pack.samples) for _, pack in packs), default=0)
     return [_view_pack(step, pack, workshop.config.data.pack_tokens, heaviest, source) for step, pack in packs]
 

@@ -148,7 +148,7 @@ def _write_weights(tiny: TinyModel, config: dict[str, Any], directory: Path, see
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             parameter.copy_(_random_weight(name, parameter, generator) - float(name.endswith(tiny.zero_centred)))
-    with _without_progress():
+    with quiet_transformers():
         model.save_pretrained(directory, max_shard_size=max_shard_size)
     shards = sorted(directory.glob("*.safetensors"))
     if tiny.carried:
@@ -164,17 +164,20 @@ def _write_weights(tiny: TinyModel, config: dict[str, Any], directory: Path, see
 
 
 @contextmanager
-def _without_progress() -> Iterator[None]:
-    """Without transformers' bars, which are longer on the screen than these files take to write."""
-    from transformers.utils import logging
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' remarks, and its bars, which are longer on the screen than small files take to write."""
+    import transformers
 
-    shows = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    remarks: Any = transformers.utils.logging
+    level, bars = remarks.get_verbosity(), remarks.is_progress_bar_enabled()
+    remarks.set_verbosity_error()
+    remarks.disable_progress_bar()
     try:
         yield
     finally:
-        if shows:
-            logging.enable_progress_bar()
+        remarks.set_verbosity(level)
+        if bars:
+            remarks.enable_progress_bar()
 
 
 def _rewrite(shard: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

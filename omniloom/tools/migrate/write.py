@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from omniloom.config import load_config
+from omniloom.options import as_yaml
 from omniloom.tools.migrate.draft import Draft, Setting, flatten
 from omniloom.tools.migrate.megatron import migrate_megatron
 from omniloom.tools.migrate.shell import Script, is_open, read_script
@@ -294,10 +295,8 @@ def _section(name: str, node: Mapping[str, Any], indent: str) -> list[str]:
         if isinstance(entry, dict):
             lines += _section(key, entry, indent + "  ")
             continue
-        value = yaml.safe_dump(entry.value, default_flow_style=True, allow_unicode=True, width=10_000)
-        value = value.removesuffix("\n").removesuffix("\n...")
         note = f" ({entry.note})" if entry.note else ""
-        lines.append(f"{indent}  {key}: {value}  # {'; '.join(entry.origins)}{note}")
+        lines.append(f"{indent}  {key}: {as_yaml(entry.value)}  # {'; '.join(entry.origins)}{note}")
     return lines
 
 
