@@ -190,13 +190,16 @@ class GatedMLP(nn.Module):
 
 
 class MLP(nn.Module):
-    """fc2(act(fc1(x))) with biases; the towers' feed-forward."""
+    """fc2(act(fc1(x))) with biases; the towers' feed-forward, and what makes rows of one width those of another."""
 
-    def __init__(self, *, hidden_size: int, intermediate_size: int, activation: str) -> None:
+    def __init__(
+        self, *, hidden_size: int, intermediate_size: int, activation: str, out_size: int | None = None
+    ) -> None:
+        """`out_size`: None for `hidden_size`."""
         super().__init__()
         self.fc1 = Linear(hidden_size, intermediate_size)
         self.act = ACTIVATIONS[activation]
-        self.fc2 = Linear(intermediate_size, hidden_size)
+        self.fc2 = Linear(intermediate_size, out_size or hidden_size)
 
     def forward(self, hidden: Tensor, draw_key: Tensor | None = None) -> Tensor:
         return self.fc2(self.act(self.fc1(hidden, draw_key)), draw_key)

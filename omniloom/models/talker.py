@@ -19,24 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from omniloom.models.decoder import CrossEntropy, Decoder
-from omniloom.models.layers import ACTIVATIONS, Linear, RMSNorm
+from omniloom.models.layers import MLP, Linear, RMSNorm
 from omniloom.ops.linear_map import layer_key
 from omniloom.types import CODE0, CODES, PackedBatch, Segments, SpeechInputs, SpeechRows, Targets, TowerRows
 
 NO_MEDIA = TowerRows(vision=None, deepstack=(), audio=None)
-
-
-class Projection(nn.Module):
-    """fc2(act(fc1(x))): rows of the decoder of text as rows of the talker."""
-
-    def __init__(self, *, in_size: int, intermediate_size: int, out_size: int, activation: str) -> None:
-        super().__init__()
-        self.fc1 = Linear(in_size, intermediate_size)
-        self.act = ACTIVATIONS[activation]
-        self.fc2 = Linear(intermediate_size, out_size)
-
-    def forward(self, hidden: Tensor, draw_key: Tensor | None = None) -> Tensor:
-        return self.fc2(self.act(self.fc1(hidden, draw_key)), draw_key)
 
 
 class ProjectedRows(nn.Module):
@@ -44,7 +31,7 @@ class ProjectedRows(nn.Module):
 
     hears_words = False  # hidden states of the answer: no, of media alone
 
-    def __init__(self, *, text: Projection, hidden: Projection) -> None:
+    def __init__(self, *, text: MLP, hidden: MLP) -> None:
         super().__init__()
         self.text = text
         self.hidden = hidden

@@ -15,7 +15,8 @@ from omniloom.families.decoder import DecoderConfig, make_layers
 from omniloom.families.hf_rules import expert_rules, layer_rules, linears, router_rule, shared_expert_rules
 from omniloom.families.qwen3_omni.speech import Qwen3OmniSpeech
 from omniloom.keymap import Rule
-from omniloom.models.talker import CodePredictor, ProjectedRows, Projection, Talker
+from omniloom.models.layers import MLP
+from omniloom.models.talker import CodePredictor, ProjectedRows, Talker
 from omniloom.processors.speech import SpeechLayout, SpeechTokens
 from omniloom.types import Kernel
 
@@ -172,9 +173,9 @@ def open_speech(config: TalkerConfig, directory: Path, tokenizer: Any) -> Speech
     return Qwen3OmniSpeech(config.tokens, partial(speech_cost, config.decoder, config.code_predictor))
 
 
-def _projection(config: TalkerConfig) -> Projection:
-    return Projection(
-        in_size=config.thinker_hidden_size,
+def _projection(config: TalkerConfig) -> MLP:
+    return MLP(
+        hidden_size=config.thinker_hidden_size,
         intermediate_size=config.projection_size,
         out_size=config.decoder.hidden_size,
         activation=config.decoder.hidden_act,
