@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,18 +30,20 @@ def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     return received
 
 
-class _SwapHeadsForTokens(torch.autograd.Function):
-    """The Ulysses exchange; backward is the other direction of the same."""
+_Collective = Callable[[Tensor, dist.ProcessGroup], Tensor]
+
+
+class _OutAndBack(torch.autograd.Function):
+    """A collective whose gradient takes another one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, to_heads: bool) -> Tensor:
-        ctx.group, ctx.to_heads = group, to_heads
-        return _scatter_heads(x, group) if to_heads else _gather_heads(x, group)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, out: _Collective, back: _Collective) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return out(x, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        swapped = _gather_heads(gradient, ctx.group) if ctx.to_heads else _scatter_heads(gradient, ctx.group)
-        return swapped, None, None
+        return ctx.back(gradient, ctx.group), None, None, None
 
 
 def _scatter_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -69,26 +71,12 @@ def scatter_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     Ranks of `group` hold consecutive slices of tokens in rank order. Differentiable. Collective over `group`.
     Source: DeepSpeed Ulysses, arXiv 2309.14509.
     """
-    return _SwapHeadsForTokens.apply(x, group, True)
+    return _OutAndBack.apply(x, group, _scatter_heads, _gather_heads)
 
 
 def gather_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[t * n, h, D] (every token, a slice of the heads) -> [t, h * n, D]; the inverse of `scatter_heads`."""
-    return _SwapHeadsForTokens.apply(x, group, False)
-
-
-class _GatherOrSumRows(torch.autograd.Function):
-    """Backward is the other one of the two."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup, gathers: bool) -> Tensor:
-        ctx.group, ctx.gathers = group, gathers
-        return _all_gather(rows, group) if gathers else _reduce_scatter(rows, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        passed = _reduce_scatter(gradient, ctx.group) if ctx.gathers else _all_gather(gradient, ctx.group)
-        return passed, None, None
+    return _OutAndBack.apply(x, group, _gather_heads, _scatter_heads)
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -96,7 +84,7 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     The gradient that reaches a row is the sum of what all ranks have for it: one reduce-scatter.
     """
-    return _GatherOrSumRows.apply(rows, group, True)
+    return _OutAndBack.apply(rows, group, _all_gather, _reduce_scatter)
 
 
 def sum_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -104,7 +92,7 @@ def sum_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     The way of `gather_rows`'s gradient, and back. Collective: one reduce-scatter.
     """
-    return _GatherOrSumRows.apply(rows, group, False)
+    return _OutAndBack.apply(rows, group, _reduce_scatter, _all_gather)
 
 
 def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
