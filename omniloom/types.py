@@ -320,7 +320,7 @@ class AudioClip:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechRows:
-    """What a talker reads: a segment for each spoken turn, of a sample or of all that a pack holds.
+    """What a talker reads: a segment for each spoken turn, of one of them or of all that a pack holds.
 
     Row i of a sample's talker shares the pack's row with row i of its text.
     """
@@ -338,11 +338,10 @@ class SpeechRows:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechExample:
-    """The spoken turns of one sample."""
+    """A spoken turn of a sample. Rows and targets count from its first row, `hidden_index` from the sample's."""
 
     rows: SpeechRows
     targets: Mapping[str, Targets]  # CODE0, and CODES where a frame has several codes
-    segment_lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,13 +357,12 @@ class Example:
     audio: tuple[AudioClip, ...] = ()
     # tokens of each of its segments, which do not see one another (answers that are compared, say); empty: it is one
     segment_lengths: tuple[int, ...] = ()
-    speech: SpeechExample | None = None  # None: a model that does not speak
+    speech: tuple[SpeechExample, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Rows of a pack that it takes: those of its text, or of its speech if they are more."""
-        spoken = 0 if self.speech is None else len(self.speech.rows.text_ids)
-        return max(len(self.input_ids), spoken)
+        return max(len(self.input_ids), sum(len(turn.rows.text_ids) for turn in self.speech))
 
 
 class Processor(Protocol):

@@ -49,7 +49,7 @@ def num_bounds(num_segments: int) -> int:
     return length
 
 
-def padding_rows(kept: Sequence[int], lengths: Sequence[int]) -> Tensor:
+def _padding_rows(kept: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """Which rows are padding, bool: of each slot those past the ones that are kept."""
     pairs = [size for rows, length in zip(kept, lengths, strict=True) for size in (rows, length - rows)]
     return torch.tensor([False, True] * len(kept)).repeat_interleave(torch.tensor(pairs))
@@ -88,7 +88,7 @@ def collate(
         loss_weights=loss_weights,
         loss_index=loss_weights.nonzero().flatten(),
         position_ids=torch.cat([part.position_ids for part in parts], dim=1),
-        is_padding=padding_rows(kept, lengths),
+        is_padding=_padding_rows(kept, lengths),
         segments=Segments.from_lengths(segments, num_bounds=num_bounds(sum(length > 0 for length in segments))),
         vision=collate_vision(vision) if collate_vision is not None else None,
         audio=collate_audio(audio) if collate_audio is not None else None,

@@ -36,6 +36,7 @@ from omniloom.types import (
     MediaHeader,
     Part,
     SampleError,
+    SpeechExample,
     VisionBatch,
     VisionClip,
 )
@@ -154,12 +155,12 @@ class ChatProcessor:
             if mel is not None:
                 rows = torch.from_numpy(tokens.audio_rows[index])
                 audio.append(AudioClip(features=mel, token_index=rows, longest_frames=longest))
-        speech = None
-        if self.speech is not None:
-            turns = self.speech.turns(conversation, tokens)
-            speech = self.speech.encode(turns, tokens, self.media.positions_per_second)
+        speech: list[SpeechExample] = []
+        if (layout := self.speech) is not None:
+            rate = self.media.positions_per_second
+            speech = [layout.encode(turn, tokens, rate) for turn in layout.turns(conversation, tokens)]
         return Example(
-            speech=speech,
+            speech=tuple(speech),
             id=conversation.id,
             input_ids=torch.from_numpy(tokens.ids),
             labels=torch.from_numpy(labels),

@@ -112,44 +112,23 @@ class SpeechLayout(ABC):
         """Of the turn's segment."""
 
     @abstractmethod
-    def encode_turn(self, turn: SpokenTurn, chat: ChatTokens, rate: float) -> SpeechRows:
+    def lay_out(self, turn: SpokenTurn, chat: ChatTokens, rate: float) -> SpeechRows:
         """The rows of a turn's segment, the last of them those of its frames; `rate` as in `encode`."""
 
     def cost(self, turns: Sequence[SpokenTurn], chat: ChatTokens) -> int:
         return self._cost([(self.num_rows(turn, chat), turn.num_frames) for turn in turns]) if turns else 0
 
-    def encode(self, turns: Sequence[SpokenTurn], chat: ChatTokens, rate: float) -> SpeechExample:
-        """Rows and targets of the turns, one after another; `rate` is the positions per second of the runs' blocks."""
-        parts = [self.encode_turn(turn, chat, rate) for turn in turns]
-        bounds = np.cumsum([0, *(len(part.text_ids) for part in parts)])
-        starts, groups = bounds[:-1].tolist(), self.tokens.num_code_groups
-        rows = SpeechRows(
-            text_ids=_joined([part.text_ids for part in parts]),
-            position_ids=torch.cat([torch.zeros(3, 0, dtype=torch.int64), *(part.position_ids for part in parts)], 1),
-            media_index=_joined([part.media_index + start for part, start in zip(parts, starts, strict=True)]),
-            state_index=_joined([part.state_index + start for part, start in zip(parts, starts, strict=True)]),
-            hidden_index=_joined([part.hidden_index for part in parts]),
-            codec_index=_joined([part.codec_index + start for part, start in zip(parts, starts, strict=True)]),
-            codec_ids=_joined([part.codec_ids for part in parts]),
-            frame_index=_joined([part.frame_index + start for part, start in zip(parts, starts, strict=True)]),
-            frames=torch.cat([torch.zeros(0, groups, dtype=torch.int64), *(part.frames for part in parts)]),
-        )
-        # the row before a frame's own predicts its first code
-        predicting = [np.arange(stop - 1 - turn.num_frames, stop) for turn, stop in zip(turns, bounds[1:], strict=True)]
-        weights = [np.full(turn.num_frames + 1, turn.weight, np.float32) for turn in turns]
-        code0 = Targets(
-            token_index=_joined([torch.from_numpy(index) for index in predicting]),
-            weights=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *weights])),
-            values=_joined([torch.tensor([*turn.codes[0], self.tokens.codec_eos]) for turn in turns]),
-        )
-        targets, lengths = {CODE0: code0}, tuple(len(part.text_ids) for part in parts)
-        if groups > 1:
-            targets[CODES] = Targets(
-                token_index=_joined([torch.from_numpy(index[:-1]) for index in predicting]),
-                weights=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(own[:-1] for own in weights)])),
-                values=rows.frames,
-            )
-        return SpeechExample(rows=rows, targets=targets, segment_lengths=lengths)
+    def encode(self, turn: SpokenTurn, chat: ChatTokens, rate: float) -> SpeechExample:
+        """Rows and targets of a turn; `rate` is the positions per second of the runs' blocks."""
+        rows = self.lay_out(turn, chat, rate)
+        num_rows = len(rows.text_ids)
+        predicting = torch.arange(num_rows - 1 - turn.num_frames, num_rows)  # the row before predicts a frame's first
+        weights = torch.full((turn.num_frames + 1,), turn.weight)
+        ends = torch.tensor([*turn.codes[0], self.tokens.codec_eos])
+        targets = {CODE0: Targets(token_index=predicting, weights=weights, values=ends)}
+        if self.tokens.num_code_groups > 1:
+            targets[CODES] = Targets(token_index=predicting[:-1], weights=weights[:-1], values=rows.frames)
+        return SpeechExample(rows=rows, targets=targets)
 
     def _codes(self, speech: Speech, where: str) -> np.ndarray:
         groups = self.tokens.num_code_groups
@@ -166,7 +145,3 @@ class SpeechLayout(ABC):
                 where, f"codes must be from 0 to {limit - 1}, those of the codebooks, got {low} to {high}"
             )
         return codes
-
-
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])

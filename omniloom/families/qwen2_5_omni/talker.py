@@ -129,7 +129,7 @@ class Qwen25OmniSpeech(SpeechLayout):
     def num_rows(self, turn: SpokenTurn, chat: ChatTokens) -> int:
         return turn.start + NUM_HEADER + NUM_PREFIX + turn.num_frames
 
-    def encode_turn(self, turn: SpokenTurn, chat: ChatTokens, rate: float) -> SpeechRows:
+    def lay_out(self, turn: SpokenTurn, chat: ChatTokens, rate: float) -> SpeechRows:
         asked, num_frames = turn.start + NUM_HEADER, turn.num_frames
         pad, _, end = self.tokens.tts
         first, *words = chat.ids[asked : turn.end]

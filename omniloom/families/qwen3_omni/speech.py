@@ -20,7 +20,7 @@ class Qwen3OmniSpeech(SpeechLayout):
     def num_rows(self, turn: SpokenTurn, chat: ChatTokens) -> int:
         return int(self._user_rows(chat)[: turn.start].sum()) + NUM_PREFIX + turn.num_frames
 
-    def encode_turn(self, turn: SpokenTurn, chat: ChatTokens, rate: float) -> SpeechRows:
+    def lay_out(self, turn: SpokenTurn, chat: ChatTokens, rate: float) -> SpeechRows:
         pad, begin, end = self.tokens.tts
         asked = np.flatnonzero(self._user_rows(chat)[: turn.start])
         header, words = np.split(chat.ids[turn.start : turn.end], [NUM_HEADER])
