@@ -103,7 +103,6 @@ def generate(
 
     given = {"image": image, "audio": audio, "video": video}
     media = {kind: [files] if isinstance(files, str | Path) else files for kind, files in given.items()}
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "overrides": overrides, "adapter": adapter}
-    (line,) = answers(model, prompt, media, **options)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_new_tokens=max_new_tokens)
+    (line,) = answers(model, prompt, media, sampling=sampling, overrides=overrides, adapter=adapter)
     return line["answer"]

@@ -185,18 +185,18 @@ def generate(
 
     media = {"image": image or [], "audio": audio or [], "video": video or []}
     prompt, overrides = split_words(words or [], has_data=data is not None)
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling, "overrides": overrides, "adapter": adapter}
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_new_tokens=max_new_tokens)
+    options: Any = {"data": data, "sampling": sampling, "overrides": overrides, "adapter": adapter}
     if speech is not None:
         from omniloom.tools.speak import Voice, spoken_answers
 
         how: Any = {"speaker": speaker, "temperature": speech_temperature, "seconds": speech_seconds, "listen": listen}
-        lines = spoken_answers(model, prompt, media, Voice(target=speech, **how), data=data, **options)
+        lines = spoken_answers(model, prompt, media, Voice(target=speech, **how), **options)
         print_answers(lines, as_json=data is not None)
         return
     if speaker or listen is not None:
         raise ValueError("--speaker and --listen are of spoken answers; name a wav file with --speech, too")
-    print_answers(answers(model, prompt, media, data=data, **options), as_json=data is not None)
+    print_answers(answers(model, prompt, media, **options), as_json=data is not None)
 
 
 @app.command()
@@ -226,11 +226,10 @@ def chat(
         raise ValueError("--speaker is of spoken answers; name a folder for their wav files with --speech, too")
     how: Any = {"speaker": speaker, "temperature": speech_temperature, "seconds": speech_seconds}
     media = {"image": image or [], "audio": audio or [], "video": video or []}
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_new_tokens=max_new_tokens)
     talk(
         model,
         media,
-        max_new_tokens=max_new_tokens,
         sampling=sampling,
         overrides=overrides or [],
         adapter=adapter,

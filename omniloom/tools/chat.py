@@ -43,7 +43,6 @@ def chat(
     *,
     lines: Iterable[str] | None = None,
     write: Callable[[str], object] | None = None,
-    max_new_tokens: int = 1024,
     sampling: Sampling,
     overrides: Sequence[str] = (),
     adapter: str | Path | None = None,
@@ -57,7 +56,7 @@ def chat(
     with trained_model(model) as (path, usual):
         config = override_config(usual, overrides, verb="chat", takes=PROMPT_KEYS).data
         workshop = open_model(path, by_hand(config), adapter, speaks=voice is not None)
-        talk = Talk(workshop, media, write or _show, max_new_tokens, sampling, voice)
+        talk = Talk(workshop, media, write or _show, sampling, voice)
         for line in _typed() if lines is None else lines:
             if not talk.hear(line.strip()):
                 return
@@ -71,7 +70,6 @@ class Talk:
         workshop: Workshop,
         media: Mapping[str, Sequence[str | Path]],
         write: Callable[[str], object],
-        max_new_tokens: int,
         sampling: Sampling,
         voice: Voice | None = None,
     ) -> None:
@@ -81,7 +79,7 @@ class Talk:
             self._speaker = Speaker(workshop, voice, tokenizer_of(self._reader))
         else:
             self._model = load(workshop)
-        self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+        self._sampling = sampling
         self._turns: tuple[Turn, ...] = ()
         self._media: dict[str, list[str | Path]] = {kind: list(media.get(kind, ())) for kind in KINDS}
 
@@ -126,13 +124,13 @@ class Talk:
         if self._voice is not None:
             text = self._speak(asked, streamer, self._voice.target)
         else:
-            (text,) = answer(self._model, tokenizer, [asked], streamer=streamer, **self._options)
+            (text,) = answer(self._model, tokenizer, [asked], self._sampling, streamer=streamer)
         said = Turn(role="assistant", parts=(Part(kind="text", text=split_reasoning(text)[1]),))
         self._turns, self._media = (*conversation.turns, said), {kind: [] for kind in KINDS}
 
     def _speak(self, asked: Prompt, streamer: Any, folder: Path) -> str:
         """The answer's words; its sound goes to the folder's next file, whose name is told."""
-        spoken = self._speaker.say(asked, streamer=streamer, **self._options)
+        spoken = self._speaker.say(asked, self._sampling, streamer=streamer)
         self._num_spoken += 1
         path = folder / f"answer_{self._num_spoken:03d}.wav"
         path.write_bytes(wav_file(spoken.waveform, spoken.rate))

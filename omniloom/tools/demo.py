@@ -23,11 +23,11 @@ from omniloom.data.sources import open_sources
 from omniloom.run.trainer import run
 from omniloom.tools.demo_data import MODALITIES, DemoData, write_demo_data
 from omniloom.tools.export import export_checkpoint
-from omniloom.tools.generate import Prompt, answer, load_model, one_thread, open_reader, read_prompts
+from omniloom.tools.generate import Prompt, Sampling, answer, load_model, one_thread, open_reader, read_prompts
 from omniloom.tools.report import write_report
 from omniloom.tools.tiny import make_tiny, quiet_transformers
 
-MAX_NEW_TOKENS = 12  # the longest answer has seven and its end
+ANSWER = Sampling(max_new_tokens=12)  # the longest has seven and its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def _test(model_dir: Path, tokenizer: Any, prompts: Mapping[Path, Sequence[Promp
     model = load_model(model_dir)
 
     def ask(path: Path) -> list[str]:
-        return answer(model, tokenizer, prompts[path], max_new_tokens=MAX_NEW_TOKENS)
+        return answer(model, tokenizer, prompts[path], ANSWER)
 
     answers = {name: ask(path) for name, path in data.held_out.items()}
     controls = {
@@ -169,7 +169,7 @@ def _accuracy_curve(
         point: dict[str, float] = {"step": int(checkpoint.name.removeprefix("step_"))}
         for name, path in data.held_out.items():
             asked = prompts[path][: size.num_curve]
-            point[name] = _share_right(asked, answer(model, tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS))
+            point[name] = _share_right(asked, answer(model, tokenizer, asked, ANSWER))
         points.append(point)
     return points
 

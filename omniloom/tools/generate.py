@@ -51,8 +51,9 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn; the default takes the likeliest one. Raises: ValueError for what cannot be drawn by."""
+    """How answers are drawn; the default takes the likeliest tokens. Raises: ValueError for what cannot be drawn by."""
 
+    max_new_tokens: int = 256
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0  # share of the likeliest tokens to draw from
     top_k: int = 0  # number of the likeliest tokens to draw from; 0 is all
@@ -204,9 +205,8 @@ def answer(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
     sampling: Sampling = GREEDY,
+    *,
     streamer: Any = None,
 ) -> list[str]:
     """The answer to every prompt, in order, without special tokens and surrounding space.
@@ -220,7 +220,7 @@ def answer(
         inputs = join_inputs([prompts[index].inputs for index in indexes], pad_id=pad_id)
         inputs = {key: on_device(value, model) for key, value in inputs.items()}
         with torch.inference_mode():
-            tokens = model.generate(**inputs, **drawn, max_new_tokens=max_new_tokens, streamer=streamer)
+            tokens = model.generate(**inputs, **drawn, max_new_tokens=sampling.max_new_tokens, streamer=streamer)
         for index, row in zip(indexes, tokens[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             answers[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
     return answers
@@ -280,7 +280,6 @@ def answers(
     media: Mapping[str, Sequence[str | Path]] | None = None,
     *,
     data: str | Path | None = None,
-    max_new_tokens: int = 256,
     sampling: Sampling = GREEDY,
     overrides: Sequence[str] = (),
     adapter: str | Path | None = None,
@@ -299,13 +298,12 @@ def answers(
         if data is not None:
             source = open_sources((str(data),), config)
             workshop = open_model(path, config, adapter)
-            yield from _answer_rows(workshop, open_rows_to_ask(workshop, source), max_new_tokens, sampling)
+            yield from _answer_rows(workshop, open_rows_to_ask(workshop, source), sampling)
         elif prompt is not None:
             workshop = open_model(path, by_hand(config), adapter)
             reader = open_asking(workshop)
             asked = read_prompt(reader, ask(reader, prompt, media or {}), "command line")
-            options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-            (text,) = answer(load(workshop), tokenizer_of(reader), [asked], **options)
+            (text,) = answer(load(workshop), tokenizer_of(reader), [asked], sampling)
             yield {"id": asked.id, "answer": text}
 
 
@@ -335,9 +333,7 @@ def load(workshop: Workshop, *, speaks: bool = False) -> Any:
     return model
 
 
-def _answer_rows(
-    workshop: Workshop, reader: RowReader, max_new_tokens: int, sampling: Sampling
-) -> Iterator[dict[str, str]]:
+def _answer_rows(workshop: Workshop, reader: RowReader, sampling: Sampling) -> Iterator[dict[str, str]]:
     """A line for every row; a bad one costs only itself."""
     processor: Any = reader.processor
     model: Any = None
@@ -347,8 +343,7 @@ def _answer_rows(
         prompts = [one for one in found if isinstance(one, Prompt)]
         if prompts and model is None:
             model = load(workshop)
-        options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-        texts = iter(answer(model, processor.tokenizer, prompts, **options) if prompts else ())
+        texts = iter(answer(model, processor.tokenizer, prompts, sampling) if prompts else ())
         for one in found:
             yield asdict(one) if isinstance(one, BadRow) else _answer_line(one, next(texts))
 

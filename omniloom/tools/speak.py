@@ -105,7 +105,7 @@ class Speaker:
         self._workshop, self._voice, self._tokenizer = workshop, voice, tokenizer
         self._model: Any = None
 
-    def say(self, prompt: Prompt, *, max_new_tokens: int, sampling: Sampling, streamer: Any = None) -> Spoken:
+    def say(self, prompt: Prompt, sampling: Sampling, *, streamer: Any = None) -> Spoken:
         """The answer to one prompt. Raises: SampleError for a voice that the checkpoint does not have."""
         name = self._voice.speaker or (prompt.speech and prompt.speech.speaker) or self._tokens.usual_speaker
         self._tokens.voice(name, "speaker")
@@ -124,7 +124,8 @@ class Speaker:
                 **inputs,
                 speaker=name,
                 thinker_eos_token_id=model.config.im_end_token_id,
-                thinker_max_new_tokens=max(2, max_new_tokens),  # the last token drawn is not spoken, and one must be
+                # the last token drawn is not spoken, and one must be
+                thinker_max_new_tokens=max(2, sampling.max_new_tokens),
                 thinker_min_new_tokens=1,
                 thinker_streamer=streamer,
                 **{f"thinker_{key}": value for key, value in sampling.arguments().items()},
@@ -141,9 +142,9 @@ class Speaker:
             rate=int(FRAMES_PER_SECOND * int(model.code2wav.total_upsample)),
         )
 
-    def write(self, prompt: Prompt, path: Path, *, max_new_tokens: int, sampling: Sampling) -> dict[str, Any]:
+    def write(self, prompt: Prompt, path: Path, sampling: Sampling) -> dict[str, Any]:
         """Speak the answer into a wav file. Returns a line about it: words, frames, what was expected and was heard."""
-        spoken = self.say(prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+        spoken = self.say(prompt, sampling)
         path.write_bytes(wav_file(spoken.waveform, spoken.rate))
         answer = split_reasoning(spoken.text)[1]
         line: dict[str, Any] = {"id": prompt.id, "answer": answer, "expected": prompt.expected, "speech": str(path)}
@@ -178,7 +179,6 @@ def spoken_answers(
     voice: Voice,
     *,
     data: str | Path | None = None,
-    max_new_tokens: int = 256,
     sampling: Sampling,
     overrides: Sequence[str] = (),
     adapter: str | Path | None = None,
@@ -190,7 +190,6 @@ def spoken_answers(
     takes = keys_taken(prompt, data)
     if data is None and (voice.target.is_dir() or not voice.target.parent.is_dir()):
         raise ValueError(f"--speech: {voice.target}: expected a wav file, new or not, in a folder that there is")
-    options: Any = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     with trained_model(model) as (path, usual):
         config = override_config(usual, overrides, verb="generate", takes=takes).data
         workshop = open_model(path, config if data else by_hand(config), adapter, speaks=True)
@@ -199,35 +198,35 @@ def spoken_answers(
         speaker = Speaker(workshop, voice, processor.tokenizer)
         if data is None:
             asked = read_prompt(asking, ask(asking, prompt or "", media), "command line")
-            yield speaker.write(asked, voice.target, **options)
+            yield speaker.write(asked, voice.target, sampling)
             return
         kept: list[dict[str, Any]] = []
         reader = open_rows_to_ask(workshop, open_sources((str(data),), config))
-        yield from _speak_rows(speaker, reader, voice.target, kept, **options)
+        yield from _speak_rows(speaker, reader, voice.target, kept, sampling)
         if (Path(model) / "config.yaml").is_file():
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
             write_text(Path(model) / SPOKEN_ROWS, text)
 
 
 def _speak_rows(
-    speaker: Speaker, reader: RowReader, folder: Path, kept: list[dict[str, Any]], **options: Any
+    speaker: Speaker, reader: RowReader, folder: Path, kept: list[dict[str, Any]], sampling: Sampling
 ) -> Iterator[dict[str, Any]]:
     """A line about each row, its sound in the folder; those with sound go to `kept`, with question and whole path."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in range(len(reader.source)):
         (found,) = read_rows(reader, [row])
-        line = _row_line(speaker, found, folder / f"{row:06d}.wav", **options)
+        line = _row_line(speaker, found, folder / f"{row:06d}.wav", sampling)
         if isinstance(found, Prompt) and "speech" in line:
             kept.append({**line, "question": found.question, "speech": str(Path(line["speech"]).resolve())})
         yield line
 
 
-def _row_line(speaker: Speaker, row: Prompt | BadRow, path: Path, **options: Any) -> dict[str, Any]:
+def _row_line(speaker: Speaker, row: Prompt | BadRow, path: Path, sampling: Sampling) -> dict[str, Any]:
     """A bad row costs only itself."""
     if isinstance(row, BadRow):
         return {"id": row.id, "error": row.error}
     try:
-        return speaker.write(row, path, **options)
+        return speaker.write(row, path, sampling)
     except SampleError as error:
         return {"id": row.id, "error": f"{row.file}: {error}"}
 

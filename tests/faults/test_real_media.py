@@ -17,7 +17,7 @@ import pytest
 
 from omniloom.config import load_config
 from omniloom.data.sources import open_sources
-from omniloom.tools.generate import answer, load_model, open_reader, read_prompts
+from omniloom.tools.generate import Sampling, answer, load_model, open_reader, read_prompts
 from omniloom.tools.tiny import make_tiny
 from omniloom.training.metrics import read_lines
 
@@ -99,7 +99,7 @@ def test_transformers_speaks_the_memorised_answers(trained) -> None:
     reader = open_reader(trained / "hf", data, open_sources(tuple(map(str, FILES))))
     prompts = read_prompts(reader)
     model = load_model(trained / "hf")
-    answers = answer(model, _tokenizer(trained / "hf"), prompts, max_new_tokens=160)
+    answers = answer(model, _tokenizer(trained / "hf"), prompts, Sampling(max_new_tokens=160))
     wrong = [(prompt.expected, said) for prompt, said in zip(prompts, answers, strict=True) if said != prompt.expected]
     assert not wrong, wrong
 

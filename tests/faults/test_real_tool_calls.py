@@ -15,7 +15,7 @@ import pytest
 
 from omniloom.config import DataConfig
 from omniloom.data.sources import open_sources
-from omniloom.tools.generate import answer, load_model, open_reader, read_prompts
+from omniloom.tools.generate import Sampling, answer, load_model, open_reader, read_prompts
 from omniloom.tools.tiny import make_tiny
 from omniloom.training.metrics import read_lines
 
@@ -89,7 +89,8 @@ def test_tool_calls_are_learnt_and_made(rows, trained) -> None:
     data = DataConfig(unplaced_media="front", allow_outside_media_dir=True)
     reader = open_reader(trained / "hf", data, open_sources((str(rows / "calls.json"),)))
     processor = reader.processor
-    answers = answer(load_model(trained / "hf"), processor.tokenizer, read_prompts(reader), max_new_tokens=250)
+    model, sampling = load_model(trained / "hf"), Sampling(max_new_tokens=250)
+    answers = answer(model, processor.tokenizer, read_prompts(reader), sampling)
     for row, said in zip(json.loads((rows / "calls.json").read_text()), answers, strict=True):
         turn = _turns(row)[-1]
         wanted = turn.get("value") or turn["content"]

@@ -100,7 +100,7 @@ def test_sentences_learnt_by_heart_are_said_as_recorded(
     (evaluation,) = read_lines(run / "evaluations.jsonl")
     assert [evaluation[f"eval_code_accuracy.{group}"] for group in range(4)] == [1.0] * 4, metrics[-1]
     voice = Voice(target=tmp_path / "said", temperature=0, seconds=3)
-    lines = list(spoken_answers(run, None, {}, voice, data=rows, max_new_tokens=24, sampling=Sampling()))
+    lines = list(spoken_answers(run, None, {}, voice, data=rows, sampling=Sampling(max_new_tokens=24)))
     assert [line["answer"] for line in lines] == list(SENTENCES[:num_rows])
     assert [line["num_code_frames"] for line in lines] == [line["expected_frames"] for line in lines]
     assert [line["code_match"] for line in lines] == [1.0] * num_rows

@@ -19,7 +19,7 @@ from omniloom.keymap import canonical_name
 from omniloom.run.opening import load_weights, open_workshop
 from omniloom.run.trainer import Trainer, run
 from omniloom.tools.export import export_checkpoint
-from omniloom.tools.generate import answers
+from omniloom.tools.generate import Sampling, answers
 from omniloom.tools.score import score_rows
 from omniloom.tools.tiny import make_tiny
 from tests.mixed_rows import write_rows
@@ -106,7 +106,8 @@ def test_adapters_of_a_tower_that_is_not_built_are_left_out_of_scores(folder: Pa
 
 def test_answers_with_an_adapter_are_those_of_the_merged_model(folder: Path, finished: Path) -> None:
     def ask(model: Path, adapter: str | None = None) -> list[str]:
-        return [line["answer"] for line in answers(model, data=rows, max_new_tokens=4, adapter=adapter)]
+        lines = answers(model, data=rows, sampling=Sampling(max_new_tokens=4), adapter=adapter)
+        return [line["answer"] for line in lines]
 
     rows = folder / "asked.jsonl"
     rows.write_text("\n".join(json.dumps({"query": f"Row {number}"}) for number in range(3)))

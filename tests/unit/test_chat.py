@@ -64,15 +64,15 @@ def test_turns_media_and_settings_reach_the_model_which_is_loaded_once(
     load = chat_module.load
     monkeypatch.setattr(chat_module, "load", lambda workshop: loads.append(1) or load(workshop))
 
-    def note(model, tokenizer, prompts, **options):
+    def note(model, tokenizer, prompts, sampling, *, streamer):
         asked.append((tokenizer.decode(prompts[0].inputs["input_ids"][0].tolist()), prompts[0]))
-        return answer(model, tokenizer, prompts, **options)
+        return answer(model, tokenizer, prompts, sampling, streamer=streamer)
 
     monkeypatch.setattr(chat_module, "answer", note)
     lines = ["hello", f"/image '{tmp_path / 'a b.png'}'", "what is <image>?", "/reset"]
     lines += ["/audio none.wav", "again", "/quit", "x"]
     pieces: list[str] = []
-    chat(run_dir, {}, lines=lines, write=pieces.append, max_new_tokens=4, sampling=GREEDY)
+    chat(run_dir, {}, lines=lines, write=pieces.append, sampling=Sampling(max_new_tokens=4))
     assert len(loads) == 1
     assert len(asked) == 3
     first, second, third = (text for text, _ in asked)

@@ -12,7 +12,7 @@ from omniloom.config import DataConfig, load_config
 from omniloom.data.sources import open_sources
 from omniloom.run.evaluation import choose_in_turn, modality_of
 from omniloom.run.trainer import run
-from omniloom.tools.generate import answer, load_model, open_reader, read_prompts
+from omniloom.tools.generate import Sampling, answer, load_model, open_reader, read_prompts
 from omniloom.tools.score import score_file
 from omniloom.tools.tiny import make_tiny
 from omniloom.training.metrics import read_lines
@@ -89,7 +89,7 @@ def test_rows_are_answered_in_turn_as_the_exported_model_answers(finished: Path)
     chosen = [by_id[row["id"]] for row in rows]
     assert [row["expected"] for row in rows] == [prompt.expected for prompt in chosen]
     tokenizer = open_reader(finished / "run" / "hf", DataConfig(), open_sources((str(finished / "held_out.json"),)))
-    theirs = answer(model, tokenizer.processor.tokenizer, chosen, max_new_tokens=MAX_NEW_TOKENS)
+    theirs = answer(model, tokenizer.processor.tokenizer, chosen, Sampling(max_new_tokens=MAX_NEW_TOKENS))
     same = sum(row["answer"] == text for row, text in zip(rows, theirs, strict=True))
     assert same >= len(rows) - 1  # the export's rounding to bfloat16 may tip one
     assert any(row["answer"] for row in rows)

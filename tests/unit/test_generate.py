@@ -46,16 +46,18 @@ def prompts(model_dir: Path, rows_file: Path) -> list[generate.Prompt]:
     return read_prompts(open_reader(model_dir, DATA, open_sources((str(rows_file),))))
 
 
-def print_answers(*arguments, data: Path | None = None, **options) -> None:
+def print_answers(*arguments, data: Path | None = None, max_new_tokens: int, **options) -> None:
     """As the command line does."""
-    generate.print_answers(generate.answers(*arguments, data=data, **options), as_json=data is not None)
+    sampling = generate.Sampling(max_new_tokens=max_new_tokens)
+    lines = generate.answers(*arguments, data=data, sampling=sampling, **options)
+    generate.print_answers(lines, as_json=data is not None)
 
 
 def test_a_batch_answers_like_its_rows_one_by_one(model_dir: Path, prompts: list[generate.Prompt]) -> None:
     model = load_model(model_dir)
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-    together = answer(model, tokenizer, prompts, max_new_tokens=6)
-    alone = [answer(model, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+    together = answer(model, tokenizer, prompts, generate.Sampling(max_new_tokens=6))
+    alone = [answer(model, tokenizer, [prompt], generate.Sampling(max_new_tokens=6))[0] for prompt in prompts]
     assert together == alone
     assert len(set(together)) > 3  # a random model babbles, but not the same for everything
 
@@ -162,7 +164,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[generate.Prompt]]:
     """The prompts of every call of the model, which answers each with its last word."""
     calls: list[list[generate.Prompt]] = []
 
-    def reply(model: object, tokenizer: Tokenizer, prompts: list[generate.Prompt], **options: object) -> list[str]:
+    def reply(model: object, tokenizer: Tokenizer, prompts: list[generate.Prompt], sampling: object) -> list[str]:
         calls.append(prompts)
         texts = [tokenizer.decode(prompt.inputs["input_ids"][0].tolist()) for prompt in prompts]
         return [text.removesuffix("\nassistant\n").split()[-1] for text in texts]

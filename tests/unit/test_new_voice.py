@@ -63,7 +63,7 @@ def test_a_new_voice_begins_as_another_and_is_known_by_name_in_the_export(folder
     published["talker_config"]["speaker_id"]["anna"] = ANNA
     assert exported == published
     voice = Voice(target=folder / "out.wav", speaker="ANNA", temperature=0, seconds=0.2)
-    (line,) = spoken_answers(folder / "run", "Is it?", {}, voice, max_new_tokens=3, sampling=Sampling())
+    (line,) = spoken_answers(folder / "run", "Is it?", {}, voice, sampling=Sampling(max_new_tokens=3))
     assert line["num_code_frames"] == 2
     omniloom.export(folder / "run", folder / "exported")
     assert read_json(folder / "exported" / "config.json") == exported

@@ -107,7 +107,7 @@ def test_sound_beside_pictures_is_answered_aloud(model: Path, tmp_path: Path) ->
     write_audio(tmp_path / "tone.wav", "pcm_s16le", 16_000, tone(8_000, 16_000))
     media = {"image": [tmp_path / "red.png"], "audio": [tmp_path / "tone.wav"]}
     voice = Voice(target=tmp_path / "out.wav", seconds=0.2)
-    (line,) = spoken_answers(model, "What is it?", media, voice, max_new_tokens=3, sampling=GREEDY)
+    (line,) = spoken_answers(model, "What is it?", media, voice, sampling=Sampling(max_new_tokens=3))
     assert line["num_code_frames"] == 2
 
 
@@ -116,7 +116,7 @@ def test_rows_are_spoken_into_a_folder_and_compared_with_their_codes(model: Path
     question = {"messages": [{"role": "user", "content": "What do you say?"}]}
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(question))
-    options = {"data": rows, "max_new_tokens": 4, "sampling": GREEDY}
+    options = {"data": rows, "sampling": Sampling(max_new_tokens=4)}
     (line,) = spoken_answers(model, None, {}, voice, **options)
     assert line["speech"] == str(tmp_path / "first" / "000000.wav")
     assert "code_match" not in line
@@ -139,7 +139,7 @@ def test_codes_match_by_their_share_and_missing_frames_count(model: Path) -> Non
 
 def test_a_conversation_is_spoken_turn_by_turn(model: Path, tmp_path: Path) -> None:
     voice, pieces = Voice(target=tmp_path / "said", speaker="Ethan", temperature=0, seconds=0.2), list[str]()
-    chat(model, {}, lines=["hello", "again"], write=pieces.append, max_new_tokens=3, sampling=GREEDY, voice=voice)
+    chat(model, {}, lines=["hello", "again"], write=pieces.append, sampling=Sampling(max_new_tokens=3), voice=voice)
     files = sorted((tmp_path / "said").iterdir())
     assert [file.name for file in files] == ["answer_001.wav", "answer_002.wav"]
     assert all(f"[{file}, 0." in "".join(pieces) for file in files)
@@ -152,7 +152,7 @@ def test_the_talker_of_an_export_is_what_is_heard(model: Path, tmp_path: Path) -
     reader = open_asking(workshop)
     speaker = Speaker(workshop, Voice(target=tmp_path, seconds=0.4), reader.processor.tokenizer)
     prompt = read_prompt(reader, ask(reader, "Hello", {}), "here")
-    spoken = speaker.say(prompt, max_new_tokens=4, sampling=GREEDY)
+    spoken = speaker.say(prompt, Sampling(max_new_tokens=4))
     with torch.no_grad():
         sound = open_vocoder(workshop.checkpoint).chunked_decode(torch.tensor(spoken.codes)[None])
     np.testing.assert_allclose(spoken.waveform, sound.flatten().numpy(), atol=1e-6)
