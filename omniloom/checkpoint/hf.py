@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from omniloom.checkpoint.tensor_files import DTYPES, HFCheckpoint, open_checkpoint
+from omniloom.checkpoint.tensor_files import DTYPES, HFCheckpoint
 from omniloom.keymap import Assembly, Box, KeyMap, Read, Tied, listed, whole
 from omniloom.ops import nf4
-
-__all__ = ["HFCheckpoint", "check_names", "load_model", "local_region", "open_checkpoint", "read_tensor"]
 
 CHUNK_BYTES = 64 << 20  # of a parameter, read at a time
 # ends of names of tensors that only quantised weights have beside them, most telling first

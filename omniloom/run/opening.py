@@ -24,17 +24,9 @@ from omniloom.checkpoint.adapters import (
     saved_weights,
 )
 from omniloom.checkpoint.files import read_json
-from omniloom.checkpoint.hf import (
-    HFCheckpoint,
-    check_dtypes,
-    check_names,
-    check_twins,
-    load_model,
-    open_checkpoint,
-    read_tensor,
-    refuse_quantised,
-)
+from omniloom.checkpoint.hf import check_dtypes, check_names, check_twins, load_model, read_tensor, refuse_quantised
 from omniloom.checkpoint.hub import resolve_model_path
+from omniloom.checkpoint.tensor_files import HFCheckpoint, open_checkpoint
 from omniloom.config import Config
 from omniloom.families.registry import find_spec
 from omniloom.families.spec import TALKER_COMPONENTS, ModelSpec

@@ -31,8 +31,9 @@ from omniloom.checkpoint.dcp import (
     rng_state,
 )
 from omniloom.checkpoint.export import export
-from omniloom.checkpoint.hf import gather_full, load_model, open_checkpoint
+from omniloom.checkpoint.hf import gather_full, load_model
 from omniloom.checkpoint.stored import find_latest
+from omniloom.checkpoint.tensor_files import open_checkpoint
 from omniloom.keymap import KeyMap, Rule
 
 NUM_EXPERTS, INNER, HIDDEN = 4, 6, 8

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from omniloom.checkpoint.adapters import CONFIG_NAME, NOTE_NAME, PREFIX, TENSORS_NAME, fingerprint
 from omniloom.checkpoint.dcp import MODEL, OPTIMIZER
-from omniloom.checkpoint.hf import open_checkpoint
 from omniloom.checkpoint.stored import find_latest
+from omniloom.checkpoint.tensor_files import open_checkpoint
 from omniloom.config import ConfigError, load_config
 from omniloom.keymap import canonical_name
 from omniloom.run.opening import load_weights, open_workshop

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from omniloom.checkpoint.export import MARKER_NAME, export
-from omniloom.checkpoint.hf import check_dtypes, check_twins, gather_full, load_model, open_checkpoint, refuse_quantised
-from omniloom.checkpoint.tensor_files import INDEX_NAME
+from omniloom.checkpoint.hf import check_dtypes, check_twins, gather_full, load_model, refuse_quantised
+from omniloom.checkpoint.tensor_files import INDEX_NAME, open_checkpoint
 from omniloom.keymap import KeyMap, Rule, Tied
 
 HIDDEN, INNER, NUM_EXPERTS = 6, 4, 3

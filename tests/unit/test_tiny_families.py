@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from omniloom.checkpoint.hf import check_names, open_checkpoint
+from omniloom.checkpoint.hf import check_names
+from omniloom.checkpoint.tensor_files import open_checkpoint
 from omniloom.families.registry import SPECS, find_spec
 from omniloom.families.spec import COMPONENTS
 from omniloom.tools.tiny import FAMILIES, make_tiny

@@ -111,8 +111,7 @@ class Draft:
         try:
             return reader(value)
         except (TypeError, ValueError) as error:
-            known = ", ".join(map(str, error.args)) if isinstance(error, ValueError) else "another kind of value"
-            self._not_usable(replace(setting, value=value), known)
+            self._not_usable(replace(setting, value=value), error)
         return usual
 
     def product(self, *names: str) -> int:
@@ -216,10 +215,11 @@ class Draft:
         except NotOffered as reason:
             self.lost.append((str(setting), str(reason)))
         except (TypeError, ValueError) as error:
-            known = ", ".join(map(str, error.args)) if isinstance(error, ValueError) else "another kind of value"
-            self._not_usable(setting, known)
+            self._not_usable(setting, error)
 
-    def _not_usable(self, setting: Setting, expected: str) -> None:
+    def _not_usable(self, setting: Setting, why: str | Exception) -> None:
+        """`why`: what is expected, in words or as a reader raised them."""
+        expected = "another kind of value" if isinstance(why, TypeError) else str(why)
         hint, expected = "", "a number" if expected.startswith("could not convert") else expected
         if isinstance(setting.value, str) and is_open(setting.value):
             hint = (
