@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,39 +41,6 @@ def token_order(num_tokens: int, ring: int) -> Tensor:
     return move_chunks(torch.arange(num_tokens), num_tokens, ring).argsort()
 
 
-def _reorder(batch: PackedBatch, ring: int) -> PackedBatch:
-    num_tokens = batch.input_ids.shape[0]
-    order, moved = token_order(num_tokens, ring), partial(move_chunks, num_tokens=num_tokens, ring=ring)
-    return dataclasses.replace(
-        batch,
-        input_ids=batch.input_ids[order],
-        labels=batch.labels[order],
-        loss_weights=batch.loss_weights[order],
-        loss_index=moved(batch.loss_index),
-        position_ids=batch.position_ids[:, order],
-        is_padding=batch.is_padding[order],
-        targets={
-            name: dataclasses.replace(targets, token_index=moved(targets.token_index))
-            for name, targets in batch.targets.items()
-        },
-        speech=batch.speech and _reorder_speech(batch.speech, order, moved),
-    )
-
-
-def _reorder_speech(speech: SpeechBatch, order: Tensor, moved: Callable[[Tensor], Tensor]) -> SpeechBatch:
-    rows = dataclasses.replace(
-        speech.rows,
-        text_ids=speech.rows.text_ids[order],
-        position_ids=speech.rows.position_ids[:, order],
-        media_index=moved(speech.rows.media_index),
-        state_index=moved(speech.rows.state_index),
-        hidden_index=moved(speech.rows.hidden_index),
-        codec_index=moved(speech.rows.codec_index),
-        frame_index=moved(speech.rows.frame_index),
-    )
-    return dataclasses.replace(speech, rows=rows, is_padding=speech.is_padding[order])
-
-
 def slice_batch(batch: PackedBatch, rank: int, degree: int, tensor: int = 1, ring: int = 1) -> PackedBatch:
     """The share of one of the ranks among which a pack's tokens are: `[rank * T / degree, (rank + 1) * T / degree)`.
 
@@ -82,23 +49,26 @@ def slice_batch(batch: PackedBatch, rank: int, degree: int, tensor: int = 1, rin
     rows, and loss rows of one number, filled up with rows that have no weight. With a ring, rows change places first.
     Raises: ValueError where T does not divide.
     """
-    if ring > 1:
-        batch = _reorder(batch, ring)
     num_tokens = batch.input_ids.shape[0]
     if num_tokens % degree:
         raise ValueError(f"a pack of {num_tokens} tokens does not divide over {degree} ranks")
-    size = num_tokens // degree
+
+    def rows_at(start: int, end: int) -> slice | Tensor:
+        return slice(start, end) if ring == 1 else token_order(num_tokens, ring)[start:end]
+
+    size, moved = num_tokens // degree, partial(move_chunks, num_tokens=num_tokens, ring=ring)
     start, end, first = rank * size, (rank + 1) * size, rank // tensor * tensor
+    share = _Share(start, end, moved, rows_at(start, end))
     return dataclasses.replace(
         batch,
-        input_ids=batch.input_ids[start:end],
-        labels=batch.labels[start:end],
-        loss_weights=batch.loss_weights[start:end],
-        loss_index=_slice_loss_index(batch.loss_index, size, rank, range(first, first + tensor)),
-        position_ids=batch.position_ids[:, first * size : (first + tensor) * size],
-        is_padding=batch.is_padding[start:end],
-        targets={name: _slice_targets(targets, start, end) for name, targets in batch.targets.items()},
-        speech=batch.speech and _slice_speech(batch.speech, start, end),
+        input_ids=batch.input_ids[share.rows],
+        labels=batch.labels[share.rows],
+        loss_weights=batch.loss_weights[share.rows],
+        loss_index=_slice_loss_index(moved(batch.loss_index), size, rank, range(first, first + tensor)),
+        position_ids=batch.position_ids[:, rows_at(first * size, (first + tensor) * size)],
+        is_padding=batch.is_padding[share.rows],
+        targets={name: _slice_targets(targets, share) for name, targets in batch.targets.items()},
+        speech=batch.speech and _slice_speech(batch.speech, share),
     )
 
 
@@ -110,28 +80,36 @@ def _slice_loss_index(loss_index: Tensor, size: int, rank: int, neighbours: rang
     return torch.cat((mine, free[:missing]))
 
 
-def _slice_targets(targets: Targets, start: int, end: int) -> Targets:
-    mine = (targets.token_index >= start) & (targets.token_index < end)
-    return Targets(
-        token_index=targets.token_index[mine] - start, weights=targets.weights[mine], values=targets.values[mine]
-    )
+class _Share(NamedTuple):
+    """The part of a pack that is one rank's."""
+
+    start: int  # of the places that are its own
+    end: int
+    moved: Callable[[Tensor], Tensor]  # rows of the pack -> their places
+    rows: slice | Tensor  # at its places
+
+    def of(self, index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        """Those of some rows that are its own, counted from its first place, and the values that belong to them."""
+        places = self.moved(index)
+        mine = (places >= self.start) & (places < self.end)
+        return (places[mine] - self.start, *(value[mine] for value in values))
 
 
-def _slice_speech(speech: SpeechBatch, start: int, end: int) -> SpeechBatch:
-    """What is read in rows `start` to `end`. The states that rows read stay numbered by the whole pack."""
+def _slice_targets(targets: Targets, share: _Share) -> Targets:
+    token_index, weights, values = share.of(targets.token_index, targets.weights, targets.values)
+    return Targets(token_index=token_index, weights=weights, values=values)
+
+
+def _slice_speech(speech: SpeechBatch, share: _Share) -> SpeechBatch:
+    """What is read in own rows. The states that rows read stay numbered by the whole pack."""
     rows = speech.rows
-
-    def mine(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        inside = (index >= start) & (index < end)
-        return (index[inside] - start, *(value[inside] for value in values))
-
-    (media_index,) = mine(rows.media_index)
-    state_index, hidden_index = mine(rows.state_index, rows.hidden_index)
-    codec_index, codec_ids = mine(rows.codec_index, rows.codec_ids)
-    frame_index, frames = mine(rows.frame_index, rows.frames)
+    (media_index,) = share.of(rows.media_index)
+    state_index, hidden_index = share.of(rows.state_index, share.moved(rows.hidden_index))
+    codec_index, codec_ids = share.of(rows.codec_index, rows.codec_ids)
+    frame_index, frames = share.of(rows.frame_index, rows.frames)
     own = SpeechRows(
-        text_ids=rows.text_ids[start:end],
-        position_ids=rows.position_ids[:, start:end],
+        text_ids=rows.text_ids[share.rows],
+        position_ids=rows.position_ids[:, share.rows],
         media_index=media_index,
         state_index=state_index,
         hidden_index=hidden_index,
@@ -140,7 +118,7 @@ def _slice_speech(speech: SpeechBatch, start: int, end: int) -> SpeechBatch:
         frame_index=frame_index,
         frames=frames,
     )
-    return dataclasses.replace(speech, rows=own, is_padding=speech.is_padding[start:end])
+    return dataclasses.replace(speech, rows=own, is_padding=speech.is_padding[share.rows])
 
 
 def check_heads(num_heads: int, num_key_value_heads: int, degree: int) -> None:
