@@ -128,12 +128,16 @@ def layer_owners(plan: ShardingPlan, degrees: Degrees) -> tuple[int, ...]:
 def cut_decoder(text: Decoder, owners: Sequence[int], layout: Layout) -> None:
     """Leave this rank's layers in `text`, in place, the embedding on the first rank and the head on the last."""
     rank = layout.pipeline_rank
-    for name, owner in zip(list(text.layers), owners, strict=True):
-        if owner != rank:
-            del text.layers[name]
-    if rank > 0:
+    own = [layer for layer, owner in enumerate(owners) if owner == rank]
+    _keep(text, own, has_embed=rank == 0, has_head=rank == layout.degrees.pipeline - 1)
+
+
+def _keep(text: Decoder, layers: Sequence[int], *, has_embed: bool, has_head: bool) -> None:
+    for name in text.layers.keys() - set(map(str, layers)):
+        del text.layers[name]
+    if not has_embed:
         text.embed = None
-    if rank < layout.degrees.pipeline - 1:
+    if not has_head:
         text.loss_head = None
 
 
@@ -191,8 +195,8 @@ class _Mail:
         """`like` has the shape and dtype of all rows; `expected` are the messages by the rank that sends them."""
         self._layout, self._like = layout, like
         self._expected = {source: iter(messages) for source, messages in expected.items()}
-        self._posted: dict[Message, tuple[Tensor, dist.Work | None]] = {}
-        self._sent: list[tuple[Tensor, dist.Work | None]] = []
+        self._posted: dict[Message, tuple[Tensor, dist.Work]] = {}
+        self._sent: list[tuple[Tensor, dist.Work]] = []
 
     def send(self, rows: Tensor, target: int) -> None:
         rows = rows.contiguous()
@@ -200,7 +204,7 @@ class _Mail:
         group = self._group(self._layout.pipeline_rank, target)
         self._sent = [each for each in self._sent if not _is_over(each[1])]  # rows of a step's every pack add up
         work = dist.isend(rows, group=group, group_dst=target)
-        self._sent.append((rows, work))  # gloo and NCCL read it until the work is done
+        self._sent.append((rows, _begun(work)))  # gloo and NCCL read it until the work is done
 
     def receive(self, wanted: Message, source: int) -> Tensor:
         while wanted not in self._posted:
@@ -208,8 +212,7 @@ class _Mail:
         rows, work = self._posted.pop(wanted)
         try:
             self._post(source)  # the next one, to arrive while this one is worked on
-            if work is not None:
-                work.wait()
+            work.wait()
         except RuntimeError as error:
             rank = dist.get_global_rank(self._group(source, self._layout.pipeline_rank), source)
             what = "the gradient of its rows" if wanted.is_gradient else "rows"
@@ -221,7 +224,7 @@ class _Mail:
         if (message := next(self._expected[source], None)) is None:
             return False
         rows, group = torch.empty_like(self._like), self._group(source, self._layout.pipeline_rank)
-        self._posted[message] = rows, dist.irecv(rows, group=group, group_src=source)
+        self._posted[message] = rows, _begun(dist.irecv(rows, group=group, group_src=source))
         return True
 
     def _group(self, source: int, target: int) -> dist.ProcessGroup:
@@ -232,16 +235,19 @@ class _Mail:
     def close(self) -> None:
         """Wait until all that was sent is gone."""
         for _, work in self._sent:
-            if work is not None:
-                work.wait()
+            work.wait()
 
 
-def _is_over(work: dist.Work | None) -> bool:
+def _begun(work: dist.Work | None) -> dist.Work:
+    assert work is not None, "rows go to and from ranks of a group that this one is in"
+    return work
+
+
+def _is_over(work: dist.Work) -> bool:
     """Raises: RuntimeError where it failed."""
-    if work is not None and not work.is_completed():
+    if not work.is_completed():
         return False
-    if work is not None:
-        work.wait()
+    work.wait()
     return True
 
 
@@ -320,7 +326,7 @@ class Pipeline:
                 last = stage == self.num_stages - 1
                 pending[stage, pack] = _Pending(arrived=arrived, left=share_of(made) if last else _handed(made))
                 del arrived, made  # not to be alive with the next pack's
-        self._sum_tied(mail)
+        self._sum_tied()
         mail.close()
         return [self.whole_terms(own) for own in terms]
 
@@ -366,7 +372,7 @@ class Pipeline:
         shape = (batch.input_ids.shape[0], self.plan.hidden_size)
         return torch.empty(shape, dtype=self.dtype, device=self.layout.device)
 
-    def _sum_tied(self, mail: _Mail) -> None:
+    def _sum_tied(self) -> None:
         """Add up the gradients of embedding and head, two copies of one parameter, on both."""
         if self.tied is None or self.tied.grad is None:
             return
@@ -380,8 +386,7 @@ class Pipeline:
         else:
             works = [dist.irecv(theirs, group=up, group_src=other), dist.isend(own, group=down, group_dst=other)]
         for work in works:
-            if work is not None:
-                work.wait()
+            _begun(work).wait()
         local += theirs
 
     def whole_terms(self, parts: Sequence[LossTerms]) -> LossTerms:
@@ -451,12 +456,5 @@ def _view(text: nn.Module, first: int, size: int, has_embed: bool, has_head: boo
     children = {id(child): child for child in text.children() if not isinstance(child, nn.ModuleDict)}
     layers = cast(nn.ModuleDict, text.layers)
     stage: Any = copy.deepcopy(text, {**children, **{id(layer): layer for layer in layers.values()}})
-    wanted = {str(index) for index in range(first, first + size)}
-    for name in list(stage.layers):
-        if name not in wanted:
-            del stage.layers[name]
-    if not has_embed:
-        stage.embed = None
-    if not has_head:
-        stage.loss_head = None
+    _keep(stage, range(first, first + size), has_embed=has_embed, has_head=has_head)
     return stage

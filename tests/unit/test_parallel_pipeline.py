@@ -132,10 +132,15 @@ def test_rows_that_have_arrived_are_not_kept_until_the_step_is_over(monkeypatch)
 def test_both_ends_of_a_tied_weight_meet_in_the_upward_group_first(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A communicator that they have not used yet is made by both together: in two orders neither would be."""
     groups: list[str] = []
+
+    def begin(*_: object, group: str, **__: object) -> SimpleNamespace:
+        groups.append(group)
+        return SimpleNamespace(wait=lambda: None)
+
     for name in ("isend", "irecv"):
-        monkeypatch.setattr(torch.distributed, name, lambda *_, group, **__: groups.append(group))
+        monkeypatch.setattr(torch.distributed, name, begin)
     tied = torch.nn.Parameter(torch.ones(2))
     tied.grad = torch.ones(2)
     layout = SimpleNamespace(upward="up", downward="down")
-    Pipeline._sum_tied(SimpleNamespace(tied=tied, num_ranks=3, rank=rank, layout=layout), None)
+    Pipeline._sum_tied(SimpleNamespace(tied=tied, num_ranks=3, rank=rank, layout=layout))
     assert groups == ["up", "down"]
