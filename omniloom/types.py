@@ -39,10 +39,10 @@ class SampleError(ValueError):
 class MissingFile(SampleError):
     """A file that is not there, which may be the fault of this machine alone."""
 
-    def __init__(self, field: str, path: str) -> None:
-        hint = "; write its folders with /" if "\\" in path else ""
+    def __init__(self, field: str, path: str, hint: str = "") -> None:
+        hint = "; write its folders with /" if "\\" in path else hint
         super().__init__(field, f"{path if len(path) < 300 else path[:60] + '...'} does not exist{hint}")
-        self.path, self.args = path, (field, path)
+        self.path, self.args = path, (field, path, hint)
 
 
 def suggest(name: str, known: Iterable[str], *, among: str = "known:", before: str = "") -> str:

@@ -73,6 +73,14 @@ def read_bytes(file: str | bytes, kind: MediaKind) -> bytes | str:
         raise SampleError(kind, f"cannot fetch {name_of(file)}: {error}") from None
 
 
+def _lies_here(path: str) -> str:
+    """A hint where a file that is missing lies below the working directory, which is where some rows start from."""
+    parts = path.split(os.sep)
+    tails = (os.sep.join(parts[start:]) for start in range(1, len(parts)))
+    found = next((tail for tail in tails if os.path.isfile(tail)), None)
+    return "" if found is None else f"; {found} is in the working directory: for rows that mean it set data.media_dir=."
+
+
 def size_of(data: bytes | str, kind: MediaKind) -> int:
     """Size in bytes. Raises: SampleError for a file that is missing, empty or no file."""
     if isinstance(data, bytes):
@@ -82,7 +90,7 @@ def size_of(data: bytes | str, kind: MediaKind) -> int:
             if not os.path.isfile(data):
                 if os.path.isdir(data):
                     raise SampleError(kind, f"{name_of(data)} is a directory, not a file")
-                raise MissingFile(kind, data)
+                raise MissingFile(kind, data, _lies_here(data))
             size = os.path.getsize(data)
         except OSError as error:
             raise SampleError(kind, f"cannot read {name_of(data)}: {error.strerror or error}") from None

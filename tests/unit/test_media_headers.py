@@ -489,6 +489,16 @@ def test_a_path_of_windows_is_told_how_to_be_written(tmp_path):
         header_of(tmp_path / "a\\b.png", "image")
 
 
+def test_a_missing_file_that_is_in_the_working_directory_is_told_how_to_be_found(tmp_path, monkeypatch):
+    (tmp_path / "demo/images").mkdir(parents=True)
+    (tmp_path / "demo/images/a.png").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        SampleError, match=r"demo/demo/images/a\.png does not exist; demo/images/a\.png is in the working"
+    ):
+        header_of(tmp_path / "demo/demo/images/a.png", "image")
+
+
 @pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "a.wav", "a.png", "a.jpg"])
 def test_missing_empty_and_garbage_files_are_bad_samples_that_name_the_file(tmp_path, name):
     kind = "video" if name.startswith("h264") else "audio" if name.endswith("wav") else "image"
