@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from omniloom.checkpoint.agreement import agree, attempt, rank
+from omniloom.checkpoint.agreement import agree, on_first, rank
 from omniloom.checkpoint.files import read_json, write_text
 from omniloom.checkpoint.hf import local_region
 from omniloom.checkpoint.tensor_files import DTYPES, HFCheckpoint, TensorEntry, read_header
@@ -186,12 +186,12 @@ def write_adapter(
         if first:
             key, values = (part.key, full) if part.is_added else _as_published(part, full, assemblies, source)
             tensors[key] = part.to_peft(values).clone(memory_format=torch.contiguous_format)
-    fault = None
-    if first:
+
+    def write() -> None:
         config = _peft_config(base_name, config_json, adapters, targets) | _saved_modules(whole, tied)
-        work = partial(_write, directory, config, tensors, fingerprint(source))
-        fault = attempt(work, f"write the adapter {directory}")
-    agree(fault, group)
+        _write(directory, config, tensors, fingerprint(source))
+
+    on_first(write, f"write the adapter {directory}", group=group)
     return directory
 
 

@@ -45,6 +45,11 @@ def agree(fault: str | None, group: dist.ProcessGroup | None = None) -> None:
         raise ValueError(told if num_ranks(group) == 1 or number == 0 else f"{told} (rank {number})")
 
 
+def on_first(work: Callable[[], object], what: str, unharmed: str = "", *, group: Group) -> None:
+    """`attempt` by rank 0, and `agree` on it. Collective over `group`. Raises: ValueError on every rank."""
+    agree(attempt(work, what, unharmed) if rank(group) == 0 else None, group)
+
+
 def attempt(work: Callable[[], object], what: str, unharmed: str = "") -> str | None:
     """Do the work; a fault of disk or data comes back in words, for `agree`.
 

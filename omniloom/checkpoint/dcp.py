@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.tensor import DTensor
 
-from omniloom.checkpoint.agreement import agree, attempt, gather, in_group, num_ranks, rank
+from omniloom.checkpoint.agreement import agree, attempt, gather, in_group, num_ranks, on_first, rank
 from omniloom.checkpoint.files import sync_directory, write_text
 from omniloom.checkpoint.stored import (
     EXTRAS_NAME,
@@ -99,14 +99,14 @@ class Saver:
 
     def _write(self, step: int, planner: _Planner, state: dict[str, Tensor], extras: str) -> None:
         partial = self.root / f"{step_name(step)}.partial"
-        first, words = rank(self.group) == 0, (f"save step {step}", "; earlier checkpoints are intact")
+        words = f"save step {step}", "; earlier checkpoints are intact"
         try:
-            agree(attempt(lambda: _make_empty(partial), *words) if first else None, self.group)
+            on_first(lambda: _make_empty(partial), *words, group=self.group)
             writer = _Writer(partial, sync_files=True)
             agree(attempt(lambda: self._save_tensors(writer, planner, state), *words), self.group)
             files = {path.name: _describe(path) for path in partial.glob(f"__{rank(self.group)}_*")}
             files = {name: item for part in gather(files, self.group) for name, item in part.items()}
-            agree(attempt(lambda: self._commit(partial, step, files, extras), *words) if first else None, self.group)
+            on_first(lambda: self._commit(partial, step, files, extras), *words, group=self.group)
         except ValueError:
             shutil.rmtree(partial, ignore_errors=True)  # by all: it may be another directory on another node
             raise

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from omniloom.checkpoint.agreement import Group, agree, attempt, gather, rank
+from omniloom.checkpoint.agreement import Group, gather, on_first, rank
 
 _log = logging.getLogger(__name__)
 SIGHT_SECONDS = 3.0  # that a network file system is given to show a new file on another node
@@ -97,10 +97,7 @@ def hold_run_lock(run_dir: str | Path, group: Group = None) -> Iterator[None]:
     Raises: `run_lock`'s ValueError, on every rank; ValueError where a rank does not see rank 0's directory.
     """
     with ExitStack() as stack:
-        fault = None
-        if rank(group) == 0:
-            fault = attempt(lambda: stack.enter_context(run_lock(run_dir)), "take the run's lock")
-        agree(fault, group)
+        on_first(lambda: stack.enter_context(run_lock(run_dir)), "take the run's lock", group=group)
         check_shared(Path(run_dir), group)
         yield
 
@@ -108,10 +105,7 @@ def hold_run_lock(run_dir: str | Path, group: Group = None) -> Iterator[None]:
 def check_shared(run_dir: Path, group: Group = None) -> None:
     """That all ranks see one run directory. Collective. Raises: ValueError on every rank, naming those that do not."""
     name = gather(f".seen_by_all_ranks.{secrets.token_hex(8)}", group)[0]  # new, so that no node remembers its absence
-    fault = None
-    if rank(group) == 0:
-        fault = attempt((run_dir / name).touch, f"write the run directory {run_dir}")
-    agree(fault, group)
+    on_first((run_dir / name).touch, f"write the run directory {run_dir}", group=group)
     deadline = time.monotonic() + SIGHT_SECONDS
     while not (seen := (run_dir / name).exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
