@@ -215,7 +215,7 @@ class RunRecords:
         samples = [sample for pack in loaded.plan.packs for sample in pack.samples]
         shares = {
             name: model_flops_utilisation(megaflops, seconds, self._peak_flops, self.layout.world_size)
-            for name, megaflops in work.megaflops(sample.extent for sample in samples).items()
+            for name, megaflops in work.by_component(sample.extent for sample in samples).items()
         }
         mfu = sum(shares.values())
         passes = loaded.plan.rows_planned / len(rows) if train.steps else loaded.progress * (train.epochs or 1.0)

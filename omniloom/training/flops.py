@@ -51,11 +51,12 @@ class TrainingWork:
     speech: bool = False  # the talker's own weights
     speech_alone: bool = False  # nothing but the talker's: of the text then nothing is counted, little of it being read
 
-    def megaflops(self, extents: Iterable[Extent]) -> dict[str, float]:
-        """FLOPs / 1e6 of forward and backward over these samples, by component; recompute is not counted.
+    def megaflops(self, extents: Iterable[Extent]) -> float:
+        """FLOPs / 1e6 of forward and backward over these samples; recompute is not counted."""
+        return sum(self.by_component(extents).values())
 
-        Attention is counted by the length of each sample, frame and window.
-        """
+    def by_component(self, extents: Iterable[Extent]) -> dict[str, float]:
+        """The same of decoder and towers; attention by the length of each sample, frame and window."""
         decoder = towers = speech = 0
         for extent in extents:
             decoder += extent.cost - extent.tower_cost - extent.speech_cost

@@ -31,8 +31,8 @@ def line(step: int) -> StepMetrics:
 
 def test_utilisation_is_known_by_component(tmp_path) -> None:
     extents = [Extent(num_tokens=1, num_loss_tokens=1, weight_sum=1.0, cost=10, tower_cost=4)] * 2
-    assert TrainingWork(decoder_weights=True, towers=False).megaflops(extents) == {"decoder": 36, "towers": 8}
-    assert TrainingWork(decoder_weights=False, towers=True).megaflops(extents) == {"decoder": 24, "towers": 24}
+    assert TrainingWork(decoder_weights=True, towers=False).by_component(extents) == {"decoder": 36, "towers": 8}
+    assert TrainingWork(decoder_weights=False, towers=True).megaflops(extents) == 2 * (2 * 6 + 3 * 4)
     log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
     log.write(replace(line(0), mfu_parts={"decoder": 0.3, "towers": 0.1}, mfu_of_nominal=None))
     log.close()
