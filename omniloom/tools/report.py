@@ -231,22 +231,17 @@ def _figures(files: RunFiles) -> list[Figure]:
 
 def _charts(metrics: Sequence[Line]) -> tuple[list[Chart], list[Chart]]:
     """The curves that people look for first, evaluations among them, and those of all other figures."""
-    charts = [_loss_chart(metrics)]
-    for title, key, unit, floor, raw in (
-        ("Gradient norm", "grad_norm", "", 0.0, True),
-        ("Learning rate", "learning_rate", "", 0.0, False),
-        ("Throughput, tokens per second", "tokens_per_second", "count", 0.0, True),
-        ("Waiting for data", "data_wait_fraction", "%", 0.0, True),
-        ("Peak memory", "peak_memory_bytes", "bytes", 0.0, False),
-    ):
-        charts.append(_chart(metrics, title, key, unit=unit, floor=floor, raw=raw))
-    for title, key, unit in (
-        ("Model FLOPs utilisation", "mfu", "%"),
-        ("Router loss", "router_loss", ""),
-        ("Expert imbalance, most loaded over mean", "expert_imbalance", ""),
-    ):
-        if any(value for _, value in points_of(metrics, key)):
-            charts.append(_chart(metrics, title, key, unit=unit, floor=0.0, raw=True))
+    charts = [
+        _loss_chart(metrics),
+        _chart(metrics, "Gradient norm", "grad_norm"),
+        _chart(metrics, "Learning rate", "learning_rate", raw=False),
+        _chart(metrics, "Throughput, tokens per second", "tokens_per_second", "count"),
+        _chart(metrics, "Waiting for data", "data_wait_fraction", "%"),
+        _chart(metrics, "Peak memory", "peak_memory_bytes", "bytes", raw=False),
+        *_chart_if_any(metrics, "Model FLOPs utilisation", "mfu", "%"),
+        *_chart_if_any(metrics, "Router loss", "router_loss", ""),
+        *_chart_if_any(metrics, "Expert imbalance, most loaded over mean", "expert_imbalance", ""),
+    ]
     groups = groups_of(metrics, CHARTED)
     evaluated = [_group_chart(metrics, *group) for group in groups.items() if group[0].startswith("eval_")]
     others = [_group_chart(metrics, *group) for group in groups.items() if not group[0].startswith("eval_")]
@@ -317,10 +312,15 @@ def _loss_chart(metrics: Sequence[Line]) -> Chart:
     )
 
 
-def _chart(metrics: Sequence[Line], title: str, key: str, *, unit: str, floor: float | None, raw: bool) -> Chart:
+def _chart(metrics: Sequence[Line], title: str, key: str, unit: str = "", *, raw: bool = True) -> Chart:
     points = points_of(metrics, key)
-    svg = line_chart([Series(name=title, points=points, raw=raw)], label=f"{title} over steps", unit=unit, floor=floor)
+    svg = line_chart([Series(name=title, points=points, raw=raw)], label=f"{title} over steps", unit=unit, floor=0.0)
     return Chart(title=title, svg=svg, last=_last(points, unit))
+
+
+def _chart_if_any(metrics: Sequence[Line], title: str, key: str, unit: str) -> list[Chart]:
+    """None of a figure that the run does not have, or that is always zero."""
+    return [_chart(metrics, title, key, unit)] if any(value for _, value in points_of(metrics, key)) else []
 
 
 def _last(points: Sequence[tuple[float, float]], unit: str) -> str:
@@ -350,15 +350,11 @@ def _mix(metrics: Sequence[Line]) -> list[Figure]:
 
 def _mix_charts(metrics: Sequence[Line]) -> list[Chart]:
     """How much of each medium a step holds, for those that the run has."""
-    charts = []
-    for title, key in (
-        ("Images per step", "num_images"),
-        ("Video frames per step", "video_frames"),
-        ("Seconds of sound per step", "audio_seconds"),
-    ):
-        if any(value for _, value in points_of(metrics, key)):
-            charts.append(_chart(metrics, title, key, unit="count", floor=0.0, raw=True))
-    return charts
+    return [
+        *_chart_if_any(metrics, "Images per step", "num_images", "count"),
+        *_chart_if_any(metrics, "Video frames per step", "video_frames", "count"),
+        *_chart_if_any(metrics, "Seconds of sound per step", "audio_seconds", "count"),
+    ]
 
 
 # ---------------------------------------------------------------------------------------- tables
