@@ -5,7 +5,8 @@
     python benchmarks/gpu.py --tiny                   # tiny models on whatever device is there: that it runs
 
 Weights are drawn on the device: a checkpoint directory here has headers and no bytes. A trained parameter takes 16
-bytes (float32 weight, gradient, two moments), so the decoders that would not fit keep the layers that `ROWS` states.
+bytes (float32 weight, gradient, two moments), so the decoders that would not fit keep the layers that `ROWS` states;
+towers and 36 layers of the 4B would keep 70 GiB for backward (`omniloom plan`), so they are recomputed.
 A step is one pack of 16,384 tokens, four samples of one length, half of the tokens of pictures, half with a loss;
 transformers gets the same samples as a batch without padding. Both compute in bfloat16 over float32 weights (frozen
 ones in bfloat16), and each runs in a process of its own. What is timed is forward, backward, clipping and optimizer.
@@ -67,7 +68,7 @@ class Row:
 
 
 ROWS = (
-    Row(name="Qwen3-VL-4B full", model="Qwen3-VL-4B", family="qwen3_vl"),
+    Row(name="Qwen3-VL-4B full, full recompute", model="Qwen3-VL-4B", family="qwen3_vl", recompute="full"),
     Row(
         name="Qwen3-Omni-30B-A3B LoRA, full recompute",
         model="Qwen3-Omni-30B-A3B",
@@ -83,10 +84,10 @@ ROWS = (
         policy=FROZEN_TOWERS,
     ),
     Row(
-        name="Qwen2.5-Omni-7B, 20 layers full",
+        name="Qwen2.5-Omni-7B, 16 layers full",
         model="Qwen2.5-Omni-7B",
         family="qwen2_5_omni",
-        layers={"text": 20},
+        layers={"text": 16},
         recompute="full",
     ),
 )
