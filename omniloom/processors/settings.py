@@ -134,21 +134,20 @@ def read_processor_config(checkpoint_dir: str | Path) -> tuple[Section, Section,
     """Settings of the image processor, the audio feature extractor and the video processor, whichever there are.
 
     Published checkpoints have the first two in preprocessor_config.json and the third, if at all, in
-    video_preprocessor_config.json; transformers 5 writes them as sections of processor_config.json.
-    Raises: ValueError if the checkpoint has neither file.
+    video_preprocessor_config.json; transformers 5 writes them as sections of processor_config.json, and reads each from
+    there first. Raises: ValueError if the checkpoint has none of the image processor.
     """
     directory = Path(checkpoint_dir)
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (directory / name).is_file():
-            both = Section(values=read_json(directory / name), where=str(directory / name))
-            image, audio, video = (
-                both.section(part) for part in ("image_processor", "feature_extractor", "video_processor")
-            )
-            of_video = directory / "video_preprocessor_config.json"
-            if not video.values and of_video.is_file():
-                video = Section(values=read_json(of_video), where=str(of_video))
-            return image if image.values else both, audio if audio.values else both, video
-    raise ValueError(f"{directory}: no preprocessor_config.json; expected a checkpoint in Hugging Face layout")
+    names = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+    nested, both, of_video = (
+        Section(values=read_json(path) if (path := directory / name).is_file() else {}, where=str(path))
+        for name in names
+    )
+    parts = {"image_processor": both, "feature_extractor": both, "video_processor": of_video}
+    image, audio, video = (found if (found := nested.section(part)).values else own for part, own in parts.items())
+    if not image.values:
+        raise ValueError(f"{directory}: no preprocessor_config.json; expected a checkpoint in Hugging Face layout")
+    return image, audio, video
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from omniloom.families.registry import SPECS, find_spec
-from omniloom.processors.settings import load_tokenizer
+from omniloom.processors.settings import load_tokenizer, read_processor_config
 from omniloom.tools.tiny import make_tiny
 from omniloom.types import Conversation, DecodedClip, MediaHeader, MediaSource, Part, Turn
 
@@ -197,3 +197,18 @@ def test_words_are_split_as_by_the_tokenizer_that_transformers_takes(checkpoint,
         theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path, 10**6, spec.tokenizer)
         splits = [each.backend_tokenizer.pre_tokenizer.pre_tokenize_str(words) for each in (theirs, ours)]
         assert splits[0] == splits[1], (spec.name, kind)
+
+
+@pytest.mark.parametrize("nested", [(), ("image_processor",), ("feature_extractor", "video_processor")])
+def test_each_section_that_transformers_5_wrote_stands_over_the_file_of_its_own(checkpoint, tmp_path, nested):
+    from transformers.feature_extraction_utils import FeatureExtractionMixin
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    settings = json.loads((checkpoint / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "video_preprocessor_config.json").write_text('{"fps": 1}')
+    (tmp_path / "processor_config.json").write_text(json.dumps({part: {**settings, "fps": 3} for part in nested}))
+    image, sound, video = read_processor_config(tmp_path)
+    assert image.values == ImageProcessingMixin.get_image_processor_dict(tmp_path)[0]
+    assert sound.values == FeatureExtractionMixin.get_feature_extractor_dict(tmp_path)[0]
+    assert video.values["fps"] == (3 if nested[1:] else 1)
