@@ -169,12 +169,12 @@ def sample_row(data: bytes, fields: Mapping[str, str] | None = None) -> Row:
         row = _mapped_row(parts, fields)
     else:
         row = _json_row(parts)
-        _add_lists(row, parts)
+        _add_lists(row, parts, key)
         if "txt" in parts:
             row.setdefault("response", _text(parts["txt"], "txt"))
     _add_rates(row)
     row.setdefault("id", key)
-    row[PARTS] = parts
+    row[PARTS] = {spelling: part for name, part in parts.items() for spelling in _spellings(key, name)}
     return row
 
 
@@ -212,19 +212,33 @@ def _json_row(parts: Mapping[str, bytes]) -> Row:
     return {} if name is None else parse_json_row(parts[name])
 
 
-def _add_lists(row: Row, parts: Mapping[str, bytes]) -> None:
-    """Media that the row does not name itself, under the keys of their kinds in the order of the tar."""
-    named = set(_strings(row))
-    lists: dict[str, list[Any]] = {}
-    for name, content in parts.items():
+def _add_lists(row: Row, parts: Mapping[str, bytes], key: str) -> None:
+    """Media of the sample in the order of the tar, under the keys of their kinds.
+
+    Those that content calls by name are left to it, and a list of the row that calls any by name stands as it is.
+    """
+    said = set(_strings(row))
+    media: dict[str, list[str]] = {}
+    for name in parts:
         suffix = name.rpartition(".")[2].lower()
-        if name in named:
+        if kind := _LIST_OF.get(suffix) or _LIST_OF.get(suffix.removesuffix("s")):
+            media.setdefault(kind, []).append(name)
+    for kind, names in media.items():
+        own = set(_strings([row.get(kind), row.get(kind[:-1])]))
+        if not own.isdisjoint(spelling for name in names for spelling in _spellings(key, name)):
             continue
-        if suffix in _LIST_OF:
-            lists.setdefault(_LIST_OF[suffix], []).append(content)
-        elif suffix.endswith("s") and suffix[:-1] in _LIST_OF:
-            lists.setdefault(_LIST_OF[suffix[:-1]], []).extend(_unpickled(name, content))
-    row |= lists
+        if clips := [clip for name in names if name not in said for clip in _clips_of(name, parts[name])]:
+            row.pop(kind[:-1], None)  # of what is not in the tar
+            row[kind] = clips
+
+
+def _spellings(key: str, name: str) -> tuple[str, str, str]:
+    """How a row may call a part of its sample."""
+    return name, f"{key}.{name}", f"{key.rpartition('/')[2]}.{name}"
+
+
+def _clips_of(name: str, content: bytes) -> list[Any]:
+    return [content] if name.rpartition(".")[2].lower() in _LIST_OF else _unpickled(name, content)
 
 
 def _add_rates(row: Row) -> None:
@@ -279,7 +293,7 @@ def _field(parts: Mapping[str, bytes], words: str) -> Any:
         suffix = name.rpartition(".")[2].lower()
         if suffix in _LIST_OF:
             return parts[name]
-        if suffix.endswith("s") and suffix[:-1] in _LIST_OF:
+        if suffix.removesuffix("s") in _LIST_OF:
             return _unpickled(name, parts[name])
         if suffix != "json":
             return _text(parts[name], name)

@@ -108,6 +108,7 @@ def test_plain_parts_captions_and_names_that_a_row_calls_its_files(tmp_path: Pat
     assert media_of(found[0]) == [("image", JPEG)]
     assert [part.text for part in found[0].turns[1].parts] == ["a cat"]
     assert media_of(found[2]) == [("audio", b"RIFF"), ("audio", MP3)]
+    assert media_of(found[3]) == [("image", b"A")]
     assert media_of(found[4]) == [("image", b"0"), ("image", b"1")]
 
 
@@ -116,6 +117,24 @@ def test_what_a_row_names_is_not_taken_twice(tmp_path: Path) -> None:
     row = {"messages": [asked, ASKED[1]]}
     path = write_tar(tmp_path / "a.tar", [("0.a.jpg", b"A"), ("0.JSON", json.dumps(row).encode())])
     assert media_of(conversations(path)[0]) == [("image", b"A")]
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ({"images": ["1.png", "0.jpg"]}, [b"\x891", b"\xff0"]),  # in another order than the tar's
+        ({"images": ["sub/7.1.png"]}, [b"\x891"]),
+        ({"image": "7.1.png"}, [b"\x891"]),
+        ({"image": "train2017/7.jpg"}, [b"\xff0", b"\x891"]),  # of the data set before it was packed
+        ({"images": ["train2017/7.jpg", "b.png"]}, [b"\xff0", b"\x891"]),
+        ({"file_name": "7.0.jpg"}, [b"\xff0", b"\x891"]),
+    ],
+)
+def test_a_list_of_the_row_says_which_files_of_its_sample(tmp_path: Path, listed, expected) -> None:
+    row = {"query": "<image>" * len(expected), "response": "r", **listed}
+    members = [("sub/7.0.jpg", b"\xff0"), ("sub/7.1.png", b"\x891"), ("sub/7.json", json.dumps(row).encode())]
+    (found,) = conversations(write_tar(tmp_path / "a.tar", members))
+    assert media_of(found) == [("image", data) for data in expected]
 
 
 @pytest.mark.parametrize("members", [[("0.json", b"{")], [("0.json", b"7")], [("0.jpgs", pickle.dumps({"a": 1}))]])
