@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -205,15 +206,12 @@ def _look_at(workshop: Workshop, source: Sources, name: str) -> list[CheckedRow]
     from rich.progress import track
 
     opened = open_rows(workshop, source, cache=False, decode_all=True)
-    loader = Loader(partial(CheckingReader, opened), workers=workshop.config.data.workers)
     chunks = [range(start, min(start + CHUNK_ROWS, len(source))) for start in range(0, len(source), CHUNK_ROWS)]
     rows: list[CheckedRow] = []
-    try:
-        screen = Console(stderr=True)
+    screen = Console(stderr=True)
+    with closing(Loader(partial(CheckingReader, opened), workers=workshop.config.data.workers)) as loader:
         for chunk in track(chunks, f"rows of {name}", console=screen, transient=True, disable=not sys.stderr.isatty()):
             rows += loader.measure(chunk)
-    finally:
-        loader.close()
     good = [row for row in rows if isinstance(row.extent, Extent)]
     print(f"{name}       {len(rows):,} rows: {len(good):,} good, {len(rows) - len(good):,} bad")
     _print_sets(source, rows, workshop.config)
