@@ -26,8 +26,9 @@ from omniloom.checkpoint.tensor_files import DTYPES, INDEX_NAME, HFCheckpoint, T
 from omniloom.keymap import Assembly, KeyMap, listed
 
 MARKER_NAME = "omniloom_export.json"
-# not .pt: Qwen2.5-Omni cannot be loaded without the voices in its spk_dict.pt
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+# of weights and of trainers' states
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".onnx")
+VOICES = "spk_dict.pt"  # without which Qwen2.5-Omni cannot be loaded
 COPY_BYTES = 16 << 20
 
 
@@ -240,9 +241,12 @@ class _Writer:
 
 
 def _other_files(directory: Path) -> Iterable[tuple[Path, Path]]:
-    for path in sorted(directory.rglob("*")):
-        relative = path.relative_to(directory)
+    """What a model has beside its weights. Folders with weights are another's: of a run, of a trainer's checkpoint."""
+    found = [(path, path.relative_to(directory)) for path in sorted(directory.rglob("*")) if path.is_file()]
+    weights = {path for _, path in found if path.suffix in WEIGHT_SUFFIXES and path.name != VOICES}
+    others = {folder for path in weights for folder in path.parents if folder != Path()}
+    for path, relative in found:
         hidden = any(part.startswith(".") for part in relative.parts)
-        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json") or path.name == MARKER_NAME
-        if path.is_file() and not hidden and not weights:
+        written = relative in weights or path.name.endswith(".index.json") or path.name == MARKER_NAME
+        if not hidden and not written and others.isdisjoint(relative.parents):
             yield path, relative

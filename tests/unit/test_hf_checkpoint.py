@@ -328,6 +328,19 @@ def test_exporting_what_was_loaded_gives_the_source_back_bit_for_bit(published, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "model"]  # nothing temporary stays
 
 
+def test_states_of_a_trainer_and_folders_of_other_weights_stay_behind(published, tmp_path):
+    """A trainer's own checkpoint has its optimizer beside the model, and a run may lie in its model's directory."""
+    others = ("optimizer.pt", "rng_state.pth", "global_step2/mp_rank_00_model_states.pt", "global_step2/latest")
+    others += ("run/config.yaml", "run/checkpoints/step_00000001/__0_0.distcp", "checkpoint-2/model.safetensors")
+    for name in (*others, "checkpoint-2/config.json", "spk_dict.pt", "assets/a/picture.png"):
+        (published / name).parent.mkdir(parents=True, exist_ok=True)
+        (published / name).write_text("x")
+    out = export_model(published, published / "run" / "hf")
+    beside = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and path.suffix != ".safetensors"}
+    own = {"config.json", "tokenizer.json", "extra/chat_template.jinja", MARKER_NAME, INDEX_NAME}
+    assert beside == own | {"spk_dict.pt", "assets/a/picture.png"}
+
+
 def test_trained_tensors_are_written_in_the_published_dtype_and_the_others_kept(published, tmp_path):
     export_model(published, tmp_path / "hf", names=["embed.weight", "layers.1.gate_up"], change=0.5)
     expected, got = read_all(published), read_all(tmp_path / "hf")
