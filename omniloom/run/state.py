@@ -46,6 +46,15 @@ def _own_record(workshop: Workshop, policies: Mapping[str, ParameterPolicy]) -> 
     }
 
 
+def check_model(stored: StoredCheckpoint, workshop: Workshop, otherwise: str) -> None:
+    """Raises: ValueError where a checkpoint's run began with another model; it leaves out what is as there."""
+    if stored.extras["model"] != fingerprint(workshop.checkpoint):
+        raise ValueError(
+            f"{stored.directory} belongs to a run on another model than model.path={workshop.config.model.path}; name "
+            f"that model, {otherwise}"
+        )
+
+
 class RunState:
     """A run's parameters and their checkpoints. Made and used on every rank; all methods are collective.
 
@@ -135,12 +144,7 @@ class RunState:
 
     def _check(self, stored: StoredCheckpoint) -> None:
         """What a checkpoint does not keep must be as it was."""
-        if stored.extras["model"] != self._own["model"]:
-            raise ValueError(
-                f"{stored.directory} belongs to a run on another model than model.path="
-                f"{self._workshop.config.model.path}; name that model, set another train.run_dir, or start "
-                "anew with --overwrite"
-            )
+        check_model(stored, self._workshop, "set another train.run_dir, or start anew with --overwrite")
         if self._settings.load_optimizer:
             for key, asked in self._own["optimizer"].items():
                 if (then := stored.extras.get("optimizer", {}).get(key, asked)) != asked:

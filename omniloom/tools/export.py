@@ -17,6 +17,7 @@ from omniloom.run.best import BestSteps, read_evaluations
 from omniloom.run.opening import Workshop, open_workshop
 from omniloom.run.provenance import from_where_it_ran
 from omniloom.run.results import export_adapter, export_model
+from omniloom.run.state import check_model
 from omniloom.run.trained_media import TrainedMedia
 
 
@@ -42,6 +43,7 @@ def export_checkpoint(
         raise ValueError(f"{source} does not exist; name a run directory or one of its checkpoints/step_...")
     stored = open_stored(best_checkpoint(source) if best else source)
     workshop = _open_source(stored)
+    check_model(stored, workshop, f"in {stored.directory.parent.parent / 'config.yaml'}")
     with torch.device("meta"):
         known = [name for name, _ in workshop.build().named_parameters()]
     changed = stored_names(stored, known)

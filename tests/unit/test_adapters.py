@@ -180,6 +180,17 @@ def test_exporting_the_checkpoint_gives_the_files_of_the_run(folder: Path, finis
         assert (folder / "alone" / name).read_bytes() == (finished / "adapter" / name).read_bytes()
 
 
+def test_a_checkpoint_is_not_exported_onto_another_model(folder: Path, finished: Path, tmp_path: Path) -> None:
+    """Where a run's model lay, another may lie by now."""
+    other, moved = make_tiny("qwen3_omni", tmp_path / "model", seed=1), shutil.copytree(finished, tmp_path / "run")
+    config = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace(str(folder / "model"), str(other)))
+    for adapter in (False, True):
+        with pytest.raises(ValueError, match=r"step_00000004 belongs to a run on another model than model\.path="):
+            export_checkpoint(moved, tmp_path / "hf", adapter=adapter)
+    assert not (tmp_path / "hf").exists()
+
+
 def test_merging_changes_what_is_adapted_and_nothing_else(folder: Path, finished: Path) -> None:
     before, after = tensors_of(folder / "model"), tensors_of(finished / "hf")
     changed = {name for name, old in before.items() if not torch.equal(old, after[name])}
