@@ -368,6 +368,8 @@ class Example:
 class Processor(Protocol):
     """What loading uses of a family's processor; `processors.chat.ChatProcessor` is the one there is."""
 
+    tokenizer: Any  # of the tokenizers library: what makes words of a model's answers
+
     def measure(
         self,
         conversation: Conversation,

@@ -220,8 +220,7 @@ class Evaluation:
         ]
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        processor: Any = self.reader.processor
-        return split_reasoning(processor.tokenizer.decode(list(tokens), skip_special_tokens=True))[1]
+        return split_reasoning(self.reader.processor.tokenizer.decode(list(tokens), skip_special_tokens=True))[1]
 
     def _load(
         self, packs: list[PackPlan], on_pack: Callable[[int], None], loader: Loader

@@ -18,17 +18,7 @@ from omniloom.data.row_media import KINDS
 from omniloom.processors.rendering import split_reasoning
 from omniloom.run.opening import Workshop
 from omniloom.run.rows import PROMPT_KEYS
-from omniloom.tools.generate import (
-    Prompt,
-    Sampling,
-    answer,
-    ask,
-    load,
-    open_asking,
-    open_model,
-    read_prompt,
-    tokenizer_of,
-)
+from omniloom.tools.generate import Prompt, Sampling, answer, ask, load, open_asking, open_model, read_prompt
 from omniloom.tools.speak import Speaker, Voice
 from omniloom.tools.thumbnails import wav_file
 from omniloom.tools.trained_model import by_hand, trained_model
@@ -76,7 +66,7 @@ class Talk:
         self._reader, self._write, self._voice, self._num_spoken = open_asking(workshop), write, voice, 0
         if voice is not None:
             voice.target.mkdir(parents=True, exist_ok=True)
-            self._speaker = Speaker(workshop, voice, tokenizer_of(self._reader))
+            self._speaker = Speaker(workshop, voice, self._reader.processor.tokenizer)
         else:
             self._model = load(workshop)
         self._sampling = sampling
@@ -119,7 +109,7 @@ class Talk:
             self._write(f"not asked: {error}\n")
             self._media = {kind: [] for kind in KINDS}
             return
-        tokenizer = tokenizer_of(self._reader)
+        tokenizer = self._reader.processor.tokenizer
         streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         if self._voice is not None:
             text = self._speak(asked, streamer, self._voice.target)

@@ -114,8 +114,7 @@ def _read_all_prompts(model_dir: Path, config: Config, data: DemoData) -> tuple[
     by_file: dict[Path, list[Prompt]] = {}
     for prompt in read_prompts(reader):
         by_file.setdefault(Path(prompt.file), []).append(prompt)
-    processor: Any = reader.processor
-    return by_file, processor.tokenizer
+    return by_file, reader.processor.tokenizer
 
 
 def _test(model_dir: Path, tokenizer: Any, prompts: Mapping[Path, Sequence[Prompt]], data: DemoData) -> dict[str, Any]:

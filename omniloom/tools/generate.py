@@ -303,7 +303,7 @@ def answers(
             workshop = open_model(path, by_hand(config), adapter)
             reader = open_asking(workshop)
             asked = read_prompt(reader, ask(reader, prompt, media or {}), "command line")
-            (text,) = answer(load(workshop), tokenizer_of(reader), [asked], sampling)
+            (text,) = answer(load(workshop), reader.processor.tokenizer, [asked], sampling)
             yield {"id": asked.id, "answer": text}
 
 
@@ -320,11 +320,6 @@ def open_asking(workshop: Workshop) -> SourceReader:
     return reader
 
 
-def tokenizer_of(reader: SourceReader) -> Any:
-    processor: Any = reader.processor
-    return processor.tokenizer
-
-
 def load(workshop: Workshop, *, speaks: bool = False) -> Any:
     """transformers' model, the adapter on it. Raises: ValueError for an adapter that does not fit."""
     model = load_model(workshop.checkpoint.directory, speaks=speaks)
@@ -335,7 +330,6 @@ def load(workshop: Workshop, *, speaks: bool = False) -> Any:
 
 def _answer_rows(workshop: Workshop, reader: RowReader, sampling: Sampling) -> Iterator[dict[str, str]]:
     """A line for every row; a bad one costs only itself."""
-    processor: Any = reader.processor
     model: Any = None
     num_rows = len(reader.source)
     for start in range(0, num_rows, BATCH_ROWS):
@@ -343,7 +337,7 @@ def _answer_rows(workshop: Workshop, reader: RowReader, sampling: Sampling) -> I
         prompts = [one for one in found if isinstance(one, Prompt)]
         if prompts and model is None:
             model = load(workshop)
-        texts = iter(answer(model, processor.tokenizer, prompts, sampling) if prompts else ())
+        texts = iter(answer(model, reader.processor.tokenizer, prompts, sampling) if prompts else ())
         for one in found:
             yield asdict(one) if isinstance(one, BadRow) else _answer_line(one, next(texts))
 

@@ -194,8 +194,7 @@ def spoken_answers(
         config = override_config(usual, overrides, verb="generate", takes=takes).data
         workshop = open_model(path, config if data else by_hand(config), adapter, speaks=True)
         asking = open_asking(workshop)
-        processor: Any = asking.processor
-        speaker = Speaker(workshop, voice, processor.tokenizer)
+        speaker = Speaker(workshop, voice, asking.processor.tokenizer)
         if data is None:
             asked = read_prompt(asking, ask(asking, prompt or "", media), "command line")
             yield speaker.write(asked, voice.target, sampling)
