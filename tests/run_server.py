@@ -165,6 +165,7 @@ def _serve() -> None:
             pid = os.fork()
             if pid == 0:
                 _run_forked(request)
+            children.pop(pid, None)  # of an earlier run that had the same number
             answer = {"pid": pid}
         else:
             pid = request.get("wait", request.get("poll"))

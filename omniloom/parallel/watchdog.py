@@ -77,7 +77,7 @@ def _verdict(beats: list[Heartbeat | None], mute: Collection[int]) -> str:
 
 
 class Watchdog:
-    """Keeps this rank's heartbeat and watches its age from a thread. `enter` costs one attribute write.
+    """Keeps this rank's heartbeat and watches its age from a thread. `enter` costs two attribute writes.
 
     `end(report)` is called where a phase lasts longer than `timeout_seconds`; by default it prints the report and ends
     the process with HUNG.
@@ -94,7 +94,7 @@ class Watchdog:
         self._spans_machines = ranks.local_world_size < ranks.world_size  # else the launcher tells who ended
         # a socket of its own: a waiting main thread holds its
         self._store = dist.PrefixStore("watchdog", ranks.store.clone())  # type: ignore[attr-defined]
-        self._beat = Heartbeat(step=0, phase="starting", since=time.time())
+        self.enter(0, "starting")
         self._known: list[Heartbeat | None] = [None] * self.world_size  # as last read, all ranks
         self._answered = time.monotonic()  # when the store last did
         self._changed = [self._answered] * self.world_size  # when each rank's count was last seen to move
@@ -111,6 +111,7 @@ class Watchdog:
 
     def enter(self, step: int, phase: str) -> None:
         """Say what this rank does from now on, e.g. `enter(12, "waiting for data")`."""
+        self._entered = time.monotonic()  # first, by which the age is told: a clock that is set ends no run
         self._beat = Heartbeat(step=step, phase=phase, since=time.time())
 
     def close(self) -> None:
@@ -146,7 +147,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval_seconds):
             beat, now = self._beat, time.monotonic()
-            if time.time() - beat.since <= self.timeout_seconds:
+            if now - self._entered <= self.timeout_seconds:
                 continue
             while self._answered < now and time.monotonic() < now + ANSWER_SECONDS and not self._stopped.is_set():
                 time.sleep(0.05)
@@ -175,7 +176,7 @@ class Watchdog:
             beat, count = self._beat, count + 1
             try:
                 self._store.set(str(self.rank), replace(beat, count=count).encode())
-                if time.time() - beat.since > self.timeout_seconds / 2:
+                if time.monotonic() - self._entered > self.timeout_seconds / 2:
                     self._read_all()
             except dist.DistError:  # rank 0 has gone, at the end of a run or before it; collectives find out themselves
                 return

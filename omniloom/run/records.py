@@ -185,9 +185,11 @@ class RunRecords:
         if evaluations := read_evaluations(self.run_dir):
             kept = {done: figures for done, figures in evaluations.items() if done <= first_step}
             write_evaluations(self.run_dir, kept)
-        log = self.config.log
-        trackers = open_trackers(log, self.run_dir, {**config_to_dict(self.config), "start": start})
-        self._log = MetricsLog(self.run_dir, first_step=first_step, tensorboard=log.tensorboard, trackers=trackers)
+        known = {**config_to_dict(self.config), "start": start}
+        trackers = open_trackers(self.config.log, self.run_dir, known, first_step=first_step)
+        for tracker in trackers:
+            self._stack.callback(self._attempt, tracker.close)  # whose error must not take the place of another one
+        self._log = MetricsLog(self.run_dir, first_step=first_step, trackers=trackers)
         self._stack.callback(self._log.close)
 
     def step(

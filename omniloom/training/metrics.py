@@ -81,20 +81,15 @@ class StepMetrics(PackStats):
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`, `expert_load.jsonl` and TensorBoard.
+    """Appends to `metrics.jsonl` and `expert_load.jsonl`, and tells `trackers`, which it does not close.
 
     Lines past the resumed step are dropped, so steps never repeat.
     """
 
-    def __init__(self, run_dir: Path, *, first_step: int, tensorboard: bool, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(self, run_dir: Path, *, first_step: int, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers = trackers
         self.path = run_dir / "metrics.jsonl"
         self._files = {path: _reopen(path, first_step) for path in (self.path, run_dir / EXPERT_LOAD)}
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, metrics: StepMetrics, expert_load: Sequence[Sequence[int]] = ()) -> None:
         """Raises: RunError where the disk takes no more."""
@@ -108,9 +103,6 @@ class MetricsLog:
         if expert_load and is_load_kept(metrics.step):
             self._append(self.path.with_name(EXPERT_LOAD), {"step": metrics.step, "tokens": expert_load})
         figures = {key: value for key, value in line.items() if key != "step" and value is not None}
-        if self._board is not None:
-            for key, value in figures.items():
-                self._board.add_scalar(key, value, metrics.step)
         for tracker in self._trackers:
             tracker.log(figures, metrics.step)
 
@@ -126,10 +118,6 @@ class MetricsLog:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-        if self._board is not None:
-            self._board.close()
-        for tracker in self._trackers:
-            tracker.close()
 
 
 def is_load_kept(step: int) -> bool:

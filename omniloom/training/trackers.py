@@ -1,4 +1,4 @@
-"""Experiment trackers beside TensorBoard: Weights & Biases, SwanLab, MLflow, each through its own library.
+"""Experiment trackers: TensorBoard, Weights & Biases, SwanLab, MLflow, each through its own library.
 
 Accounts, servers and offline modes are the libraries' own settings (`WANDB_MODE=offline`, `SWANLAB_MODE=offline`,
 `MLFLOW_TRACKING_URI`, and `MLFLOW_ALLOW_FILE_STORE=true` for files on a disk). A run is called by its
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +25,18 @@ class Tracker:
 
     log: Callable[[Mapping[str, float], int], object]  # figures, step
     close: Callable[[], object]
+
+
+def _open_tensorboard(run_dir: Path, first_step: int) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def log(figures: Mapping[str, float], step: int) -> None:
+        for key, value in figures.items():
+            writer.add_scalar(key, value, step)
+
+    return Tracker(log=log, close=writer.close)
 
 
 def _open_wandb(project: str, run_dir: Path, about: Mapping[str, Any]) -> Tracker:
@@ -65,7 +77,7 @@ def _open_mlflow(project: str, run_dir: Path, about: Mapping[str, Any]) -> Track
 
 TRACKERS: Mapping[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = MappingProxyType(
     {"wandb": _open_wandb, "swanlab": _open_swanlab, "mlflow": _open_mlflow}
-)  # by their packages, which are their keys in the section log
+)  # those elsewhere, by their packages, which are their keys in the section log
 
 
 def check_trackers(config: LogConfig) -> None:
@@ -76,20 +88,24 @@ def check_trackers(config: LogConfig) -> None:
         raise ConfigError(faults, "the configuration")
 
 
-def open_trackers(config: LogConfig, run_dir: Path, about: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers that `log` names, with what is to be known of the run."""
-    projects = {name: getattr(config, name) for name in TRACKERS}
-    return [_named(name, TRACKERS[name](project, run_dir, about)) for name, project in projects.items() if project]
+def open_trackers(config: LogConfig, run_dir: Path, about: Mapping[str, Any], *, first_step: int = 0) -> list[Tracker]:
+    """The trackers that `log` names, with what is to be known of the run, which goes on at `first_step`."""
+    board = [_named("tensorboard", "false", _open_tensorboard(run_dir, first_step))] if config.tensorboard else []
+    projects = {name: project for name in TRACKERS if (project := getattr(config, name))}
+    return board + [_named(name, "null", TRACKERS[name](own, run_dir, about)) for name, own in projects.items()]
 
 
-def _named(name: str, tracker: Tracker) -> Tracker:
-    """The tracker, whose errors say which one it is."""
+def _named(name: str, none: str, tracker: Tracker) -> Tracker:
+    """The tracker, whose errors say which one it is, and that `none` does without it."""
 
-    def log(figures: Mapping[str, float], step: int) -> None:
-        try:
-            tracker.log(figures, step)
-        except Exception as error:  # another library's, of any kind
-            fault = f"log.{name}: {type(error).__name__}: {error}; mend it, or go on without it (log.{name}=null)"
-            raise RunError(fault) from error
+    def named(work: Callable[..., object]) -> Callable[..., None]:
+        def call(*values: Any) -> None:
+            try:
+                work(*values)
+            except Exception as error:  # another library's, of any kind
+                fault = f"log.{name}: {type(error).__name__}: {error}; mend it, or go on without it (log.{name}={none})"
+                raise RunError(fault) from error
 
-    return replace(tracker, log=log)
+        return call
+
+    return Tracker(log=named(tracker.log), close=named(tracker.close))

@@ -244,7 +244,7 @@ def test_a_third_loss_is_agreed_trained_and_written_by_its_name(layout: Layout, 
     figures = StepFigures(losses=measured, grad_norm=1.0, learning_rate=1.0)
     names = [field.name for field in dataclasses.fields(StepMetrics) if field.default is dataclasses.MISSING]
     others = {name: value for name, value in figures.losses.items() if name != "text"}
-    log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
+    log = MetricsLog(tmp_path, first_step=0)
     log.write(StepMetrics(**{**dict.fromkeys(names, 0), "loss": figures.loss, "other_losses": others}))
     log.close()
     (line,) = read_lines(tmp_path / "metrics.jsonl")

@@ -127,7 +127,7 @@ def init(**about):
 
 
 def finish():
-    pass
+    raise ConnectionResetError("nobody to say farewell to")
 """
 
 
@@ -137,7 +137,7 @@ def test_an_error_of_a_tracker_costs_no_step(evaluated, tmp_path, monkeypatch) -
     with pytest.raises(RunError, match=r"log\.swanlab: ConnectionResetError: .*reset by peer") as told:
         run(config_of(with_values(evaluated, log__swanlab="mine")))
     assert told.value.__notes__ == ["stopped after step 4, which is saved; the same command goes on from there"]
-    assert newest_step(tmp_path / "run") == 4
+    assert newest_step(tmp_path / "run") == 4  # an error of closing it takes the place of nothing
 
 
 def test_an_error_of_the_callers_own_function_costs_no_step(evaluated, tmp_path) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from omniloom.config import LogConfig
 from omniloom.training.flops import TrainingWork, nominal_peak
 from omniloom.training.metrics import (
     MetricsLog,
@@ -19,6 +20,7 @@ from omniloom.training.metrics import (
     is_load_kept,
     read_lines,
 )
+from omniloom.training.trackers import open_trackers
 from omniloom.types import Extent, RunError
 
 
@@ -33,7 +35,7 @@ def test_utilisation_is_known_by_component(tmp_path) -> None:
     extents = [Extent(num_tokens=1, num_loss_tokens=1, weight_sum=1.0, cost=10, tower_cost=4)] * 2
     assert TrainingWork(decoder_weights=True, towers=False).by_component(extents) == {"decoder": 36, "towers": 8}
     assert TrainingWork(decoder_weights=False, towers=True).megaflops(extents) == 2 * (2 * 6 + 3 * 4)
-    log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
+    log = MetricsLog(tmp_path, first_step=0)
     log.write(replace(line(0), mfu_parts={"decoder": 0.3, "towers": 0.1}, mfu_of_nominal=None))
     log.close()
     (entry,) = read_lines(tmp_path / "metrics.jsonl")
@@ -65,22 +67,24 @@ def test_the_nominal_peak_is_that_of_the_device(name: str, peak: float | None, m
 
 
 def test_resuming_drops_the_steps_that_will_be_taken_again(tmp_path) -> None:
-    log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
+    log = MetricsLog(tmp_path, first_step=0)
     for step in range(5):
         log.write(line(step))
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # the process died while writing
-    log = MetricsLog(tmp_path, first_step=3, tensorboard=False)
+    log = MetricsLog(tmp_path, first_step=3)
     log.write(line(3))
     log.close()
     assert [entry["step"] for entry in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def test_lines_hold_the_documented_keys_and_no_nulls(tmp_path) -> None:
-    log = MetricsLog(tmp_path, first_step=0, tensorboard=True)
+    trackers = open_trackers(LogConfig(), tmp_path, {})
+    log = MetricsLog(tmp_path, first_step=0, trackers=trackers)
     log.write(line(0))
     log.close()
+    trackers[0].close()
     entry = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert set(entry) == {key for key, value in asdict(line(0)).items() if value is not None}
     assert any((tmp_path / "tensorboard").iterdir())
@@ -106,7 +110,7 @@ def test_a_loss_learnt_by_heart_has_no_spikes() -> None:
 def test_the_load_of_every_expert_is_kept_and_its_imbalance_averaged_over_layers(tmp_path) -> None:
     figures = StepFigures(losses={"text": 1.0}, grad_norm=1.0, learning_rate=1.0, expert_load=((6, 2), (4, 4)))
     assert figures.expert_imbalance == pytest.approx((6 / 4 + 1) / 2)
-    log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
+    log = MetricsLog(tmp_path, first_step=0)
     log.write(line(3), figures.expert_load)
     log.close()
     assert json.loads((tmp_path / "expert_load.jsonl").read_text()) == {"step": 3, "tokens": [[6, 2], [4, 4]]}
@@ -124,16 +128,18 @@ def test_going_on_reads_the_beginnings_of_lines_and_not_what_they_hold(tmp_path)
     """Lines that are no JSON further on: what is parsed whole would end at the first."""
     path = tmp_path / "expert_load.jsonl"
     path.write_text("".join(f'{{"step": {step}, "tokens": [[...]]}}\n' for step in range(6)) + '{"step": 6, "tok')
-    MetricsLog(tmp_path, first_step=4, tensorboard=False).close()
+    MetricsLog(tmp_path, first_step=4).close()
     assert len(path.read_text().splitlines()) == 4
-    MetricsLog(tmp_path, first_step=9, tensorboard=False).close()
+    MetricsLog(tmp_path, first_step=9).close()
     assert path.read_text().endswith('{"step": 3, "tokens": [[...]]}\n')
 
 
 def test_a_step_that_measured_nothing_has_a_loss_of_null(tmp_path) -> None:
-    log = MetricsLog(tmp_path, first_step=0, tensorboard=True)
+    trackers = open_trackers(LogConfig(), tmp_path, {})
+    log = MetricsLog(tmp_path, first_step=0, trackers=trackers)
     log.write(replace(line(0), loss=None))
     log.close()
+    trackers[0].close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
 
 
@@ -146,7 +152,7 @@ def test_the_time_left_is_told_by_steps_alone(capsys) -> None:
 
 
 def test_a_disk_that_is_full_is_one_clear_error(tmp_path) -> None:
-    log = MetricsLog(tmp_path, first_step=0, tensorboard=False)
+    log = MetricsLog(tmp_path, first_step=0)
     log.write(line(0))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 9, hard))

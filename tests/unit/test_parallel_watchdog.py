@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -62,3 +63,14 @@ def test_a_stuck_rank_is_reported_once_and_a_working_one_is_left_alone() -> None
     stuck.close()
     assert len(reports) == 1
     assert "rank 1 is behind, at step 3" in reports[0]
+
+
+def test_a_clock_that_is_set_forward_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[str] = []
+    alone = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), store=dist.HashStore())
+    watchdog = Watchdog(alone, timeout_seconds=2.0, end=reports.append)
+    later = time.time() + 3600
+    monkeypatch.setattr(time, "time", lambda: later)
+    time.sleep(0.8)
+    watchdog.close()
+    assert reports == []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.machinery
 import io
 import json
 import logging
+import os
 import re
 import sys
 import types
@@ -23,6 +25,7 @@ from omniloom.run.provenance import describe_start, record_start
 from omniloom.run.records import count_warnings
 from omniloom.training.metrics import MetricsLog, Screen, clock
 from omniloom.training.trackers import check_trackers, open_trackers
+from omniloom.types import RunError
 from tests.unit.test_metrics import line
 
 
@@ -100,12 +103,14 @@ def test_figures_reach_every_tracker_that_is_named(tmp_path: Path, monkeypatch: 
     libraries = {name: Library(name) for name in ("wandb", "swanlab", "mlflow")}
     for name, library in libraries.items():
         monkeypatch.setitem(sys.modules, name, library)
-    config = LogConfig(wandb="mine", swanlab="mine", mlflow="mine")
+    config = LogConfig(wandb="mine", swanlab="mine", mlflow="mine", tensorboard=False)
     check_trackers(config)
     trackers = open_trackers(config, tmp_path, {"train": {"steps": 3}})
-    log = MetricsLog(tmp_path, first_step=0, tensorboard=False, trackers=trackers)
+    log = MetricsLog(tmp_path, first_step=0, trackers=trackers)
     log.write(replace(line(4), evaluation={"eval_wer": 0.5}, samples_of={"数据 (1)+b:c/../d": 3}))
     log.close()
+    for tracker in trackers:
+        tracker.close()
     for name, begun, logged, ended in (
         ("wandb", "init", "log", "finish"),
         ("swanlab", "init", "log", "finish"),
@@ -130,7 +135,19 @@ def test_what_mlflow_refuses_is_one_message(tmp_path: Path, monkeypatch: pytest.
     library.set_experiment = refuse
     monkeypatch.setitem(sys.modules, "mlflow", library)
     with pytest.raises(ConfigError, match=r"log\.mlflow: no store for mine"):
-        open_trackers(LogConfig(mlflow="mine"), tmp_path, {})
+        open_trackers(LogConfig(mlflow="mine", tensorboard=False), tmp_path, {})
+
+
+def _full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_error_of_tensorboard_says_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tracker,) = open_trackers(LogConfig(), tmp_path, {})
+    tracker.close()
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", _full_disk)
+    with pytest.raises(RunError, match=r"log\.tensorboard: OSError: .*No space left.*\(log\.tensorboard=false\)"):
+        tracker.log({"loss": 1.0}, 0)
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
