@@ -23,7 +23,7 @@ from omniloom.data.media_files import (
     open_image,
     read_bytes,
 )
-from omniloom.data.packets import decode_packets
+from omniloom.data.packets import decode_packets, demux
 from omniloom.data.plain_sound import PlainSound, find_plain_sound
 from omniloom.data.seeking import CannotSeek, sought_frames, worth_seeking
 from omniloom.types import ClipGeometry, ClipOptions, DecodedClip, MediaKind, MediaSource, SampleError
@@ -133,7 +133,7 @@ def _frames_in_turn(file: str | bytes, wanted: Sequence[int]) -> Iterator[np.nda
     with open_container(file, "video") as container:
         stream = find_stream(container, "video", "video", file)
         slot, count, size, last = 0, 0, None, None
-        for frame in decode_packets(container.demux(stream), stream, "video", file):
+        for frame in decode_packets(demux(container, stream), stream, "video", file):
             size = size or (frame.width, frame.height)
             last = frame
             while slot < len(wanted) and wanted[slot] == count:
@@ -253,7 +253,7 @@ def _mono_chunks(file: str | bytes, kind: MediaKind) -> Iterator[tuple[int, np.n
     with open_container(file, kind) as container:
         stream = find_stream(container, "audio", kind, file)
         rate, shape, fifo = 0, ("", ""), av.AudioFifo()
-        for frame in decode_packets(container.demux(stream), stream, kind, file):
+        for frame in decode_packets(demux(container, stream), stream, kind, file):
             if frame.sample_rate <= 0 or frame.sample_rate != (rate or frame.sample_rate):
                 reason = f"{name_of(file)} changes its rate from {rate} to {frame.sample_rate} Hz midway"
                 raise SampleError(kind, reason)

@@ -68,9 +68,11 @@ def read_bytes(file: str | bytes, kind: MediaKind) -> bytes | str:
     if not file.lower().startswith(("http://", "https://")):
         return os.path.abspath(file)  # an absolute path is never taken for a protocol
     try:
-        return fetch(file)
+        if data := fetch(file):
+            return data
     except FAULTS as error:
-        raise SampleError(kind, f"cannot fetch {name_of(file)}: {error}") from None
+        raise SampleError(kind, f"cannot fetch {name_of(file)}: {' '.join(str(error).split())}") from None
+    raise SampleError(kind, f"{name_of(file)} is empty")
 
 
 def _lies_here(path: str) -> str:
@@ -186,5 +188,5 @@ def open_image(file: str | bytes, kind: MediaKind, limits: MediaLimits) -> Itera
         raise SampleError(kind, f"{name_of(file)}: {error}") from None
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, MemoryError) as error:
         raise SampleError(kind, f"cannot decode {name_of(file)}: {error}") from None
-    except (struct.error, zlib.error) as error:
+    except (struct.error, zlib.error, RuntimeError) as error:  # the last are AVIF's
         raise SampleError(kind, f"cannot decode {name_of(file)}: {error}") from None

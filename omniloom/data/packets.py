@@ -35,6 +35,19 @@ _OPUS_RATE = 48000  # whatever went in. Source: RFC 6716
 _OPUS_SAMPLES = (480, 960, 1920, 2880) * 3 + (480, 960) * 2 + (120, 240, 480, 960) * 4  # of a frame, by configuration
 
 
+def demux(container: InputContainer, *streams: Any) -> Iterator[Packet]:
+    """Packets of the given streams, or of all that the file began with.
+
+    A stream that only begins further on (captions, sound that was switched on) is passed over: av has no place for it.
+    """
+    while True:
+        try:
+            yield from container.demux(*streams)
+            return
+        except IndexError:  # that packet is lost, the next one is read
+            continue
+
+
 def packets_to_end(
     container: InputContainer,
     stream: Any,
@@ -52,7 +65,7 @@ def packets_to_end(
     if indexed:
         _read_only(container, stream)
     claims = container.format.name.split(",")[0] in _CLAIMS_DURATION and container.duration is not None
-    for packet in container.demux(stream) if indexed or not claims else _to_claimed_end(container, stream, kind, file):
+    for packet in demux(container, stream) if indexed or not claims else _to_claimed_end(container, stream, kind, file):
         if packet.size:
             add(packet)
         yield packet
@@ -61,7 +74,7 @@ def packets_to_end(
 def _to_claimed_end(container: InputContainer, stream: Any, kind: MediaKind, file: str | bytes) -> Iterator[Packet]:
     """Packets of one stream, of a file whose header says when the last packet of all its streams ends."""
     ends: dict[Any, int] = {}
-    for packet in container.demux():
+    for packet in demux(container):
         time = packet.pts if packet.pts is not None else packet.dts
         if packet.size and time is not None:
             end = time + (packet.duration or 0)

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from omniloom.data.packets import decode_packets
+from omniloom.data.packets import decode_packets, demux
 from omniloom.types import SampleError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def sought_frames(
             raise CannotSeek
         if frame is None or (frame.pts or 0) < keys[place]:
             container.seek(keys[place], stream=stream)
-            frames, frame = decode_packets(container.demux(stream), stream, "video", file), None
+            frames, frame = decode_packets(demux(container, stream), stream, "video", file), None
         try:
             while frame is None or frame.pts is None or frame.pts < time:
                 frame = next(frames)
@@ -61,7 +61,7 @@ def _read_times(container: InputContainer, stream: Any, last: int) -> tuple[list
     """Times of the frames in the order shown, up to number `last`, and those of key frames."""
     times: list[int] = []
     keys: list[int] = []
-    for packet in container.demux(stream):
+    for packet in demux(container, stream):
         if not packet.size:
             continue
         if packet.pts is None:

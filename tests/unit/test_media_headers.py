@@ -328,6 +328,22 @@ def test_a_stream_that_begins_late_leaves_nothing_missing(tmp_path, name, codec,
     assert header.num_audio_samples / 16000 == pytest.approx(3, abs=0.1)
 
 
+def test_a_stream_that_begins_within_the_file_is_passed_over(tmp_path):
+    path = write_streams(tmp_path / "a.flv", "flv", video_seconds=8, sound_seconds=8)
+    source = MediaSource(path=str(path), use_audio=True)
+    header, sound = read_header(source, "video", LIMITS), decode_audio(source, LIMITS)
+    raw, at = path.read_bytes(), 13
+    while at < len(raw) * 3 // 4:  # a tag of one of the streams after another
+        times = raw[at + 4 : at + 8]
+        at += 15 + int.from_bytes(raw[at + 1 : at + 4], "big")
+    words = b"\x02\0\x0aonTextData\x08\0\0\0\1\0\4text\x02\0\2hi\0\0\x09"
+    tag = b"\x12" + len(words).to_bytes(3, "big") + times + bytes(3) + words
+    path.write_bytes(raw[:at] + tag + len(tag).to_bytes(4, "big") + raw[at:])
+    assert read_header(source, "video", LIMITS) == header
+    assert np.array_equal(decode_audio(source, LIMITS), sound)
+    assert len(decode_video_frames(source, range(header.num_frames), LIMITS)) == 80
+
+
 def test_sound_is_counted_without_decoding_it(tmp_path, monkeypatch):
     """Whatever the container; one frame is decoded, to see whether the codec's header told the truth."""
     from omniloom.data import media_headers
@@ -377,6 +393,15 @@ def test_image_size_equals_what_decoding_gives(tmp_path, suffix, orientation):
     assert (header.width, header.height) == ((40, 60) if orientation in (6, 8) else (60, 40))
     turns = {3: 2, 6: 3, 8: 1}.get(orientation, 0)
     assert np.abs(pixels.astype(int) - np.rot90(picture(0, 60, 40), turns)).mean() < 20  # lossy formats
+
+
+def test_an_avif_without_its_pictures_is_a_bad_sample(tmp_path):
+    path = tmp_path / "a.avif"
+    Image.fromarray(picture(0, 64, 48)).save(path)
+    for word in (b"iloc", b"mdat"):
+        path.write_bytes(path.read_bytes().replace(word, b"none"))
+        with pytest.raises(SampleError, match="cannot decode"):
+            decode_image(MediaSource(path=str(path)), LIMITS)
 
 
 def test_an_orientation_after_the_pixels_of_a_png_is_found(tmp_path):
