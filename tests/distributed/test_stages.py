@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -80,15 +79,7 @@ ONE_FORWARD_ONE_BACKWARD = (
 )  # stage, direction, pack
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_two_stages_recomputing_and_dropping_out_give_the_gradients_of_one(threads) -> None:
+def test_two_stages_recomputing_and_dropping_out_give_the_gradients_of_one() -> None:
     model = make_model()
     objective = Objective(coefficients={"text": 1.0, "router": 0.3}, weight_sums={"text": 50.0, "router": 3.0})
     packs = [

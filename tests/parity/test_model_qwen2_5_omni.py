@@ -34,14 +34,6 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_pair(seed, *, attention="eager", kernels=None):
     """A random config.json, transformers' model and ours with its weights."""
     rng = random.Random(seed)

@@ -33,14 +33,6 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run_reference(reference, config_json, samples):
     return compare.run_reference(reference, SPEC, config_json, samples, builders.reference_logits)
 

@@ -26,14 +26,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_pair(family, seed, *, attention="eager", kernels=None):
     """A random config.json, transformers' model, ours with its weights, and our family."""
     rng, spec = random.Random(seed), spec_named(family)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,6 @@ DIMS: dict[str, dict[str, Any]] = {
     "embeddings_are_heard": {f"{TALKER}.accept_hidden_layer": 0},
     "the_last_layer_is_heard": {f"{TALKER}.accept_hidden_layer": 3, f"{TALKER}.num_code_groups": 4},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def spoken_rows(folder: Path, num_groups: int, num_codes: int = 40, seed: int = 0) -> Path:

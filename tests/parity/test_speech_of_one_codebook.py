@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
@@ -33,14 +32,6 @@ ODD: dict[str, Any] = {
     f"{TALKER}.num_hidden_layers": 3,
     f"{TALKER}.rope_scaling.mrope_section": [3, 1, 2],
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows_of(folder: Path) -> Path:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from omniloom.config import DataConfig, load_config
 from omniloom.data.sources import open_sources
@@ -115,14 +114,6 @@ def test_rows_without_an_answer_or_room_are_not_chosen() -> None:
     assert [sample.row for sample in choose_in_turn(groups, 3, 10)] == [5, 0, 2]
     assert choose_in_turn(groups, 0, 10) == []
     assert choose_in_turn({}, 3, 10) == []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_what_is_trained_does_not_change_what_is_asked(tmp_path: Path) -> None:
