@@ -16,13 +16,13 @@ from omniloom.tools.tiny import make_tiny
 from omniloom.types import (
     ClipOptions,
     Conversation,
-    DecodedClip,
     MediaHeader,
     MediaSource,
     Part,
     SampleError,
     Turn,
 )
+from tests.parity.samples import conversation_of, decode, images, sides
 
 OPTIONS = ProcessorOptions(
     image=ImageConfig(min_pixels=28 * 28, max_pixels=84 * 84), video=VideoConfig(min_pixels=28 * 28, max_pixels=56 * 84)
@@ -59,15 +59,6 @@ def thinker(config_json):
 # ------------------------------------------------------------------------------------ random samples
 
 texts = st.text(alphabet="ab \n狗😀?", max_size=6).map(lambda text: (Part(kind="text", text=text), None))
-sides = st.integers(20, 200)
-images = st.builds(
-    lambda width, height: (
-        Part(kind="image", media=MediaSource(path="x")),
-        MediaHeader(kind="image", width=width, height=height),
-    ),
-    sides,
-    sides,
-)
 audios = st.builds(
     lambda samples: (
         Part(kind="audio", media=MediaSource(path="x")),
@@ -103,14 +94,6 @@ def videos(use_audio):
         st.sampled_from((None, 4, 6)),  # few frames of a long video lie further apart than a chunk
         st.sampled_from((0.4, 1.0, 1.3)),
     )
-
-
-def conversation_of(*parts):
-    turns = (
-        Turn(role="user", parts=(*parts, Part(kind="text", text="?"))),
-        Turn(role="assistant", parts=(Part(kind="text", text="yes"),)),
-    )
-    return Conversation(id="c", source="f:1", turns=turns)
 
 
 def samples(*media):
@@ -231,20 +214,6 @@ def test_known_audio_lengths_give_the_published_token_counts(processor):
 
 
 # ------------------------------------------------------------------------------------ measure is encode
-
-
-def decode(clips):
-    generator = np.random.default_rng(0)
-    decoded = []
-    for clip in clips:
-        pixels = waveform = None
-        if clip.grid_thw:
-            shape = (40, 50, 3) if clip.kind == "image" else (len(clip.frame_indices), 40, 50, 3)
-            pixels = generator.integers(0, 256, shape, dtype=np.uint8)
-        if clip.num_audio_samples:
-            waveform = (0.1 * generator.standard_normal(clip.num_audio_samples)).astype(np.float32)
-        decoded.append(DecodedClip(pixels=pixels, waveform=waveform))
-    return tuple(decoded)
 
 
 @settings(deadline=None, max_examples=15)

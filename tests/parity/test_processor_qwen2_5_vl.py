@@ -27,7 +27,8 @@ from omniloom.types import (
     Part,
     Turn,
 )
-from tests.parity.test_processor_qwen3_vl import conversation_of, decode, expected_positions, samples
+from tests.parity.samples import conversation_of, decode
+from tests.parity.test_processor_qwen3_vl import expected_positions, samples
 
 OPTIONS = ProcessorOptions(
     image=ImageConfig(min_pixels=28 * 28, max_pixels=84 * 84), video=VideoConfig(max_pixels=56 * 84)

@@ -28,6 +28,7 @@ from omniloom.types import (
     SampleError,
     Turn,
 )
+from tests.parity.samples import conversation_of, decode, images, sides
 
 OPTIONS = ProcessorOptions(
     image=ImageConfig(min_pixels=32 * 32, max_pixels=96 * 96), video=VideoConfig(min_pixels=32 * 32, max_pixels=64 * 96)
@@ -62,15 +63,6 @@ def thinker(checkpoint):
 # ------------------------------------------------------------------------------------ random samples
 
 text_parts = st.text(alphabet="ab \n狗😀?", max_size=8).map(lambda text: (Part(kind="text", text=text), None))
-sizes = st.integers(20, 200)
-images = st.builds(
-    lambda width, height: (
-        Part(kind="image", media=MediaSource(path="x")),
-        MediaHeader(kind="image", width=width, height=height),
-    ),
-    sizes,
-    sizes,
-)
 audios = st.builds(
     lambda samples: (
         Part(kind="audio", media=MediaSource(path="x")),
@@ -98,7 +90,7 @@ def videos(use_audio):
                 has_audio=True,
             ),
         ),
-        st.tuples(sizes, sizes),
+        st.tuples(sides, sides),
         st.integers(1, 60),
         st.sampled_from((5.0, 10.0, 25.0, 29.97)),
         st.sampled_from((None, 1.0, 2.0, 4.0, 1.5, 2.7)),
@@ -111,30 +103,10 @@ def samples(*media, min_size=1):
     """Conversation of one question, its text and media mixed, and one answer; with the headers."""
 
     def build(items, answer):
-        parts = (*tuple(part for part, _ in items), Part(kind="text", text="?"))
-        turns = (
-            Turn(role="user", parts=parts),
-            Turn(role="assistant", parts=(Part(kind="text", text=answer),)),
-        )
         headers = tuple(header for _, header in items if header is not None)
-        return Conversation(id="c", source="f:1", turns=turns), headers
+        return conversation_of(*(part for part, _ in items), answer=answer), headers
 
     return st.builds(build, st.lists(st.one_of(text_parts, *media), min_size=min_size, max_size=6), st.text(max_size=5))
-
-
-def decode(clips, seed=0):
-    """Arrays as a decoder would give them, of the planned counts."""
-    generator = np.random.default_rng(seed)
-    decoded = []
-    for clip in clips:
-        pixels = waveform = None
-        if clip.grid_thw:
-            shape = (40, 50, 3) if clip.kind == "image" else (len(clip.frame_indices), 40, 50, 3)
-            pixels = generator.integers(0, 256, shape, dtype=np.uint8)
-        if clip.num_audio_samples:
-            waveform = (0.1 * generator.standard_normal(clip.num_audio_samples)).astype(np.float32)
-        decoded.append(DecodedClip(pixels=pixels, waveform=waveform))
-    return tuple(decoded)
 
 
 # ------------------------------------------------------------------------------------ oracles

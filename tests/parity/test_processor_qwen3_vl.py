@@ -16,13 +16,13 @@ from omniloom.tools.tiny import make_tiny
 from omniloom.types import (
     ClipOptions,
     Conversation,
-    DecodedClip,
     MediaHeader,
     MediaSource,
     Part,
     SampleError,
     Turn,
 )
+from tests.parity.samples import conversation_of, decode, images, sides
 
 OPTIONS = ProcessorOptions(
     image=ImageConfig(min_pixels=32 * 32, max_pixels=96 * 96), video=VideoConfig(max_pixels=64 * 64)
@@ -62,15 +62,6 @@ def model(config_json):
 # ------------------------------------------------------------------------------------ random samples
 
 texts = st.text(alphabet="ab \n狗😀?<1", max_size=6).map(lambda text: (Part(kind="text", text=text), None))
-sides = st.integers(20, 200)
-images = st.builds(
-    lambda width, height: (
-        Part(kind="image", media=MediaSource(path="x")),
-        MediaHeader(kind="image", width=width, height=height),
-    ),
-    sides,
-    sides,
-)
 videos = st.builds(
     lambda width, height, frames, rate, fps, most: (
         Part(kind="video", media=MediaSource(path="x", options=ClipOptions(fps=fps, max_frames=most))),
@@ -85,14 +76,6 @@ videos = st.builds(
     st.sampled_from((None, 1.0, 2.0, 1.5, 2.7)),
     st.sampled_from((None, 5, 6)),
 )
-
-
-def conversation_of(*parts):
-    turns = (
-        Turn(role="user", parts=(*parts, Part(kind="text", text="?"))),
-        Turn(role="assistant", parts=(Part(kind="text", text="yes"),)),
-    )
-    return Conversation(id="c", source="f:1", turns=turns)
 
 
 samples = st.lists(st.one_of(texts, images, videos), min_size=1, max_size=5).map(
@@ -249,12 +232,6 @@ def test_sound_is_refused_clearly(processor):
 
 
 # ------------------------------------------------------------------------------------ measure is encode
-
-
-def decode(clips):
-    generator = np.random.default_rng(0)
-    shapes = [(40, 50, 3) if clip.kind == "image" else (len(clip.frame_indices), 40, 50, 3) for clip in clips]
-    return tuple(DecodedClip(pixels=generator.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes)
 
 
 @settings(deadline=None, max_examples=15)
