@@ -204,7 +204,7 @@ def open_workshop(
         family=family,
         key_map=key_map,
         modalities=modalities,
-        cut=tuple(name for name in whole if name not in uncut),
+        cut=tuple(name for name in whole if name not in uncut) if any(vars(config.model.num_layers).values()) else (),
         unbuilt=tuple(name for name in whole if name not in built),
         adapter=None if config.model.adapter is None else open_adapter(config.model.adapter),
         adapter_sizes=adapter_sizes or {},

@@ -104,6 +104,16 @@ def test_a_thinker_without_its_prefix_trains_on_fewer_layers(published, tmp_path
     assert torch.equal(parameters_of(workshop)["text.embed.weight"], tensors["thinker.model.embed_tokens.weight"])
 
 
+def test_levels_of_deepstack_past_the_layers_are_not_built_and_yet_exported(tmp_path):
+    """transformers holds them and adds them to nothing."""
+    levels = {"text_config.num_hidden_layers": 1, "vision_config.deepstack_visual_indexes": [0, 1]}
+    workshop = open_path(make_tiny("qwen3_vl", tmp_path / "model", overrides=levels))
+    assert [name for name in workshop.unbuilt if name.startswith("vision.deepstack.1.")]
+    assert not [name for name in parameters_of(workshop) if name.startswith("vision.deepstack.1.")]
+    assert workshop.cut == ()
+    assert open_path(tmp_path / "model", "model.num_layers.vision=1").cut
+
+
 def test_quantised_weights_are_refused_before_anything_is_built(published, tmp_path):
     tensors = tensors_of(published["qwen3_vl"])
     config_json = json.loads((published["qwen3_vl"] / "config.json").read_text())
