@@ -83,6 +83,15 @@ def assert_equal(ours: Result, reference: Result) -> None:
         assert error <= GRADIENT_TOLERANCE * scale, f"gradient of {name} differs by {error:.2e} of {scale:.2e}"
 
 
+def assert_sum(together: Result, alone: Sequence[Result], *, least: float = 1e-7) -> None:
+    """Samples in one pack give what they give alone; their gradients are summed in another order."""
+    torch.testing.assert_close(together.loss, sum(part.loss for part in alone), rtol=1e-5, atol=0)
+    torch.testing.assert_close(together.logits, torch.cat([part.logits for part in alone]), rtol=1e-4, atol=1e-4)
+    for name, gradient in together.gradients.items():
+        wanted = torch.stack([part.gradients[name] for part in alone]).sum(dim=0)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()) + least)
+
+
 def smallest_router_gap(model: OmniModel, batch: PackedBatch) -> float:
     """Least distance between the last expert chosen and the first one not, over layers and valid tokens."""
     gaps = [float("inf")]
