@@ -424,7 +424,7 @@ def check_base(stored: StoredAdapter, source: HFCheckpoint, name: str) -> None:
             raise ValueError(f"model.adapter: {stored.directory} was trained on another model than {name}")
         return
     told = stored.config.get("base_model_name_or_path")
-    if told and Path(told).name not in (Path(name).name, source.directory.resolve().name):
+    if told and _names(Path(told)).isdisjoint(_names(Path(name)) | _names(source.directory.resolve())):
         raise ValueError(
             f"model.adapter: {stored.directory} was trained on {told}, model.path is {name}; if they are "
             f"the same model, correct base_model_name_or_path in its {CONFIG_NAME}"
@@ -437,6 +437,12 @@ def check_base(stored: StoredAdapter, source: HFCheckpoint, name: str) -> None:
                 f"model.adapter: {stored.directory} has a {weight} of its own, not that of {name}; merge it by peft "
                 "and take the merged model as model.path"
             )
+
+
+def _names(path: Path) -> set[str]:
+    """By which a model is known: the end of a path or hub id; of a snapshot in the hub's cache, that of its id, too."""
+    snapshots = path.parent
+    return {path.name} | ({snapshots.parent.name.rpartition("--")[2]} if snapshots.name == "snapshots" else set())
 
 
 @torch.no_grad()

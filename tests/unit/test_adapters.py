@@ -459,15 +459,18 @@ def test_an_adapter_keeps_the_hub_id_of_its_base(folder: Path, hub: Path) -> Non
         assert config["base_model_name_or_path"] == "org/tinyq"
 
 
-@pytest.mark.parametrize("base", ["org/tinyq", "elsewhere/tinyq", "org/other"])
-def test_an_adapter_of_peft_is_known_by_the_hub_id(folder: Path, finished: Path, hub: Path, base: str) -> None:
+@pytest.mark.parametrize("path", ["org/tinyq", "hub/models--org--tinyq/snapshots/abc"])
+@pytest.mark.parametrize("base", ["org/tinyq", "elsewhere/tinyq", "/x/models--org--tinyq/snapshots/def", "org/other"])
+def test_an_adapter_of_peft_is_known_by_the_hub_id(
+    folder: Path, finished: Path, hub: Path, base: str, path: str
+) -> None:
     foreign = shutil.copytree(finished / "adapter", hub / "padapter")
     (foreign / NOTE_NAME).unlink()
     config = json.loads((foreign / CONFIG_NAME).read_text()) | {"base_model_name_or_path": base}
     (foreign / CONFIG_NAME).write_text(json.dumps(config))
-    words = ["model.path=org/tinyq", f"model.adapter={foreign}", *LORA]
+    words = [f"model.path={path}", f"model.adapter={foreign}", *LORA]
     if base == "org/other":
-        with pytest.raises(ValueError, match=r"trained on org/other, model\.path is org/tinyq"):
+        with pytest.raises(ValueError, match=rf"trained on org/other, model\.path is {path}"):
             open_workshop(load_config(None, words))
     else:
         assert open_workshop(load_config(None, words)).adapter is not None
