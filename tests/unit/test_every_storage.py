@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import signal
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from omniloom.data.spilled_rows import StreamFeed
 from omniloom.tools.convert import convert_file
 from omniloom.types import StepPlan
 from tests.plan_config import plan_config
+from tests.unit.rank_threads import Rendezvous, run_on_ranks
 from tests.unit.storage_reader import IdReader
-from tests.unit.test_planner import Rendezvous
 
 ROWS = [{"query": f"What is {n}?", "response": f"It is {n}, " + "x" * (n * n % 37)} for n in range(40)]
 ODD = 'a "quoted", long\nanswer; with\ttabs'  # what tables have to quote
@@ -119,11 +118,7 @@ def run_leg(sources: Sources, config: Config, ranks: int, workers: int, limit: i
             planner.close()
             loader.close()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_on_ranks(run, ranks)
     if faults:
         raise faults[0]
     first = legs[0]

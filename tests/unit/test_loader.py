@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from dataclasses import replace
@@ -49,6 +48,7 @@ from omniloom.types import (
     VisionClip,
 )
 from tests.plan_config import plan_config
+from tests.unit.rank_threads import Rendezvous, run_on_ranks
 
 PACK_TOKENS = 256
 NUM_ROWS = 120
@@ -597,29 +597,11 @@ def test_bad_rows_that_stop_the_run_are_written_before_it_ends(tmp_path):
 # ---------------------------------------------------------------------------------------- several ranks
 
 
-class Meeting:
-    """All-gathers between threads that stand for ranks, one per channel."""
-
-    def __init__(self, world_size: int) -> None:
-        self.barriers = {name: threading.Barrier(world_size, timeout=20) for name in ("plan", "agree")}
-        self.slots = {name: [None] * world_size for name in ("plan", "agree")}
-
-    def exchange(self, channel: str, rank: int):
-        def gather(value):
-            self.slots[channel][rank] = value
-            self.barriers[channel].wait()
-            gathered = list(self.slots[channel])
-            self.barriers[channel].wait()
-            return gathered
-
-        return gather
-
-
 def run_ranks(
     world_size: int, body, *, data_world=None, packs_per_step=4, behaviours=None, clips_of=None, **changes
 ) -> list:
     """`body(stream)` on every rank; returns what each gives back, or the exception it raised."""
-    meeting = Meeting(world_size)
+    planning, agreeing = Rendezvous(world_size), Rendezvous(world_size)
     results: list = [None] * world_size
     data_world = data_world or world_size
 
@@ -632,14 +614,14 @@ def run_ranks(
             config=plan_config(packs_per_step=packs_per_step, **options),
             measure=loader.measure,
             locate=Numbers().locate,
-            ranks=PlanningRanks(exchange=meeting.exchange("plan", rank), rank=rank, world_size=world_size),
+            ranks=PlanningRanks(exchange=planning.exchange(rank), rank=rank, world_size=world_size),
         )
         stream = StepStream(
             planner,
             loader,
             data_rank=rank * data_world // world_size,
             data_world=data_world,
-            exchange=meeting.exchange("agree", rank),
+            exchange=agreeing.exchange(rank),
             **({"clips_of": partial(clips_of, rank)} if clips_of else {}),
         )
         try:
@@ -649,11 +631,7 @@ def run_ranks(
         finally:
             stream.close()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_on_ranks(run, world_size)
     return results
 
 

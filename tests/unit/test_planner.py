@@ -20,6 +20,7 @@ from omniloom.data.planner import (
 from omniloom.data.row_order import PlanPosition, RowOrder, shuffled_rows
 from omniloom.types import BadSample, ClipGeometry, Extent, PackPlan
 from tests.plan_config import plan_config
+from tests.unit.rank_threads import Rendezvous, run_on_ranks
 
 
 def extent_of(row: int, longest: int = 900) -> Extent:
@@ -61,24 +62,6 @@ def rows_of(steps) -> list[tuple[int, int]]:
     return [(sample.epoch, sample.row) for step in steps for pack in step.packs for sample in pack.samples]
 
 
-class Rendezvous:
-    """An all-gather between threads that stand for ranks."""
-
-    def __init__(self, world_size: int) -> None:
-        self.barrier = threading.Barrier(world_size, timeout=20)
-        self.slots = [None] * world_size
-
-    def exchange(self, rank: int):
-        def gather(value):
-            self.slots[rank] = value
-            self.barrier.wait()
-            everything = list(self.slots)
-            self.barrier.wait()
-            return everything
-
-        return gather
-
-
 def plan_on_ranks(world_size: int, measures, **changes) -> list:
     meeting = Rendezvous(world_size)
     results = [None] * world_size
@@ -96,11 +79,7 @@ def plan_on_ranks(world_size: int, measures, **changes) -> list:
         except (ValueError, RuntimeError) as error:
             results[rank] = error
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_on_ranks(run, world_size)
     return results
 
 
@@ -152,11 +131,7 @@ def test_ranks_that_measure_differently_by_chance_of_environment_fail_loudly():
             drain(planner)
         errors.append(caught)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_on_ranks(run, 2)
     assert len(errors) == 2
 
 

@@ -31,7 +31,7 @@ from omniloom.tools.tiny import make_tiny
 from omniloom.training.metrics import read_lines
 from omniloom.types import Extent, StepPlan
 from tests.plan_config import plan_config
-from tests.unit.test_planner import Rendezvous
+from tests.unit.rank_threads import Rendezvous, run_on_ranks
 
 URLS = DataConfig(allow_urls=True)
 
@@ -91,11 +91,7 @@ def drain(
         except (ValueError, OSError, RuntimeError) as error:
             results[rank] = error
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_on_ranks(run, world_size)
     for result in results:
         if isinstance(result, Exception):
             raise result
