@@ -92,10 +92,12 @@ def find_place(launch: Launch, environment: Mapping[str, str]) -> tuple[Job | No
                 f"{', '.join(launch.given)} is for ranks that are started from here, but torchrun already started them "
                 "(RANK and LOCAL_RANK are set); leave it out"
             )
+        if "RANK" in environment and (rank := _number(environment, "RANK")) >= _number(environment, "WORLD_SIZE"):
+            raise ValueError(f"RANK: expected less than WORLD_SIZE={environment['WORLD_SIZE']}, got {rank}")
         return None, None
-    if launch.nnodes is None and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if launch.nnodes is None and _number(environment, "SLURM_STEP_NUM_TASKS", "1") > 1:
         return _join_slurm(launch, environment)
-    if launch.nnodes is None and "SLURM_STEP_ID" not in environment and int(environment.get("SLURM_NNODES", "1")) > 1:
+    if launch.nnodes is None and "SLURM_STEP_ID" not in environment and _number(environment, "SLURM_NNODES", "1") > 1:
         raise ValueError(
             f"Slurm gave this job {environment['SLURM_NNODES']} machines, but the command was started on one of them "
             "alone; put `srun --ntasks-per-node=1` before it, with --nproc for a machine's ranks, or say --nnodes 1"
@@ -128,10 +130,10 @@ def _split_endpoint(endpoint: str) -> tuple[str, int]:
 
 def _join_slurm(launch: Launch, environment: Mapping[str, str]) -> tuple[Job | None, int | None]:
     """As one task of a step of Slurm's: a machine's launcher where --nproc says so, else a rank."""
-    tasks, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment["SLURM_STEP_NUM_NODES"])
+    tasks, nodes = _number(environment, "SLURM_STEP_NUM_TASKS"), _number(environment, "SLURM_STEP_NUM_NODES")
     if launch.rdzv_endpoint is None:
-        number = int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
-        endpoint = f"{first_node(environment['SLURM_STEP_NODELIST'])}:{SLURM_PORTS[number % len(SLURM_PORTS)]}"
+        number = _number(environment, "SLURM_JOB_ID") + _number(environment, "SLURM_STEP_ID")
+        endpoint = f"{first_node(_word(environment, 'SLURM_STEP_NODELIST'))}:{SLURM_PORTS[number % len(SLURM_PORTS)]}"
         launch = replace(launch, rdzv_endpoint=endpoint)
     if launch.nproc is not None:
         if tasks != nodes:
@@ -139,14 +141,30 @@ def _join_slurm(launch: Launch, environment: Mapping[str, str]) -> tuple[Job | N
                 f"--nproc starts the ranks of a machine, but srun started {tasks} tasks on {nodes}; leave --nproc out, "
                 "and each task is a rank, or give srun --ntasks-per-node=1"
             )
-        return _of_options(replace(launch, nnodes=nodes, node_rank=int(environment["SLURM_NODEID"]))), None
+        return _of_options(replace(launch, nnodes=nodes, node_rank=_number(environment, "SLURM_NODEID"))), None
     if launch.node_rank is not None:
         raise ValueError("--node-rank: Slurm numbers the machines of this step (SLURM_NODEID is set); leave it out")
     host, port = _split_endpoint(launch.rdzv_endpoint or "")
-    here = re.split(r"[(,]", environment["SLURM_STEP_TASKS_PER_NODE"])  # as "8(x4)": of the first machine
-    job = Job(first=int(environment["SLURM_PROCID"]), count=int(here[0]), world=tasks, host=host, port=port)
-    local_rank = int(environment["SLURM_LOCALID"])
+    rank, local_rank = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_LOCALID")
+    name = "SLURM_STEP_TASKS_PER_NODE"  # as "8(x4)": of the first machine
+    count = _number({name: re.split(r"[(,]", _word(environment, name))[0]}, name)
+    job = Job(first=rank, count=count, world=tasks, host=host, port=port)
     return replace(job, first=job.first - local_rank), local_rank
+
+
+def _word(environment: Mapping[str, str], name: str, usual: str = "") -> str:
+    """A variable that a launcher sets. Raises: ValueError."""
+    if not (found := environment.get(name, usual)):
+        raise ValueError(f"{name}: not set, though others of the same launcher are; start through srun or torchrun")
+    return found
+
+
+def _number(environment: Mapping[str, str], name: str, usual: str = "") -> int:
+    if not (found := _word(environment, name, usual)).isdecimal():
+        raise ValueError(
+            f"{name}: expected a whole number, got {found!r}; it is the launcher's to set (srun, torchrun)"
+        )
+    return int(found)
 
 
 def first_node(nodes: str) -> str:

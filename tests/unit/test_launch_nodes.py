@@ -73,6 +73,11 @@ def test_ranks_of_one_machine_meet_on_a_port_that_is_free() -> None:
         (Launch(nproc=8), TASKS_ARE_RANKS, "srun started 16 tasks on 2; leave --nproc out"),
         (Launch(node_rank=1), TASKS_ARE_RANKS, "Slurm numbers the machines"),
         (Launch(nproc=8), {"SLURM_NNODES": "4", "SLURM_JOB_ID": "7"}, "gave this job 4 machines.*srun"),
+        (Launch(), {**OF_A_POD, "RANK": "2"}, "RANK: expected less than WORLD_SIZE=2, got 2"),
+        (Launch(), {"RANK": "0"}, "WORLD_SIZE: not set, though others of the same launcher are"),
+        (Launch(), {**OF_TORCHRUN, "RANK": "x"}, "RANK: expected a whole number, got 'x'"),
+        (Launch(), {**TASKS_ARE_RANKS, "SLURM_STEP_TASKS_PER_NODE": "(x2)"}, "SLURM_STEP_TASKS_PER_NODE: expected"),
+        (Launch(), OF_SLURM | {"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_TASKS_PER_NODE: not set, though"),
     ],
 )
 def test_what_does_not_go_together_is_one_message_with_its_fix(launch, environment, words) -> None:
