@@ -76,7 +76,7 @@ def test_ranks_of_one_machine_meet_on_a_port_that_is_free() -> None:
         (Launch(), {**OF_A_POD, "RANK": "2"}, "RANK: expected less than WORLD_SIZE=2, got 2"),
         (Launch(), {"RANK": "0"}, "WORLD_SIZE: not set, though others of the same launcher are"),
         (Launch(), {**OF_TORCHRUN, "RANK": "x"}, "RANK: expected a whole number, got 'x'"),
-        (Launch(), {**TASKS_ARE_RANKS, "SLURM_STEP_TASKS_PER_NODE": "(x2)"}, "SLURM_STEP_TASKS_PER_NODE: expected"),
+        (Launch(), {**TASKS_ARE_RANKS, "SLURM_STEP_TASKS_PER_NODE": "x(x2)"}, "SLURM_STEP_TASKS_PER_NODE: expected"),
         (Launch(), OF_SLURM | {"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_TASKS_PER_NODE: not set, though"),
     ],
 )
