@@ -33,7 +33,7 @@ _EVEN: dict[str, Callable[[float], int]] = {
 _FRACTIONS = ("fps", "start_seconds", "end_seconds")
 SAYS_NOTHING = frozenset(  # keys of other formats that ask for nothing
     ("type", "id", "name", "filename", "format", "mime_type", "media_type", "detail", "cache_control")
-) | {"array", "sampling_rate"}
+) | {"sampling_rate"}
 
 
 def clip_options(kind: MediaKind, asked: Mapping[str, Any], field: str) -> ClipOptions:

@@ -12,6 +12,7 @@ import binascii
 import json
 import os
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -254,8 +255,8 @@ def decode_base64(text: str, field: str) -> bytes:
 
 
 def _payload_keys(kind: MediaKind) -> tuple[str, ...]:
-    """Bytes come before a path, since data sets store both and the path is then only a name."""
-    return (*_BYTES_KEYS, kind, "path", "url", f"{kind}_url")
+    """Content comes before a path, since data sets store both and the path is then only a name."""
+    return (*_BYTES_KEYS, *(("array",) if kind == "audio" else ()), kind, "path", "url", f"{kind}_url")
 
 
 def names_clip(item: Mapping[str, Any], kind: MediaKind) -> bool:
@@ -272,11 +273,25 @@ def _payload(item: Mapping[str, Any], kind: MediaKind, field: str) -> tuple[Any,
         if isinstance(value, Mapping):
             value, inner = _payload(value, kind, field)
             return value, {**beside, **inner}
+        if value and key == "array":
+            return _wav_of(value, item.get("sampling_rate"), field), beside
         if value:
             is_text = key in _BYTES_KEYS and isinstance(value, str) and not value.startswith("data:")
             return decode_base64(value, field) if is_text else value, beside
     known = f"one of {', '.join((kind, 'path', 'url', *_BYTES_KEYS))}"
     raise SampleError(field, f"expected a file under {known}; got none under {', '.join(map(str, item)) or '{}'}")
+
+
+def _wav_of(samples: Any, rate: Any, field: str) -> bytes:
+    """Samples of one channel in [-1, 1], as `datasets` decodes sound, as a file. Raises: SampleError."""
+    if not isinstance(rate, int) or not 0 < rate < 1 << 30:
+        raise SampleError(f"{field}.sampling_rate", f"expected the rate of the array in Hz, got {str(rate)[:60]!r}")
+    try:
+        data = struct.pack(f"<{len(samples)}f", *samples)
+    except (struct.error, OverflowError, TypeError) as error:
+        raise SampleError(f"{field}.array", f"expected a list of numbers, of one channel: {error}") from None
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, 1, rate, 4 * rate, 4, 32)
+    return b"RIFF" + struct.pack("<I", 36 + len(data)) + b"WAVE" + form + b"data" + struct.pack("<I", len(data)) + data
 
 
 def as_clips(kind: MediaKind, value: Any) -> list[Any]:

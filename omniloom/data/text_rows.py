@@ -25,6 +25,7 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}  # by suffix; the one that the row of names has most of
 _STRETCH_BYTES = 1 << 22
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by how files begin
+_LATER_ROW = re.compile(rb"\n[ \t]*[\[{]")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 _CUT_OFF = 16  # characters before the end of a stretch within which a fault may only mean that more is to come
@@ -110,6 +111,7 @@ def open_text(path: str, max_samples: int | None, scratch: str | None) -> TextRo
         raise ValueError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull where it came from")
     delimiters = _DELIMITERS.get(Path(name).suffix.lower())
     is_json = start[:1] in b"[{" and b"\x00" not in start[:4]  # further on they are a line that a crash left empty
+    is_json = is_json or (b"\x00" not in head and _LATER_ROW.search(head) is not None)  # only its first line is broken
     if not is_json and (delimiters is None or b"\x00" in head):
         raise ValueError(
             f"{path} is neither JSON, JSONL, Parquet, Arrow nor tar (it begins with {head[:8]!r}) and is not named "

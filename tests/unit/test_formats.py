@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ from omniloom.data.formats import (
     detect_format,
     parse_row,
 )
+from omniloom.data.media_decode import decode_audio
+from omniloom.data.media_files import MediaLimits
 from omniloom.data.sources import open_sources
 from omniloom.options import FieldNames, ProcessorOptions, VideoConfig
 from omniloom.processors.chat_template import ChatTemplate, named_source
@@ -575,6 +578,23 @@ def test_bytes_data_uris_and_base64_are_the_file_itself():
     assert "not base64" in failure(user_row("<image>", images=["data:image/png;base64,@@"]))
     assert "expected data:" in failure(user_row("<image>", images=["data:image/png,raw"]))
     assert "got none under bytes" in failure(user_row("<image>", images=[{"bytes": b""}]))
+
+
+def test_sound_that_datasets_decoded_is_a_file_of_these_samples():
+    samples = [0.0, 0.5, -0.25] * 1000
+    decoded = {"path": "a.wav", "array": samples, "sampling_rate": 8000}
+    for row in (user_row("<audio>", audio=decoded), user_row([{"type": "audio", "audio": decoded}])):
+        (sound,) = media_of(row)
+        assert np.array_equal(decode_audio(sound, MediaLimits(sampling_rate=8000)), np.array(samples, np.float32))
+    for changes, words in (
+        ({"sampling_rate": None}, "rate of the array in Hz"),
+        ({"array": [[0.0], [1.0]]}, "of one channel"),
+        ({"array": [1e300]}, "of one channel"),
+        ({"array": 3}, "of one channel"),
+    ):
+        assert words in failure(user_row("<audio>", audio={**decoded, **changes}))
+    (sound,) = media_of(user_row("<audio>", audio={**decoded, "array": None}))
+    assert str(sound.path).endswith("a.wav")
 
 
 def test_a_list_of_frames_is_one_video_at_the_sampling_rate():

@@ -192,6 +192,16 @@ def test_a_broken_line_costs_only_its_row(tmp_path):
             source.read_row(row)
 
 
+@pytest.mark.parametrize("first", [b"null", b'"text"', b'er", "id": 0}', b"# a comment", b"\xfd\xfe\xff"])
+def test_a_broken_first_line_costs_only_its_row_too(tmp_path, first):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(first + b'\n{"id": 1}\n{"id": 2}\n')
+    rows = open_sources((str(path),))
+    assert [rows.read_row(row)[0]["id"] for row in (1, 2)] == [1, 2]
+    with pytest.raises(SampleError):
+        rows.read_row(0)
+
+
 def test_json_lines_of_bare_message_lists_are_rows(tmp_path):
     path = tmp_path / "a.jsonl"
     messages = [{"role": "user", "content": "a"}]
