@@ -46,14 +46,15 @@ class Thumbnail:
 def make_thumbnail(path: Path, max_bytes: int = MAX_PLAYABLE_BYTES) -> Thumbnail | None:
     """The thumbnail of one media file, with a player up to `max_bytes`; None where it cannot be read."""
     import av
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         if path.suffix.lower() in IMAGE_SUFFIXES:
             with Image.open(path) as image:
                 image.draft("RGB", (MAX_PIXELS, MAX_PIXELS))
                 image.thumbnail((MAX_PIXELS, MAX_PIXELS))
-                return Thumbnail(kind="image", picture=_encode(image.convert("RGB")))
+                upright = ImageOps.exif_transpose(image)  # as it is trained on
+                return Thumbnail(kind="image", picture=_encode(upright.convert("RGB")))
         with av.open(str(path)) as container:
             frames = _spread_frames(container) if container.streams.video else []
         with av.open(str(path)) as container:
