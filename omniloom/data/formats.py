@@ -212,7 +212,8 @@ def _pairs(row: Mapping[str, Any], name: str, names: FieldNames, needs_answer: b
     is_asked = row.get(question) is not None or not any(clips.values())
     # clips alone, as in a table of recordings and their words, are what is asked about
     prompt = _words(row, question) if is_asked else "".join(f"<{kind}>" * clips[kind] for kind in KINDS)
-    extra = _find(row, names.query, "input") if name == "alpaca" else None
+    more = _key(row, names.query, "input")
+    extra = row.get(more) if name == "alpaca" and more not in (question, answer) else None  # `attr` may name it so
     if extra is not None and not isinstance(extra, str):
         raise SampleError("input", f"expected text, got {type(extra).__name__}: {str(extra)[:60]!r}")
     if extra:
@@ -303,6 +304,8 @@ class _TurnReader:
         return None
 
     def _speech(self, message: Mapping[str, Any], kind: _TurnKind, where: str) -> Speech | None:
+        renamed = (self._names.role_tag, self._names.content_tag)  # who speaks may be called `speaker`
+        message = {key: value for key, value in message.items() if key not in renamed}
         if message.get("speech") is None and message.get("speaker") is None:
             return None
         if kind != "assistant":

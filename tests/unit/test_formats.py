@@ -226,6 +226,19 @@ def test_renamed_fields_and_roles_are_found():
             load_config({"data": section})
 
 
+@pytest.mark.parametrize(("prompt", "response"), [("input", "target"), ("input", "output"), ("output", "input")])
+def test_a_renamed_question_is_asked_once_and_no_answer_before_it(prompt, response):
+    conversation = parse({prompt: "ask", response: "say"}, attr=FieldNames(prompt=prompt, response=response))
+    assert [part.text for turn in conversation.turns for part in turn.parts] == ["ask", "say"]
+
+
+def test_who_speaks_may_be_called_speaker():
+    talk = [{"speaker": "A", "said": "ask"}, {"speaker": "B", "said": "say"}]
+    names = FieldNames(role_tag="speaker", content_tag="said", user_tag="A", assistant_tag="B")
+    conversation = parse({"messages": talk}, attr=names)
+    assert [(turn.role, turn.speech) for turn in conversation.turns] == [("user", None), ("assistant", None)]
+
+
 def test_every_key_of_the_guides_attr_is_taken():
     plain = dict.fromkeys(("system", "images", "videos", "chosen", "rejected", "kto_tag", "formatting"))
     config = load_config(None, [f"data.attr={json.dumps({**plain, 'ranking': False, 'audios': 'audios'})}"])
