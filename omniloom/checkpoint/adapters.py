@@ -359,6 +359,28 @@ def open_adapter(directory: str | Path) -> StoredAdapter:
     if not (directory / CONFIG_NAME).is_file():
         raise ValueError(f"model.adapter: {directory} has no {CONFIG_NAME}; expected a directory written by peft")
     config = read_json(directory / CONFIG_NAME)
+    _check_settings(directory, config)
+    entries, _ = read_header(directory / TENSORS_NAME)
+    if single := next((name for name in entries if re.search(r"\.experts\.\d+\.", name)), None):
+        raise ValueError(
+            f"model.adapter: {directory} adapts single experts ({single.removeprefix(PREFIX)}), as transformers 4 held "
+            "them; load it onto the model by peft with transformers 5, which stacks them, and save it again"
+        )
+    note, named = directory / NOTE_NAME, {_canonical(name): entry for name, entry in entries.items()}
+    return StoredAdapter(
+        directory=directory,
+        config=config,
+        entries={name: entry for name, entry in named.items() if not name.endswith(BASE_WEIGHT)},
+        copies={
+            name.removesuffix(BASE_WEIGHT) + ".weight": entry
+            for name, entry in named.items()
+            if name.endswith(BASE_WEIGHT)
+        },
+        base=read_json(note).get("base") if note.is_file() else None,
+    )
+
+
+def _check_settings(directory: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"model.adapter: {directory} is a {kind} adapter; only LORA can go on here")
@@ -376,19 +398,6 @@ def open_adapter(directory: str | Path) -> StoredAdapter:
             raise ValueError(
                 f"model.adapter: {directory / CONFIG_NAME}: expected a number as {name}, got {config.get(name)}"
             )
-    entries, _ = read_header(directory / TENSORS_NAME)
-    note, named = directory / NOTE_NAME, {_canonical(name): entry for name, entry in entries.items()}
-    return StoredAdapter(
-        directory=directory,
-        config=config,
-        entries={name: entry for name, entry in named.items() if not name.endswith(BASE_WEIGHT)},
-        copies={
-            name.removesuffix(BASE_WEIGHT) + ".weight": entry
-            for name, entry in named.items()
-            if name.endswith(BASE_WEIGHT)
-        },
-        base=read_json(note).get("base") if note.is_file() else None,
-    )
 
 
 def adapted_weights(stored: StoredAdapter, assemblies: Mapping[str, Assembly]) -> dict[str, LoraConfig]:

@@ -363,6 +363,10 @@ def test_files_that_are_no_adapter_are_refused(folder: Path, finished: Path, tmp
         config = json.loads((changed / CONFIG_NAME).read_text()) | {key: value}
         (changed / CONFIG_NAME).write_text(json.dumps(config))
         assert words in refusal(changed, *LORA)
+    single = shutil.copytree(finished / "adapter", tmp_path / "single")
+    tensors = {f"{PREFIX}thinker.model.layers.0.mlp.experts.3.up_proj.lora_A.weight": torch.zeros(4, 64)}
+    save_file(tensors, single / TENSORS_NAME)
+    assert "adapts single experts (thinker.model.layers.0.mlp.experts.3.up_proj" in refusal(single, *LORA)
 
 
 def test_a_checkpoint_with_adapters_is_not_resumed_without_them(folder: Path, finished: Path) -> None:
