@@ -47,10 +47,10 @@ _MEDIA_BLOCKS: dict[str, MediaKind] = {
     "audio_url": "audio",
     "input_audio": "audio",
 }
+_PAIRED = ("alpaca", "query_response")
 _DIALOGUE_KEYS = ("messages", "conversations", "conversation")
-_PAIR_KEYS = ("instruction", "prompt", "input", "output", "query", "response", "history")
 _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios", "use_audio_in_video")
-_ROW_KEYS = {*_DIALOGUE_KEYS, *_PAIR_KEYS, *_MEDIA_KEYS, "objects", "tools", "system", "id", "weight"}
+_ROW_KEYS = {*_MEDIA_KEYS, "objects", "tools", "system", "id", "weight"}  # of every format
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _CALL_KEYS = ("tool_calls", "function_call")
 _WEIGHT_KEYS = ("loss", "loss_scale", "weight")
@@ -68,7 +68,7 @@ def detect_format(row: Mapping[str, Any], names: FieldNames | None = None) -> st
     turns = _of_json(_find(row, names.messages, *_DIALOGUE_KEYS))
     if turns is not None:
         return _detect_dialogue(row, turns, names)
-    pairs = {name: [row.get(key) for key in _pair_keys(row, name, names)] for name in ("alpaca", "query_response")}
+    pairs = {name: [row.get(key) for key in _pair_keys(row, name, names)] for name in _PAIRED}
     asked = [name for name, (question, _) in pairs.items() if question is not None]
     if not asked and any(_clips_beside(row, getattr(names, f"{kind}s"), kind) for kind in KINDS):  # are asked about
         asked = [name for name, (_, answer) in pairs.items() if answer is not None]
@@ -95,7 +95,8 @@ def describe_format(row: Mapping[str, Any], options: DataConfig) -> str:
     name = detect_format(row, options.attr) if set_by_hand is None else set_by_hand
     renamed = {value for item in fields(FieldNames) if (value := getattr(options.attr, item.name)) is not None}
     present = [str(key) for key, value in row.items() if value is not None and key != PARTS]
-    read = [key for key in present if key in _ROW_KEYS or key in renamed]
+    known = _ROW_KEYS | _keys_of_format(row, name, options.attr)
+    read = [key for key in present if key in known or key in renamed]
     ignored = [key for key in present if key not in read]
     turns = _of_json(_find(row, options.attr.messages, *_DIALOGUE_KEYS))
     messages = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list | tuple) else []
@@ -103,6 +104,14 @@ def describe_format(row: Mapping[str, Any], options: DataConfig) -> str:
         ignored.append(f"{'and ' * bool(ignored)}of turns {', '.join(of_turns)}")
     line = f"format {name} ({'detected' if set_by_hand is None else 'set by data.format'}), read from {', '.join(read)}"
     return line + (f"; not read: {', '.join(ignored)}" if ignored else "")
+
+
+def _keys_of_format(row: Mapping[str, Any], name: str, names: FieldNames) -> set[str]:
+    """Where a row of a format has what is said."""
+    if name not in _PAIRED:
+        return {_key(row, names.messages, *_DIALOGUE_KEYS)}
+    more = {_key(row, names.query, "input")} if name == "alpaca" else set()
+    return {*_pair_keys(row, name, names), _key(row, names.history, "history"), *more}
 
 
 def _unread(message: Mapping[str, Any], names: FieldNames) -> list[str]:
@@ -144,8 +153,7 @@ def parse_row(
     """Turn one row into a conversation. Raises: SampleError that names the field and what is wrong with it."""
     names = options.attr
     name = _format_of(options) or detect_format(row, names)
-    paired = name in ("alpaca", "query_response")
-    messages = _pairs(row, name, names, needs_answer) if paired else _messages(row, name, names)
+    messages = _pairs(row, name, names, needs_answer) if name in _PAIRED else _messages(row, name, names)
     objects = RowObjects(row["objects"]) if row.get("objects") else None
     media = RowMedia(
         {kind: _clips_beside(row, getattr(names, f"{kind}s"), kind) for kind in KINDS},

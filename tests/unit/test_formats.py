@@ -178,6 +178,19 @@ def test_what_turns_hold_and_nothing_reads_is_said_too():
     assert "not read" not in describe_format({"messages": [{"who": "user", "said": "q"}]}, DataConfig(attr=attr))
 
 
+@pytest.mark.parametrize(
+    ("row", "read", "unread"),
+    [
+        ({"query": "q", "input": "more", "response": "r"}, "query, response", "input"),
+        ({"instruction": "i", "output": "o", "query": "q", "response": "r"}, "instruction, output", "query, response"),
+        ({"messages": [ANSWER], "history": [["a", "b"]], "output": "o"}, "messages", "history, output"),
+        ({"messages": [ANSWER], "conversations": [ANSWER]}, "messages", "conversations"),
+    ],
+)
+def test_what_another_format_would_read_is_not_said_to_be_read(row, read, unread):
+    assert describe_format(row, DataConfig()).endswith(f"read from {read}; not read: {unread}")
+
+
 def test_alpaca_and_query_put_history_and_input_where_they_belong():
     row = {"instruction": "i", "input": "more", "output": "o", "history": [["q1", "a1"], ["q2", "a2"]], "system": "s"}
     assert [(role, parts[0][1]) for role, parts in words(parse(row))] == [
