@@ -44,6 +44,7 @@ from omniloom.training.policy import ParameterPolicy, check_rates, resolve_polic
 from omniloom.types import Adapter
 
 VOICES = "talker.codec_embed.weight"  # whose rows are voices, too
+HEAD = "text.loss_head.head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,9 +290,13 @@ def _check_tensors(
     try:
         check_names(shapes, assemblies, key_map)
     except ValueError as error:
-        raise ValueError(
-            f"{checkpoint.directory}: {error}; download it again, or start from the checkpoint of this model"
-        ) from None
+        advice = "download it again, or start from the checkpoint of this model"
+        if shapes.keys() - assemblies.keys() == {HEAD}:
+            advice = (
+                "it has no head, as models that embed; take one that answers, or set tie_word_embeddings to true in "
+                "config.json to begin with the embedding as its head"
+            )
+        raise ValueError(f"{checkpoint.directory}: {error}; {advice}") from None
     check_dtypes(checkpoint, assemblies)
     check_twins(checkpoint, key_map, assemblies)
     return shapes

@@ -114,6 +114,20 @@ def test_levels_of_deepstack_past_the_layers_are_not_built_and_yet_exported(tmp_
     assert open_path(tmp_path / "model", "model.num_layers.vision=1").cut
 
 
+def test_a_model_that_is_published_without_its_head_says_how_it_can_have_one(published, tmp_path):
+    """Qwen3-VL-Embedding-8B is: its config.json ties nothing, and there is no lm_head."""
+    source, directory = published["qwen3_vl_moe"], tmp_path / "model"
+    shutil.copytree(source, directory, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    tensors = tensors_of(source)
+    del tensors["lm_head.weight"]
+    save_file(tensors, directory / SINGLE_NAME)
+    with pytest.raises(ValueError, match=r"missing lm_head\.weight .*; it has no head, .* tie_word_embeddings to true"):
+        open_path(directory)
+    config_json = json.loads((source / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config_json | {"tie_word_embeddings": True}))
+    open_path(directory)
+
+
 def test_quantised_weights_are_refused_before_anything_is_built(published, tmp_path):
     tensors = tensors_of(published["qwen3_vl"])
     config_json = json.loads((published["qwen3_vl"] / "config.json").read_text())
