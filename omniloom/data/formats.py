@@ -395,7 +395,11 @@ def _block(block: Any, where: str, media: RowMedia) -> list[Part]:
     if not isinstance(block, Mapping):
         raise SampleError(where, f"expected a block with a type, got {str(block)[:60]!r}")
     kind = _type(block)
-    if kind in ("text", "input_text", "output_text"):
+    is_text = kind in ("text", "input_text", "output_text")
+    others = tuple(_MEDIA_BLOCKS) if is_text else ("text",) if kind in _MEDIA_BLOCKS else ()
+    if beside := [key for key in others if _holds(block.get(key))]:
+        raise SampleError(where, f"a block of type {kind} with {beside[0]} beside it; give each a block of its own")
+    if is_text:
         text = block.get("text")
         if not isinstance(text, str):
             raise SampleError(where, f"expected a text block with its text, got {str(text)[:60]!r}")
@@ -418,6 +422,10 @@ def _block_item(block: Mapping[str, Any], kind: str) -> dict[str, Any]:
     inner = block["source"] if isinstance(block.get("source"), Mapping) else block.get(kind)  # the first is Anthropic's
     rest = {key: item for key, item in block.items() if item is not None and key not in ("text", "source", kind)}
     return rest if inner is None else {**rest, _MEDIA_BLOCKS[kind]: inner}
+
+
+def _holds(value: Any) -> bool:
+    return any(value.values()) if isinstance(value, Mapping) else not _is_empty(value)
 
 
 def _blocks(content: Any) -> list[Mapping[str, Any]]:

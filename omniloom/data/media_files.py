@@ -137,6 +137,9 @@ def open_container(file: str | bytes, kind: MediaKind) -> Iterator[InputContaine
             yield container
     except SampleError:
         raise
+    except av.error.ArgumentError:  # of opening what is not on the list
+        reason = "is of no format of video or sound that is opened here; a picture is no video"
+        raise SampleError(kind, f"{name_of(file)} {reason}") from None
     except av.error.FFmpegError as error:
         reason = error.strerror or type(error).__name__
         raise SampleError(kind, f"cannot decode {name_of(file)}: {reason[0].lower()}{reason[1:]}") from None

@@ -606,6 +606,14 @@ def test_bytes_data_uris_and_base64_are_the_file_itself():
     assert "got none under bytes" in failure(user_row("<image>", images=[{"bytes": b""}]))
 
 
+def test_a_block_of_two_things_is_refused_and_empty_keys_beside_it_are_not():
+    for block in ({"type": "text", "text": "a", "image": "1.jpg"}, {"type": "image", "image": "1.jpg", "text": "a"}):
+        assert "beside it; give each a block of its own" in failure(user_row([block]))
+    nothing = {"image": None, "video": "", "audio": {"bytes": None, "path": None}}
+    assert not media_of(user_row([{"type": "text", "text": "a", **nothing}]))
+    assert len(media_of(user_row([{"type": "image", "image": "1.jpg", "text": ""}]))) == 1
+
+
 def test_sound_that_datasets_decoded_is_a_file_of_these_samples():
     samples = [0.0, 0.5, -0.25] * 1000
     decoded = {"path": "a.wav", "array": samples, "sampling_rate": 8000}

@@ -395,6 +395,13 @@ def test_image_size_equals_what_decoding_gives(tmp_path, suffix, orientation):
     assert np.abs(pixels.astype(int) - np.rot90(picture(0, 60, 40), turns)).mean() < 20  # lossy formats
 
 
+def test_a_picture_is_neither_video_nor_sound(tmp_path):
+    Image.fromarray(picture(0, 64, 48)).save(tmp_path / "a.jpg")
+    for kind in ("video", "audio"):
+        with pytest.raises(SampleError, match=r"a\.jpg is of no format of video or sound that is opened here"):
+            header_of(tmp_path / "a.jpg", kind)
+
+
 def test_an_avif_without_its_pictures_is_a_bad_sample(tmp_path):
     path = tmp_path / "a.avif"
     Image.fromarray(picture(0, 64, 48)).save(path)
