@@ -65,7 +65,7 @@ _LARGEST_WEIGHT = 1e30  # sums of them stay within float32
 def detect_format(row: Mapping[str, Any], names: FieldNames | None = None) -> str:
     """The name of the format that a row is written in, by its keys. Raises: SampleError for none."""
     names = names or FieldNames()
-    turns = _of_json(_find(row, names.messages, *_DIALOGUE_KEYS))
+    turns = _dialogue(row, names)
     if turns is not None:
         return _detect_dialogue(row, turns, names)
     pairs = {name: [row.get(key) for key in _pair_keys(row, name, names)] for name in _PAIRED}
@@ -98,7 +98,7 @@ def describe_format(row: Mapping[str, Any], options: DataConfig) -> str:
     known = _ROW_KEYS | _keys_of_format(row, name, options.attr)
     read = [key for key in present if key in known or key in renamed]
     ignored = [key for key in present if key not in read]
-    turns = _of_json(_find(row, options.attr.messages, *_DIALOGUE_KEYS))
+    turns = _dialogue(row, options.attr)
     messages = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list | tuple) else []
     if of_turns := sorted({key for message in messages for key in _unread(message, options.attr)}):
         ignored.append(f"{'and ' * bool(ignored)}of turns {', '.join(of_turns)}")
@@ -112,6 +112,18 @@ def _keys_of_format(row: Mapping[str, Any], name: str, names: FieldNames) -> set
         return {_key(row, names.messages, *_DIALOGUE_KEYS)}
     more = {_key(row, names.query, "input")} if name == "alpaca" else set()
     return {*_pair_keys(row, name, names), _key(row, names.history, "history"), *more}
+
+
+def _dialogue(row: Mapping[str, Any], names: FieldNames) -> Any:
+    """What a row has in place of its turns; ms-swift's `{"human": ..., "assistant": ...}` are two of them."""
+    turns = _of_json(_find(row, names.messages, *_DIALOGUE_KEYS))
+    if not isinstance(turns, list | tuple):
+        return turns
+    said: list[Any] = []
+    for turn in turns:
+        by_role = isinstance(turn, Mapping) and turn and turn.keys() <= _ROLES.keys()
+        said += [{"role": role, "content": content} for role, content in turn.items()] if by_role else [turn]
+    return said
 
 
 def _unread(message: Mapping[str, Any], names: FieldNames) -> list[str]:
@@ -194,7 +206,7 @@ def _parts_of(row: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _messages(row: Mapping[str, Any], name: str, names: FieldNames) -> list[Mapping[str, Any]]:
-    turns = _of_json(_find(row, names.messages, *_DIALOGUE_KEYS))
+    turns = _dialogue(row, names)
     key = names.messages or ("conversations" if name in ("sharegpt", "llava") else "messages")
     if turns is None:
         raise SampleError(key, f"the {name} format needs it, the row has only {', '.join(map(str, row)) or 'nothing'}")

@@ -191,6 +191,14 @@ def test_what_another_format_would_read_is_not_said_to_be_read(row, read, unread
     assert describe_format(row, DataConfig()).endswith(f"read from {read}; not read: {unread}")
 
 
+def test_pairs_of_what_roles_say_are_turns():
+    row = {"system": "s", "conversation": [{"human": "q1", "assistant": "a1"}, {"user": "q2", "assistant": "a2"}]}
+    assert [(role, parts[0][1]) for role, parts in words(parse(row))] == [
+        ("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"),
+    ]  # fmt: skip
+    assert describe_format(row, DataConfig()).endswith("read from system, conversation")
+
+
 def test_alpaca_and_query_put_history_and_input_where_they_belong():
     row = {"instruction": "i", "input": "more", "output": "o", "history": [["q1", "a1"], ["q2", "a2"]], "system": "s"}
     assert [(role, parts[0][1]) for role, parts in words(parse(row))] == [
