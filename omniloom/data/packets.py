@@ -40,9 +40,12 @@ def demux(container: InputContainer, *streams: Any) -> Iterator[Packet]:
 
     A stream that only begins further on (captions, sound that was switched on) is passed over: av has no place for it.
     """
-    while True:
+    is_over = False
+    while not is_over:
         try:
-            yield from container.demux(*streams)
+            for packet in container.demux(*streams):
+                is_over = not packet.size  # the last of each stream has nothing in it
+                yield packet
             return
         except IndexError:  # that packet is lost, the next one is read
             continue

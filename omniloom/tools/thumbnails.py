@@ -10,13 +10,16 @@ import base64
 import io
 import itertools
 import wave
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from omniloom.data.media_files import MediaLimits, open_image
+from omniloom.data.packets import demux
 
 NUM_STRIP_FRAMES = 4
 MAX_PIXELS = 192  # of a thumbnail's height and width
@@ -46,20 +49,20 @@ class Thumbnail:
 def make_thumbnail(path: Path, max_bytes: int = MAX_PLAYABLE_BYTES) -> Thumbnail | None:
     """The thumbnail of one media file, with a player up to `max_bytes`; None where it cannot be read."""
     import av
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     try:
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            with Image.open(path) as image:
+            with open_image(str(path), "image", MediaLimits()) as image:
                 image.draft("RGB", (MAX_PIXELS, MAX_PIXELS))
                 image.thumbnail((MAX_PIXELS, MAX_PIXELS))
-                upright = ImageOps.exif_transpose(image)  # as it is trained on
-                return Thumbnail(kind="image", picture=_encode(upright.convert("RGB")))
+                ImageOps.exif_transpose(image, in_place=True)  # as it is trained on
+                return Thumbnail(kind="image", picture=_encode(image.convert("RGB")))
         with av.open(str(path)) as container:
             frames = _spread_frames(container) if container.streams.video else []
         with av.open(str(path)) as container:
             sound = _mono(container) if container.streams.audio else None
-    except (av.FFmpegError, OSError, ValueError, Image.DecompressionBombError):
+    except (av.FFmpegError, OSError, ValueError):
         return None
     return Thumbnail(
         kind="video" if frames else "audio",
@@ -116,15 +119,19 @@ def _spread_frames(container: Any) -> list[Any]:
     seconds = float(container.duration or 0) / 1e6
     frames: list[Any] = []
     if seconds <= 8:
-        decoded = [frame.to_image() for frame in container.decode(stream)]
+        decoded = [frame.to_image() for frame in _decoded(container, stream)]
         last = len(decoded) - 1
         count = min(NUM_STRIP_FRAMES, len(decoded))
         frames = [decoded[round(index * last / max(1, count - 1))] for index in range(count)]
     else:
         for index in range(NUM_STRIP_FRAMES):
             container.seek(int(1e6 * seconds * (index + 0.5) / NUM_STRIP_FRAMES))
-            frames += [frame.to_image() for frame in itertools.islice(container.decode(stream), 1)]
+            frames += [frame.to_image() for frame in itertools.islice(_decoded(container, stream), 1)]
     return frames
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    return (frame for packet in demux(container, stream) for frame in packet.decode())
 
 
 def _strip(frames: list[Any]) -> Any:
@@ -148,7 +155,7 @@ def _mono(container: Any) -> np.ndarray:
     resampler = av.AudioResampler(format="flt", layout="mono", rate=16_000)
     chunks: list[np.ndarray] = []
     num_samples = 0
-    for frame in container.decode(audio=0):
+    for frame in _decoded(container, container.streams.audio[0]):
         for part in resampler.resample(frame):
             chunks.append(part.to_ndarray()[0])
             num_samples += len(chunks[-1])

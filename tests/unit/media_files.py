@@ -256,3 +256,14 @@ def _subtitle(path: Path, container, until: int) -> list:
     for packet in packets:
         packet.stream = stream
     return packets
+
+
+def add_captions(path: Path) -> None:
+    """Give an FLV a stream of words that begins in its last quarter."""
+    raw, at = path.read_bytes(), 13
+    while at < len(raw) * 3 // 4:  # a tag of one of the streams after another
+        times = raw[at + 4 : at + 8]
+        at += 15 + int.from_bytes(raw[at + 1 : at + 4], "big")
+    words = b"\x02\0\x0aonTextData\x08\0\0\0\1\0\4text\x02\0\2hi\0\0\x09"
+    tag = b"\x12" + len(words).to_bytes(3, "big") + times + bytes(3) + words
+    path.write_bytes(raw[:at] + tag + len(tag).to_bytes(4, "big") + raw[at:])
