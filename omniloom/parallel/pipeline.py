@@ -51,6 +51,12 @@ def split_layers(plan: ShardingPlan, degrees: Degrees) -> tuple[int, ...]:
     The first stage has the embedding, the last the head. Raises: ValueError for a list that is no such division.
     """
     num_layers, num_stages = len(plan.layer_costs), degrees.num_stages
+    if num_layers < num_stages:
+        fewer = ", or fewer parallel.stages_per_rank" * (degrees.stages_per_rank > 1)
+        raise ValueError(
+            f"parallel.pipeline: {num_layers} layers do not make {num_stages} stages; choose at most "
+            f"{max(1, num_layers // degrees.stages_per_rank)}{fewer}"
+        )
     if given := degrees.pipeline_layers:
         if len(given) != num_stages or sum(given) != num_layers or min(given) < 1:
             example = [num_layers // num_stages + (index < num_layers % num_stages) for index in range(num_stages)]
@@ -59,10 +65,6 @@ def split_layers(plan: ShardingPlan, degrees: Degrees) -> tuple[int, ...]:
                 f"{num_stages} numbers of at least 1 that add up to {num_layers}, as {example}, or null"
             )
         return given
-    if num_layers < num_stages:
-        raise ValueError(
-            f"parallel.pipeline: {num_layers} layers do not make {num_stages} stages; choose at most {num_layers}"
-        )
     costs = (plan.layer_costs, plan.embed_cost, plan.head_cost)
     sizes = _balance(*costs, num_stages)
     return sizes if degrees.stages_per_rank == 1 else _even_ranks(*costs, sizes, degrees.pipeline)

@@ -106,6 +106,9 @@ def test_a_list_of_stages_that_does_not_fit_is_refused_with_one_that_does(layers
 def test_fewer_layers_than_stages_are_refused() -> None:
     with pytest.raises(ValueError, match="3 layers do not make 4 stages; choose at most 3"):
         check_plan(plan_of(3), Degrees(pipeline=4))
+    for layers in ((), (1, 1, 1, 0)):
+        with pytest.raises(ValueError, match=r"4 stages; choose at most 1, or fewer parallel\.stages_per_rank$"):
+            check_plan(plan_of(3), Degrees(pipeline=2, stages_per_rank=2, pipeline_layers=layers))
 
 
 def test_rows_that_have_arrived_are_not_kept_until_the_step_is_over(monkeypatch) -> None:
