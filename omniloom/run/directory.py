@@ -75,10 +75,12 @@ def find_finished(run_dir: Path, config: Config) -> str | None:
     if _asks_for_more(changes, config, step):
         return None
     if deciding := [change for change in changes if not change.is_neutral]:
+        hf = run_dir / "hf"
+        result = f"model.path={hf}" if hf.is_dir() else f"as model.path what `omniloom export {run_dir} DIR` writes"
         raise ValueError(
             f"{run_dir} holds a run that is finished after step {step}; nothing was trained or written, and its "
-            f"config.yaml stays. What differs: {_listed(deciding)}. To train on from its result, set model.path="
-            f"{run_dir / 'hf'} and another train.run_dir; to train it anew, set another train.run_dir or --overwrite"
+            f"config.yaml stays. What differs: {_listed(deciding)}. To train on from its result, set {result} "
+            "and another train.run_dir; to train it anew, set another train.run_dir or --overwrite"
         )
     others = f" ({_listed(changes)}: no matter to it)" if changes else ""
     return f"{run_dir}: finished after step {step}, nothing to do{others}"

@@ -93,6 +93,14 @@ def test_what_differs_from_a_finished_run_is_named_and_refused(
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
+def test_the_result_that_is_offered_is_there_or_said_how_to_be_had(finished: Path) -> None:
+    with pytest.raises(ValueError, match=rf"set as model\.path what `omniloom export {finished} DIR` writes"):
+        find_finished(finished, config_of(*SAME, "checkpoint.export=false"))
+    (finished / "hf").mkdir()
+    with pytest.raises(ValueError, match=rf"set model\.path={finished}/hf"):
+        find_finished(finished, config_of(*SAME, "checkpoint.export=false"))
+
+
 def test_more_steps_go_on_from_a_finished_run(finished: Path) -> None:
     assert find_finished(finished, config_of(*SAME, "train.steps=11")) is None
     assert find_finished(finished, config_of(*SAME, "train.steps=null", "train.epochs=2")) is None
