@@ -22,8 +22,6 @@ import numpy as np
 from numpy import int64
 from numpy.typing import NDArray
 
-from omniloom.types import SampleError
-
 _VERSION = 3  # of the files
 _BUFFERED = 1 << 16  # whole numbers
 _SETTLED_SECONDS = 2.0  # a file changed later than this before may change again without another time stamp
@@ -64,16 +62,6 @@ class IndexedRows:
 
     def __len__(self) -> int:
         return len(self._index.table)
-
-
-def read_stretch(file: str, start: int, end: int, path: str) -> bytes:
-    """Bytes of a file that holds the rows of `path`. Raises: SampleError."""
-    try:
-        with open(file, "rb") as handle:  # anew each time: a handle kept over a fork would share its position
-            handle.seek(start)
-            return handle.read(end - start)
-    except OSError as error:
-        raise SampleError("row", f"cannot read {path}: {error.strerror or error}") from None
 
 
 class IndexTable:

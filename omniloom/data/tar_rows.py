@@ -22,9 +22,9 @@ import numpy as np
 
 from omniloom.data.plain_pickle import as_media, read_plain_pickle
 from omniloom.data.row_media import PARTS
-from omniloom.data.shared_index import IndexedRows, IndexTable, open_index, read_stretch
+from omniloom.data.shared_index import IndexedRows, IndexTable, open_index
 from omniloom.data.source_files import SourceFiles
-from omniloom.data.text_rows import parse_json_row
+from omniloom.data.text_rows import parse_json_row, read_stretch
 from omniloom.types import Row, SampleError
 
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)

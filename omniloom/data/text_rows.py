@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from omniloom.data.media_files import LFS_POINTER
-from omniloom.data.shared_index import IndexedRows, IndexTable, SharedIndex, make_once, open_index, read_stretch
+from omniloom.data.shared_index import IndexedRows, IndexTable, SharedIndex, make_once, open_index
 from omniloom.types import Row, SampleError
 
 _BOM = b"\xef\xbb\xbf"
@@ -90,6 +90,16 @@ def as_row(value: Any) -> Row:
     if not isinstance(value, dict):
         raise SampleError("row", f"expected an object with keys, got {type(value).__name__}: {str(value)[:60]!r}")
     return value
+
+
+def read_stretch(file: str, start: int, end: int, path: str) -> bytes:
+    """Bytes of a file that holds the rows of `path`. Raises: SampleError."""
+    try:
+        with open(file, "rb") as handle:  # anew each time: a handle kept over a fork would share its position
+            handle.seek(start)
+            return handle.read(end - start)
+    except OSError as error:
+        raise SampleError("row", f"cannot read {path}: {error.strerror or error}") from None
 
 
 # ---------------------------------------------------------------------------------------- opening
