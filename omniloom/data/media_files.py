@@ -133,13 +133,15 @@ def open_container(file: str | bytes, kind: MediaKind) -> Iterator[InputContaine
         if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
             options["probesize"] = "4096"  # by default av reads megabytes of PCM to see whether they are DTS
             options["max_size"] = "16384"  # bytes of a packet, where 4096 is usual
-        with av.open(target, options=options, metadata_errors="replace") as container:
+        try:
+            container = av.open(target, options=options, metadata_errors="replace")
+        except av.error.ArgumentError:  # what is not on the list
+            reason = "is of no format of video or sound that is opened here; a picture is no video"
+            raise SampleError(kind, f"{name_of(file)} {reason}") from None
+        with container:
             yield container
     except SampleError:
         raise
-    except av.error.ArgumentError:  # of opening what is not on the list
-        reason = "is of no format of video or sound that is opened here; a picture is no video"
-        raise SampleError(kind, f"{name_of(file)} {reason}") from None
     except av.error.FFmpegError as error:
         reason = error.strerror or type(error).__name__
         raise SampleError(kind, f"cannot decode {name_of(file)}: {reason[0].lower()}{reason[1:]}") from None

@@ -15,7 +15,7 @@ from PIL import Image
 
 from omniloom.config import load_config
 from omniloom.data.media_decode import decode_audio, decode_clip, decode_image, decode_video_frames, resampled_length
-from omniloom.data.media_files import MediaLimits
+from omniloom.data.media_files import MediaLimits, open_container
 from omniloom.data.media_headers import read_header
 from omniloom.data.packets import decode_packets
 from omniloom.run.opening import open_workshop
@@ -396,6 +396,14 @@ def test_a_picture_is_neither_video_nor_sound(tmp_path):
     for kind in ("video", "audio"):
         with pytest.raises(SampleError, match=r"a\.jpg is of no format of video or sound that is opened here"):
             header_of(tmp_path / "a.jpg", kind)
+
+
+def test_what_fails_within_a_file_that_was_opened_is_not_said_of_its_format(tmp_path):
+    import av
+
+    path = str(write_video(tmp_path / "a.mp4"))
+    with pytest.raises(SampleError, match=r"cannot decode \S*a\.mp4: invalid argument"), open_container(path, "video"):
+        raise av.error.ArgumentError(22, "Invalid argument")
 
 
 def test_an_avif_without_its_pictures_is_a_bad_sample(tmp_path):
