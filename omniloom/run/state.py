@@ -119,7 +119,8 @@ class RunState:
         dcp.load_model_state(stored, {name: self._here[name] for name in held if name in self._here})
         changed = {*held, *self.changed}
         self.changed = [name for name in self.parameters if name in changed]
-        if self._settings.load_optimizer:
+        has_states = any(name.startswith(dcp.OPTIMIZER) for name in stored.shapes)
+        if self._settings.load_optimizer and (has_states or not stored.extras.get("saves_optimizer")):
             dcp.load_optimizer_state(stored, self._here, self._optimizer)
         if self._settings.load_rng and (lacking := dcp.load_rng_state(stored)):
             self._say(
@@ -140,6 +141,7 @@ class RunState:
         if self._settings.save_optimizer:
             state |= dcp.optimizer_state(self._here, self._optimizer)
         extras = {"data": data, "media": asdict(self.media), "compiled": compiled, **self._own}
+        extras["saves_optimizer"] = self._settings.save_optimizer  # which has no states before a step that counts
         self.saver.save(step, state | dcp.rng_state(), extras)
 
     def _check(self, stored: StoredCheckpoint) -> None:

@@ -203,6 +203,18 @@ def test_skipping_a_nan_step_leaves_weights_and_moments_as_they_were(server, poi
         assert tensor.numpy().tobytes() == after[name].numpy().tobytes(), name
 
 
+def test_a_run_none_of_whose_steps_counted_goes_on(server, poisoned, tmp_path) -> None:
+    words, row = poisoned
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps([rows[row]] * 20))
+    words = with_values(words, train__nonfinite="skip", train__steps="3")
+    run = server.run(words, tmp_path, hooks=[Hook(step=0, action="signal", target="SIGTERM")])
+    assert run.wait() == [STOPPED_EARLY], run.tail()
+    run = server.run(words, tmp_path)
+    assert run.wait() == [0], run.tail()
+    assert "resumed after step" in run.log()
+
+
 def learnt_by(directory: Path) -> dict[str, torch.Tensor]:
     """Weights and moments of a checkpoint, not the generators: an observed step draws."""
     stored = open_stored(directory)
