@@ -218,6 +218,7 @@ def _add_lists(row: Row, parts: Mapping[str, bytes], key: str) -> None:
     Those that content calls by name are left to it, and a list of the row that calls any by name stands as it is.
     """
     said = set(_strings(row))
+    called = set(_strings([value for value in row.values() if isinstance(value, list)]))  # not by a `file_name`, say
     media: dict[str, list[str]] = {}
     for name in parts:
         suffix = name.rpartition(".")[2].lower()
@@ -227,7 +228,8 @@ def _add_lists(row: Row, parts: Mapping[str, bytes], key: str) -> None:
         own = set(_strings([row.get(kind), row.get(kind[:-1])]))
         if not own.isdisjoint(spelling for name in names for spelling in _spellings(key, name)):
             continue
-        if clips := [clip for name in names if name not in said for clip in _clips_of(name, parts[name])]:
+        left = [name for name in names if name not in said and called.isdisjoint(_spellings(key, name))]
+        if clips := [clip for name in left for clip in _clips_of(name, parts[name])]:
             row.pop(kind[:-1], None)  # of what is not in the tar
             row[kind] = clips
 

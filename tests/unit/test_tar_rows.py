@@ -119,6 +119,15 @@ def test_what_a_row_names_is_not_taken_twice(tmp_path: Path) -> None:
     assert media_of(conversations(path)[0]) == [("image", b"A")]
 
 
+@pytest.mark.parametrize("called", ["{}.png", "7.{}.png", "sub/7.{}.png"])
+def test_what_content_calls_is_not_taken_twice_however_it_is_called(tmp_path: Path, called: str) -> None:
+    blocks = [{"type": "image", "image": called.format(number)} for number in (1, 0)]
+    row = [{"role": "user", "content": [*blocks, {"type": "text", "text": "?"}]}, {"role": "assistant", "content": "r"}]
+    members = [("sub/7.0.png", b"\x890"), ("sub/7.1.png", b"\x891"), ("sub/7.json", json.dumps(row).encode())]
+    (found,) = conversations(write_tar(tmp_path / "a.tar", members))
+    assert media_of(found) == [("image", b"\x891"), ("image", b"\x890")]
+
+
 @pytest.mark.parametrize(
     ("listed", "expected"),
     [
