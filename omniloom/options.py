@@ -32,7 +32,7 @@ class Range:
 
     def broken_by(self, value: float) -> str | None:
         """What is expected where a number is outside, in words; NaN is outside of each range, and so is infinity."""
-        if math.isinf(value):
+        if abs(value) == math.inf:  # of whole numbers of any size, too
             return "a finite number"
         for words, is_inside, limit in (
             ("at least", operator.ge, self.ge),

@@ -73,6 +73,7 @@ def test_a_key_in_the_wrong_section_names_the_right_one() -> None:
         ("policy.vision.merger.weight_decay=-1", "policy.vision.merger.weight_decay: expected at least 0, got -1.0"),
         ("policy.text.weight_decay=.nan", "policy.text.weight_decay: expected at least 0, got nan"),
         ("train.epochs=.inf", "train.epochs: expected a finite number, got inf"),
+        ("train.seed=" + "9" * 400, "train.seed: expected less than 9.22337e+18, got 999"),
         ("train.seed=-1", "train.seed: expected at least 0, got -1"),
         ("train.seed=9223372036854775808", "train.seed: expected less than 9.22337e+18, got 9223372036854775808"),
         ("parallel.tensor=0", "parallel.tensor: expected at least 1, got 0"),
