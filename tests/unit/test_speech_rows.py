@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,22 @@ def test_ranks_that_share_a_pack_read_and_predict_each_frame_once(model: Path, t
         codes = torch.cat([values for _, values in found])[order]
         assert torch.equal(codes, pack.batch.speech.rows.frames[places[wanted].argsort()])
     assert any(len(part.speech.rows.frames) != len(part.targets[CODES].values) for part in parts)
+
+
+@pytest.mark.parametrize("ring", [1, 4])
+def test_states_that_rows_hear_are_numbered_by_their_places_in_the_whole_pack(
+    model: Path, tmp_path: Path, ring: int
+) -> None:
+    pack, _, _ = load(model, tmp_path, row())
+    index, speech = torch.arange(192), pack.batch.speech
+    rows = replace(speech.rows, state_index=index, hidden_index=index.flip(0))
+    batch = replace(pack.batch, speech=replace(speech, rows=rows))
+    parts = [slice_batch(batch, rank, 8, ring=ring).speech.rows for rank in range(8)]
+    reading = torch.cat([part.state_index + 24 * rank for rank, part in enumerate(parts)])
+    heard = torch.cat([part.hidden_index for part in parts])
+    places = move_chunks(index, 192, ring)
+    assert torch.equal(reading.sort().values, index)
+    assert torch.equal(heard[reading.argsort()], places.flip(0)[places.argsort()])
 
 
 def test_a_run_without_a_talker_reads_over_speech(model: Path, tmp_path: Path) -> None:
