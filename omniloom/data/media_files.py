@@ -80,7 +80,7 @@ def _lies_here(path: str) -> str:
     parts = path.split(os.sep)
     tails = (os.sep.join(parts[start:]) for start in range(1, len(parts)))
     found = next((tail for tail in tails if os.path.isfile(tail)), None)
-    return "" if found is None else f"; {found} is in the working directory: for rows that mean it set data.media_dir=."
+    return "" if found is None else f"; {found} is in the working directory (data.media_dir is where such paths start)"
 
 
 def size_of(data: bytes | str, kind: MediaKind) -> int:
