@@ -197,8 +197,8 @@ class _Mail:
         """`like` has the shape and dtype of all rows; `expected` are the messages by the rank that sends them."""
         self._layout, self._like = layout, like
         self._expected = {source: iter(messages) for source, messages in expected.items()}
-        self._posted: dict[Message, tuple[Tensor, dist.Work]] = {}
-        self._sent: list[tuple[Tensor, dist.Work]] = []
+        self._posted: dict[Message, tuple[Tensor, dist.Work | None]] = {}
+        self._sent: list[tuple[Tensor, dist.Work | None]] = []  # no work where a device computes nothing
 
     def send(self, rows: Tensor, target: int) -> None:
         rows = rows.contiguous()
@@ -206,7 +206,7 @@ class _Mail:
         group = self._group(self._layout.pipeline_rank, target)
         self._sent = [each for each in self._sent if not _is_over(each[1])]  # rows of a step's every pack add up
         work = dist.isend(rows, group=group, group_dst=target)
-        self._sent.append((rows, _begun(work)))  # gloo and NCCL read it until the work is done
+        self._sent.append((rows, work))  # gloo and NCCL read it until the work is done
 
     def receive(self, wanted: Message, source: int) -> Tensor:
         while wanted not in self._posted:
@@ -214,7 +214,8 @@ class _Mail:
         rows, work = self._posted.pop(wanted)
         try:
             self._post(source)  # the next one, to arrive while this one is worked on
-            work.wait()
+            if work is not None:
+                work.wait()
         except RuntimeError as error:
             rank = dist.get_global_rank(self._group(source, self._layout.pipeline_rank), source)
             what = "the gradient of its rows" if wanted.is_gradient else "rows"
@@ -226,7 +227,7 @@ class _Mail:
         if (message := next(self._expected[source], None)) is None:
             return False
         rows, group = torch.empty_like(self._like), self._group(source, self._layout.pipeline_rank)
-        self._posted[message] = rows, _begun(dist.irecv(rows, group=group, group_src=source))
+        self._posted[message] = rows, dist.irecv(rows, group=group, group_src=source)
         return True
 
     def _group(self, source: int, target: int) -> dist.ProcessGroup:
@@ -237,19 +238,16 @@ class _Mail:
     def close(self) -> None:
         """Wait until all that was sent is gone."""
         for _, work in self._sent:
-            work.wait()
+            if work is not None:
+                work.wait()
 
 
-def _begun(work: dist.Work | None) -> dist.Work:
-    assert work is not None, "rows go to and from ranks of a group that this one is in"
-    return work
-
-
-def _is_over(work: dist.Work) -> bool:
+def _is_over(work: dist.Work | None) -> bool:
     """Raises: RuntimeError where it failed."""
-    if not work.is_completed():
+    if work is not None and not work.is_completed():
         return False
-    work.wait()
+    if work is not None:
+        work.wait()
     return True
 
 
@@ -388,7 +386,8 @@ class Pipeline:
         else:
             works = [dist.irecv(theirs, group=up, group_src=other), dist.isend(own, group=down, group_dst=other)]
         for work in works:
-            _begun(work).wait()
+            if work is not None:
+                work.wait()
         local += theirs
 
     def whole_terms(self, parts: Sequence[LossTerms]) -> LossTerms:
