@@ -103,7 +103,8 @@ def run(
     except (RuntimeError, MemoryError) as error:
         if says_memory_is_short(error):
             short = MemoryShortError(describe_short_memory(error, config, ranks))
-            short.__notes__ = getattr(error, "__notes__", [])
+            for note in getattr(error, "__notes__", ()):
+                short.add_note(note)
             raise short from error
         if not isinstance(error, RuntimeError) or not says_rank_is_gone(error):
             raise

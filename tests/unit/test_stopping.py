@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from omniloom.exit_codes import INTERRUPTED, STOPPED_EARLY
-from omniloom.run.stopping import SAME_KEY_SECONDS, STOP_SIGNALS, StopRequest, write_stopped
+from omniloom.run.stopping import SAME_KEY_SECONDS, STOP_SIGNALS, StopRequest, StopWanted, write_stopped
 
 
 def wait_for_reason(stop: StopRequest) -> str | None:
@@ -119,6 +119,26 @@ def test_an_error_after_the_last_agreement_is_raised_at_the_end() -> None:
     with pytest.raises(ZeroDivisionError), StopRequest(None, print) as stop:
         stop.attempt(lambda: 1 // 0)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_error_of_what_all_ranks_take_part_in_waits_on_a_lone_rank_alone() -> None:
+    alone = StopRequest(None, print)
+    assert alone.compute(lambda: 7, "in step 1") == 7
+    assert alone.compute(lambda: 1 // 0, "in step 2") is None
+    assert isinstance(alone.fault, ZeroDivisionError)
+    assert alone.fault.__notes__ == ["in step 2"]
+
+    one_of_two = StopRequest(None, print, lambda value: [value, None])
+    with pytest.raises(ZeroDivisionError) as told:  # the other one waits in a collective, and would for ever
+        one_of_two.compute(lambda: 1 // 0, "in step 2")
+    assert told.value.__notes__ == ["in step 2"]
+    assert one_of_two.fault is None
+
+    def stops() -> None:
+        raise StopWanted
+
+    assert one_of_two.compute(stops, "in an evaluation") is None
+    assert one_of_two.fault is None
 
 
 @pytest.mark.parametrize(("step", "words"), [(0, "step 0; "), (3, "step 3, which is saved; ")])
